@@ -1,0 +1,5 @@
+"""Meshwork: one jitted train step, from one CPU to pods."""
+
+from research import xla_flags
+
+xla_flags.set_flags()

@@ -1,0 +1,167 @@
+"""The configuration of an experiment: typed dataclasses, and the checks that run before anything expensive.
+
+Every field is one command-line flag, `--config.<path>=<value>` (see `research.app`). A field is declared by
+`option`, which holds its meaning and its bounds, so that `--help`, the parser and the checks read the same lines.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from research.errors import UserError
+
+OPTIMIZERS = ("sgd", "momentum", "nesterov", "adagrad", "rmsprop", "adam", "adamw", "lion", "muon")
+SCHEDULES = ("constant", "cosine", "linear", "one_cycle", "step")
+DTYPES = ("float32", "bfloat16")
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[str] = (),
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A dataclass field with its meaning (`help`) and its bounds; `minimum` and `maximum` are themselves allowed."""
+    bounds = {"minimum": minimum, "above": above, "maximum": maximum, "below": below}
+    return dataclasses.field(default=default, metadata={"help": help, "choices": tuple(choices), **bounds})
+
+
+@dataclasses.dataclass
+class DatasetConfig:
+    """Which data, from where."""
+
+    name: str = option("cifar10|digits", "data set (a TFDS name, or digits); of a|b the first that can be had")
+    data_dir: str = option("", "folder of prepared TFDS sets and archives; empty: TFDS_DATA_DIR, else TFDS's default")
+    validation_fraction: float = option(0.0, "part of the training set held out for validation", minimum=0, below=1)
+    max_device_gib: float = option(
+        2.0, "data sets up to this size (GiB) live on the device, larger ones stream", minimum=0
+    )
+
+
+@dataclasses.dataclass
+class AugmentConfig:
+    """Random changes to training images, made on the device inside the step."""
+
+    crop: int = option(0, "random shift by up to this many pixels, with reflect padding", minimum=0)
+    flip: str = option(
+        "none", "horizontal flip: random, or alternating by epoch", choices=("none", "random", "alternating")
+    )
+    cutout: int = option(0, "side of the square set to the mean, in pixels", minimum=0)
+
+
+@dataclasses.dataclass
+class CNNConfig:
+    """A convolutional network (`research.models.cnn`)."""
+
+    name: str = option("simple", "architecture", choices=("simple", "resnet", "wide_resnet", "airbench"))
+    width: int = option(
+        0, "channels of the first convolution (wide_resnet: widening factor); 0: the published", minimum=0
+    )
+    depth: int = option(0, "layers, where the architecture has a choice of them; 0: the published", minimum=0)
+    pool: str = option("max", "pooling of the simple network", choices=("max", "average"))
+    dropout: float = option(0.0, "dropout rate before the classifier (wide_resnet: within blocks)", minimum=0, below=1)
+    norm: str = option("", "normalisation; empty: the published", choices=("", "none", "batch", "layer", "group"))
+    dtype: str = option("float32", "compute dtype; parameters stay float32", choices=DTYPES)
+
+
+@dataclasses.dataclass
+class OptimizerConfig:
+    """The training algorithm (`research.optimizers`)."""
+
+    name: str = option("nesterov", "update rule", choices=OPTIMIZERS)
+    learning_rate: float | None = option(None, "peak learning rate; default: the rule's customary one", minimum=0)
+    momentum: float | None = option(
+        None, "momentum (beta1 of Adam and Lion); default: the rule's own", minimum=0, below=1
+    )
+    weight_decay: float = option(0.0, "weight decay of kernels; biases and norms have none", minimum=0)
+    schedule: str = option("constant", "learning rate over time", choices=SCHEDULES)
+    warmup: float = option(0.0, "part of training over which the learning rate rises linearly", minimum=0, below=1)
+    end_factor: float = option(
+        0.0, "last learning rate of a decaying schedule, as a part of the peak", minimum=0, maximum=1
+    )
+    clip_norm: float = option(0.0, "largest global norm of the gradient; 0: no clipping", minimum=0)
+    ema_decay: float = option(
+        0.0, "decay of the parameters' moving average used by evaluation; 0: none", minimum=0, below=1
+    )
+
+
+@dataclasses.dataclass
+class MeshConfig:
+    """How the devices are arranged: their number is the product of the axes."""
+
+    data: int = option(-1, "devices that share the batch; -1: all that the other axes leave", minimum=-1)
+    fsdp: int = option(
+        1, "devices that share the batch and shard parameters and optimiser state; -1: the rest", minimum=-1
+    )
+    model: int = option(1, "devices that share a layer's output features; -1: the rest", minimum=-1)
+
+
+@dataclasses.dataclass
+class Config:
+    """What every experiment has; an experiment's own config extends it."""
+
+    seed: int = option(0, "seed of initialisation, data order, augmentation and dropout", minimum=0, maximum=2**32 - 1)
+    num_epochs: int = option(10, "passes over the training set", minimum=1)
+    batch_size: int = option(64, "examples a step, over all devices", minimum=1)
+    microbatch_size: int = option(
+        0, "examples at once, over all devices; gradients are accumulated; 0: the batch", minimum=0
+    )
+    steps_per_dispatch: int = option(
+        0, "train steps per call of the compiled program; 0: about half a second's worth, at most 512", minimum=0
+    )
+    log_every_steps: int = option(50, "steps between the training lines of metrics.jsonl", minimum=1)
+    dataset: DatasetConfig = dataclasses.field(default_factory=DatasetConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+
+def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
+    """Yields (path, field, value) of every leaf field, e.g. ("optimizer.name", Field, "adam")."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from walk(value, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", field, value
+
+
+def assign(config: Any, path: str, value: Any) -> None:
+    """Sets the field at a dotted path in place: `assign(config, "optimizer.name", "adam")`."""
+    *parents, name = path.split(".")
+    for parent in parents:
+        config = getattr(config, parent)
+    setattr(config, name, value)
+
+
+def check(config: Config) -> None:
+    """Raises `UserError` for the first field out of its bounds, and for fields that contradict each other."""
+    for path, field, value in walk(config):
+        if value is not None:
+            _check_field(f"--config.{path}", field.metadata, value)
+    microbatch_size = config.microbatch_size or config.batch_size
+    if config.batch_size % microbatch_size:
+        raise UserError(
+            f"--config.batch_size={config.batch_size} is not a multiple of --config.microbatch_size={microbatch_size}"
+        )
+
+
+def _check_field(flag: str, metadata: Any, value: Any) -> None:
+    if metadata["choices"] and value not in metadata["choices"]:
+        raise UserError(f"{flag}={value!r}: use one of {', '.join(repr(c) for c in metadata['choices'])}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{flag}={value}: must be a finite number")
+    tests = {
+        "minimum": ("at least", lambda bound: value >= bound),
+        "above": ("above", lambda bound: value > bound),
+        "maximum": ("at most", lambda bound: value <= bound),
+        "below": ("below", lambda bound: value < bound),
+    }
+    for name, (words, holds) in tests.items():
+        bound = metadata[name]
+        if bound is not None and not holds(bound):
+            raise UserError(f"{flag}={value}: must be {words} {bound}")

@@ -1,0 +1,146 @@
+"""Reads the files in which CIFAR-10, MNIST and Tiny Shakespeare are published, with the standard library and NumPy.
+
+Every reader takes the paths of the files and returns the splits: images (uint8 [n,h,w,c]) and labels (integers [n]), or
+text. Given a damaged file it may raise anything; none runs code that a file holds, or writes what it holds to disk.
+"""
+
+import codecs
+import gzip
+import io
+import os
+import pickle
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Labelled = tuple[np.ndarray, np.ndarray]  # images, labels
+
+_CIFAR10_BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
+
+
+def _batch_files(path: Path, names: list[str]) -> dict[str, bytes]:
+    """The contents of the named files of a folder or a tar archive, of which nothing is extracted to disk."""
+    if path.is_dir():
+        return {name: (path / name).read_bytes() for name in names}
+    files = {}
+    with gzip.open(path) as stream:
+        with tarfile.open(fileobj=stream, mode="r|") as tar:
+            for member in tar:
+                base = os.path.basename(member.name)
+                if base in names and (file := tar.extractfile(member)) is not None:
+                    files[base] = file.read()
+        while stream.read(2**20):
+            pass  # the checksum of the whole is at the very end, behind what tar reads
+    if missing := [name for name in names if name not in files]:
+        raise ValueError(f"{missing[0]} is missing")
+    return files
+
+
+def _cifar10(path: Path, suffix: str, parse: Callable[[bytes], Labelled]) -> dict[str, Labelled]:
+    names = [f"{name}{suffix}" for batches in _CIFAR10_BATCHES.values() for name in batches]
+    files = _batch_files(path, names)
+    splits = {}
+    for split, batches in _CIFAR10_BATCHES.items():
+        images, labels = zip(*(parse(files[f"{name}{suffix}"]) for name in batches))
+        planes = np.concatenate(images).reshape(-1, 3, 32, 32)
+        splits[split] = _checked(planes.transpose(0, 2, 3, 1), np.concatenate(labels))
+    return splits
+
+
+def _checked(images: np.ndarray, labels: np.ndarray) -> Labelled:
+    if images.dtype != np.uint8 or labels.ndim != 1 or not 0 < len(images) == len(labels):
+        raise ValueError(f"{images.dtype} images {images.shape} do not go with labels {labels.shape}")
+    if labels.min() < 0 or labels.max() > 9:
+        raise ValueError(f"labels from {labels.min()} to {labels.max()} are not in 0..9")
+    return np.ascontiguousarray(images), labels
+
+
+def cifar10_binary(path: Path) -> dict[str, Labelled]:
+    """The binary version: a folder, or its .tar.gz."""
+
+    def parse(data: bytes) -> Labelled:
+        records = np.frombuffer(data, np.uint8).reshape(-1, 1 + 3072)
+        return records[:, 1:], records[:, 0]
+
+    return _cifar10(path, ".bin", parse)
+
+
+def cifar10_python(path: Path) -> dict[str, Labelled]:
+    """The Python version, pickled batches: a folder, or its .tar.gz."""
+
+    def parse(data: bytes) -> Labelled:
+        batch = _BatchUnpickler(io.BytesIO(data), encoding="bytes").load()
+        return batch[b"data"], np.array(batch[b"labels"], np.int64)
+
+    return _cifar10(path, "", parse)
+
+
+class _BatchUnpickler(pickle.Unpickler):
+    """Admits what a CIFAR-10 batch holds, arrays in containers, and nothing that could run code."""
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        """What a pickle may name.
+
+        Raises:
+          UnpicklingError: anything else.
+        """
+        module = module_name.replace("numpy._core", "numpy.core")
+        allowed = {
+            ("numpy.core.multiarray", "_reconstruct"): _new_array,
+            ("numpy", "ndarray"): np.ndarray,
+            ("numpy", "dtype"): np.dtype,
+            ("_codecs", "encode"): _encode_latin1,
+        }
+        if (module, global_name) not in allowed:
+            raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}, which such a file does not need")
+        return allowed[module, global_name]
+
+
+def _new_array(cls: type, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Stands for NumPy's private `_reconstruct`: an empty array, whose state pickle then sets."""
+    return np.ndarray.__new__(np.ndarray, shape, np.dtype(dtype))
+
+
+def _encode_latin1(text: str, encoding: str) -> bytes:
+    """How Python 3 pickles bytes in protocol 2."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"it asks for the encoding {encoding!r}")
+    return codecs.latin_1_encode(text)[0]
+
+
+def mnist_idx(train_images: Path, train_labels: Path, test_images: Path, test_labels: Path) -> dict[str, Labelled]:
+    """The four gzipped files in the idx format."""
+
+    def parse(path: Path, *shape: int) -> np.ndarray:
+        data = gzip.decompress(path.read_bytes())
+        # The magic number ends in the number of axes; 8 is unsigned bytes. Big-endian sizes follow, then the values.
+        header = np.frombuffer(data, ">u4", count=2 + len(shape))
+        if header[0] != 0x0801 + len(shape) or tuple(header[2:]) != shape:
+            raise ValueError(f"{path.name} has the header {header.tolist()}")
+        return np.frombuffer(data, np.uint8, offset=header.nbytes).reshape(int(header[1]), *shape)
+
+    pairs = {"train": (train_images, train_labels), "test": (test_images, test_labels)}
+    return {split: _checked(parse(x, 28, 28)[..., None], parse(y)) for split, (x, y) in pairs.items()}
+
+
+def mnist_npz(path: Path) -> dict[str, Labelled]:
+    """Keras's copy of MNIST."""
+    with np.load(path, allow_pickle=False) as arrays:
+        return {
+            split: _checked(arrays[f"x_{split}"].reshape(-1, 28, 28, 1), arrays[f"y_{split}"])
+            for split in ("train", "test")
+        }
+
+
+def shakespeare(path: Path) -> dict[str, str]:
+    """The text, 90% for training and 5% each for validation and test, counted in characters as TFDS does."""
+    text = path.read_bytes().decode()
+    first = int(len(text) * 0.9)
+    second = first + int((len(text) - first) * 0.5)
+    splits = {"train": text[:first], "validation": text[first:second], "test": text[second:]}
+    if not all(splits.values()):
+        raise ValueError(f"{len(text)} characters are too few to split")
+    return splits

@@ -1,0 +1,112 @@
+"""Images on the device: normalisation, and the random changes of training."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from research.config import AugmentConfig
+from research.errors import UserError
+
+
+def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel, on the host in float64.
+
+    Args:
+      images: uint8 [n, h, w, c]; a memory map may be larger than memory.
+
+    Returns:
+      mean, std: c numbers each, for values in 0..1. The std of a channel that never changes is given as 1, so that
+      `normalize` makes it 0.
+    """
+    channels = images.shape[-1]
+    counts = np.zeros((channels, 256), np.int64)  # exact, so the variance below loses nothing to cancellation
+    chunk = max(1, 2**20 // images[0].size)
+    for start in range(0, len(images), chunk):
+        part = images[start : start + chunk]
+        counts += [np.bincount(part[..., channel].ravel(), minlength=256) for channel in range(channels)]
+    values, number = np.arange(256), counts[0].sum()
+    mean = counts @ values / number
+    std = np.sqrt((counts * np.square(values - mean[:, None])).sum(1) / number)
+    return tuple((mean / 255).tolist()), tuple(np.where(std > 0, std / 255, 1.0).tolist())
+
+
+def normalize(
+    images: jax.typing.ArrayLike,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    dtype: jax.typing.DTypeLike = jnp.float32,
+) -> jax.Array:
+    """(images / 255 - mean) / std a channel: uint8 [b, h, w, c] to `dtype`, computed in float32."""
+    scale = 1 / (255 * np.asarray(std))
+    offset = np.asarray(mean) / np.asarray(std)
+    return (jnp.asarray(images, jnp.float32) * scale.astype(np.float32) - offset.astype(np.float32)).astype(dtype)
+
+
+def check(config: AugmentConfig, image_shape: tuple[int, ...]) -> None:
+    """Raises `UserError` where images of `image_shape` (h, w, c) are too small for the changes asked for."""
+    side = min(image_shape[:2])
+    if config.crop >= side:
+        raise UserError(f"--config.augment.crop={config.crop}: must be below the images' side, {side}")
+    if config.cutout > side:
+        raise UserError(f"--config.augment.cutout={config.cutout}: must be at most the images' side, {side}")
+
+
+def augment(
+    images: jax.Array, key: jax.Array, config: AugmentConfig, *, index: jax.Array, epoch: jax.Array
+) -> jax.Array:
+    """Shifts, flips and cuts images at random, each on its own, in this order.
+
+    Args:
+      images: float [b, h, w, c], normalised: cutout fills with 0, the mean.
+      key: for this batch.
+      config: which changes, how strong; checked (`check`).
+      index: int32 [b], the examples' numbers in the training set; read by alternating flips only.
+      epoch: int32 [b]; likewise.
+
+    Returns:
+      Images of the same shape and dtype.
+    """
+    crop_key, flip_key, cutout_key = jax.random.split(key, 3)
+    count, height, width, _ = images.shape
+    rows, columns = (jnp.broadcast_to(jnp.arange(size), (count, size)) for size in (height, width))
+    if config.flip != "none":
+        columns = jnp.where(_flipped(config.flip, flip_key, index, epoch)[:, None], columns[:, ::-1], columns)
+    if config.crop:
+        shifts = jax.random.randint(crop_key, (2, count, 1), -config.crop, config.crop + 1)
+        rows, columns = _reflect(rows + shifts[0], height), _reflect(columns + shifts[1], width)
+    if config.crop or config.flip != "none":
+        # One gather for both: on XLA:CPU 5 times faster than slicing padded images, 15 times than one-hot matmuls.
+        images = jax.vmap(lambda image, row, column: image[row[:, None], column])(images, rows, columns)
+    return _cutout(images, cutout_key, config.cutout) if config.cutout else images
+
+
+def _reflect(position: jax.Array, size: int) -> jax.Array:
+    """Positions outside 0..size-1 mirrored at the first and the last, as NumPy's pad mode "reflect"."""
+    position = jnp.abs(position)
+    return jnp.where(position >= size, 2 * (size - 1) - position, position)
+
+
+def _flipped(kind: str, key: jax.Array, index: jax.Array, epoch: jax.Array) -> jax.Array:
+    """Which images are flipped, bool [b].
+
+    "alternating" (Jordan 2024, arXiv 2404.00498, section 3.6): a random half in the first epoch, then each image every
+    other epoch. The half is a hash of the image's number, the same in every run, as in that paper.
+    """
+    if kind == "random":
+        return jax.random.bernoulli(key, shape=index.shape)
+    half = jax.vmap(lambda number: jax.random.bits(jax.random.fold_in(jax.random.key(0), number)))(index)
+    return (half + epoch.astype(half.dtype)) % 2 == 1
+
+
+def _cutout(images: jax.Array, key: jax.Array, side: int) -> jax.Array:
+    """Sets a square around a uniformly drawn pixel to 0, clipped at the borders (DeVries & Taylor 2017, 3.2)."""
+    count, height, width, _ = images.shape
+
+    def inside(key: jax.Array, size: int) -> jax.Array:
+        start = jax.random.randint(key, (count, 1), 0, size) - side // 2
+        offset = jnp.arange(size) - start
+        return (offset >= 0) & (offset < side)
+
+    row_key, column_key = jax.random.split(key)
+    square = inside(row_key, height)[:, :, None] & inside(column_key, width)[:, None, :]
+    return jnp.where(square[..., None], 0, images)

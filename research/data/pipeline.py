@@ -1,0 +1,151 @@
+"""The way of the examples to the devices: which ones a step takes is a pure function of (seed, step).
+
+The training set is an endless row of epochs, each a permutation of it drawn from (seed, epoch); step s takes the
+examples s*b to (s+1)*b - 1 of that row. So an epoch shows each example exactly once even where the batch size does not
+divide the set (only what is left of the last epoch, less than a batch, is not used), any number of processes see the
+same batches, and a resumed run needs nothing but its step.
+
+A data set that fits lives on every device, and only example numbers travel; a larger one streams from the host through
+grain, in the same order.
+"""
+
+import functools
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from research import sharding
+from research.config import Config
+from research.errors import UserError
+
+Arrays = dict[str, np.ndarray]
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, num_examples: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(num_examples).astype(np.int32)
+
+
+def example_numbers(seed: int, num_examples: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions start..stop-1 of the row of epochs: the examples' numbers and their epochs, both int32 [stop-start]."""
+    numbers, epochs = [], []
+    for epoch in range(start // num_examples, -(-stop // num_examples)):
+        first = epoch * num_examples
+        part = _permutation(seed, epoch, num_examples)[max(start - first, 0) : stop - first]
+        numbers.append(part)
+        epochs.append(np.full(len(part), epoch, np.int32))
+    return np.concatenate(numbers), np.concatenate(epochs)
+
+
+def epoch_ends(num_examples: int, batch_size: int, num_epochs: int) -> list[int]:
+    """The number of steps made when each epoch ends; the last is the number of train steps.
+
+    Raises:
+      UserError: the batch is larger than all the examples that training is to see.
+    """
+    ends = [(epoch + 1) * num_examples // batch_size for epoch in range(num_epochs)]
+    if not ends[0]:
+        raise UserError(f"--config.batch_size={batch_size} is larger than the training set ({num_examples:,} examples)")
+    return ends
+
+
+def is_resident(config: Config, *splits: Arrays | None) -> bool:
+    """Whether these splits together are small enough to live on the device."""
+    size = sum(array.nbytes for split in splits if split for array in split.values())
+    return size <= config.dataset.max_device_gib * 2**30
+
+
+class _Split:
+    """A split's arrays, on the devices or on the host, and this process's part of what a step takes."""
+
+    def __init__(self, arrays: Arrays, mesh: Mesh, *, resident: bool):
+        self.num_examples = len(next(iter(arrays.values())))
+        self._mesh = mesh
+        self._streamed = {} if resident else arrays
+        whole = sharding.replicated(mesh)
+        self.data = {
+            name: jax.make_array_from_process_local_data(whole, np.asarray(array), array.shape)
+            for name, array in (arrays if resident else {}).items()
+        }
+
+    def _local(self, size: int) -> slice:
+        """The part of a batch of `size` examples that this process's devices hold."""
+        parts = sharding.batch_sharding(self._mesh, 0).addressable_devices_indices_map((size,)).values()
+        starts, stops, _ = zip(*(part[0].indices(size) for part in parts if part))
+        return slice(min(starts), max(stops))
+
+    def _examples(self, inputs: Arrays) -> Arrays:
+        return inputs | {name: array[inputs["index"]] for name, array in self._streamed.items()}
+
+    def _to_devices(self, inputs: Arrays, axis: int, size: int) -> dict[str, jax.Array]:
+        """Global arrays of this process's parts; axis number `axis` counts the `size` examples of the whole batch."""
+        placed = sharding.batch_sharding(self._mesh, axis)
+        return {
+            name: jax.make_array_from_process_local_data(placed, x, (*x.shape[:axis], size, *x.shape[axis + 1 :]))
+            for name, x in inputs.items()
+        }
+
+
+class TrainBatches(_Split):
+    """What the train steps take, dispatch by dispatch."""
+
+    def __init__(self, arrays: Arrays, config: Config, mesh: Mesh, *, resident: bool, capacity: int, start: int = 0):
+        super().__init__(arrays, mesh, resident=resident)
+        self._seed = config.seed
+        self._batch_size = config.batch_size
+        self._microbatch_size = config.microbatch_size or config.batch_size
+        self._capacity = capacity
+        self._steps = self._iterate(start)
+
+    def step_inputs(self, step: int) -> Arrays:
+        """This process's part of one step: "index" and "epoch" int32 [m, b], and streamed examples [m, b, ...]."""
+        start = step * self._batch_size
+        index, epoch = example_numbers(self._seed, self.num_examples, start, start + self._batch_size)
+        local = self._local(self._microbatch_size)
+        inputs = {"index": index, "epoch": epoch}
+        return self._examples({n: x.reshape(-1, self._microbatch_size)[:, local] for n, x in inputs.items()})
+
+    def _iterate(self, start: int) -> Iterator[Arrays]:
+        if not self._streamed:
+            return map(self.step_inputs, iter(range(start, 2**62)))
+        import grain  # slow to import, and most data sets do not stream
+
+        steps = grain.MapDataset.range(start, 2**62).map(self.step_inputs)
+        return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=2 * self._capacity)))
+
+    def take(self, num_steps: int) -> dict[str, jax.Array]:
+        """The inputs of the next `num_steps` steps, padded with zeros to `capacity` steps: leaves [k, m, b, ...]."""
+        return self._pack([next(self._steps) for _ in range(num_steps)])
+
+    def sample(self) -> dict[str, jax.Array]:
+        """Inputs like those of `take`, to compile for; nothing is taken."""
+        return self._pack([self.step_inputs(0)])
+
+    def _pack(self, steps: list[Arrays]) -> dict[str, jax.Array]:
+        def pack(*arrays: np.ndarray) -> np.ndarray:
+            packed = np.zeros((self._capacity, *arrays[0].shape), arrays[0].dtype)
+            packed[: len(arrays)] = arrays
+            return packed
+
+        return self._to_devices(jax.tree.map(pack, *steps), 2, self._microbatch_size)
+
+
+class EvalBatches(_Split):
+    """What evaluation takes: every example once, in order, the last batch padded and masked."""
+
+    def __init__(self, arrays: Arrays, config: Config, mesh: Mesh, *, resident: bool):
+        super().__init__(arrays, mesh, resident=resident)
+        self._batch_size = config.microbatch_size or config.batch_size
+        self._batches_per_dispatch = -(-self.num_examples // self._batch_size) if resident else 1
+
+    def __iter__(self) -> Iterator[dict[str, jax.Array]]:
+        """Yields inputs of one dispatch each, leaves [k, b, ...]; "mask" (float32) is 0 for padding."""
+        size = self._batches_per_dispatch * self._batch_size
+        local = self._local(self._batch_size)
+        for start in range(0, self.num_examples, size):
+            numbers = np.arange(start, start + size, dtype=np.int32).reshape(-1, self._batch_size)[:, local]
+            mask = numbers < self.num_examples
+            inputs = self._examples({"index": np.where(mask, numbers, 0)}) | {"mask": mask.astype(np.float32)}
+            yield self._to_devices(inputs, 1, self._batch_size)

@@ -1,0 +1,196 @@
+"""Prepares CIFAR-10, MNIST and Tiny Shakespeare as TFDS would, but without TensorFlow.
+
+TFDS's own builder and writer do the work (so names, features, ids and order are the official ones); only the reading of
+the archive, for which TFDS needs TensorFlow, is done here. An archive that is on this disk is preferred to a download.
+"""
+
+import contextlib
+import dataclasses
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from research.data import archives, tfds_sets
+from research.data.tfds_sets import UnavailableError
+from research.errors import UserError
+
+Splits = dict[str, archives.Labelled] | dict[str, str]
+
+_CIFAR10_LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+_SECONDS_TO_ANSWER = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class _Recipe:
+    """How a set is made.
+
+    Attributes:
+      urls: what to download.
+      sources: what may be on disk instead, the preferred first: the names of the files, all of which are needed, and
+        their reader. What is downloaded is of the first kind.
+      label_names: where the builder does not know them.
+    """
+
+    urls: tuple[str, ...]
+    sources: tuple[tuple[tuple[str, ...], Callable[..., Splits]], ...]
+    label_names: tuple[str, ...] = ()
+
+
+def is_preparable(name: str) -> bool:
+    """Whether `prepare` knows this set."""
+    return name in _RECIPES
+
+
+def prepare(name: str, folder: Path) -> None:
+    """Prepares the set in `folder`, from an archive on disk or a download; says so on stderr.
+
+    Raises:
+      UnavailableError: there is no archive and no way to download it, or the folder cannot be written.
+      UserError: the archive is damaged; it is named.
+    """
+    recipe, found = _RECIPES[name], _on_disk(name, folder)
+    tfds = tfds_sets.import_tfds()
+    from tensorflow_datasets.core.download import downloader
+
+    downloader.MAX_RETRIES = 0  # ten by default: more than three minutes without a network
+
+    def split_generators(dl_manager: Any) -> dict[str, Iterator[tuple[Any, dict[str, Any]]]]:
+        paths, read = found or (_download(name, folder, dl_manager), recipe.sources[0][1])
+        splits = _read(read, paths)
+        print(f"preparing {name} in {folder} once, from {paths[0]} ...", file=sys.stderr, flush=True)
+        if recipe.label_names:
+            builder.info.features["label"].names = recipe.label_names
+        return {split: _examples(name, split, content) for split, content in splits.items()}
+
+    try:
+        builder = tfds.builder(name, data_dir=folder)
+        if found is None:
+            _check_reachable(name, folder, builder.url_infos)
+        folder.mkdir(parents=True, exist_ok=True)
+        builder._split_generators = split_generators
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints what is said here in one line
+            builder.download_and_prepare(file_format="array_record")
+    except OSError as error:
+        # Two processes may prepare at once: TFDS renames the finished folder, and the second one finds it there.
+        if tfds_sets.find(name, folder) is None:
+            reason = f"is not prepared, and {folder} cannot be written ({error.strerror or error})"
+            raise UnavailableError(name, reason, _remedy(name, folder)) from None
+
+
+def _remedy(name: str, folder: Path) -> str:
+    names = " or ".join(dict.fromkeys(files[0].partition("/")[0] for files, _ in _RECIPES[name].sources[:2]))
+    return (
+        f"put {names} into {folder}, or name a folder that has it, or the prepared set, "
+        "by --config.dataset.data_dir=DIR or TFDS_DATA_DIR"
+    )
+
+
+def _on_disk(name: str, folder: Path) -> tuple[list[Path], Callable[..., Splits]] | None:
+    """The first source whose files are all there, and its reader."""
+    keras = Path(os.environ.get("KERAS_HOME") or "~/.keras").expanduser() / "datasets"
+    for place in (folder, folder / "downloads" / "manual", keras):
+        for files, read in _RECIPES[name].sources:
+            paths = [place / file for file in files]
+            if all(path.exists() for path in paths):
+                return paths, read
+    return None
+
+
+def _check_reachable(name: str, folder: Path, url_infos: dict[str, Any]) -> None:
+    """Asks the server for an answer, as TFDS sets no time limit: a firewall that drops packets costs it minutes.
+
+    Raises:
+      UnavailableError: there is none, and TFDS has not kept what it downloaded once.
+    """
+    import requests
+    from tensorflow_datasets.core.download import resource
+
+    urls = _RECIPES[name].urls
+    kept = [resource.get_dl_fname(url, url_infos[url].checksum) for url in urls if url in url_infos]
+    if len(kept) == len(urls) and all(any((folder / "downloads").rglob(file)) for file in kept):
+        return
+    try:
+        requests.head(urls[0], timeout=_SECONDS_TO_ANSWER).close()
+    except requests.RequestException as error:
+        reason = f"no answer from {urlsplit(urls[0]).hostname}: {type(error).__name__}"
+        raise _not_downloaded(name, folder, reason) from None
+    print(f"downloading {', '.join(urls)} ...", file=sys.stderr, flush=True)
+
+
+def _download(name: str, folder: Path, dl_manager: Any) -> list[Path]:
+    import requests
+    from tensorflow_datasets.core.download import download_manager, util
+
+    try:
+        return [Path(path) for path in dl_manager.download(list(_RECIPES[name].urls))]
+    except (requests.RequestException, util.DownloadError) as error:
+        reason = " ".join(str(error).split())
+    except download_manager.NonMatchingChecksumError:
+        reason = "what came has the wrong checksum"
+    raise _not_downloaded(name, folder, reason)
+
+
+def _not_downloaded(name: str, folder: Path, reason: str) -> UnavailableError:
+    reason = f"is not prepared in {folder} and cannot be downloaded ({reason})"
+    return UnavailableError(name, reason, _remedy(name, folder))
+
+
+def _read(read: Callable[..., Splits], paths: list[Path]) -> Splits:
+    try:
+        return read(*paths)
+    except Exception as error:  # given damaged input, unpickling and the like can raise anything
+        names = ", ".join(map(str, paths))
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"{names}: damaged, or not the official file ({reason}); delete or replace it") from error
+
+
+def _examples(name: str, split: str, content: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Yields TFDS's (key, example) pairs, those of the official builder."""
+    if isinstance(content, str):
+        yield split, {"text": content}
+        return
+    from PIL import Image
+
+    for i, (image, label) in enumerate(zip(*content)):
+        png = io.BytesIO()  # TFDS stores encoded images as they are; to encode arrays it needs TensorFlow
+        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(png, "PNG")
+        example = {"image": png.getvalue(), "label": int(label)}
+        yield i, example | ({"id": f"{split}_{i:05d}"} if name == "cifar10" else {})
+
+
+_MNIST_URL = "https://storage.googleapis.com/cvdf-datasets/mnist/"
+_MNIST_FILES = tuple(f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
+# Keras keeps the Python archive in its cache folder under a name of its own, which has changed over its versions.
+_CIFAR10_PYTHON = (
+    "cifar-10-python.tar.gz",
+    "cifar-10-batches-py.tar.gz",
+    "cifar-10-batches-py_archive",
+    "cifar-10-batches-py-target.tar.gz",
+    "cifar-10-batches-py-target_archive",
+    "cifar-10-batches-py/cifar-10-batches-py",
+    "cifar-10-batches-py-target/cifar-10-batches-py",
+    "cifar-10-batches-py",
+)
+_RECIPES = {
+    "cifar10": _Recipe(
+        urls=("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",),
+        sources=(
+            (("cifar-10-binary.tar.gz",), archives.cifar10_binary),
+            *(((name,), archives.cifar10_python) for name in _CIFAR10_PYTHON),
+            (("cifar-10-batches-bin",), archives.cifar10_binary),
+        ),
+        label_names=_CIFAR10_LABELS,
+    ),
+    "mnist": _Recipe(
+        urls=tuple(_MNIST_URL + file for file in _MNIST_FILES),
+        sources=((_MNIST_FILES, archives.mnist_idx), (("mnist.npz",), archives.mnist_npz)),
+    ),
+    "tiny_shakespeare": _Recipe(
+        urls=("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",),
+        sources=((("input.txt",), archives.shakespeare),),
+    ),
+}

@@ -1,0 +1,112 @@
+"""The data sets: what can be had under a name, and its splits as arrays."""
+
+import dataclasses
+import difflib
+import itertools
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from research.config import DatasetConfig
+from research.data import embedded, prepare, tfds_sets
+from research.data.tfds_sets import UnavailableError
+from research.errors import UserError
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A data set's splits, as arrays that may be read-only memory maps.
+
+    Attributes:
+      name: its TFDS name, or "digits".
+      label_names: what label i means; () for text.
+      train: "image" (uint8 [n,h,w,c]) and "label" (int32 [n]); for text "text" (uint8 [n], its bytes).
+      validation: held out from train, or the set's own; None without either.
+      test: what results are reported on.
+    """
+
+    name: str
+    label_names: tuple[str, ...]
+    train: Arrays
+    validation: Arrays | None
+    test: Arrays
+
+
+def load(config: DatasetConfig) -> Dataset:
+    """Loads the data set that the config names.
+
+    Of `a|b` the first that can be had; each one passed over is reported in a line on stderr. A set that is not prepared
+    yet is prepared where `research.data.prepare` can. With `validation_fraction` > 0 that part of train is held out for
+    validation: the same examples whatever the seed. Otherwise validation is the set's own split of that name; where a
+    set has no test split, its validation split takes that place.
+
+    Raises:
+      UserError: none of the names can be had, a name or a folder does not exist, the data is damaged or unsuitable, or
+        holding out would leave validation or train empty.
+    """
+    if config.data_dir:
+        tfds_sets.data_folder(config.data_dir)  # an error even where the data set needs no folder
+    names = [name.strip() for name in config.name.split("|")]
+    if not all(names):
+        raise UserError(f"--config.dataset.name={config.name!r}: name a data set, or several separated by |")
+    for name, following in itertools.pairwise(names):
+        try:
+            return _load(name, config)
+        except UnavailableError as error:
+            remedy = f"To have {name}: {error.remedy}"
+            print(f"WARNING: {name} {error.reason}: using {following} instead. {remedy}", file=sys.stderr)
+    return _load(names[-1], config)
+
+
+def _load(name: str, config: DatasetConfig) -> Dataset:
+    label_names, splits = embedded.digits() if name == "digits" else _load_tfds(name, config.data_dir)
+    if "test" not in splits and "validation" in splits:
+        splits["test"] = splits.pop("validation")
+    if missing := {"train", "test"} - splits.keys():
+        raise UserError(f"--config.dataset.name={name}: the set has no {min(missing)} split")
+    train, validation = splits["train"], splits.get("validation")
+    if config.validation_fraction:
+        train, validation = _hold_out(train, config.validation_fraction)
+    return Dataset(name, label_names, train, validation, splits["test"])
+
+
+def _load_tfds(name: str, data_dir: str) -> tuple[tuple[str, ...], dict[str, Arrays]]:
+    folder = tfds_sets.data_folder(data_dir)
+    path = tfds_sets.find(name, folder)
+    if path is None and prepare.is_preparable(name):
+        prepare.prepare(name, folder)
+        path = tfds_sets.find(name, folder)
+    if path is None:
+        raise _not_found(name, folder)
+    return tfds_sets.load(name, path)
+
+
+def _not_found(name: str, folder: Path) -> UserError:
+    known = [*tfds_sets.import_tfds().list_builders(with_community_datasets=False), "digits"]
+    if name.partition("/")[0] not in known:
+        near = difflib.get_close_matches(name, known)
+        meant = f"; did you mean {' or '.join(near)}?" if near else ""
+        return UserError(f"--config.dataset.name={name}: neither a TFDS data set, nor prepared in {folder}{meant}")
+    command = f"`tfds build {name} --file_format=array_record --data_dir={folder}`"
+    return UnavailableError(name, f"is not prepared in {folder}", f"prepare it by {command} (it needs TensorFlow)")
+
+
+def _hold_out(train: Arrays, fraction: float) -> tuple[Arrays, Arrays]:
+    """Splits train into (train, validation): examples by a fixed shuffle, a text by its end."""
+    count = len(next(iter(train.values())))
+    held_out = round(fraction * count)
+    if not 0 < held_out < count:
+        raise UserError(
+            f"--config.dataset.validation_fraction={fraction} leaves {count - held_out} examples to train on and "
+            f"{held_out} to validate on"
+        )
+    if "text" in train:
+        text = train["text"]
+        return {"text": text[:-held_out]}, {"text": text[-held_out:]}
+    order = np.random.default_rng(0).permutation(count)
+    parts = np.sort(order[held_out:]), np.sort(order[:held_out])
+    kept, taken = ({name: array[part] for name, array in train.items()} for part in parts)
+    return kept, taken

@@ -1,0 +1,22 @@
+"""Errors that a user can act on, and every exit code of every command.
+
+| code | meaning |
+| --- | --- |
+| 0 | done |
+| 1 | a defect: a traceback, please report it |
+| 2 | bad input: a flag, a data set, a folder; nothing was started |
+| 3 | the loss became NaN or infinite |
+| 130 | interrupted (SIGINT) |
+"""
+
+
+class UserError(Exception):
+    """Bad input. Its text is one line that says what was wrong and what to do; no traceback is shown."""
+
+    exit_code = 2
+
+
+class NonFiniteLossError(UserError):
+    """The training loss became NaN or infinite; the text names the step."""
+
+    exit_code = 3

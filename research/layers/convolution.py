@@ -1,0 +1,145 @@
+"""Convolution and bias whose gradients are fast inside compiled loops on the CPU.
+
+XLA:CPU hands a convolution to its fast kernels only if it is laid out NHWC x HWIO -> NHWC. It rewrites other layouts in
+the entry computation, never in a loop's body (https://github.com/jax-ml/jax/issues/12868), and the gradients that JAX
+derives have other layouts. So here both gradients are themselves NHWC x HWIO convolutions between explicit transposes.
+Elsewhere than on the CPU, JAX's own gradients are used: those compilers choose layouts by themselves.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Pads = tuple[tuple[int, int], tuple[int, int]]
+Pair = tuple[int, int]
+
+_LAYOUTS = ("NHWC", "HWIO", "NHWC")
+
+
+def conv2d(
+    x: jax.Array, kernel: jax.Array, *, strides: Sequence[int] = (1, 1), padding: str | Sequence[tuple[int, int]]
+) -> jax.Array:
+    """A two-dimensional convolution, equal to `lax.conv_general_dilated`.
+
+    Args:
+      x: float [b, h, w, in].
+      kernel: [kh, kw, in, out], of x's dtype.
+      strides: of the window, down and right.
+      padding: "SAME", "VALID" or ((top, bottom), (left, right)).
+
+    Returns:
+      [b, h', w', out], of x's dtype.
+    """
+    pads = (
+        lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding) if isinstance(padding, str) else padding
+    )
+    top_bottom, left_right = ((int(low), int(high)) for low, high in pads)
+    return _conv2d(x, kernel, (strides[0], strides[1]), (top_bottom, left_right))
+
+
+def conv_general_dilated(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    window_strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int] | None = None,
+    rhs_dilation: Sequence[int] | None = None,
+    dimension_numbers: Any = None,
+    **others: Any,
+) -> jax.Array:
+    """`lax.conv_general_dilated`, by `conv2d` where that can; made for `nnx.Conv(conv_general_dilated=...)`.
+
+    Args:
+      others: further arguments of `lax.conv_general_dilated`. Any that is set sends the call there, as dilation does.
+    """
+    plain = all(value is None or value == 1 for value in others.values())
+    dilated = any(d != 1 for d in (*(lhs_dilation or ()), *(rhs_dilation or ())))
+    if plain and not dilated and lhs.ndim == 4 and lhs.dtype == rhs.dtype:
+        canonical = lax.conv_dimension_numbers(lhs.shape, rhs.shape, _LAYOUTS)
+        if lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers) == canonical:
+            return conv2d(lhs, rhs, strides=window_strides, padding=padding)
+    return lax.conv_general_dilated(
+        lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, **others
+    )
+
+
+def _lax_conv(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Sequence[Pair], **dilation: Any) -> jax.Array:
+    return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=_LAYOUTS, **dilation)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _conv2d(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
+    return _lax_conv(x, kernel, strides, pads)
+
+
+def _forward(
+    x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _lax_conv(x, kernel, strides, pads), (x, kernel)
+
+
+def _backward(
+    strides: Pair, pads: Pads, residuals: tuple[jax.Array, jax.Array], dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    def canonical(x: jax.Array, kernel: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return _input_gradient(x, kernel, dy, strides, pads), _kernel_gradient(x, kernel, dy, strides, pads)
+
+    def derived(x: jax.Array, kernel: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jax.vjp(lambda x, kernel: _lax_conv(x, kernel, strides, pads), x, kernel)[1](dy)
+
+    # Decided when the program is lowered, so compiling for a TPU from a process that only has CPUs is right too.
+    return lax.platform_dependent(*residuals, dy, cpu=canonical, default=derived)
+
+
+_conv2d.defvjp(_forward, _backward)
+
+
+def _input_gradient(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
+    """dx[b, i, j, :]: the gradient, spread out by the strides, convolved with the mirrored kernel."""
+    backward_pads = []
+    for axis in (0, 1):
+        size, reach = kernel.shape[axis], (dy.shape[axis + 1] - 1) * strides[axis] + 1
+        low = size - 1 - pads[axis][0]
+        backward_pads.append((low, x.shape[axis + 1] + size - 1 - reach - low))
+    mirrored = kernel[::-1, ::-1].transpose(0, 1, 3, 2)
+    return _lax_conv(dy, mirrored, (1, 1), backward_pads, lhs_dilation=strides)
+
+
+def _kernel_gradient(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
+    """dk[i, j, :, :]: the input's channels as the batch, the batch as the channels, and the gradient as the kernel."""
+    backward_pads = []
+    for axis in (0, 1):
+        size, reach = kernel.shape[axis], (dy.shape[axis + 1] - 1) * strides[axis] + 1
+        low = pads[axis][0]
+        backward_pads.append((low, size - 1 + reach - x.shape[axis + 1] - low))
+    gradient = _lax_conv(x.transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3), (1, 1), backward_pads, rhs_dilation=strides)
+    return gradient.transpose(1, 2, 0, 3)
+
+
+@jax.custom_vjp
+def bias_add(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """x + bias, of x's dtype.
+
+    On the CPU the sum over batch and space in the bias's gradient is a matrix product, faster than a reduction.
+
+    Args:
+      x: float [..., features].
+      bias: [features], of x's dtype.
+    """
+    return x + bias
+
+
+def _bias_add_backward(_: None, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    rows = dy.reshape(-1, dy.shape[-1])
+
+    def product(rows: jax.Array) -> jax.Array:
+        return jnp.ones(len(rows), rows.dtype) @ rows
+
+    return dy, lax.platform_dependent(rows, cpu=product, default=lambda rows: rows.sum(0))
+
+
+bias_add.defvjp(lambda x, bias: (x + bias, None), _bias_add_backward)

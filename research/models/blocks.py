@@ -1,0 +1,101 @@
+"""The layers that the convolutional networks are made of, each built in its network's one style."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from research.layers.convolution import bias_add, conv_general_dilated
+
+GLOROT = nnx.initializers.glorot_uniform()
+HE = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al. 2015, equation 14
+LECUN_THIRD = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # PyTorch's default
+
+
+class Bias(nnx.Module):
+    """x + bias: what stands in the place of a normalisation where there is none."""
+
+    def __init__(self, features: int):
+        self.bias = nnx.Param(jnp.zeros(features))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return bias_add(x, self.bias[...].astype(x.dtype))
+
+
+class Norm(nnx.Module):
+    """A normalisation of the last axis's features: batch, layer, group (at most 32 groups), or none but a bias."""
+
+    def __init__(self, style: "Style", features: int):
+        options = {"use_scale": style.norm_scale, "epsilon": style.norm_epsilon, "dtype": style.dtype}
+        match style.norm:
+            case "batch":
+                self.layer = nnx.BatchNorm(features, momentum=style.norm_momentum, rngs=style.rngs, **options)
+            case "layer":
+                self.layer = nnx.LayerNorm(features, rngs=style.rngs, **options)
+            case "group":
+                self.layer = nnx.GroupNorm(features, num_groups=math.gcd(32, features), rngs=style.rngs, **options)
+            case _:
+                self.layer = Bias(features)
+
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        if isinstance(self.layer, nnx.BatchNorm):
+            return self.layer(x, use_running_average=not train)
+        return self.layer(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class Style:
+    """What all layers of one network have in common.
+
+    Attributes:
+      rngs: for initialisation.
+      dtype: of the computation; parameters are float32.
+      dropout_rate: of `dropout`.
+      norm: "none", "batch", "layer" or "group".
+      kernel_init, linear_init: of convolutions, of dense layers.
+      norm_scale: whether a normalisation scales (and not only shifts) what it has normalised.
+      norm_momentum: of batch norm's moving averages.
+      norm_epsilon: added to the variance.
+    """
+
+    rngs: nnx.Rngs
+    dtype: jax.typing.DTypeLike
+    dropout_rate: float
+    norm: str
+    kernel_init: nnx.Initializer
+    linear_init: nnx.Initializer
+    norm_scale: bool = True
+    norm_momentum: float = 0.9
+    norm_epsilon: float = 1e-5
+
+    def conv(
+        self, inputs: int, outputs: int, size: int = 3, *, stride: int = 1, padding: str | None = None
+    ) -> nnx.Conv:
+        """A convolution without bias; by default `size // 2` zeros are added on all sides, whatever the stride."""
+        return nnx.Conv(
+            inputs,
+            outputs,
+            (size, size),
+            stride,
+            padding=padding or size // 2,
+            use_bias=False,
+            dtype=self.dtype,
+            kernel_init=self.kernel_init,
+            conv_general_dilated=conv_general_dilated,
+            rngs=self.rngs,
+        )
+
+    def linear(self, inputs: int, outputs: int, *, use_bias: bool = True) -> nnx.Linear:
+        """A dense layer."""
+        options = {"use_bias": use_bias, "dtype": self.dtype, "kernel_init": self.linear_init}
+        return nnx.Linear(inputs, outputs, rngs=self.rngs, **options)
+
+    def normalization(self, features: int) -> Norm:
+        """The network's normalisation."""
+        return Norm(self, features)
+
+    def dropout(self) -> nnx.Dropout:
+        """Dropout that is given its key at each call: no random state is stored."""
+        return nnx.Dropout(self.dropout_rate)

@@ -1,0 +1,98 @@
+"""The device mesh, and the rules that say how arrays lie on it.
+
+Axes: `data` splits the batch, `fsdp` splits the batch and the parameters, `model` splits a layer's output features.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from research.config import Config, MeshConfig
+from research.errors import UserError
+
+AXES = ("data", "fsdp", "model")
+BATCH_AXES = ("data", "fsdp")
+
+
+def mesh_shape(config: MeshConfig, device_count: int) -> tuple[int, int, int]:
+    """The mesh's sizes along `AXES`, with -1 replaced by the devices that the other axes leave.
+
+    Raises:
+      UserError: the sizes do not multiply to `device_count`, are 0, or more than one is -1.
+    """
+    sizes = (config.data, config.fsdp, config.model)
+    flags = " ".join(f"--config.mesh.{axis}={size}" for axis, size in zip(AXES, sizes))
+    fixed = math.prod(size for size in sizes if size != -1)
+    if 0 in sizes or sizes.count(-1) > 1:
+        raise UserError(f"{flags}: each axis needs at least 1 device, and only one axis may be -1")
+    if device_count % fixed or (-1 not in sizes and fixed != device_count):
+        raise UserError(f"{flags}: the sizes must multiply to the {device_count} devices here; let one axis be -1")
+    data, fsdp, model = (device_count // fixed if size == -1 else size for size in sizes)
+    return data, fsdp, model
+
+
+def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh over `devices` (default: all); checks that it can share the batch.
+
+    Raises:
+      UserError: the mesh does not fit the devices, or a (micro)batch cannot be split evenly over them.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = mesh_shape(config.mesh, len(devices))
+    shards = shape[0] * shape[1]
+    for name in ("batch_size", "microbatch_size"):
+        size = getattr(config, name)
+        if size % shards:
+            raise UserError(
+                f"--config.{name}={size} cannot be split evenly over {shards} devices: use a multiple of {shards}"
+            )
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh, axis: int) -> NamedSharding:
+    """Arrays whose axis number `axis` counts examples: split over `data` and `fsdp`."""
+    return NamedSharding(mesh, P(*[None] * axis, BATCH_AXES))
+
+
+def partition_spec(shape: tuple[int, ...], mesh: Mesh) -> P:
+    """Where a parameter, or an optimiser's copy of it, is split.
+
+    The last axis (a layer's output features) goes over `model`; the largest other axis over `fsdp`. An axis that does
+    not divide evenly stays whole.
+    """
+    spec: list[str | None] = [None] * len(shape)
+    if shape and mesh.shape["model"] > 1 and shape[-1] % mesh.shape["model"] == 0:
+        spec[-1] = "model"
+    free = [i for i, size in enumerate(shape) if spec[i] is None and size % mesh.shape["fsdp"] == 0]
+    if free and mesh.shape["fsdp"] > 1:
+        spec[max(free, key=lambda i: shape[i])] = "fsdp"
+    return P(*spec)
+
+
+def tree_shardings(tree: Any, mesh: Mesh) -> Any:
+    """The sharding of every leaf of a tree of arrays or `jax.ShapeDtypeStruct`s, by `partition_spec`."""
+    return jax.tree.map(lambda leaf: NamedSharding(mesh, partition_spec(leaf.shape, mesh)), tree)
+
+
+def gather(params: Any, mesh: Mesh) -> Any:
+    """The parameters whole along `fsdp`, as a layer needs them: inside jit, an all-gather.
+
+    It is asked for, not left to the compiler. That is what fully sharded data parallelism means (Zhao et al. 2023,
+    arXiv 2304.11277), and the partitioner of jaxlib 0.10.2 on the CPU gets a matrix product's gradient wrong, without
+    a word, where the batch lies over (data, fsdp) and the kernel over (fsdp, model).
+    """
+
+    def whole(leaf: jax.Array) -> jax.Array:
+        spec = (None if axis == "fsdp" else axis for axis in partition_spec(leaf.shape, mesh))
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, P(*spec)))
+
+    return params if mesh.shape["fsdp"] == 1 else jax.tree.map(whole, params)

@@ -1,0 +1,74 @@
+"""The training state: one pytree, created already sharded."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from research import sharding
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that training changes.
+
+    Attributes:
+      step: int32 scalar, the number of updates made.
+      params: trained arrays, float32.
+      model_state: the model's other arrays (batch statistics, frozen kernels).
+      opt_state: the optimiser's state; the hyperparameters that a sweep varies are in it.
+      ema_params: the parameters' moving average, or None.
+    """
+
+    step: jax.Array
+    params: Any
+    model_state: Any
+    opt_state: Any
+    ema_params: Any
+
+    @property
+    def eval_params(self) -> Any:
+        """The parameters that evaluation uses."""
+        return self.params if self.ema_params is None else self.ema_params
+
+
+def create_state(
+    create_model: Callable[[nnx.Rngs], nnx.Module],
+    tx: optax.GradientTransformation,
+    *,
+    seed: int,
+    with_ema: bool,
+    mesh: jax.sharding.Mesh,
+) -> tuple[nnx.GraphDef, TrainState]:
+    """Builds the model and its optimiser's state on the mesh.
+
+    No device ever holds an array whole that the mesh splits: shapes are traced first, their shardings follow from the
+    rules, and the initialisation is jitted with them.
+
+    Returns:
+      The model's static part (`nnx.merge` makes a module of it), and the state.
+    """
+    graphdef = nnx.split(nnx.eval_shape(lambda: create_model(nnx.Rngs(seed))))[0]
+
+    def init(key: jax.Array) -> TrainState:
+        _, params, model_state = nnx.split(create_model(nnx.Rngs(key)), nnx.Param, ...)
+        # A copy: state is donated, and two leaves of it must not share a buffer.
+        ema_params = jax.tree.map(jnp.copy, params) if with_ema else None
+        return TrainState(jnp.int32(0), params, model_state, tx.init(params), ema_params)
+
+    key = jax.random.key(seed)
+    shardings = sharding.tree_shardings(jax.eval_shape(init, key), mesh)
+    # Random numbers take XLA:CPU's optimiser long to compile (seconds) for a program that runs once.
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    options = {"xla_backend_optimization_level": 0} if on_cpu else None
+    return graphdef, jax.jit(init, out_shardings=shardings, compiler_options=options)(key)
+
+
+def num_params(state: TrainState) -> int:
+    """The number of trained scalars."""
+    return sum(leaf.size for leaf in jax.tree.leaves(state.params))

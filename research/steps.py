@@ -1,0 +1,150 @@
+"""The train step and the evaluation step: two pure functions, and how they are jitted.
+
+    train_steps: (state, data, inputs, num_steps, seed) -> (state, metrics of every step)
+    eval_steps:  (params, model_state, data, inputs)    -> sums of the metrics over the unmasked examples
+
+`data` is the device-resident data set ({} where it streams); `inputs` say which examples a step takes, or carry them.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from research import optimizers, sharding
+from research.state import TrainState
+from research.tasks import Batch, Metrics, Task
+
+
+def fetch(data: Batch, inputs: Batch) -> Batch:
+    """The batch that `inputs` ({"index": int32 [b], ...}) name: resident examples are gathered on the device."""
+    return {**inputs, **{name: array[inputs["index"]] for name, array in data.items()}}
+
+
+class Steps:
+    """The jitted steps of one task on one mesh.
+
+    Args:
+      task: what is learned.
+      graphdef: the model's static part.
+      tx: the optimiser.
+      ema_decay: decay of the parameters' moving average; only read where the state has one.
+      mesh: the devices.
+    """
+
+    def __init__(
+        self, task: Task, graphdef: nnx.GraphDef, tx: optax.GradientTransformation, ema_decay: float, mesh: Mesh
+    ):
+        self._task = task
+        self._graphdef = graphdef
+        self._tx = tx
+        self._ema_decay = ema_decay
+        self._mesh = mesh
+
+    def _loss(self, params: Any, model_state: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
+        model = nnx.merge(self._graphdef, sharding.gather(params, self._mesh), model_state, copy=True)
+        metrics = jax.tree.map(jnp.mean, self._task.evaluate(model, batch, key=key, train=True))
+        return metrics["loss"], (nnx.split(model, nnx.Param, ...)[2], metrics)
+
+    def _gradients(self, state: TrainState, data: Batch, inputs: Batch, key: jax.Array) -> tuple[Any, Any, Metrics]:
+        """Mean gradient and metrics over the microbatches, which are the leading axis of `inputs` ([m, b])."""
+
+        def one(model_state: Any, batch_inputs: Batch, key: jax.Array) -> tuple[Any, Any, Metrics]:
+            gradient = jax.grad(self._loss, has_aux=True)
+            grads, (model_state, metrics) = gradient(state.params, model_state, fetch(data, batch_inputs), key)
+            return model_state, grads, metrics
+
+        count = inputs["index"].shape[0]
+        first = jax.tree.map(lambda x: x[0], inputs)
+        if count == 1:
+            return one(state.model_state, first, key)
+
+        def accumulate(carry: Any, xs: Any) -> tuple[Any, None]:
+            model_state, *sums = carry
+            number, batch_inputs = xs
+            model_state, *values = one(model_state, batch_inputs, jax.random.fold_in(key, number))
+            return (model_state, *jax.tree.map(jnp.add, sums, values)), None
+
+        shapes = jax.eval_shape(one, state.model_state, first, key)[1:]
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        (model_state, *sums), _ = jax.lax.scan(accumulate, (state.model_state, *zeros), (jnp.arange(count), inputs))
+        grads, metrics = jax.tree.map(lambda x: x / count, sums)
+        return model_state, grads, metrics
+
+    def train_step(self, state: TrainState, data: Batch, inputs: Batch, seed: jax.Array) -> tuple[TrainState, Metrics]:
+        """One update. `inputs` has leaves [m, b, ...]: m microbatches of b examples; metrics are float32 scalars."""
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        model_state, grads, metrics = self._gradients(state, data, inputs, key)
+        updates, opt_state = self._tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema_params = state.ema_params
+        if ema_params is not None:
+            ema_params = optimizers.update_ema(ema_params, params, self._ema_decay, state.step)
+        metrics = {**metrics, "grad_norm": optax.tree.norm(grads)}
+        return TrainState(state.step + 1, params, model_state, opt_state, ema_params), metrics
+
+    def train_steps(
+        self, state: TrainState, data: Batch, inputs: Batch, num_steps: jax.Array, seed: jax.Array
+    ) -> tuple[TrainState, Metrics]:
+        """`num_steps` updates in one program; `inputs` has leaves [k, m, b, ...] with k >= num_steps.
+
+        The number of steps is an input, so one compilation serves the short dispatch at an epoch's end too.
+
+        Returns:
+          The state, and every metric as float32 [k], of which the first `num_steps` are set.
+        """
+
+        def at(i: jax.Array | int) -> Batch:
+            return jax.tree.map(lambda x: x[i], inputs)
+
+        def body(i: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
+            state, history = carry
+            state, metrics = self.train_step(state, data, at(i), seed)
+            return state, jax.tree.map(lambda h, m: h.at[i].set(m), history, metrics)
+
+        _, metrics = jax.eval_shape(self.train_step, state, data, at(0), seed)
+        capacity = inputs["index"].shape[0]
+        history = jax.tree.map(lambda m: jnp.zeros((capacity, *m.shape), m.dtype), metrics)
+        return jax.lax.fori_loop(0, num_steps, body, (state, history))
+
+    def eval_steps(self, params: Any, model_state: Any, data: Batch, inputs: Batch) -> Metrics:
+        """Sums over batches; `inputs` has leaves [k, b, ...] and a "mask" [k, b] that is 0 for padding."""
+
+        params = sharding.gather(params, self._mesh)
+
+        def body(sums: Metrics, batch_inputs: Batch) -> tuple[Metrics, None]:
+            return jax.tree.map(jnp.add, sums, one(batch_inputs)), None
+
+        def one(batch_inputs: Batch) -> Metrics:
+            model = nnx.merge(self._graphdef, params, model_state, copy=True)
+            values = self._task.evaluate(model, fetch(data, batch_inputs), key=jax.random.key(0), train=False)
+            mask = batch_inputs["mask"]
+            return {"count": mask.sum(), **{name: (value * mask).sum() for name, value in values.items()}}
+
+        shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], inputs))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return jax.lax.scan(body, zeros, inputs)[0]
+
+    def jit_train(self, state: TrainState) -> Any:
+        """`train_steps` jitted with its shardings; the state's buffers are donated."""
+        whole = sharding.replicated(self._mesh)
+        state_shardings = jax.tree.map(lambda x: x.sharding, state)
+        return jax.jit(
+            self.train_steps,
+            in_shardings=(state_shardings, whole, sharding.batch_sharding(self._mesh, 2), whole, whole),
+            out_shardings=(state_shardings, whole),
+            donate_argnums=0,
+        )
+
+    def jit_eval(self, state: TrainState) -> Any:
+        """`eval_steps` jitted with its shardings."""
+        whole = sharding.replicated(self._mesh)
+        shardings = jax.tree.map(lambda x: x.sharding, (state.eval_params, state.model_state))
+        return jax.jit(
+            self.eval_steps,
+            in_shardings=(*shardings, whole, sharding.batch_sharding(self._mesh, 1)),
+            out_shardings=whole,
+        )

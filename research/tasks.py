@@ -1,0 +1,75 @@
+"""What is learned: how a batch becomes per-example losses and metrics."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from research.config import AugmentConfig
+from research.data import images
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+class Task(Protocol):
+    """What the steps ask of a task."""
+
+    def create_model(self, rngs: nnx.Rngs) -> nnx.Module:
+        """Builds the network with its initial parameters."""
+        ...
+
+    def evaluate(self, model: nnx.Module, batch: Batch, *, key: jax.Array, train: bool) -> Metrics:
+        """The values of every example, each float32 [b]. Training minimises the mean of "loss"."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification:
+    """Images to classes by softmax cross-entropy.
+
+    Attributes:
+      network: builds the network from its rngs; `network(images, train=..., key=...)` gives logits [b, classes].
+      mean, std: the training set's statistics a channel, for values in 0..1.
+      augment: random changes to training images.
+      label_smoothing: part of the target spread evenly over all classes in training (Szegedy et al. 2016, section 7).
+      mirror: whether evaluation takes the mean of the logits of an image and of its mirror image.
+    """
+
+    network: Callable[[nnx.Rngs], nnx.Module]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
+    label_smoothing: float = 0.0
+    mirror: bool = False
+
+    def create_model(self, rngs: nnx.Rngs) -> nnx.Module:
+        """Builds the network with its initial parameters."""
+        return self.network(rngs)
+
+    def evaluate(self, model: nnx.Module, batch: Batch, *, key: jax.Array, train: bool) -> Metrics:
+        """Cross-entropy in nats and accuracy of every example; only training augments and smooths.
+
+        Args:
+          model: the network.
+          batch: "image" uint8 [b, h, w, c], "label" int [b], and in training "index" and "epoch" int32 [b].
+          key: for augmentation and dropout.
+          train: whether this is training.
+        """
+        inputs = images.normalize(batch["image"], self.mean, self.std)
+        if train:
+            augment_key, key = jax.random.split(key)
+            inputs = images.augment(inputs, augment_key, self.augment, index=batch["index"], epoch=batch["epoch"])
+        logits = model(inputs, train=train, key=key)  # pyright: ignore[reportCallIssue]
+        if self.mirror and not train:
+            logits = (logits + model(inputs[:, :, ::-1], train=False)) / 2  # pyright: ignore[reportCallIssue]
+        labels = batch["label"]
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        if train:
+            uniform = -jax.nn.log_softmax(logits).mean(-1)
+            loss = (1 - self.label_smoothing) * loss + self.label_smoothing * uniform
+        return {"loss": loss, "accuracy": (logits.argmax(-1) == labels).astype(jnp.float32)}

@@ -1,0 +1,140 @@
+"""Which examples a step takes: each once an epoch, for any batch size, mesh and number of processes."""
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from research import sharding
+from research.config import Config, DatasetConfig
+from research.data import pipeline
+from research.errors import UserError
+
+
+def _arrays(count):
+    rng = np.random.default_rng(0)
+    return {"image": rng.integers(0, 256, (count, 2, 2, 1), np.uint8), "label": np.arange(count, dtype=np.int32)}
+
+
+def _mesh(config=None, devices=1):
+    return sharding.make_mesh(config or Config(batch_size=8), jax.devices()[:devices])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32), count=st.integers(1, 40), batch_size=st.integers(1, 40), num_epochs=st.integers(1, 4)
+)
+def test_each_example_once_an_epoch(seed, count, batch_size, num_epochs):
+    batch_size = min(batch_size, count)
+    steps = pipeline.epoch_ends(count, batch_size, num_epochs)[-1]
+    taken = [pipeline.example_numbers(seed, count, s * batch_size, (s + 1) * batch_size) for s in range(steps)]
+    numbers, epochs = (np.concatenate(part) for part in zip(*taken))
+    assert len(numbers) > num_epochs * count - batch_size  # no more than a part of a batch is left
+    for epoch in range(num_epochs):
+        seen = np.sort(numbers[epochs == epoch])
+        if epoch < num_epochs - 1:
+            np.testing.assert_array_equal(seen, np.arange(count))
+        assert len(np.unique(seen)) == len(seen)
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    orders = [pipeline.example_numbers(seed, 50, e * 50, (e + 1) * 50)[0] for seed in (0, 1) for e in (0, 1)]
+    assert len({tuple(order) for order in orders}) == 4
+    np.testing.assert_array_equal(orders[1], pipeline.example_numbers(0, 50, 0, 100)[0][50:])
+
+
+def test_a_batch_larger_than_the_set_is_an_error():
+    with pytest.raises(UserError, match="batch_size=51 is larger"):
+        pipeline.epoch_ends(50, 51, 3)
+
+
+@pytest.mark.parametrize(("limit", "resident"), [(0.0, False), (1000 / 2**30, True), (999 / 2**30, False)])
+def test_what_fits_is_resident(limit, resident):
+    config = Config(dataset=DatasetConfig(max_device_gib=limit))
+    split = {"image": np.zeros((100, 5), np.uint8)}
+    assert pipeline.is_resident(config, split, split, None) is resident
+
+
+def _examples(batches, inputs):
+    """The examples that the inputs name or carry, in order of the steps."""
+    data = {name: np.asarray(x) for name, x in batches.data.items()}
+    named = {name: array[np.asarray(inputs["index"])] for name, array in data.items()}
+    return {name: np.asarray(x) for name, x in {**inputs, **named}.items()}
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("microbatch_size", [0, 4])
+def test_streaming_and_residency_give_the_same_batches(devices, microbatch_size):
+    config = Config(batch_size=8, microbatch_size=microbatch_size, seed=3)
+    mesh = _mesh(config, devices)
+    arrays = _arrays(21)
+    both = [pipeline.TrainBatches(arrays, config, mesh, resident=r, capacity=3) for r in (True, False)]
+    assert set(both[0].data) == {"image", "label"}
+    assert not both[1].data
+    for number, count in enumerate((3, 1, 2)):
+        resident, streamed = (_examples(batches, batches.take(count)) for batches in both)
+        size = microbatch_size or 8
+        assert resident["index"].shape == (3, 8 // size, size)
+        for name in ("index", "epoch", "image", "label"):
+            np.testing.assert_array_equal(resident[name][:count], streamed[name][:count])
+        start = 8 * (0, 3, 4)[number]
+        expected = pipeline.example_numbers(3, 21, start, start + 8 * count)[0]
+        np.testing.assert_array_equal(resident["index"][:count].ravel(), expected)
+        np.testing.assert_array_equal(resident["label"][:count].ravel(), expected)
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_a_later_start_takes_what_an_earlier_one_comes_to(resident):
+    config, mesh, arrays = Config(batch_size=8), _mesh(), _arrays(21)
+    whole = pipeline.TrainBatches(arrays, config, mesh, resident=resident, capacity=1)
+    for _ in range(5):
+        whole.take(1)
+    late = pipeline.TrainBatches(arrays, config, mesh, resident=resident, capacity=1, start=5)
+    np.testing.assert_array_equal(whole.take(1)["index"], late.take(1)["index"])
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("resident", [True, False])
+@pytest.mark.parametrize(("count", "batch_size"), [(21, 8), (16, 8), (3, 8), (21, 20), (1, 4)])
+def test_evaluation_counts_each_example_once(count, batch_size, resident, devices):
+    config = Config(batch_size=batch_size)
+    batches = pipeline.EvalBatches(_arrays(count), config, _mesh(config, devices), resident=resident)
+    labels, masks = [], []
+    shapes = set()
+    for inputs in batches:
+        examples = _examples(batches, inputs)
+        labels.append(examples["label"].ravel())
+        masks.append(examples["mask"].ravel())
+        shapes.add(examples["label"].shape)
+    assert len(shapes) == 1  # one compilation serves all
+    label, mask = np.concatenate(labels), np.concatenate(masks)
+    np.testing.assert_array_equal(label[mask == 1], np.arange(count))
+    assert mask.sum() == count
+
+
+@pytest.mark.parametrize(("processes", "per_process"), [(2, 4), (4, 2), (8, 1)])
+@pytest.mark.parametrize("resident", [True, False])
+def test_the_processes_together_take_each_example_once(processes, per_process, resident, monkeypatch):
+    """Each process is played in turn: it holds only its devices, and hands over only its part of a batch."""
+    config = Config(batch_size=16, microbatch_size=8)
+    mesh = _mesh(config, 8)
+    own_part = {}
+
+    def addressable(process):
+        def indices(self, shape):
+            devices = mesh.devices.flat[process * per_process : (process + 1) * per_process]
+            return {d: i for d, i in self.devices_indices_map(shape).items() if d in devices}
+
+        return indices
+
+    for process in range(processes):
+        with monkeypatch.context() as patch:
+            patch.setattr(jax.sharding.NamedSharding, "addressable_devices_indices_map", addressable(process))
+            batches = pipeline.TrainBatches(_arrays(40), config, mesh, resident=resident, capacity=1)
+            own_part[process] = batches.step_inputs(1)
+    joined = np.concatenate([own_part[p]["index"] for p in range(processes)], axis=1)
+    expected = pipeline.example_numbers(0, 40, 16, 32)[0].reshape(2, 8)
+    np.testing.assert_array_equal(joined, expected)
+    if not resident:
+        np.testing.assert_array_equal(np.concatenate([own_part[p]["label"] for p in range(processes)], 1), expected)

@@ -1,0 +1,126 @@
+"""The convolution and its gradients are those of `lax`, in every form that the networks use."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import lax
+
+from research.layers.convolution import bias_add, conv2d, conv_general_dilated
+
+LAYOUTS = ("NHWC", "HWIO", "NHWC")
+
+
+def _random(seed: int, *shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def _value_and_gradients(function, x, kernel):
+    @jax.jit  # one compilation instead of one an operation
+    def run(x, kernel):
+        y, vjp = jax.vjp(function, x, kernel)
+        return y, *vjp(jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))
+
+    return run(x, kernel)
+
+
+def _agree(ours, theirs, tolerance):
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.dtype == other.dtype
+        scale = float(jnp.abs(other).max()) or 1.0
+        np.testing.assert_allclose(np.float32(one) / scale, np.float32(other) / scale, atol=tolerance)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    size=st.tuples(st.integers(3, 9), st.integers(3, 9)),
+    features=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    window=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    strides=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    padding=st.sampled_from(["SAME", "VALID", ((1, 1), (1, 1)), ((0, 2), (1, 0))]),
+)
+def test_value_and_gradients_are_those_of_lax(size, features, window, strides, padding):
+    x, kernel = _random(0, 2, *size, features[0]), _random(1, *window, *features)
+    ours = _value_and_gradients(lambda x, k: conv2d(x, k, strides=strides, padding=padding), x, kernel)
+    theirs = _value_and_gradients(
+        lambda x, k: lax.conv_general_dilated(x, k, strides, padding, dimension_numbers=LAYOUTS), x, kernel
+    )
+    _agree(ours, theirs, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "side", "strides", "padding"),
+    [
+        (3, 32, 32, (1, 1), "VALID"),
+        (32, 64, 15, (1, 1), "VALID"),
+        (64, 64, 6, (1, 1), "VALID"),
+        (24, 32, 31, (1, 1), ((1, 1), (1, 1))),
+        (64, 128, 16, (2, 2), ((1, 1), (1, 1))),
+        (64, 128, 7, (2, 2), ((1, 1), (1, 1))),
+    ],
+)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 1e-2)])
+def test_the_networks_forms_are_those_of_lax(inputs, outputs, side, strides, padding, dtype, tolerance):
+    x = _random(0, 2, side, side, inputs).astype(dtype)
+    kernel = _random(1, 3, 3, inputs, outputs).astype(dtype)
+    ours = _value_and_gradients(lambda x, k: conv2d(x, k, strides=strides, padding=padding), x, kernel)
+    theirs = _value_and_gradients(
+        lambda x, k: lax.conv_general_dilated(x, k, strides, padding, dimension_numbers=LAYOUTS), x, kernel
+    )
+    _agree(ours, theirs, tolerance)
+
+
+def test_gradients_in_a_loop_are_canonical_convolutions():
+    """What makes them fast on the CPU: every convolution of a scan's body is NHWC x HWIO."""
+    kernel = _random(1, 3, 3, 4, 8)
+
+    def loss(kernel, x):
+        return jnp.square(conv2d(x, kernel, padding="SAME")).sum()
+
+    def body(kernel, x):
+        return kernel - jax.grad(loss)(kernel, x), None
+
+    text = jax.jit(lambda k, xs: lax.scan(body, k, xs)[0]).lower(kernel, _random(0, 3, 2, 8, 8, 4)).as_text()
+    convolutions = [line for line in text.splitlines() if "stablehlo.convolution" in line]
+    assert convolutions
+    assert all("[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]" in line for line in convolutions)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rhs_dilation": (2, 2)},
+        {"lhs_dilation": (2, 2)},
+        {"feature_group_count": 2},
+        {"dimension_numbers": ("NCHW", "OIHW", "NCHW")},
+    ],
+)
+def test_other_convolutions_go_to_lax(options):
+    x, kernel = _random(0, 2, 8, 8, 4), _random(1, 3, 3, 4 // options.get("feature_group_count", 1), 6)
+    if layouts := options.get("dimension_numbers"):
+        x, kernel = x.transpose(0, 3, 1, 2), kernel.transpose(3, 2, 0, 1)
+    options = {"dimension_numbers": layouts or LAYOUTS, **options}
+    pads = ((1, 1), (1, 1))
+    ours = conv_general_dilated(x, kernel, (1, 1), pads, **options)
+    np.testing.assert_array_equal(ours, lax.conv_general_dilated(x, kernel, (1, 1), pads, **options))
+
+
+def test_it_serves_nnx_conv():
+    plain = nnx.Conv(3, 5, (3, 3), strides=2, rngs=nnx.Rngs(0))
+    fast = nnx.Conv(3, 5, (3, 3), strides=2, conv_general_dilated=conv_general_dilated, rngs=nnx.Rngs(0))
+    x = _random(0, 2, 9, 9, 3)
+    np.testing.assert_allclose(fast(x), plain(x), atol=1e-6)
+    assert "custom_vjp" in str(jax.make_jaxpr(fast)(x))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_bias_add(dtype):
+    x, bias = _random(0, 2, 3, 5, 7).astype(dtype), _random(1, 7).astype(dtype)
+    _agree(
+        _value_and_gradients(bias_add, x, bias),
+        _value_and_gradients(jnp.add, x, bias),
+        1e-5 if dtype == jnp.float32 else 2e-2,
+    )

@@ -1,0 +1,216 @@
+"""The networks have the published shapes, and every field of their config does what it says."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from research.config import CNNConfig
+from research.errors import UserError
+from research.models import cnn
+
+CIFAR = (32, 32, 3)
+
+
+def _config(**fields) -> CNNConfig:
+    config = CNNConfig(**fields)
+    cnn.resolve(config, CIFAR)
+    return config
+
+
+def _create(config: CNNConfig, image_shape=CIFAR, seed=0) -> nnx.Module:
+    channels = image_shape[-1]
+    whitening = np.random.default_rng(0).standard_normal((2, 2, channels, 8 * channels)).astype(np.float32)
+
+    return cnn.create(config, image_shape=image_shape, num_classes=10, rngs=nnx.Rngs(seed), whitening=whitening)
+
+
+def _filled(config: CNNConfig) -> nnx.Module:
+    """A network whose kernels NumPy drew (compiling the initialisation takes longer than all else here)."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: _create(config)))
+    rng = np.random.default_rng(0)
+
+    def fill(path, leaf):
+        if leaf.ndim > 1:
+            return jnp.asarray(rng.standard_normal(leaf.shape) / np.sqrt(leaf.size / leaf.shape[-1]), leaf.dtype)
+        return jnp.full(leaf.shape, "scale" in str(path) or "var" in str(path), leaf.dtype)
+
+    return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(fill, state))
+
+
+def _apply(model: nnx.Module, x: jax.Array, *, train: bool, key: jax.Array | None = None) -> jax.Array:
+    """The model's output, compiled as one program; training updates the model's statistics in place."""
+    graphdef, state = nnx.split(model)
+    logits, after = _call(graphdef, state, x, key, train)
+    nnx.update(model, after)
+    return logits
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _call(graphdef, state, x, key, train):
+    model = nnx.merge(graphdef, state, copy=True)
+    return model(x, train=train, key=key), nnx.state(model)
+
+
+@functools.cache
+def _images(*shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(1).standard_normal(shape), jnp.float32)
+
+
+def _num_params(config: CNNConfig) -> int:
+    params = nnx.state(nnx.eval_shape(lambda: _create(config)), nnx.Param)
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _simple_params(w: int) -> int:
+    convolutions = (9 * 3 + 1) * w + (9 * w + 1) * 2 * w + (9 * 2 * w + 1) * 2 * w
+    return convolutions + (16 * 2 * w + 1) * 2 * w + (2 * w + 1) * 10
+
+
+def _airbench_params(w: int) -> int:
+    convolutions = 9 * (24 * w + w * w + w * 4 * w + 3 * 16 * w * w)
+    return 24 + convolutions + 2 * (w + 4 * w + 4 * w) + 4 * w * 10  # a bias a channel: in whitening and in norms
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"name": "simple"}, 122_570),  # Keras's summary() of the paper's program
+        ({"name": "simple", "width": 48}, _simple_params(48)),
+        ({"name": "resnet"}, 11_173_962),  # kuangliu/pytorch-cifar's ResNet18
+        ({"name": "resnet", "depth": 34}, 21_282_122),  # and ResNet34
+        ({"name": "wide_resnet"}, 36_479_194),  # Zagoruyko & Komodakis 2016, table 5: 36.5M
+        ({"name": "wide_resnet", "depth": 16, "width": 8}, 10_961_370),  # and 11.0M
+        ({"name": "airbench"}, _airbench_params(64)),
+        ({"name": "airbench", "width": 32}, _airbench_params(32)),
+    ],
+)
+def test_parameter_counts(fields, expected):
+    assert _num_params(_config(**fields)) == expected
+
+
+@pytest.mark.parametrize("name", ["simple", "resnet", "wide_resnet", "airbench"])
+@pytest.mark.parametrize("norm", ["", "none", "batch", "layer", "group"])
+@pytest.mark.parametrize(("image_shape", "dtype"), [((32, 32, 3), "bfloat16"), ((28, 28, 1), "float32")])
+def test_every_network_and_norm_gives_float32_logits(name, norm, image_shape, dtype):
+    config = _config(name=name, norm=norm, dtype=dtype, dropout=0.1)
+
+    def logits(key):
+        return _create(config, image_shape)(jnp.zeros((4, *image_shape)), train=True, key=key)
+
+    shape = jax.eval_shape(logits, jax.random.key(0))
+    assert shape.shape == (4, 10)
+    assert shape.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("name", ["simple", "resnet", "wide_resnet", "airbench"])
+def test_dropout_acts_in_training_only_and_stores_no_random_state(name):
+    small = {"simple": 4, "resnet": 4, "wide_resnet": 1, "airbench": 4}
+    depth = 10 if name == "wide_resnet" else 0
+    model = _filled(_config(name=name, dropout=0.5, norm="layer", width=small[name], depth=depth))
+    x = _images(4, *CIFAR)
+    evaluation = _apply(model, x, train=False, key=jax.random.key(0))
+    np.testing.assert_array_equal(evaluation, _apply(model, x, train=False))
+    one, other = (_apply(model, x, train=True, key=jax.random.key(seed)) for seed in (1, 2))
+    assert not np.allclose(one, other)
+    assert not np.allclose(one, evaluation)
+    assert not jax.tree.leaves(nnx.state(model, nnx.RngState))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("width", 8), ("pool", "average"), ("norm", "layer"), ("dtype", "bfloat16"), ("dropout", 0.5)],
+)
+def test_each_field_changes_the_output(field, value):
+    plain, changed = (
+        _apply(_filled(_config(**{"width": 4, **fields})), _images(2, *CIFAR), train=True, key=jax.random.key(0))
+        for fields in ({}, {field: value})
+    )
+    assert np.abs(plain - changed).max() > 1e-4
+
+
+def test_the_simple_network_is_the_papers():
+    """Against the same network in plain lax: pooling after ReLU, with the bias before it."""
+    model = _filled(_config(width=4))
+    for norm in model.norms:
+        norm.layer.bias[...] = jax.random.normal(jax.random.key(5), norm.layer.bias.shape)
+    x = _images(3, *CIFAR)
+    expected = x
+    for i, (conv, norm) in enumerate(zip(model.convs, model.norms)):
+        expected = jax.lax.conv_general_dilated(
+            expected, conv.kernel[...], (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        expected = jax.nn.relu(expected + norm.layer.bias[...])
+        if i < 2:
+            expected = nnx.max_pool(expected, (2, 2), (2, 2))
+    hidden = jax.nn.relu(expected.reshape(3, -1) @ model.hidden.kernel[...] + model.hidden.bias[...])
+    expected = hidden @ model.logits.kernel[...] + model.logits.bias[...]
+    np.testing.assert_allclose(_apply(model, x, train=False), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["resnet", "airbench"])
+def test_batch_norm_learns_its_statistics_in_training_only(name):
+    model = _filled(_config(name=name, width=4))
+
+    def statistics(train):
+        _apply(model, _images(4, *CIFAR), train=train, key=jax.random.key(0))
+        return [np.array(leaf) for leaf in jax.tree.leaves(nnx.state(model, nnx.BatchStat))]
+
+    before, after = statistics(train=False), statistics(train=True)
+    assert all(np.isin(leaf, (0, 1)).all() for leaf in before)  # as initialised
+    assert not any(np.allclose(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_whitening_makes_patches_white():
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal((50, 33, 33, 3)).astype(np.float32)
+    images = noise[:, 1:, 1:] + noise[:, :-1, 1:] + 0.5 * noise[:, 1:, :-1]  # neighbours are correlated
+    kernel = cnn.whitening_kernel(images, epsilon=0.0)
+    assert kernel.shape == (2, 2, 3, 24)
+    np.testing.assert_array_equal(kernel[..., 12:], -kernel[..., :12])
+    out = jax.lax.conv_general_dilated(images, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    rows = np.float64(out[..., :12].reshape(-1, 12))
+    np.testing.assert_allclose(rows.T @ rows / len(rows), np.eye(12), atol=1e-3)
+
+
+def test_airbench_is_initialised_as_published():
+    model = _create(_config(name="airbench", width=32))
+    for conv in model.convs:
+        kernel = np.asarray(conv.kernel[...])
+        inputs, outputs = kernel.shape[2:]
+        same = min(inputs, outputs)
+        np.testing.assert_array_equal(kernel[1, 1, :, :same], np.eye(inputs, same))
+        assert np.abs(kernel[..., :same]).sum() == same
+        if outputs > same:
+            bound = 1 / np.sqrt(9 * inputs)  # PyTorch's default for a convolution
+            assert 0.9 * bound < np.abs(kernel[..., same:]).max() <= bound
+    frozen = nnx.state(model, cnn.Frozen)
+    assert len(jax.tree.leaves(frozen)) == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "image_shape", "words"),
+    [
+        ({"name": "simple", "depth": 3}, CIFAR, "depth=3"),
+        ({"name": "airbench", "depth": 3}, CIFAR, "depth=3"),
+        ({"name": "resnet", "depth": 20}, CIFAR, "18 or 34"),
+        ({"name": "wide_resnet", "depth": 17}, CIFAR, "10, 16, 22, 28"),
+        ({"name": "resnet", "pool": "average"}, CIFAR, "pool=average"),
+        ({"name": "simple"}, (17, 32, 3), "18x18"),
+        ({"name": "airbench"}, (24, 24, 1), "25x25"),
+    ],
+)
+def test_what_a_network_cannot_do_is_an_error(fields, image_shape, words):
+    with pytest.raises(UserError, match=words):
+        cnn.resolve(CNNConfig(**fields), image_shape)
+
+
+@pytest.mark.parametrize(("name", "side"), [("simple", 18), ("airbench", 25), ("resnet", 8), ("wide_resnet", 4)])
+@pytest.mark.parametrize("more", [0, 1, 23])
+def test_the_smallest_images_and_larger_ones_work(name, side, more):
+    config = _config(name=name, width=4)
+    shape = (side + more, side + more, 1)
+    assert jax.eval_shape(lambda: _create(config, shape)(jnp.zeros((2, *shape)), train=False)).shape == (2, 10)

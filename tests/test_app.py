@@ -1,0 +1,198 @@
+"""The command line: every field is a flag that changes something, and bad input is one clear line."""
+
+import functools
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import cifar_cnn
+from research import app, optimizers, sharding, train
+from research import config as config_lib
+from research.data import sources
+from research.errors import UserError
+
+EXPERIMENT = cifar_cnn.EXPERIMENT
+
+
+def _parse(*argv):
+    return app.parse(EXPERIMENT, argv)[0]
+
+
+def _fields():
+    return [(path, field, value) for path, field, value in config_lib.walk(EXPERIMENT.default_config)]
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_shows_the_docstring_and_every_field(flag, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        _parse(flag)
+    assert exit_.value.code == 0
+    out = capsys.readouterr().out
+    assert cifar_cnn.__doc__.strip() in out
+    for path, field, value in _fields():
+        line = next(line for line in out.splitlines() if line.strip().startswith(f"--config.{path}="))
+        assert getattr(field.type, "__name__", "float") in line
+        assert f"default: {value}" in line or value in ("", None)
+        assert field.metadata["help"] in out
+        assert all(choice in out for choice in field.metadata["choices"])
+
+
+def test_flags_start_from_the_preset_and_change_it():
+    assert _parse() == cifar_cnn.get_config()
+    assert _parse("--config=paper") == cifar_cnn.paper()
+    config = _parse("--config.optimizer.learning_rate=0.5", "--config=paper", "--config.model.width=8")
+    expected = cifar_cnn.paper()
+    expected.optimizer.learning_rate, expected.model.width = 0.5, 8
+    assert config == expected
+    assert app.parse(EXPERIMENT, ["--workdir=x"])[1] == "x"
+
+
+def test_the_papers_settings_stand_as_a_preset():
+    config = cifar_cnn.paper()
+    optimizer = config.optimizer
+    optimizers.resolve(optimizer)
+    assert (optimizer.name, optimizer.learning_rate, optimizer.schedule) == ("adam", 0.001, "constant")
+    assert (config.batch_size, config.num_epochs, config.model.name) == (32, 10, "simple")
+    assert config.augment == config_lib.AugmentConfig()
+    assert config.label_smoothing == config.model.dropout == optimizer.weight_decay == 0
+
+
+@pytest.mark.parametrize("preset", ["default", "paper"])
+@pytest.mark.parametrize("name", config_lib.OPTIMIZERS)
+def test_another_rule_brings_its_own_rate_and_momentum(name, preset):
+    config = _parse(f"--config={preset}", f"--config.optimizer.name={name}")
+    optimizers.resolve(config.optimizer)
+    assert (config.optimizer.learning_rate, config.optimizer.momentum) == optimizers.DEFAULTS[name]
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--config.optimiser.name=sgd", "config.optimizer.name"),
+        ("--config.batchsize=8", "config.batch_size"),
+        ("--config.learning_rate=1", "--config.optimizer.learning_rate?"),
+        ("--config.width=1", "--config.model.width?"),
+        ("--config.name=x", "--config.dataset.name or --config.optimizer.name or --config.model.name?"),
+        ("--config.optimizer.momentun=0", "--config.optimizer.momentum?"),
+        ("--epochs=1", "--config.num_epochs?"),
+        ("--quux=1", "--help lists them all"),
+        ("--config.seed=5000000000", "--config.seed=5000000000: must be at most 4294967295"),
+        ("--work_dir=x", "workdir"),
+        ("--config.num_epochs=ten", "config.num_epochs"),
+        ("--config.num_epochs=1.5", "config.num_epochs"),
+        ("--config.num_epochs=0", "--config.num_epochs=0: must be at least 1"),
+        ("--config.batch_size=-8", "--config.batch_size=-8: must be at least 1"),
+        ("--config.batch_size=0", "must be at least 1"),
+        ("--config.model.width=-1", "must be at least 0"),
+        ("--config.optimizer.learning_rate=nan", "must be a finite number"),
+        ("--config.optimizer.learning_rate=inf", "must be a finite number"),
+        ("--config.optimizer.learning_rate=-1", "must be at least 0"),
+        ("--config.optimizer.learning_rate=fast", "config.optimizer.learning_rate"),
+        ("--config.optimizer.momentum=1", "must be below 1"),
+        ("--config.optimizer.name=sdg", "'sgd'"),
+        ("--config.optimizer.schedule=exp", "'cosine'"),
+        ("--config.model.dtype=float16", "'bfloat16'"),
+        ("--config.model.name=vgg", "'wide_resnet'"),
+        ("--config.dataset.validation_fraction=1", "must be below 1"),
+        ("--config.mesh.data=-2", "must be at least -1"),
+        ("--config.microbatch_size=5", "is not a multiple of --config.microbatch_size=5"),
+        ("--config=papers", "paper"),
+        ("train", "unexpected argument 'train'"),
+        ("--config.seed", "config.seed"),
+    ],
+)
+def test_bad_flags_name_what_is_right(flag, words):
+    with pytest.raises(UserError) as error:
+        _parse(flag)
+    assert words in str(error.value)
+
+
+# A value of each field that must change what is compiled, what the state holds or what the steps are given.
+OTHER = {
+    "seed": 1,
+    "num_epochs": 3,
+    "batch_size": 16,
+    "microbatch_size": 4,
+    "steps_per_dispatch": 3,
+    "label_smoothing": 0.3,
+    "mirror": True,
+    "dataset.max_device_gib": 0.0,
+    "optimizer.name": "adam",
+    "optimizer.learning_rate": 0.5,
+    "optimizer.momentum": 0.5,
+    "optimizer.weight_decay": 0.1,
+    "optimizer.schedule": "cosine",
+    "optimizer.warmup": 0.5,
+    "optimizer.end_factor": 0.5,
+    "optimizer.clip_norm": 1.0,
+    "optimizer.ema_decay": 0.5,
+    "mesh.data": 1,
+    "mesh.fsdp": 2,
+    "mesh.model": 2,
+    "model.name": "airbench",
+    "model.width": 6,
+    "model.depth": 16,
+    "model.pool": "average",
+    "model.dropout": 0.5,
+    "model.norm": "layer",
+    "model.dtype": "bfloat16",
+    "augment.crop": 1,
+    "augment.flip": "random",
+    "augment.cutout": 2,
+}
+ELSEWHERE = {  # and the fields whose effect another test shows
+    "log_every_steps": "test_train.py::test_log_every_steps",
+    "dataset.name": "data/test_sources.py::test_the_first_that_can_be_had_with_one_line_for_each_other",
+    "dataset.data_dir": "data/test_sources.py::test_a_set_is_prepared_once_then_cached_and_follows_its_source",
+    "dataset.validation_fraction": "data/test_sources.py::test_validation_is_a_fixed_part_of_train",
+}
+
+
+def _drawn():
+    rng = np.random.default_rng(0)
+    split = {
+        "image": rng.integers(0, 256, (32, 26, 26, 1), np.uint8),
+        "label": rng.integers(0, 3, 32).astype(np.int32),
+    }
+    return sources.Dataset("drawn", ("a", "b", "c"), split, None, split)
+
+
+@functools.cache
+def _before_training(base, path=None):
+    """What the loop has before its first step: the programs, the state, the first inputs, the numbers of steps."""
+    config = cifar_cnn.CifarConfig(num_epochs=2, batch_size=8)
+    config.model.width = 1 if base == "wide_resnet" else 4
+    config.model.name, config.model.depth = base, 10 if base == "wide_resnet" else 0
+    config.optimizer.schedule, config.mesh.data = "linear", -1
+    if path:
+        config_lib.assign(config, path, OTHER[path])
+    config_lib.check(config)
+    optimizers.resolve(config.optimizer)
+    mesh = sharding.make_mesh(config, jax.devices()[: 1 if path == "mesh.data" else 2])
+    texts = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.stages.Lowered, "compile", lambda lowered: texts.append(lowered.as_text()))
+        dataset = _drawn()
+        training = train._Training(config, EXPERIMENT.make_task(config, dataset), dataset, mesh)
+    arrays = jax.tree.leaves(jax.tree.map(np.asarray, (training.state, training._batches.sample())))
+    return texts, [array.tobytes() for array in arrays], training.ends, training._pace.capacity
+
+
+@pytest.mark.parametrize("path", OTHER)
+def test_every_field_changes_what_runs(path):
+    base = "wide_resnet" if path == "model.depth" else "simple"
+    assert _before_training(base, path) != _before_training(base)
+
+
+def test_the_same_config_is_the_same_before_training():
+    assert _before_training.__wrapped__("simple") == _before_training("simple")
+
+
+def test_no_field_is_left_out():
+    paths = {path for path, _, _ in config_lib.walk(EXPERIMENT.default_config)}
+    assert paths == OTHER.keys() | ELSEWHERE.keys()
+    for place in ELSEWHERE.values():
+        file, name = place.split("::")
+        assert f"def {name}(" in (pathlib.Path(__file__).parent / file).read_text()

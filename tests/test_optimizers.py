@@ -1,0 +1,234 @@
+"""The update rules are their equations, the schedules their closed forms, and every field has its effect."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from research import optimizers
+from research.config import OPTIMIZERS, SCHEDULES, OptimizerConfig
+from research.errors import UserError
+
+STEPS = 10
+RNG = np.random.default_rng(0)
+PARAMS = {"kernel": RNG.standard_normal((3, 4)), "bias": RNG.standard_normal(4)}
+GRADS = [{name: RNG.standard_normal(p.shape) for name, p in PARAMS.items()} for _ in range(STEPS)]
+RATE, MOMENTUM = 0.03, 0.8
+
+
+def _float32(tree):
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
+
+
+def _resolved(**fields) -> OptimizerConfig:
+    config = OptimizerConfig(**fields)
+    optimizers.resolve(config)
+    return config
+
+
+def _train(tx, params=PARAMS, grads=GRADS, opt_state=None):
+    params = _float32(params)
+    opt_state = tx.init(params) if opt_state is None else opt_state
+
+    @jax.jit
+    def step(params, opt_state, grads):
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    for g in grads:
+        params, opt_state = step(params, opt_state, _float32(g))
+    return params
+
+
+def _ours(grads=GRADS, **fields):
+    return _train(optimizers.make_optimizer(_resolved(**fields), STEPS), grads=grads)
+
+
+# Each rule in NumPy float64: (gradient, memory, number of the step from 1) -> (what the rate multiplies, memory).
+
+
+def sgd(g, memory, t):
+    return g, None
+
+
+def momentum(g, v, t):
+    v = MOMENTUM * (0 if v is None else v) + g
+    return v, v
+
+
+def nesterov(g, v, t):
+    v = MOMENTUM * (0 if v is None else v) + g
+    return g + MOMENTUM * v, v
+
+
+def adagrad(g, s, t):
+    """Duchi et al. 2011, figure 1: divided by the root of the sum of all squares so far."""
+    s = (0 if s is None else s) + g**2
+    return g / np.sqrt(s + 1e-10), s
+
+
+def rmsprop(g, memory, t):
+    nu, v = memory or (0, 0)
+    nu = 0.9 * nu + 0.1 * g**2
+    v = MOMENTUM * v + g / np.sqrt(nu + 1e-8)
+    return v, (nu, v)
+
+
+def adam(g, memory, t):
+    """Kingma & Ba 2015, algorithm 1."""
+    m, nu = memory or (0, 0)
+    m, nu = MOMENTUM * m + (1 - MOMENTUM) * g, 0.999 * nu + 0.001 * g**2
+    return (m / (1 - MOMENTUM**t)) / (np.sqrt(nu / (1 - 0.999**t)) + 1e-8), (m, nu)
+
+
+def lion(g, m, t):
+    """Chen et al. 2023, algorithm 2."""
+    m = np.zeros_like(g) if m is None else m
+    return np.sign(MOMENTUM * m + (1 - MOMENTUM) * g), 0.99 * m + 0.01 * g
+
+
+EQUATIONS = {
+    "sgd": sgd,
+    "momentum": momentum,
+    "nesterov": nesterov,
+    "adagrad": adagrad,
+    "rmsprop": rmsprop,
+    "adam": adam,
+    "adamw": adam,
+    "lion": lion,
+}
+
+
+def _expected(name, weight_decay=0.0):
+    params = {key: value.copy() for key, value in PARAMS.items()}
+    memory = dict.fromkeys(params)
+    for t, grads in enumerate(GRADS, start=1):
+        for key, g in grads.items():
+            decay = weight_decay * params[key] if key == "kernel" else 0.0
+            decoupled = name in ("adamw", "lion")
+            update, memory[key] = EQUATIONS[name](g if decoupled else g + decay, memory[key], t)
+            params[key] -= RATE * (update + decay if decoupled else update)
+    return params
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("name", EQUATIONS)
+def test_ten_steps_are_those_of_the_equations(name, weight_decay):
+    has_momentum = name not in ("sgd", "adagrad")
+    fields = {"momentum": MOMENTUM} if has_momentum else {}
+    ours = _ours(name=name, learning_rate=RATE, weight_decay=weight_decay, **fields)
+    for key, expected in _expected(name, weight_decay).items():
+        np.testing.assert_allclose(ours[key], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_muon_orthogonalises_kernels_of_any_rank():
+    """Jordan 2024: a kernel's update, as a matrix, has singular values near 1. Biases go by Nesterov's Adam."""
+    params = {"kernel": np.zeros((3, 3, 8, 16)), "bias": np.zeros(16)}
+    grads = {name: RNG.standard_normal(p.shape) for name, p in params.items()}
+    config = _resolved(name="muon", learning_rate=0.5, momentum=0.0)
+    after = _train(optimizers.make_optimizer(config, 1), params, [grads])
+    singular = np.linalg.svd(np.reshape(after["kernel"], (72, 16)), compute_uv=False) / 0.5
+    assert (singular > 0.6).all()
+    assert (singular < 1.3).all()
+    first = 0.9 * 0.1 / (1 - 0.9**2) + 1  # Dozat 2016, algorithm 1, at the first step: a multiple of the sign
+    np.testing.assert_allclose(after["bias"], -0.05 * first * np.sign(grads["bias"]), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["muon", *EQUATIONS])
+def test_weight_decay_leaves_out_biases(name):
+    plain, decayed = (_ours(name=name, weight_decay=w) for w in (0.0, 0.5))
+    np.testing.assert_array_equal(plain["bias"], decayed["bias"])
+    assert np.abs(plain["kernel"] - decayed["kernel"]).max() > 1e-4
+
+
+SHAPES = {  # the rate as a part of its peak, at u in 0..1 of what the warm-up leaves
+    "constant": lambda u: 1.0,
+    "cosine": lambda u: 0.2 + 0.8 * (1 + np.cos(np.pi * u)) / 2,
+    "one_cycle": lambda u: 0.2 + 0.8 * (1 + np.cos(np.pi * u)) / 2,
+    "linear": lambda u: 1 - 0.8 * u,
+}
+
+
+@pytest.mark.parametrize(("name", "warmup"), [(n, w) for n in SHAPES for w in (0.0, 0.1)])
+def test_schedules_are_their_closed_forms(name, warmup):
+    end_factor = 0.0 if name == "constant" else 0.2
+    schedule = optimizers.unit_schedule(OptimizerConfig(schedule=name, warmup=warmup, end_factor=end_factor), 100)
+    rising = 30 if name == "one_cycle" and not warmup else round(100 * warmup)
+    for step in range(100):
+        expected = (step + 1) / rising if step < rising else SHAPES[name]((step - rising) / (100 - rising))
+        np.testing.assert_allclose(schedule(step), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.2])
+def test_the_step_schedule_divides_by_ten_at_half_and_three_quarters(warmup):
+    schedule = optimizers.unit_schedule(OptimizerConfig(schedule="step", warmup=warmup), 100)
+    for step, expected in ((30, 1.0), (49, 1.0), (51, 0.1), (74, 0.1), (76, 0.01), (99, 0.01)):
+        np.testing.assert_allclose(schedule(step), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_schedule_multiplies_the_injected_rate(schedule):
+    """Setting the rate from outside is the same as building with it: nothing overwrites it at the next update."""
+    config = _resolved(name="momentum", learning_rate=0.1, schedule=schedule, warmup=0.2)
+    tx = optimizers.make_optimizer(config, STEPS)
+    state = optimizers.set_hyperparams(tx.init(_float32(PARAMS)), learning_rate=0.04, momentum=0.5, weight_decay=0.3)
+    other = dataclasses.replace(config, learning_rate=0.04, momentum=0.5, weight_decay=0.3)
+    expected = _train(optimizers.make_optimizer(other, STEPS))
+    jax.tree.map(np.testing.assert_array_equal, _train(tx, opt_state=state), expected)
+
+
+def test_new_hyperparameters_compile_nothing():
+    tx = optimizers.make_optimizer(_resolved(name="adamw"), STEPS)
+    params = _float32(PARAMS)
+    step = jax.jit(lambda g, s: tx.update(g, s, params))
+    state = tx.init(params)
+    for rate in (0.1, 0.2, 0.3):
+        state = step(params, optimizers.set_hyperparams(state, learning_rate=rate))[1]
+        np.testing.assert_allclose(optimizers.hyperparams(state)["learning_rate"], rate, rtol=1e-6)
+    assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_rule_has_its_default_rate_and_momentum(name):
+    config = _resolved(name=name)
+    assert (config.learning_rate, config.momentum) == optimizers.DEFAULTS[name]
+    state = optimizers.make_optimizer(config, STEPS).init(_float32(PARAMS))
+    inputs = optimizers.hyperparams(state)
+    assert inputs["learning_rate"] == np.float32(config.learning_rate)
+    assert inputs["momentum"] == np.float32(config.momentum or 0.0)
+    assert inputs["weight_decay"] == 0.0
+
+
+def test_clipping_bounds_the_global_norm_and_0_is_none():
+    grads = GRADS[:1]
+    norm = np.sqrt(sum((g**2).sum() for g in grads[0].values()))
+    for clip_norm, factor in ((0.0, 1.0), (1.0, 1 / norm), (2 * norm, 1.0)):
+        after = _ours(grads, name="sgd", learning_rate=1.0, clip_norm=clip_norm)
+        for key, p in PARAMS.items():
+            np.testing.assert_allclose(after[key], p - factor * grads[0][key], rtol=1e-4, atol=1e-5)
+
+
+def test_the_average_is_that_of_the_recursion():
+    ema, expected = jnp.float32(0.0), 0.0
+    for step, value in enumerate(RNG.standard_normal(300)):
+        decay = min(0.95, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * value
+        ema = optimizers.update_ema(ema, jnp.float32(value), 0.95, jnp.int32(step))
+    np.testing.assert_allclose(ema, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"name": "sgd", "momentum": 0.9}, "sgd has none"),
+        ({"name": "adagrad", "momentum": 0.0}, "adagrad has none"),
+        ({"schedule": "constant", "end_factor": 0.1}, "end_factor needs"),
+        ({"schedule": "step", "end_factor": 0.1}, "end_factor needs"),
+    ],
+)
+def test_a_field_that_would_be_ignored_is_an_error(fields, words):
+    with pytest.raises(UserError, match=words):
+        optimizers.resolve(OptimizerConfig(**fields))

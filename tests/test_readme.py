@@ -1,0 +1,33 @@
+"""What README shows works as it stands there."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments import cifar_cnn
+from research import app
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_experiment_of_one_file_runs(tmp_path):
+    (program,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "digits_linear.py").write_text(program)
+    args = [sys.executable, "digits_linear.py", "--config.num_epochs=10", "--workdir=run"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(args, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run/summary.json").read_text())["test_accuracy"] > 0.85
+
+
+@pytest.mark.parametrize("flag", sorted(set(re.findall(r"--config[.\w]*=[\w|.-]+", README))))
+def test_every_flag_exists_and_takes_its_value(flag):
+    name, values = flag.split("=")
+    for value in values.split("|"):
+        app.parse(cifar_cnn.EXPERIMENT, [f"{name}={value}"])

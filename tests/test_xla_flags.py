@@ -1,0 +1,31 @@
+"""XLA flags are added only where they are known to be right."""
+
+import pytest
+
+from research import xla_flags
+
+FLAG = "--xla_cpu_experimental_ynn_fusion_type"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, f"{FLAG}="),
+        ("--xla_dump_to=/tmp/x", f"--xla_dump_to=/tmp/x {FLAG}="),
+        (f"{FLAG}=conv", f"{FLAG}=conv"),
+    ],
+)
+def test_a_flag_is_appended_unless_the_user_names_it(monkeypatch, given, expected):
+    monkeypatch.setattr(xla_flags, "version", lambda package: "0.10.2")
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("XLA_FLAGS", given)
+    xla_flags.set_flags()
+    assert xla_flags.os.environ["XLA_FLAGS"] == expected
+
+
+def test_an_unmeasured_jaxlib_gets_none(monkeypatch):
+    monkeypatch.setattr(xla_flags, "version", lambda package: "99.0")
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    xla_flags.set_flags()
+    assert "XLA_FLAGS" not in xla_flags.os.environ

@@ -83,7 +83,7 @@ def learning_rates(config: OptimizerConfig, num_train_steps: int) -> np.ndarray:
     """The learning rate of every step, float [num_train_steps], on the host."""
     assert config.learning_rate is not None, "resolve fills it"
     parts = jax.jit(jax.vmap(unit_schedule(config, num_train_steps)))(np.arange(num_train_steps))
-    return config.learning_rate * np.float64(parts)
+    return np.asarray(parts, np.float64) * config.learning_rate
 
 
 def _kernels(params: Any) -> Any:

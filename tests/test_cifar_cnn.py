@@ -139,6 +139,7 @@ def test_a_terminal_gets_a_progress_bar(env, tmp_path):
 def test_bad_input_is_one_line_and_leaves_nothing(args, words, env, tmp_path, monkeypatch, capsys):
     Path("file").touch()
     Path("finished").mkdir()
+    Path("finished/metrics.jsonl").touch()
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
     before = sorted(tmp_path.rglob("*"))
     _complains(_run_here(args, capsys), *words)

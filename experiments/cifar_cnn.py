@@ -49,7 +49,7 @@ def paper() -> CifarConfig:
 def airbench() -> CifarConfig:
     """The airbench network at half width, evaluated as its paper does, in microbatches that fit a CPU's cache."""
     return CifarConfig(
-        num_epochs=13,
+        num_epochs=14,
         batch_size=256,
         microbatch_size=64,
         optimizer=OptimizerConfig(name="muon", learning_rate=0.03, weight_decay=0.2, schedule="linear", ema_decay=0.98),

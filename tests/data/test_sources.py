@@ -252,6 +252,14 @@ def test_a_damaged_set_is_named(mnist_dir, file, damage):
         load("mnist", mnist_dir)
 
 
+@pytest.mark.parametrize("text", ["", "[]", '{"splits": 3}'])
+def test_a_damaged_description_is_named(mnist_dir, text):
+    load("mnist", mnist_dir)
+    (mnist_dir / "mnist" / "3.0.1" / "dataset_info.json").write_text(text)
+    with pytest.raises(UserError, match=r"mnist/3\.0\.1.*dataset_info"):
+        load("mnist", mnist_dir)
+
+
 def test_the_real_sets(tmp_path, monkeypatch):
     if not os.environ.get("TFDS_DATA_DIR"):
         pytest.skip("needs TFDS_DATA_DIR with prepared cifar10 and tiny_shakespeare")

@@ -3,6 +3,7 @@
 Every field of the experiment's Config is an absl flag, `--config.<path>`; `--config=PRESET` picks where they start.
 """
 
+import copy
 import dataclasses
 import difflib
 import sys
@@ -17,7 +18,9 @@ from research import config as config_lib
 from research.config import Config
 from research.data import sources
 from research.errors import UserError
+from research.signals import Signals
 from research.tasks import Task
+from research.workdir import Workdir, read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +45,26 @@ class Experiment:
         return next(iter(self.presets.values()))()
 
 
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """What a command line asks for.
+
+    Attributes:
+      config: checked, not yet resolved.
+      workdir: the folder of the record.
+      mode: "train" or "eval".
+      earlier: the config of the run that `workdir` holds, or None.
+      reproduces: the summary of the run to be run again, or None.
+    """
+
+    config: Config
+    workdir: Path
+    mode: str
+    earlier: Config | None
+    reproduces: dict[str, Any] | None
+
+
+_MODES = {"train": "train, or resume the run in --workdir", "eval": "evaluate the newest checkpoint in --workdir"}
 _DEFINE: dict[Any, Callable[..., Any]] = {
     int: flags.DEFINE_integer,
     float: flags.DEFINE_float,
@@ -56,6 +79,8 @@ def define_flags(experiment: Experiment) -> flags.FlagValues:
     values = flags.FlagValues()
     flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
     flags.DEFINE_string("workdir", None, "folder of the run's record", flag_values=values)
+    flags.DEFINE_enum("mode", "train", list(_MODES), "what to do", flag_values=values)
+    flags.DEFINE_string("reproduce", None, "summary.json of a run to run again", flag_values=values)
     names = list(experiment.presets)
     flags.DEFINE_enum("config", names[0], names, "the preset to start from", flag_values=values)
     for path, field, value in config_lib.walk(experiment.default_config):
@@ -69,6 +94,8 @@ def help_text(experiment: Experiment) -> str:
         experiment.doc.strip(),
         "",
         f"  --workdir=DIR  folder of the run's record (default: runs/{experiment.name}/<date-time>)",
+        *(f"  --mode={name}  {meaning}" for name, meaning in _MODES.items()),
+        "  --reproduce=DIR/summary.json  run that run again, with its config",
         f"  --config=NAME  the preset to start from: {', '.join(experiment.presets)}",
         "",
     ]
@@ -93,8 +120,11 @@ def _unknown(name: str, known: list[str]) -> str:
     return f"unknown flag --{name}{meant or '; --help lists them all'}"
 
 
-def parse(experiment: Experiment, argv: Sequence[str]) -> tuple[Config, str | None]:
-    """The checked config and the workdir (None: not given) that the arguments ask for.
+def parse(experiment: Experiment, argv: Sequence[str]) -> Command:
+    """What the arguments ask for, checked.
+
+    The config starts from the preset where one is named, else from that of the run to be reproduced, else from that of
+    the run in --workdir, else from the first preset; the flags given change it.
 
     Raises:
       UserError: an unknown flag (the nearest right one is named), an ill-typed or impossible value.
@@ -112,41 +142,101 @@ def parse(experiment: Experiment, argv: Sequence[str]) -> tuple[Config, str | No
     if values["help"].value:
         print(help_text(experiment))
         raise SystemExit(0)
+    workdir = Path(values["workdir"].value or f"runs/{experiment.name}/{time.strftime('%Y-%m-%d-%H%M%S')}")
+    earlier = _stored_config(experiment, workdir)
+    mode = str(values["mode"].value)
+    if mode == "eval" and earlier is None:
+        raise UserError(f"--mode=eval needs the --workdir of a run: there is no config.json in {workdir}")
+    reproduces, reproduced = None, None
+    if values["reproduce"].value:
+        path = Path(values["reproduce"].value)
+        reproduces, reproduced = read_json(path), _stored_config(experiment, path.parent)
+        if reproduces is None or reproduced is None:
+            raise UserError(f"--reproduce={path}: there is no such file, or no config.json beside it")
     config = experiment.presets[str(values["config"].value)]()
+    if not values["config"].present:
+        config = copy.deepcopy(reproduced or earlier or config)
     for path, _, _ in config_lib.walk(config):
         flag = values[f"config.{path}"]
         if flag.present:
             config_lib.assign(config, path, flag.value)
     config_lib.check(config)
-    return config, values["workdir"].value
+    return Command(config, workdir, mode, earlier, reproduces)
 
 
-def run(experiment: Experiment, argv: Sequence[str]) -> dict[str, Any]:
-    """Runs the experiment as the arguments say; returns what summary.json holds.
+def _stored_config(experiment: Experiment, workdir: Path) -> Config | None:
+    path = workdir / "config.json"
+    values = read_json(path)
+    return None if values is None else config_lib.load(experiment.default_config, values, str(path))
+
+
+def run(experiment: Experiment, argv: Sequence[str], signals: Signals | None = None) -> dict[str, Any]:
+    """Runs the experiment as the arguments say.
+
+    Returns:
+      What summary.json holds; of an evaluation alone, its results.
 
     Raises:
       UserError: bad input, found before training starts; no folder is left behind.
     """
     # Imported here so that --help and a misspelt flag answer at once.
-    from research import optimizers, sharding, train, writer
+    from research import optimizers, sharding, train
 
-    config, given = parse(experiment, argv)
+    command = parse(experiment, argv)
+    config, workdir = command.config, command.workdir
     optimizers.resolve(config.optimizer)
-    workdir = Path(given or f"runs/{experiment.name}/{time.strftime('%Y-%m-%d-%H%M%S')}")
     mesh = sharding.make_mesh(config)
-    made = writer.create_workdir(workdir)
-    try:
+    if command.mode == "eval":
+        return _evaluate(experiment, command, mesh)
+    if command.earlier is None and (workdir / "metrics.jsonl").exists():
+        raise UserError(f"--workdir={workdir} holds a metrics.jsonl without its config.json: give a folder of its own")
+    with Workdir(workdir):
         dataset = sources.load(config.dataset)
         config.dataset.name = dataset.name
         task = experiment.make_task(config, dataset)
+        if command.earlier:
+            config_lib.check_resumes(config, command.earlier, str(workdir))
         print(_first_line(experiment, dataset, mesh), flush=True)
-        _, summary = train.train_and_evaluate(experiment.name, config, task, dataset, mesh, workdir)
-    except BaseException:
-        if not (workdir / "config.json").exists():
-            writer.discard(made)
-        raise
+        finished = read_json(workdir / "summary.json")
+        if finished and finished["num_epochs"] >= config.num_epochs:
+            print(f"the run in {workdir} is finished: evaluating it; a larger --config.num_epochs trains it further")
+            return _evaluate(experiment, command, mesh)
+        if command.reproduces:
+            print(_differences(command.reproduces, train.versions() | _hardware(mesh)), flush=True)
+        arguments = (experiment.name, config, task, dataset, mesh, workdir)
+        _, summary = train.train_and_evaluate(*arguments, signals=signals)
     print(_last_lines(summary, workdir))
+    if command.reproduces:
+        figures = {n: v for n, v in summary.items() if n.startswith(("train_", "test_")) and n != "train_seconds"}
+        print(_differences(command.reproduces, figures))
     return summary
+
+
+def _evaluate(experiment: Experiment, command: Command, mesh: Any) -> dict[str, Any]:
+    from research import train
+
+    dataset = sources.load(command.config.dataset)
+    task = experiment.make_task(command.config, dataset)
+    step, results = train.evaluate(command.config, task, dataset, mesh, command.workdir)
+    print(f"{experiment.name} on {dataset.name}, step {step:,}: {_figures(results)}")
+    return {"step": step, **results}
+
+
+def _hardware(mesh: Any) -> dict[str, Any]:
+    device = mesh.devices.flat[0]
+    return {"platform": device.platform, "device_kind": device.device_kind, "device_count": mesh.size}
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    parts = [
+        f"{name} {before.get(name)} there, {value} here" for name, value in now.items() if before.get(name) != value
+    ]
+    return "reproduced: " + ("; ".join(parts) if parts else f"the same {', '.join(now)}")
+
+
+def _figures(results: dict[str, Any]) -> str:
+    shown = (n for n in results if n.startswith(("validation_", "test_")))
+    return ", ".join(f"{n.replace('_', ' ')} {results[n]:.4f}" for n in shown)
 
 
 def _devices(count: int, platform: str) -> str:
@@ -160,7 +250,7 @@ def _first_line(experiment: Experiment, dataset: sources.Dataset, mesh: Any) -> 
 
 
 def _last_lines(summary: dict[str, Any], workdir: Path) -> str:
-    tests = ", ".join(f"{n.replace('_', ' ')} {v:.4f}" for n, v in summary.items() if n.startswith("test_"))
+    tests = _figures({n: v for n, v in summary.items() if n.startswith("test_")})
     return (
         f"{summary['experiment']} on {summary['dataset']}: {tests}\n"
         f"  {summary['examples_per_second']:,.0f} examples/s over {summary['train_seconds']:.1f} s of training "
@@ -172,14 +262,10 @@ def _last_lines(summary: dict[str, Any], workdir: Path) -> str:
 
 def main(experiment: Experiment, argv: Sequence[str] | None = None) -> None:
     """The whole command: runs the experiment and exits with one of the codes of `research.errors`."""
+    signals = Signals()
     try:
-        run(experiment, sys.argv[1:] if argv is None else argv)
+        with signals.handled():
+            run(experiment, sys.argv[1:] if argv is None else argv, signals)
     except UserError as error:
-        sys.exit(_complain(str(error), error.exit_code))
-    except KeyboardInterrupt:
-        sys.exit(_complain("interrupted", 130))
-
-
-def _complain(text: str, exit_code: int) -> int:
-    print(f"error: {' '.join(text.split())}", file=sys.stderr)
-    return exit_code
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -115,6 +115,12 @@ class Config:
         0, "train steps per call of the compiled program; 0: about half a second's worth, at most 512", minimum=0
     )
     log_every_steps: int = option(50, "steps between the training lines of metrics.jsonl", minimum=1)
+    checkpoint_every_steps: int = option(
+        0, "steps between checkpoints within an epoch; 0: one at the end of each epoch only", minimum=0
+    )
+    keep_checkpoints: int = option(
+        2, "newest checkpoints kept, beside the best by validation loss where there is a validation split", minimum=1
+    )
     dataset: DatasetConfig = dataclasses.field(default_factory=DatasetConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -136,6 +142,64 @@ def assign(config: Any, path: str, value: Any) -> None:
     for parent in parents:
         config = getattr(config, parent)
     setattr(config, name, value)
+
+
+def load(config: Config, values: dict[str, Any], source: str) -> Config:
+    """Sets every field of `config`, in place, to what config.json has.
+
+    Args:
+      config: of the experiment's type.
+      values: what `dataclasses.asdict` gave.
+      source: the file, for the error.
+
+    Raises:
+      UserError: other fields, or types, than this version's.
+    """
+    for path, field, _ in walk(config):
+        value: Any = values
+        for name in path.split("."):
+            value = value.get(name, dataclasses.MISSING) if isinstance(value, dict) else dataclasses.MISSING
+        kind: Any = field.type
+        if not isinstance(value, (kind, int) if kind is float else kind):
+            raise UserError(f"{source} is not of this experiment and version: {path} is missing or of another type")
+        assign(config, path, value)
+    if dataclasses.asdict(config) != values:
+        raise UserError(f"{source} is not of this experiment and version: it has fields that are not known here")
+    return config
+
+
+# What may differ between a run and its resumption: these change no result, and training may go on for longer.
+_FREE = (
+    "num_epochs",
+    "steps_per_dispatch",
+    "checkpoint_every_steps",
+    "keep_checkpoints",
+    "dataset.data_dir",
+    "dataset.max_device_gib",
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.model",
+)
+
+
+def check_resumes(config: Config, earlier: Config, workdir: str) -> None:
+    """Raises `UserError` naming the fields by which `config` is not that of the run that `workdir` holds."""
+    pairs = zip(walk(config), walk(earlier))
+    differing = [
+        f"{path} {old!r} there, {new!r} here"
+        for (path, _, new), (_, _, old) in pairs
+        if new != old and path not in _FREE
+    ]
+    if differing:
+        raise UserError(
+            f"--workdir={workdir} holds a run with another config: {'; '.join(differing)}. Give another --workdir, or "
+            "leave these flags out to resume it"
+        )
+    if config.num_epochs < earlier.num_epochs:
+        raise UserError(
+            f"--config.num_epochs={config.num_epochs}: the run in --workdir={workdir} has {earlier.num_epochs} epochs, "
+            "and a resumed run can only have more"
+        )
 
 
 def check(config: Config) -> None:

@@ -6,7 +6,8 @@
 | 1 | a defect: a traceback, please report it |
 | 2 | bad input: a flag, a data set, a folder; nothing was started |
 | 3 | the loss became NaN or infinite |
-| 130 | interrupted (SIGINT) |
+| 130 | interrupted (SIGINT); while training, a checkpoint was saved |
+| 143 | terminated (SIGTERM); while training, a checkpoint was saved |
 """
 
 

@@ -1,9 +1,10 @@
 """The record of a run: config.json, metrics.jsonl and summary.json in the workdir, and progress on the terminal."""
 
-import contextlib
 import dataclasses
+import itertools
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -12,44 +13,17 @@ from typing import Any
 
 from tqdm import tqdm
 
-from research.errors import UserError
-
 _SECONDS_BETWEEN_PLAIN_LINES = 10.0
-
-
-def create_workdir(workdir: Path) -> list[Path]:
-    """Makes the folder of a new run and claims it, so that no other run can have it.
-
-    Returns:
-      What was made: what `discard` removes again if the run never starts.
-
-    Raises:
-      UserError: it cannot be written, or holds a run already.
-    """
-    metrics = workdir / "metrics.jsonl"
-    try:
-        made = [path for path in (metrics, workdir, *workdir.parents) if not path.exists()]
-        workdir.mkdir(parents=True, exist_ok=True)
-        metrics.open("x").close()
-    except OSError as error:
-        if isinstance(error, FileExistsError) and metrics.exists():
-            raise UserError(f"--workdir={workdir} already holds a run: give a folder of its own") from None
-        raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}") from None
-    return made
-
-
-def discard(made: list[Path]) -> None:
-    """Removes a new run's folders, the innermost first, as far as they hold nothing else."""
-    metrics, *folders = made
-    metrics.unlink(missing_ok=True)
-    for folder in folders:
-        with contextlib.suppress(OSError):
-            folder.rmdir()
 
 
 def _standard(value: dict[str, Any]) -> dict[str, Any]:
     """As JSON can have it: a number that is not finite becomes null."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in value.items()}
+
+
+def _step(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinity where its writer was killed before it was whole."""
+    return json.loads(line)["step"] if line.endswith("\n") else math.inf
 
 
 class Writer:
@@ -65,6 +39,7 @@ class Writer:
         self._workdir = workdir
         self._active = active
         self._total = num_train_steps
+        self._first = 0
         self._row: dict[str, Any] = {}
         self._start = self._last_line = time.monotonic()
         self._bar = tqdm(total=num_train_steps, unit="step", dynamic_ncols=True, disable=None if active else True)
@@ -80,7 +55,13 @@ class Writer:
 
     def _write_json(self, name: str, value: dict[str, Any]) -> None:
         if self._active:
-            (self._workdir / name).write_text(json.dumps(_standard(value), indent=2, allow_nan=False) + "\n")
+            self._replace(name, json.dumps(_standard(value), indent=2, allow_nan=False) + "\n")
+
+    def _replace(self, name: str, text: str) -> None:
+        """Writes a file so that whoever reads it, at any moment, gets the old one or the new one whole."""
+        new = self._workdir / f".{name}.new"
+        new.write_text(text)
+        os.replace(new, self._workdir / name)
 
     def config(self, config: Any) -> None:
         """Writes config.json."""
@@ -89,6 +70,21 @@ class Writer:
     def summary(self, summary: dict[str, Any]) -> None:
         """Writes summary.json."""
         self._write_json("summary.json", summary)
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """The newest line of metrics.jsonl, which is not written yet: more may come for its step."""
+        return dict(self._row)
+
+    def resume(self, step: int, row: dict[str, Any]) -> None:
+        """Takes metrics.jsonl back to what it was at `step`, when `row` was its newest line."""
+        path = self._workdir / "metrics.jsonl"
+        self._row = dict(row)
+        if self._active:
+            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+            kept = itertools.takewhile(lambda line: _step(line) < row.get("step", step + 1), lines)
+            self._replace("metrics.jsonl", "".join(kept))
+        self._bar.initial = self._bar.n = self._first = step
 
     def scalars(self, step: int, epoch: int, values: dict[str, float]) -> None:
         """Adds to the line of metrics.jsonl for `step`; steps must come in order, and each gets one line."""
@@ -110,7 +106,7 @@ class Writer:
         now = time.monotonic()
         if self._bar.disable and self._active and now - self._last_line > _SECONDS_BETWEEN_PLAIN_LINES:
             self._last_line = now
-            left = tqdm.format_interval((now - self._start) / step * (self._total - step))
+            left = tqdm.format_interval((now - self._start) / (step - self._first) * (self._total - step))
             self.message(f"step {step:,}/{self._total:,}  loss {loss:.4f}  {speed}  {left} left")
 
     def message(self, text: str) -> None:
@@ -118,3 +114,8 @@ class Writer:
         if self._active:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
+
+    def warning(self, text: str) -> None:
+        """Prints a line on stderr, above the progress bar."""
+        if self._active:
+            tqdm.write(f"WARNING: {text}", file=sys.stderr)

@@ -2,9 +2,26 @@
 
 import os
 import tempfile
+from pathlib import Path
+
+import pytest
 
 # Before jax starts, which the first test module that is imported may do.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 _CACHE = tempfile.TemporaryDirectory(prefix="meshwork-tests-")
 os.environ["MESHWORK_CACHE_DIR"] = _CACHE.name
+
+
+@pytest.fixture
+def env(tmp_path, monkeypatch):
+    """A machine without data and without network, one device, and a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    changes = {
+        "HOME": str(tmp_path),
+        "KERAS_HOME": str(tmp_path / "keras"),
+        "HTTPS_PROXY": "http://127.0.0.1:9",
+        "PYTHONPATH": str(Path(__file__).parent.parent),
+        "XLA_FLAGS": "",
+    }
+    return {name: value for name, value in os.environ.items() if name != "TFDS_DATA_DIR"} | changes

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import cifar_cnn
-from research import app, optimizers, sharding, train
+from research import app, optimizers, sharding, training
 from research import config as config_lib
 from research.data import sources
 from research.errors import UserError
@@ -17,7 +17,7 @@ EXPERIMENT = cifar_cnn.EXPERIMENT
 
 
 def _parse(*argv):
-    return app.parse(EXPERIMENT, argv)[0]
+    return app.parse(EXPERIMENT, argv).config
 
 
 def _fields():
@@ -46,7 +46,7 @@ def test_flags_start_from_the_preset_and_change_it():
     expected = cifar_cnn.paper()
     expected.optimizer.learning_rate, expected.model.width = 0.5, 8
     assert config == expected
-    assert app.parse(EXPERIMENT, ["--workdir=x"])[1] == "x"
+    assert str(app.parse(EXPERIMENT, ["--workdir=x"]).workdir) == "x"
 
 
 def test_the_papers_settings_stand_as_a_preset():
@@ -144,6 +144,8 @@ OTHER = {
 }
 ELSEWHERE = {  # and the fields whose effect another test shows
     "log_every_steps": "test_train.py::test_log_every_steps",
+    "checkpoint_every_steps": "test_resume.py::test_checkpoints_within_an_epoch",
+    "keep_checkpoints": "test_checkpoint.py::test_the_newest_and_the_best_are_kept",
     "dataset.name": "data/test_sources.py::test_the_first_that_can_be_had_with_one_line_for_each_other",
     "dataset.data_dir": "data/test_sources.py::test_a_set_is_prepared_once_then_cached_and_follows_its_source",
     "dataset.validation_fraction": "data/test_sources.py::test_validation_is_a_fixed_part_of_train",
@@ -175,9 +177,10 @@ def _before_training(base, path=None):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax.stages.Lowered, "compile", lambda lowered: texts.append(lowered.as_text()))
         dataset = _drawn()
-        training = train._Training(config, EXPERIMENT.make_task(config, dataset), dataset, mesh)
-    arrays = jax.tree.leaves(jax.tree.map(np.asarray, (training.state, training._batches.sample())))
-    return texts, [array.tobytes() for array in arrays], training.ends, training._pace.capacity
+        run = training.Training(config, EXPERIMENT.make_task(config, dataset), dataset, mesh)
+        run.compile(train=True)
+    arrays = jax.tree.leaves(jax.tree.map(np.asarray, (run.state, run._batches.sample())))
+    return texts, [array.tobytes() for array in arrays], run.ends, run._pace.capacity
 
 
 @pytest.mark.parametrize("path", OTHER)

@@ -9,60 +9,15 @@ import time
 import jax
 import numpy as np
 import pytest
-from flax import nnx
+from drawn import DATASET, read_lines, run, same, split
 
-from experiments.cifar_cnn import CifarConfig
-from research import optimizers, sharding, train, writer
-from research.config import AugmentConfig, DatasetConfig, OptimizerConfig
-from research.data.sources import Dataset
+from research import training, writer
+from research.config import OptimizerConfig
 from research.errors import NonFiniteLossError
-from research.tasks import Classification
-
-SHAPE = (6, 6, 1)
-
-
-class Linear(nnx.Module):
-    """Softmax regression: compiles in no time."""
-
-    def __init__(self, rngs):
-        self.linear = nnx.Linear(36, 3, rngs=rngs)
-
-    def __call__(self, images, *, train, key=None):
-        return self.linear(images.reshape(len(images), -1))
-
-
-def _split(seed, count):
-    rng = np.random.default_rng(seed)
-    label = rng.integers(0, 3, count).astype(np.int32)
-    images = rng.integers(0, 100, (count, *SHAPE)) + 50 * label[:, None, None, None]
-    return {"image": images.astype(np.uint8), "label": label}
-
-
-DATASET = Dataset("drawn", ("a", "b", "c"), _split(0, 90), None, _split(1, 33))
-
-
-def _run(workdir, devices=1, dataset=DATASET, rate=0.1, max_device_gib=2.0, **fields):
-    config = CifarConfig(**{"num_epochs": 2, "batch_size": 8, "log_every_steps": 1, **fields})
-    config.dataset = DatasetConfig(max_device_gib=max_device_gib)
-    if "optimizer" not in fields:
-        config.optimizer = OptimizerConfig(name="sgd", learning_rate=rate)
-    optimizers.resolve(config.optimizer)
-    mesh = sharding.make_mesh(config, jax.devices()[:devices])
-    task = Classification(Linear, (0.5,), (0.25,), AugmentConfig(), 0.1)
-    workdir.mkdir(exist_ok=True)
-    return train.train_and_evaluate("drawn_linear", config, task, dataset, mesh, workdir)
-
-
-def _lines(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-def _same(one, other):
-    jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
 def test_the_record(tmp_path, capfd):
-    state, summary = _run(tmp_path)
+    state, summary = run(tmp_path)
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     expected = {
         "experiment": "drawn_linear",
@@ -83,7 +38,7 @@ def test_the_record(tmp_path, capfd):
     assert state.step == 22
     assert json.loads((tmp_path / "config.json").read_text())["optimizer"]["learning_rate"] == 0.1
 
-    lines = _lines(tmp_path)
+    lines = read_lines(tmp_path)
     assert [line["step"] for line in lines] == list(range(1, 23))  # one line a step, in order
     assert [line["epoch"] for line in lines] == [1] * 11 + [2] * 11
     assert all({"loss", "accuracy", "grad_norm", "learning_rate"} <= line.keys() for line in lines)
@@ -100,59 +55,59 @@ def test_the_record(tmp_path, capfd):
 
 @pytest.mark.parametrize(("every", "steps"), [(5, [5, 10, 11, 15, 20, 22]), (100, [11, 22])])
 def test_log_every_steps(every, steps, tmp_path):
-    _run(tmp_path, log_every_steps=every)
-    assert [line["step"] for line in _lines(tmp_path)] == steps  # an epoch's end always has a line
+    run(tmp_path, log_every_steps=every)
+    assert [line["step"] for line in read_lines(tmp_path)] == steps  # an epoch's end always has a line
 
 
 def test_without_a_terminal_progress_is_plain_lines(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(writer, "_SECONDS_BETWEEN_PLAIN_LINES", 0.0)
-    _run(tmp_path, steps_per_dispatch=11)
+    run(tmp_path, steps_per_dispatch=11)
     lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("step")]
     assert len(lines) == 2
     assert re.fullmatch(r"step 11/22  loss \d\.\d{4}  [\d,]+ examples/s  \d\d:\d\d left", lines[0])
 
 
 def test_the_recorded_rate_is_the_schedules(tmp_path):
-    _run(tmp_path, optimizer=OptimizerConfig(name="sgd", learning_rate=0.2, schedule="linear"))
+    run(tmp_path, optimizer=OptimizerConfig(name="sgd", learning_rate=0.2, schedule="linear"))
     np.testing.assert_allclose(
-        [line["learning_rate"] for line in _lines(tmp_path)], 0.2 * (1 - np.arange(22) / 22), rtol=1e-5
+        [line["learning_rate"] for line in read_lines(tmp_path)], 0.2 * (1 - np.arange(22) / 22), rtol=1e-5
     )
 
 
 def test_steps_per_dispatch_changes_the_calls_and_no_bit(tmp_path, monkeypatch):
     calls = []
-    take = train.TrainBatches.take
-    monkeypatch.setattr(train.TrainBatches, "take", lambda self, count: calls.append(count) or take(self, count))
+    take = training.TrainBatches.take
+    monkeypatch.setattr(training.TrainBatches, "take", lambda self, count: calls.append(count) or take(self, count))
     states, counts = [], []
     for steps in (1, 4, 100, 0):
         calls.clear()
-        states.append(_run(tmp_path / str(steps), steps_per_dispatch=steps)[0])
+        states.append(run(tmp_path / str(steps), steps_per_dispatch=steps)[0])
         counts.append(tuple(calls))
     assert counts[:3] == [(1,) * 22, (4, 4, 3) * 2, (11, 11)]
     assert counts[3][0] == 1  # the first dispatch is measured, then they grow
     assert max(counts[3]) > 1
     for state in states[1:]:
-        _same(state, states[0])
+        same(state, states[0])
 
 
 def test_running_ahead_of_the_device_changes_nothing(tmp_path, monkeypatch):
-    plain, _ = _run(tmp_path / "plain", steps_per_dispatch=3)
-    dispatches = train._Training._dispatches
+    plain, _ = run(tmp_path / "plain", steps_per_dispatch=3)
+    dispatches = training.Training._dispatches
 
     def ahead(self, end):
         self._overlap = True
         return dispatches(self, end)
 
-    monkeypatch.setattr(train._Training, "_dispatches", ahead)
-    state, _ = _run(tmp_path / "ahead", steps_per_dispatch=3)
-    _same(state, plain)
-    assert _lines(tmp_path / "ahead") == _lines(tmp_path / "plain")
+    monkeypatch.setattr(training.Training, "_dispatches", ahead)
+    state, _ = run(tmp_path / "ahead", steps_per_dispatch=3)
+    same(state, plain)
+    assert read_lines(tmp_path / "ahead") == read_lines(tmp_path / "plain")
 
 
 def test_a_streamed_set_trains_to_the_same_bits(tmp_path):
-    resident, one = _run(tmp_path / "resident")
-    streamed, other = _run(tmp_path / "streamed", max_device_gib=0.0)
-    _same(resident, streamed)
+    resident, one = run(tmp_path / "resident")
+    streamed, other = run(tmp_path / "streamed", max_device_gib=0.0)
+    same(resident, streamed)
     assert one["test_loss"] == other["test_loss"]
 
 
@@ -169,7 +124,7 @@ def test_a_streamed_set_trains_to_the_same_bits(tmp_path):
 )
 def test_evaluation_is_exact_for_any_batch_size_and_number_of_devices(devices, fields, tmp_path):
     """Against NumPy float64 with the trained parameters."""
-    state, summary = _run(tmp_path, devices, num_epochs=1, **fields)
+    state, summary = run(tmp_path, devices, num_epochs=1, **fields)
     bias, kernel = (np.float64(leaf) for leaf in jax.tree.leaves(state.params))
     logits = ((DATASET.test["image"] / 255 - 0.5) / 0.25).reshape(33, -1) @ kernel + bias
     loss = np.log(np.exp(logits).sum(1)) - logits[np.arange(33), DATASET.test["label"]]
@@ -178,8 +133,8 @@ def test_evaluation_is_exact_for_any_batch_size_and_number_of_devices(devices, f
 
 
 def test_validation_is_evaluated_beside_test(tmp_path):
-    dataset = dataclasses.replace(DATASET, validation=_split(2, 20))
-    _, summary = _run(tmp_path, dataset=dataset)
+    dataset = dataclasses.replace(DATASET, validation=split(2, 20))
+    _, summary = run(tmp_path, dataset=dataset)
     assert summary["validation_loss"] != summary["test_loss"]
     assert "validation_accuracy" in summary
 
@@ -187,41 +142,41 @@ def test_validation_is_evaluated_beside_test(tmp_path):
 @pytest.mark.parametrize("steps_per_dispatch", [1, 5])
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(steps_per_dispatch, tmp_path):
     with pytest.raises(NonFiniteLossError, match=r"the training loss became (nan|inf) at step 2:") as error:
-        _run(tmp_path, rate=1e38, steps_per_dispatch=steps_per_dispatch)
+        run(tmp_path, rate=1e38, steps_per_dispatch=steps_per_dispatch)
     assert error.value.exit_code == 3
-    assert [line["step"] for line in _lines(tmp_path)] == [1]  # up to there the record stays
+    assert [line["step"] for line in read_lines(tmp_path)] == [1]  # up to there the record stays
     assert not (tmp_path / "summary.json").exists()
 
 
 def test_a_last_update_that_diverges_is_seen_by_the_evaluation(tmp_path):
     with pytest.raises(NonFiniteLossError, match="test_loss is nan at step 1:"):
-        _run(tmp_path, rate=1e38, batch_size=90, num_epochs=1)
+        run(tmp_path, rate=1e38, batch_size=90, num_epochs=1)
     assert not (tmp_path / "summary.json").exists()
 
 
 def test_what_is_not_finite_is_null_in_the_record(tmp_path):
     with writer.Writer(tmp_path, 1, active=True) as record:
         record.scalars(1, 1, {"loss": 1.0, "grad_norm": math.inf, "other": math.nan})
-    assert _lines(tmp_path) == [{"step": 1, "epoch": 1, "loss": 1.0, "grad_norm": None, "other": None}]
+    assert read_lines(tmp_path) == [{"step": 1, "epoch": 1, "loss": 1.0, "grad_norm": None, "other": None}]
 
 
 def test_time_that_the_device_works_through_a_pause_counts_as_training(tmp_path, monkeypatch):
     """With a dispatch in flight a slow consumer is no reason to stop the clock; without one it is."""
-    record = train._Training._record
+    record = training.Training._record
 
     def slow(self, *args):
         time.sleep(0.05)
         record(self, *args)
 
-    monkeypatch.setattr(train._Training, "_record", slow)
-    dispatches = train._Training._dispatches
+    monkeypatch.setattr(training.Training, "_record", slow)
+    dispatches = training.Training._dispatches
 
     def run(overlap):
         def chosen(self, end):
             self._overlap = overlap
             return dispatches(self, end)
 
-        monkeypatch.setattr(train._Training, "_dispatches", chosen)
-        return _run(tmp_path / str(overlap), steps_per_dispatch=1)[1]["train_seconds"]
+        monkeypatch.setattr(training.Training, "_dispatches", chosen)
+        return run(tmp_path / str(overlap), steps_per_dispatch=1)[1]["train_seconds"]
 
     assert run(False) < 22 * 0.05 < run(True) + 2 * 0.05

@@ -1,0 +1,179 @@
+"""Checkpoints: what a run needs to go on, exact to the bit, and the proof that it is.
+
+`checkpoints/<step>/` holds the state (Orbax, each process writes its shards) and a JSON record of the run's progress.
+Orbax writes in the background and renames a step's folder into place when it is whole. It restores flipped bits and
+other dtypes without a word, so the record also holds a checksum, dtype and shape of every array. Checksums are computed
+on the devices, and are the same for any sharding: a checkpoint can be restored on any mesh.
+"""
+
+import json
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from research.errors import UserError
+from research.state import TrainState
+
+
+class _DamagedError(Exception):
+    """This checkpoint is not what was saved; the text says why."""
+
+
+def _flat(state: TrainState) -> dict[str, Any]:
+    """The arrays of the state by path: "params.conv.kernel"."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _checksum(array: jax.Array) -> jax.Array:
+    """Uint32 scalar: the sum of the elements' bits, each times an odd number of its position, modulo 2^32.
+
+    An odd factor loses no bit, so no single flipped bit goes unseen; sums modulo 2^32 do not depend on their order.
+    """
+    bits = array.astype(jnp.uint8) if array.dtype == bool else array
+    bits = jax.lax.bitcast_convert_type(bits, f"uint{8 * bits.dtype.itemsize}").astype(jnp.uint32)
+    position = jnp.uint32(0)
+    for axis, size in enumerate(array.shape):
+        position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
+    return jnp.sum(bits * (position * jnp.uint32(2654435761) | jnp.uint32(1)), dtype=jnp.uint32)
+
+
+@jax.jit
+def _checksums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: _checksum(array) for name, array in arrays.items()}
+
+
+def _kinds(arrays: dict[str, Any]) -> dict[str, str]:
+    return {name: f"{array.dtype}{list(array.shape)}" for name, array in arrays.items()}
+
+
+def _crc(record: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
+
+
+class _Kept(preservation_policy.PreservationPolicy):
+    """The newest checkpoints, and the best."""
+
+    def __init__(self, newest: int, best_step: Callable[[], int | None]):
+        self._newest = newest
+        self._best_step = best_step
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        first = len(checkpoints) - self._newest
+        return [i >= first or info.step == self._best_step() for i, info in enumerate(checkpoints)]
+
+
+class Checkpoints:
+    """The checkpoints of one workdir. A context manager: leaving it waits for what is being written.
+
+    Args:
+      workdir: the run's folder.
+      keep: how many of the newest are kept, beside the best.
+      message: gets the line that names a damaged checkpoint.
+      read_only: nothing is changed, so that a run may be looked at while it trains.
+    """
+
+    def __init__(self, workdir: Path, *, keep: int, message: Callable[[str], None], read_only: bool = False):
+        self._folder = (workdir / "checkpoints").resolve()
+        self._message = message
+        self._read_only = read_only
+        self._best_step: int | None = None
+        options = ocp.CheckpointManagerOptions(
+            # Not by Orbax's BestN: it reads the metrics of every checkpoint at start, and a damaged one stops it.
+            preservation_policy=_Kept(keep, lambda: self._best_step),
+            cleanup_tmp_directories=not read_only,
+            create=not read_only,
+        )
+        self._manager = ocp.CheckpointManager(self._folder, item_names=("state", "record"), options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._manager.close()
+
+    def save(self, state: TrainState, progress: dict[str, Any], best_step: int | None) -> None:
+        """Saves in the background; the state may be donated at once.
+
+        Args:
+          state: its step names the checkpoint; saved again for a step that is saved already, nothing happens.
+          progress: what JSON can have.
+          best_step: the step that is kept beside the newest, if there is one.
+        """
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        arrays = _flat(state)
+        sums = {name: int(value) for name, value in jax.device_get(_checksums(arrays)).items()}
+        record = {"progress": progress, "checksums": sums, "kinds": _kinds(arrays)}
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave({"crc32": _crc(record), **record})
+        )
+        self._best_step = best_step
+        self._manager.save(step, args=args)
+
+    def wait(self) -> None:
+        """Returns when everything saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest whole checkpoint's state, sharded as `like` is, and its progress; None: there is no checkpoint.
+
+        Damaged ones are named and, unless `read_only`, set aside as `checkpoints/damaged-<step>`.
+
+        Raises:
+          UserError: there are checkpoints, and none is whole.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True) if self._folder.exists() else []
+        reason = ""
+        for step in steps:
+            try:
+                return self._restore(step, like)
+            except Exception as error:  # Orbax raises whatever its readers do, where files are cut or gone
+                reason = " ".join(str(error).split())[:200]
+                self._message(f"checkpoint {step} is damaged ({reason}): using the one before")
+                self._set_aside(step)
+        if steps:
+            raise UserError(
+                f"no checkpoint in {self._folder} can be restored (the last tried: {reason}): to train anew, give "
+                "another --workdir"
+            )
+        return None
+
+    def _restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        record = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+        if record.pop("crc32") != _crc(record):
+            raise _DamagedError("its record's checksum differs")
+        arrays = _flat(like)
+        kinds = _kinds(arrays)
+        for name in sorted(kinds.keys() | record["kinds"].keys()):
+            has, wants = record["kinds"].get(name, "nothing"), kinds.get(name, "nothing")
+            if has != wants:
+                raise _DamagedError(f"{name}: it holds {has} where this program has {wants}")
+        shapes = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for n, x in arrays.items()}
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
+        restored = self._manager.restore(step, args=args)["state"]
+        sums = jax.device_get(_checksums(restored))
+        for name, value in record["checksums"].items():
+            if np.uint32(value) != sums[name]:
+                raise _DamagedError(f"the checksum of {name} differs")
+        # A copy that XLA made: what Orbax returns may share memory with its caller, and the state is donated.
+        copies = [jnp.copy(restored[name]) for name in arrays]
+        return jax.tree.unflatten(jax.tree.structure(like), copies), record["progress"]
+
+    def _set_aside(self, step: int) -> None:
+        if self._read_only:
+            return
+        if jax.process_index() == 0:
+            aside = self._folder / f"damaged-{step}"
+            while aside.exists():
+                aside = aside.with_name(aside.name + "-")
+            (self._folder / str(step)).rename(aside)
+        self._manager.reload()

@@ -1,0 +1,53 @@
+"""SIGTERM and SIGINT: a run stops between two dispatches, with a checkpoint; before training it stops at once."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from research.errors import UserError
+
+
+class StoppedError(UserError):
+    """A signal ended the run; the exit code is 128 + the signal's number, as a shell has it."""
+
+    def __init__(self, text: str, number: int):
+        super().__init__(text)
+        self.exit_code = 128 + number
+
+
+class Signals:
+    """What the process was asked. Used from the main thread.
+
+    Attributes:
+      received: the first signal that came while `deferred`, else None.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._defers = False
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        name = signal.Signals(number)
+        if not self._defers or self.received:  # a second signal: somebody is in a hurry
+            raise StoppedError(f"stopped by {name.name}", number)
+        self.received = name
+
+    @contextmanager
+    def handled(self) -> Iterator["Signals"]:
+        """Within it a signal raises `StoppedError`; afterwards things are as before."""
+        before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def deferred(self) -> Iterator["Signals"]:
+        """Within it the first signal is only noted in `received`; the second raises `StoppedError`."""
+        self._defers = True
+        try:
+            yield self
+        finally:
+            self._defers = False

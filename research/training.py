@@ -1,0 +1,241 @@
+"""One run: its state, its compiled steps, how far it is, and how it stops and goes on."""
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from research import optimizers
+from research.checkpoint import Checkpoints
+from research.config import Config
+from research.data.pipeline import EvalBatches, TrainBatches, epoch_ends, is_resident
+from research.data.sources import Dataset
+from research.errors import NonFiniteLossError
+from research.signals import Signals, StoppedError
+from research.state import create_state
+from research.steps import Steps
+from research.tasks import Task
+from research.writer import Writer
+
+_SECONDS_PER_DISPATCH = 0.5
+_MOST_STEPS_PER_DISPATCH = {True: 512, False: 8}  # by whether the data set is resident: streamed batches take memory
+
+
+class _Pace:
+    """How many steps the next dispatch makes: as configured, or about half a second's worth."""
+
+    def __init__(self, config: Config, *, resident: bool, steps_per_epoch: int):
+        most = config.steps_per_dispatch or _MOST_STEPS_PER_DISPATCH[resident]
+        self.capacity = min(most, steps_per_epoch)
+        self._adapts = not config.steps_per_dispatch
+        self.steps = 1 if self._adapts else self.capacity
+
+    def measured(self, num_steps: int, seconds: float) -> None:
+        if self._adapts:
+            self.steps = max(1, min(self.capacity, int(_SECONDS_PER_DISPATCH * num_steps / seconds)))
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run is: what a checkpoint holds beside the state, all of it JSON.
+
+    Attributes:
+      step: updates made.
+      epoch: epochs finished, evaluation included.
+      sums: of each metric over the steps of the epoch under way.
+      results: of the last finished epoch.
+      best: [the lowest validation loss, its step].
+      row: the line of metrics.jsonl under way.
+      train_seconds, wall_seconds: over all the processes that took part in the run.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    sums: dict[str, float] = dataclasses.field(default_factory=dict)
+    results: dict[str, float] = dataclasses.field(default_factory=dict)
+    best: list[Any] | None = None
+    row: dict[str, Any] = dataclasses.field(default_factory=dict)
+    train_seconds: float = 0.0
+    wall_seconds: float = 0.0
+
+
+class Training:
+    """One run: its state, its compiled steps, and what it has seen so far."""
+
+    def __init__(self, config: Config, task: Task, dataset: Dataset, mesh: jax.sharding.Mesh):
+        self._began = time.monotonic()
+        self._config = config
+        self._mesh = mesh
+        self._train_split = dataset.train
+        self._splits = {"validation": dataset.validation, "test": dataset.test}
+        num_examples = len(next(iter(dataset.train.values())))
+        self.ends = epoch_ends(num_examples, config.batch_size, config.num_epochs)
+        resident = is_resident(config, dataset.train, dataset.validation, dataset.test)
+        longest = max(end - start for start, end in itertools.pairwise([0, *self.ends]))
+        self._pace = _Pace(config, resident=resident, steps_per_epoch=longest)
+        self._resident = resident
+        self._evals = {
+            name: EvalBatches(split, config, mesh, resident=resident)
+            for name, split in self._splits.items()
+            if split is not None
+        }
+        tx = optimizers.make_optimizer(config.optimizer, self.ends[-1])
+        self._rates = optimizers.learning_rates(config.optimizer, self.ends[-1])
+        ema_decay = config.optimizer.ema_decay
+        graphdef, self.state = create_state(task.create_model, tx, seed=config.seed, with_ema=ema_decay > 0, mesh=mesh)
+        self._steps = Steps(task, graphdef, tx, ema_decay, mesh)
+        # On a CPU nothing is gained by running ahead of the devices, and several dispatches in flight over several
+        # host devices can starve each other's threads in an all-reduce until the process aborts.
+        self._overlap = mesh.devices.flat[0].platform != "cpu"
+        self.signals = Signals()
+        self.progress = Progress()
+
+    def restore(self, checkpoints: Checkpoints) -> bool:
+        """Goes to the newest checkpoint; False: there is none."""
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state)
+        restored = checkpoints.restore(shapes)
+        if restored:
+            self.state, progress = restored
+            self.progress = Progress(**progress)
+            self._began -= self.progress.wall_seconds
+        return bool(restored)
+
+    @property
+    def wall_seconds(self) -> float:
+        """Since this began, and all that its earlier processes took up to the checkpoint."""
+        return time.monotonic() - self._began
+
+    def compile(self, *, train: bool) -> float:
+        """Compiles the evaluation and, where asked, the train step; returns the seconds it took."""
+        start = time.monotonic()
+        if train:
+            options = {"resident": self._resident, "capacity": self._pace.capacity, "start": self.progress.step}
+            self._batches = TrainBatches(self._train_split, self._config, self._mesh, **options)
+            inputs, seed = self._batches.sample(), np.uint32(self._config.seed)
+            jitted = self._steps.jit_train(self.state)
+            self._train = jitted.lower(self.state, self._batches.data, inputs, np.int32(1), seed).compile()
+        jitted = self._steps.jit_eval(self.state)
+        params, model_state = self.state.eval_params, self.state.model_state
+        self._eval = {
+            name: jitted.lower(params, model_state, batches.data, next(iter(batches))).compile()
+            for name, batches in self._evals.items()
+        }
+        return time.monotonic() - start
+
+    def _dispatches(self, end: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        """Trains up to step `end`, or to where a signal came; yields (step, metrics of the newest [k]) as they come.
+
+        When it ends, the state is that of the last step yielded.
+        """
+        pending: list[tuple[int, int, Any]] = []
+        seed = np.uint32(self._config.seed)
+        issued = self.progress.step
+        last = time.monotonic()
+        while (more := issued < end and not self.signals.received) or pending:
+            if more:
+                count = min(self._pace.steps, end - issued)
+                inputs = self._batches.take(count)
+                self.state, metrics = self._train(self.state, self._batches.data, inputs, np.int32(count), seed)
+                issued += count
+                pending.append((issued, count, metrics))
+                if self._overlap and len(pending) == 1 and issued < end:
+                    continue
+            step, count, metrics = pending.pop(0)
+            values = {name: x[:count] for name, x in jax.device_get(metrics).items()}
+            now = time.monotonic()
+            self._pace.measured(count, now - last)
+            self.progress.train_seconds += now - last
+            self.progress.step = step
+            yield step, values
+            # What the devices did meanwhile counts; where they were idle, this pause is not training.
+            last = now if pending else time.monotonic()
+
+    def train_epoch(self, writer: Writer, checkpoints: Checkpoints) -> dict[str, float]:
+        """Trains to the end of the epoch; returns the means of the metrics over its steps.
+
+        Raises:
+          StoppedError: a signal came; a checkpoint holds what was done.
+        """
+        progress, end = self.progress, self.ends[self.progress.epoch]
+        every = self._config.checkpoint_every_steps or end
+        seconds_before, first = progress.train_seconds, progress.step
+        while progress.step < end:
+            for step, values in self._dispatches(min(end, (progress.step // every + 1) * every)):
+                for name, x in values.items():
+                    # One by one: the sum must not depend on how many steps a dispatch makes.
+                    progress.sums[name] = sum(x.tolist(), progress.sums.get(name, 0.0))
+                self._record(step, values, writer)
+                speed = (step - first) * self._config.batch_size / (progress.train_seconds - seconds_before)
+                writer.progress(step, float(values["loss"].mean()), speed)
+            if self.signals.received:
+                self._stop(writer, checkpoints)
+            if progress.step < end:
+                self.save(writer, checkpoints)
+        count = end - ([0, *self.ends][progress.epoch])
+        return {name: total / count for name, total in progress.sums.items()}
+
+    def finish_epoch(self, means: dict[str, float], writer: Writer, checkpoints: Checkpoints) -> None:
+        """Evaluates, records the epoch's results, and saves a checkpoint."""
+        progress = self.progress
+        progress.results = {f"train_{name}": value for name, value in means.items()} | self.evaluate()
+        progress.epoch, progress.sums = progress.epoch + 1, {}
+        writer.scalars(progress.step, progress.epoch, progress.results)
+        loss = progress.results.get("validation_loss")
+        if loss is not None:
+            progress.best = min(progress.best or [loss, progress.step], [loss, progress.step])
+        self.save(writer, checkpoints)
+        if self.signals.received and progress.epoch < len(self.ends):
+            self._stop(writer, checkpoints)
+
+    def save(self, writer: Writer, checkpoints: Checkpoints) -> None:
+        """Saves a checkpoint in the background."""
+        progress = dataclasses.replace(self.progress, row=writer.row, wall_seconds=self.wall_seconds)
+        checkpoints.save(self.state, dataclasses.asdict(progress), progress.best[1] if progress.best else None)
+
+    def _stop(self, writer: Writer, checkpoints: Checkpoints) -> None:
+        number = self.signals.received
+        assert number
+        self.save(writer, checkpoints)
+        checkpoints.wait()
+        raise StoppedError(
+            f"stopped by {number.name} at step {self.progress.step} with a checkpoint: the same --workdir resumes it",
+            number,
+        )
+
+    def _record(self, last_step: int, values: dict[str, np.ndarray], writer: Writer) -> None:
+        """Writes the lines of the steps just made, up to the first whose loss is not finite."""
+        first_step = last_step - len(values["loss"]) + 1
+        for i, step in enumerate(range(first_step, last_step + 1)):
+            self._check_finite("the training loss became", values["loss"][i], step)
+            if step % self._config.log_every_steps == 0:
+                line = {name: float(x[i]) for name, x in values.items()}
+                rate = float(self._rates[step - 1])
+                writer.scalars(step, self.progress.epoch + 1, line | {"learning_rate": rate})
+
+    def _check_finite(self, what: str, value: float, step: int) -> None:
+        if not np.isfinite(value):
+            raise NonFiniteLossError(
+                f"{what} {value} at step {step}: try a lower --config.optimizer.learning_rate, or "
+                "--config.optimizer.clip_norm=1"
+            )
+
+    def evaluate(self) -> dict[str, float]:
+        """The means of the metrics over each held-out split, as `<split>_<name>`."""
+        results = {}
+        for split, batches in self._evals.items():
+            sums: dict[str, float] = {}
+            for inputs in batches:
+                part = self._eval[split](self.state.eval_params, self.state.model_state, batches.data, inputs)
+                # Waited for, so that a streamed set is never on the devices as a whole.
+                for name, value in jax.device_get(part).items():
+                    sums[name] = sums.get(name, 0.0) + float(value)
+            count = sums.pop("count")
+            results |= {f"{split}_{name}": value / count for name, value in sums.items()}
+        for name, value in results.items():
+            if name.endswith("_loss"):
+                self._check_finite(f"{name} is", value, self.progress.step)
+        return results

@@ -1,0 +1,75 @@
+"""The folder of one run's record: made, claimed against a second run, left as found if the run never starts."""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from research.errors import UserError
+
+
+class Workdir:
+    """The folder, claimed while the context lasts.
+
+    The claim is a lock on `.lock`, which the operating system frees when its process ends, however it ends; the file
+    names that process. A folder that the context made is removed again where the run left no config.json in it.
+
+    Raises:
+      UserError: on entry: it cannot be written, or another run has it.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._made: list[Path] = []
+        self._lock = -1
+
+    def __enter__(self) -> "Workdir":
+        lock = self.path / ".lock"
+        try:
+            self._made = [path for path in (lock, self.path, *self.path.parents) if not path.exists()]
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.pread(self._lock, 200, 0).decode(errors="replace") or "another process"
+            os.close(self._lock)
+            raise UserError(f"--workdir={self.path} is in use by {owner}: give a folder of its own") from None
+        except OSError as error:
+            self._discard()
+            raise UserError(f"--workdir={self.path} cannot be written: {error.strerror}") from None
+        os.truncate(self._lock, 0)
+        os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not (self.path / "config.json").exists():
+            self._discard()
+        os.close(self._lock)
+
+    def _discard(self) -> None:
+        for path in self._made:
+            with contextlib.suppress(OSError):
+                path.unlink() if path.name == ".lock" else path.rmdir()
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file of a record; None: there is no such file.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): give another --workdir, or mend it") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not the JSON object that a run writes: give another --workdir, or mend it")
+    return value

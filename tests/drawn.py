@@ -1,0 +1,59 @@
+"""A tiny experiment for the tests of the loop: softmax regression on drawn images."""
+
+import json
+
+import jax
+import numpy as np
+from flax import nnx
+
+from experiments.cifar_cnn import CifarConfig
+from research import optimizers, sharding, train
+from research.config import AugmentConfig, DatasetConfig, OptimizerConfig
+from research.data.sources import Dataset
+from research.tasks import Classification
+
+SHAPE = (6, 6, 1)
+
+
+class Linear(nnx.Module):
+    """Softmax regression: compiles in no time."""
+
+    def __init__(self, rngs):
+        self.linear = nnx.Linear(36, 3, rngs=rngs)
+
+    def __call__(self, images, *, train, key=None):
+        return self.linear(images.reshape(len(images), -1))
+
+
+def split(seed, count):
+    """Images that are brighter the higher their label."""
+    rng = np.random.default_rng(seed)
+    label = rng.integers(0, 3, count).astype(np.int32)
+    images = rng.integers(0, 100, (count, *SHAPE)) + 50 * label[:, None, None, None]
+    return {"image": images.astype(np.uint8), "label": label}
+
+
+DATASET = Dataset("drawn", ("a", "b", "c"), split(0, 90), None, split(1, 33))
+
+
+def run(workdir, devices=1, dataset=DATASET, rate=0.1, max_device_gib=2.0, signals=None, **fields):
+    """Trains it for 2 epochs of 11 steps; returns the state and the summary."""
+    config = CifarConfig(**{"num_epochs": 2, "batch_size": 8, "log_every_steps": 1, **fields})
+    config.dataset = DatasetConfig(max_device_gib=max_device_gib)
+    if "optimizer" not in fields:
+        config.optimizer = OptimizerConfig(name="sgd", learning_rate=rate)
+    optimizers.resolve(config.optimizer)
+    mesh = sharding.make_mesh(config, jax.devices()[:devices])
+    task = Classification(Linear, (0.5,), (0.25,), AugmentConfig(), 0.1)
+    workdir.mkdir(exist_ok=True)
+    return train.train_and_evaluate("drawn_linear", config, task, dataset, mesh, workdir, signals)
+
+
+def read_lines(workdir):
+    """The record's lines."""
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def same(one, other):
+    """Bit-identical."""
+    jax.tree.map(np.testing.assert_array_equal, one, other)

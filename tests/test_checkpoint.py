@@ -1,0 +1,195 @@
+"""Checkpoints: exact, on any mesh, and never something else than what was saved."""
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from drawn import same
+
+from research import checkpoint, sharding
+from research.checkpoint import Checkpoints
+from research.config import Config, MeshConfig
+from research.errors import UserError
+from research.state import TrainState
+
+PROGRESS = {"epoch": 1, "sums": {"loss": 0.1 + 0.2}, "row": {}}
+
+
+def _mesh(devices, **axes):
+    return sharding.make_mesh(Config(batch_size=8, mesh=MeshConfig(**axes)), jax.devices()[:devices])
+
+
+def _state(step=0, seed=0, mesh=None):
+    rng = np.random.default_rng(seed)
+    arrays = {
+        "kernel": rng.normal(size=(8, 6)).astype(np.float32),
+        "half": jnp.asarray(rng.normal(size=(4,)), jnp.bfloat16),
+        "flag": np.array([True, False, True]),
+        "count": np.int32(seed),
+    }
+    state = TrainState(np.int32(step), arrays, {"mean": arrays["kernel"][0]}, {"byte": np.int8([-1, 5])}, None)
+    return jax.device_put(state, sharding.tree_shardings(jax.eval_shape(lambda: state), mesh or _mesh(1)))
+
+
+def _save(folder, *states, best=()):
+    with Checkpoints(folder, keep=2, message=print) as saved:
+        for number, state in enumerate(states):
+            saved.save(state, PROGRESS, best[number] if best else None)
+
+
+def _restore(folder, like, **options):
+    warnings = []
+    with Checkpoints(folder, keep=2, message=warnings.append, **options) as saved:
+        return saved.restore(like), warnings
+
+
+def test_what_comes_back_is_what_was_saved(tmp_path):
+    state = _state(7)
+    _save(tmp_path, state)
+    (restored, progress), warnings = _restore(tmp_path, _state(0, seed=1))
+    same(restored, state)
+    assert jax.tree.map(lambda x: x.dtype, restored) == jax.tree.map(lambda x: x.dtype, state)
+    assert progress == PROGRESS
+    assert not warnings
+
+
+def test_without_checkpoints_there_is_nothing_to_restore(tmp_path):
+    assert _restore(tmp_path, _state()) == (None, [])
+    assert _restore(tmp_path / "nowhere", _state(), read_only=True) == (None, [])
+
+
+@pytest.mark.parametrize(
+    ("there", "here"),
+    [
+        ({"devices": 1}, {"devices": 8, "fsdp": 4}),
+        ({"devices": 8, "fsdp": 4, "model": 2}, {"devices": 1}),
+        ({"devices": 2}, {"devices": 4}),
+    ],
+)
+def test_any_mesh_restores_it(there, here, tmp_path):
+    _save(tmp_path, _state(3, mesh=_mesh(**there)))
+    like = _state(0, seed=1, mesh=_mesh(**here))
+    (restored, _), warnings = _restore(tmp_path, like)
+    same(restored, _state(3))
+    assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(lambda x: x.sharding, like)
+    assert not warnings
+
+
+def test_a_state_may_be_donated_at_once(tmp_path):
+    step = jax.jit(
+        lambda state: jax.tree.map(lambda x: x ^ True if x.dtype == bool else x + 1, state), donate_argnums=0
+    )
+    state = _state(1)
+    copy = jax.tree.map(np.array, state)
+    with Checkpoints(tmp_path, keep=2, message=print) as saved:
+        saved.save(state, PROGRESS, None)
+        for _ in range(20):
+            state = step(state)
+    same(_restore(tmp_path, _state())[0][0], copy)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "bool"])
+def test_the_checksum_is_its_closed_form_and_sees_every_flipped_bit(dtype):
+    array = np.array(jnp.asarray(np.random.default_rng(0).normal(size=(3, 5)) * 9, dtype))
+    bits = array.view(f"uint{8 * array.itemsize}").ravel()
+
+    def closed_form(values):
+        return sum(int(v) * ((i * 2654435761 % 2**32) | 1) for i, v in enumerate(values)) % 2**32
+
+    assert int(checkpoint._checksum(jnp.asarray(array))) == closed_form(bits)
+    whole = closed_form(bits)
+    for i in range(bits.size):
+        for bit in range(8 * array.itemsize):
+            flipped = bits.copy()
+            flipped[i] ^= 1 << bit
+            assert closed_form(flipped) != whole
+
+
+def _flip(path):
+    data = bytearray(path.read_bytes())
+    for i in range(len(data) // 2, len(data), 40):
+        data[i] ^= 16
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "flipped": _flip,
+    "cut": lambda p: p.write_bytes(p.read_bytes()[: p.stat().st_size // 2]),
+    "gone": lambda p: p.unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_to_any_file_is_seen_or_harmless(damage, tmp_path):
+    older, newer = _state(1, seed=1), _state(2, seed=2)
+    _save(tmp_path / "whole", older, newer)
+    files = [path for path in (tmp_path / "whole/checkpoints/2").rglob("*") if path.is_file() and path.stat().st_size]
+    fell_back = 0
+    for number, file in enumerate(files):
+        copy = tmp_path / str(number)
+        shutil.copytree(tmp_path / "whole", copy)
+        DAMAGE[damage](copy / file.relative_to(tmp_path / "whole"))
+        (restored, progress), warnings = _restore(copy, _state())
+        same(restored, older if warnings else newer)
+        assert progress == PROGRESS
+        if warnings:
+            fell_back += 1
+            assert warnings[0].startswith("checkpoint 2 is damaged (")
+            assert (copy / "checkpoints/damaged-2").exists()
+    assert fell_back >= 2  # the data, and the record
+
+
+def test_an_empty_folder_is_seen(tmp_path):
+    _save(tmp_path, _state(1, seed=1))
+    (tmp_path / "checkpoints/2").mkdir()
+    (restored, _), warnings = _restore(tmp_path, _state(), read_only=True)
+    same(restored, _state(1, seed=1))
+    assert "checkpoint 2 is damaged" in warnings[0]
+    assert (tmp_path / "checkpoints/2").exists()  # whoever only looks changes nothing
+
+
+def test_where_none_is_whole_nothing_starts_from_scratch(tmp_path):
+    _save(tmp_path, _state(1), _state(2))
+    for step in (1, 2):
+        _flip(tmp_path / f"checkpoints/{step}/record/metadata")
+    with pytest.raises(UserError, match=r"no checkpoint in .* can be restored"):
+        _restore(tmp_path, _state())
+
+
+def test_a_flip_that_orbax_restores_is_seen(tmp_path, monkeypatch):
+    _save(tmp_path, _state(1, seed=1), _state(2, seed=2))
+    restore = checkpoint.ocp.CheckpointManager.restore
+
+    def flipped(self, step, args):
+        result = restore(self, step, args=args)
+        if step == 2 and "state" in dict(result):
+            kernel = np.array(result["state"]["params.kernel"])
+            kernel.view(np.uint32)[3, 2] ^= 1
+            result["state"]["params.kernel"] = jnp.asarray(kernel)
+        return result
+
+    monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "restore", flipped)
+    (restored, _), warnings = _restore(tmp_path, _state())
+    same(restored, _state(1, seed=1))
+    assert "the checksum of params.kernel differs" in warnings[0]
+
+
+def test_another_dtype_or_shape_is_never_cast(tmp_path):
+    _save(tmp_path, _state(1))
+    like = _state()
+    like.params["kernel"] = like.params["kernel"].astype(jnp.bfloat16)
+    with pytest.raises(UserError, match=r"params.kernel: it holds float32\[8, 6\] where .* bfloat16\[8, 6\]"):
+        _restore(tmp_path, like, read_only=True)
+    del like.params["kernel"]
+    with pytest.raises(UserError, match=r"params.kernel: it holds float32\[8, 6\] where this program has nothing"):
+        _restore(tmp_path, like, read_only=True)
+
+
+@pytest.mark.parametrize(
+    ("best", "kept"), [([1, 2, 2, 2, 2], {2, 4, 5}), ([None] * 5, {4, 5}), ([1, 2, 2, 4, 4], {4, 5})]
+)
+def test_the_newest_and_the_best_are_kept(best, kept, tmp_path):
+    _save(tmp_path, *(_state(step) for step in range(1, 6)), best=best)
+    assert {int(path.name) for path in (tmp_path / "checkpoints").iterdir()} == kept

@@ -1,0 +1,166 @@
+"""A run that was stopped and goes on ends as if nothing had happened."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+from command import COMMAND, DIGITS, complains, read_summary, run_command, run_here
+from drawn import DATASET, read_lines, run, same, split
+
+from research import writer
+from research.signals import Signals, StoppedError
+
+
+def _figures(summary):
+    return {
+        name: value for name, value in summary.items() if not name.endswith("_seconds") and "per_second" not in name
+    }
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """Runs the tiny experiment and stops it by a signal when it is at a step."""
+
+    def stopped(workdir, step, **options):
+        signals = Signals()
+        progress = writer.Writer.progress
+
+        def seen(self, at, *args):
+            progress(self, at, *args)
+            if at >= step:
+                signals.received = signal.SIGTERM
+
+        monkeypatch.setattr(writer.Writer, "progress", seen)
+        with pytest.raises(StoppedError) as error:
+            run(workdir, signals=signals, **options)
+        monkeypatch.setattr(writer.Writer, "progress", progress)
+        assert error.value.exit_code == 143
+        return str(error.value)
+
+    return stopped
+
+
+@pytest.mark.parametrize("step", [1, 7, 11, 12, 21])
+@pytest.mark.parametrize("every", [1, 5])
+def test_stopped_anywhere_it_ends_the_same(step, every, stop_at, tmp_path):
+    """Parameters to the bit, figures to the last digit, each line once and in order."""
+    options = {"dataset": dataclasses.replace(DATASET, validation=split(2, 20)), "log_every_steps": every}
+    state, summary = run(tmp_path / "whole", **options)
+    assert f"at step {step} " in stop_at(tmp_path / "stopped", step, steps_per_dispatch=1, **options)
+    resumed, other = run(tmp_path / "stopped", steps_per_dispatch=3, **options)
+    same(resumed, state)
+    assert _figures(other) == _figures(summary)
+    assert read_lines(tmp_path / "stopped") == read_lines(tmp_path / "whole")
+
+
+def test_stopped_again_and_again(stop_at, tmp_path):
+    state, _ = run(tmp_path / "whole")
+    for step in (3, 6, 11, 15):
+        stop_at(tmp_path / "stopped", step, steps_per_dispatch=1)
+    same(run(tmp_path / "stopped")[0], state)
+    assert read_lines(tmp_path / "stopped") == read_lines(tmp_path / "whole")
+
+
+def test_checkpoints_within_an_epoch(tmp_path):
+    run(tmp_path, checkpoint_every_steps=4, keep_checkpoints=100)
+    assert {int(path.name) for path in (tmp_path / "checkpoints").iterdir()} == {4, 8, 11, 12, 16, 20, 22}
+
+
+def test_another_number_of_devices_goes_on(stop_at, tmp_path):
+    _, summary = run(tmp_path / "whole")
+    stop_at(tmp_path / "stopped", 9, steps_per_dispatch=1)
+    _, other = run(tmp_path / "stopped", devices=8)
+    assert other["test_loss"] == pytest.approx(summary["test_loss"], rel=1e-4)
+    assert other["device_count"] == 8
+
+
+def test_the_best_step_is_in_the_summary(tmp_path):
+    dataset = dataclasses.replace(DATASET, validation=split(2, 20))
+    _, summary = run(tmp_path, dataset=dataset, num_epochs=4)
+    losses = {line["step"]: line["validation_loss"] for line in read_lines(tmp_path) if "validation_loss" in line}
+    assert summary["best_step"] == min(losses, key=losses.get)
+    assert summary["best_validation_loss"] == min(losses.values())
+
+
+def _start(env, *args):
+    return subprocess.Popen([*COMMAND, *args], env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def _wait_for_checkpoint(workdir, process):
+    deadline = time.monotonic() + 120
+    while not any(path.name.isdigit() for path in workdir.glob("checkpoints/*")) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+ARGS = [*DIGITS, "--config.num_epochs=4", "--config.log_every_steps=1", "--config.checkpoint_every_steps=5"]
+
+
+def _checksums(workdir):
+    newest = max((path for path in workdir.glob("checkpoints/*") if path.name.isdigit()), key=lambda p: int(p.name))
+    return json.loads((newest / "record/metadata").read_text())["checksums"]
+
+
+def test_killed_and_resumed_it_ends_bit_identical(env, tmp_path):
+    whole = run_command(env, *ARGS, "--workdir=whole")
+    assert whole.returncode == 0, whole.stderr
+    process = _start(env, *ARGS, "--workdir=killed")
+    _wait_for_checkpoint(tmp_path / "killed", process)
+    process.kill()
+    process.communicate()
+    assert not (tmp_path / "killed/summary.json").exists()
+    resumed = run_command(env, "--workdir=killed")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resumed at step " in resumed.stdout
+    assert _checksums(tmp_path / "killed") == _checksums(tmp_path / "whole")
+    assert read_lines(tmp_path / "killed") == read_lines(tmp_path / "whole")
+    assert _figures(read_summary(tmp_path / "killed")) == _figures(read_summary(tmp_path / "whole"))
+
+
+def test_a_run_is_looked_at_stopped_and_gone_on_with(env, tmp_path, capsys):
+    process = _start(env, *DIGITS, "--config.num_epochs=10000", "--workdir=x")
+    _wait_for_checkpoint(tmp_path / "x", process)
+    busy = run_here(["--workdir=x"], capsys)
+    complains(busy, "--workdir=x is in use by", f"process {process.pid} on {os.uname().nodename}")
+    looked = run_command(env, "--mode=eval", "--workdir=x")
+    assert "cifar_cnn on digits, step " in looked.stdout, looked.stderr
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert err.splitlines()[-1].startswith("error: stopped by SIGTERM at step ")
+    complains(run_here(["--workdir=x", "--config.model.width=5"], capsys), "model.width 4 there, 5 here")
+    complains(run_here(["--workdir=x", "--config.num_epochs=3"], capsys), "10000 epochs")
+
+
+def test_a_finished_run_is_only_evaluated_and_may_be_reproduced(env, tmp_path, capsys):
+    assert run_command(env, *DIGITS, "--workdir=x").returncode == 0
+    summary = (tmp_path / "x/summary.json").read_bytes()
+    again = run_command(env, "--workdir=x")
+    assert again.returncode == 0, again.stderr
+    assert "the run in x is finished" in again.stdout
+    figures = json.loads(summary)
+    assert f"step {figures['num_train_steps']}: test accuracy {figures['test_accuracy']:.4f}" in again.stdout
+    assert (tmp_path / "x/summary.json").read_bytes() == summary
+
+    changed = figures | {"jax_version": "0.1"}
+    (tmp_path / "x/summary.json").write_text(json.dumps(changed))
+    reproduced = run_command(env, "--reproduce=x/summary.json", "--workdir=y")
+    assert reproduced.returncode == 0, reproduced.stderr
+    first, last = [line for line in reproduced.stdout.splitlines() if line.startswith("reproduced: ")]
+    assert first.startswith("reproduced: jax_version 0.1 there, ")
+    assert last == "reproduced: the same train_accuracy, train_grad_norm, train_loss, test_accuracy, test_loss"
+    assert read_summary(tmp_path / "y")["test_loss"] == figures["test_loss"]
+    complains(run_here(["--reproduce=nowhere/summary.json"], capsys), "no such file")
+    complains(run_here(["--mode=eval", "--workdir=nowhere"], capsys), "no config.json in nowhere")
+
+
+def test_a_config_that_cannot_be_read_is_named(env, tmp_path, capsys):
+    folder = tmp_path / "x"
+    folder.mkdir()
+    for text in ("{", "[]", "{}", '{"seed": "a"}'):
+        (folder / "config.json").write_text(text)
+        complains(run_here(["--workdir=x"], capsys), "config.json")

@@ -14,6 +14,9 @@ from research.config import Config, MeshConfig
 from research.errors import UserError
 from research.state import TrainState
 
+# TensorStore's futures that nobody awaits, where a read failed.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 PROGRESS = {"epoch": 1, "sums": {"loss": 0.1 + 0.2}, "row": {}}
 
 

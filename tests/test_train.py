@@ -171,7 +171,7 @@ def test_time_that_the_device_works_through_a_pause_counts_as_training(tmp_path,
     monkeypatch.setattr(training.Training, "_record", slow)
     dispatches = training.Training._dispatches
 
-    def run(overlap):
+    def seconds(overlap):
         def chosen(self, end):
             self._overlap = overlap
             return dispatches(self, end)
@@ -179,4 +179,4 @@ def test_time_that_the_device_works_through_a_pause_counts_as_training(tmp_path,
         monkeypatch.setattr(training.Training, "_dispatches", chosen)
         return run(tmp_path / str(overlap), steps_per_dispatch=1)[1]["train_seconds"]
 
-    assert run(False) < 22 * 0.05 < run(True) + 2 * 0.05
+    assert seconds(False) < 22 * 0.05 < seconds(True) + 2 * 0.05

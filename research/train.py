@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from research import plots
 from research.checkpoint import Checkpoints
 from research.config import Config
 from research.data.sources import Dataset
@@ -14,6 +15,7 @@ from research.signals import Signals
 from research.state import TrainState, num_params
 from research.tasks import Task
 from research.training import Training
+from research.workdir import read_metrics
 from research.writer import Writer
 
 
@@ -83,6 +85,11 @@ def train_and_evaluate(
         }
         saved.wait()
         writer.summary(summary)
+    if jax.process_index() == 0:
+        try:
+            plots.curves({experiment: read_metrics(workdir)}, workdir / "curves.png")
+        except Exception as error:  # whatever it is: the run is finished, and stays so
+            writer.warning(f"curves.png was not drawn: {error}")
     return training.state, summary
 
 

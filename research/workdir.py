@@ -73,3 +73,9 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(value, dict):
         raise UserError(f"{path} is not the JSON object that a run writes: give another --workdir, or mend it")
     return value
+
+
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; one that its writer has not finished is left out."""
+    lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -1,0 +1,72 @@
+"""Runs side by side, and the curves of one."""
+
+import json
+
+import pytest
+from drawn import run
+from PIL import Image
+
+from research import compare, plots, train
+from research.errors import UserError
+
+
+@pytest.fixture
+def two_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return [run(tmp_path / name, rate=rate)[1] for name, rate in (("slow", 0.001), ("fast", 0.1))]
+
+
+def test_differing_fields_and_figures_are_shown(two_runs, tmp_path, capsys):
+    compare.run(["slow", "fast", "--picture=both.png"])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows[0] == ["slow", "fast"]
+    assert ["config.optimizer.learning_rate", "0.001", "0.1"] in rows
+    assert ["test_accuracy", *(f"{summary['test_accuracy']:.4g}" for summary in two_runs)] in rows
+    assert [row[0] for row in rows if row[0].startswith("config.")] == ["config.optimizer.learning_rate"]
+    with Image.open("both.png") as picture:
+        colours = {colour for _, colour in picture.convert("RGB").getcolors(2**24)}
+    assert {(31, 119, 180), (255, 127, 14)} <= colours  # a curve of each run
+
+
+def test_a_run_draws_its_curves_and_one_that_is_not_finished_compares(two_runs, tmp_path, capsys):
+    with Image.open("fast/curves.png") as picture:
+        assert picture.width > 2 * picture.height  # loss and accuracy, side by side
+    (tmp_path / "fast/summary.json").unlink()
+    with (tmp_path / "fast/metrics.jsonl").open("a") as file:
+        file.write('{"step": 2')
+    compare.run(["slow", "fast"])
+    assert ["test_accuracy", f"{two_runs[0]['test_accuracy']:.4g}", "-"] in [
+        line.split() for line in capsys.readouterr().out.splitlines()
+    ]
+    assert (tmp_path / "compare.png").exists()
+
+
+def test_a_picture_that_fails_stops_nothing(tmp_path, monkeypatch, capfd):
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(train.plots, "curves", full)
+    _, summary = run(tmp_path)
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    assert "WARNING: curves.png was not drawn: No space left on device" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "give the workdirs"),
+        (["nowhere"], "nowhere holds no run"),
+        (["slow", "--pictures=x"], "pictures"),
+        (["slow", "--picture=nowhere/x.png"], "--picture=nowhere/x.png cannot be drawn"),
+        (["slow", "--picture=x.nothing"], "--picture=x.nothing cannot be drawn"),
+    ],
+)
+def test_bad_input_is_named(argv, message, two_runs):
+    with pytest.raises(UserError, match=message):
+        compare.run(argv)
+
+
+def test_only_what_was_measured_is_drawn(tmp_path):
+    plots.curves({"a": [{"step": 1, "epoch": 1, "train_loss": 1.0}]}, tmp_path / "x.png")
+    with Image.open(tmp_path / "x.png") as picture:
+        assert picture.width < 2 * picture.height

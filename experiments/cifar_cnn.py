@@ -16,7 +16,7 @@ from research.data import images
 from research.data.sources import Dataset
 from research.errors import UserError
 from research.models import cnn
-from research.tasks import Classification
+from research.tasks.classification import Classification
 
 
 @dataclasses.dataclass

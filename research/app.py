@@ -19,7 +19,7 @@ from research.config import Config
 from research.data import sources
 from research.errors import UserError
 from research.signals import Signals
-from research.tasks import Task
+from research.tasks.task import Task
 from research.workdir import Workdir, read_json
 
 

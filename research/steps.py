@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from research import optimizers, sharding
 from research.state import TrainState
-from research.tasks import Batch, Metrics, Task
+from research.tasks.task import Batch, Metrics, Task
 
 
 def fetch(data: Batch, inputs: Batch) -> Batch:

@@ -13,7 +13,7 @@ from research.data.sources import Dataset
 from research.errors import UserError
 from research.signals import Signals
 from research.state import TrainState, num_params
-from research.tasks import Task
+from research.tasks.task import Task
 from research.training import Training
 from research.workdir import read_metrics
 from research.writer import Writer

@@ -18,7 +18,7 @@ from research.errors import NonFiniteLossError
 from research.signals import Signals, StoppedError
 from research.state import create_state
 from research.steps import Steps
-from research.tasks import Task
+from research.tasks.task import Task
 from research.writer import Writer
 
 _SECONDS_PER_DISPATCH = 0.5

@@ -10,7 +10,7 @@ from experiments.cifar_cnn import CifarConfig
 from research import optimizers, sharding, train
 from research.config import AugmentConfig, DatasetConfig, OptimizerConfig
 from research.data.sources import Dataset
-from research.tasks import Classification
+from research.tasks.classification import Classification
 
 SHAPE = (6, 6, 1)
 

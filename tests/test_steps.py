@@ -18,7 +18,7 @@ from research.data.pipeline import EvalBatches, TrainBatches
 from research.data.sources import Dataset
 from research.state import create_state
 from research.steps import Steps
-from research.tasks import Classification
+from research.tasks.classification import Classification
 
 
 @functools.cache

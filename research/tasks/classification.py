@@ -1,8 +1,7 @@
-"""What is learned: how a batch becomes per-example losses and metrics."""
+"""Images to classes."""
 
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -11,25 +10,11 @@ from flax import nnx
 
 from research.config import AugmentConfig
 from research.data import images
-
-Batch = dict[str, jax.Array]
-Metrics = dict[str, jax.Array]
-
-
-class Task(Protocol):
-    """What the steps ask of a task."""
-
-    def create_model(self, rngs: nnx.Rngs) -> nnx.Module:
-        """Builds the network with its initial parameters."""
-        ...
-
-    def evaluate(self, model: nnx.Module, batch: Batch, *, key: jax.Array, train: bool) -> Metrics:
-        """The values of every example, each float32 [b]. Training minimises the mean of "loss"."""
-        ...
+from research.tasks.task import Batch, Metrics, Task
 
 
 @dataclasses.dataclass(frozen=True)
-class Classification:
+class Classification(Task):
     """Images to classes by softmax cross-entropy.
 
     Attributes:

@@ -1,0 +1,72 @@
+"""What the loop asks of a task: the base class of all of them."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+from flax import nnx
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from research.data.sources import Dataset
+    from research.predictor import Predictor
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+class Task:
+    """What is learned. A task overrides `create_model` and one of `evaluate` and `advance`; the rest has defaults.
+
+    Attributes:
+      unit: what an example consists of, and how many of them: speed is also reported in these where there is more than
+        one, as in ("characters", 128).
+    """
+
+    unit: tuple[str, int] = ("examples", 1)
+
+    def create_model(self, rngs: nnx.Rngs) -> nnx.Module:
+        """Builds the network with its initial parameters."""
+        raise NotImplementedError
+
+    def evaluate(self, model: nnx.Module, batch: Batch, *, key: jax.Array, train: bool) -> Metrics:
+        """The values of every example.
+
+        Args:
+          model: the network.
+          batch: the examples, [b, ...] each; "index" int32 [b], their numbers; in training also "epoch" int32 [b] and
+            "step" int32 scalar, the updates made so far.
+          key: for everything random, different for every batch.
+          train: whether this is training.
+
+        Returns:
+          Float32 [b] each. Training minimises the mean of "loss", and reports the mean of each. In evaluation a value
+          may also be [b, ...], and "weight" [b] weighs the examples' means.
+        """
+        raise NotImplementedError
+
+    def initial_carry(self, batch_size: int) -> Any:
+        """What `advance` is given first: a tree of arrays [batch_size, ...]; empty for a task without memory."""
+        del batch_size
+        return {}
+
+    def advance(
+        self, model: nnx.Module, batch: Batch, carry: Any, *, key: jax.Array, train: bool
+    ) -> tuple[Metrics, Any]:
+        """As `evaluate`, for a task whose batches continue each other: row i of a batch gets what row i left."""
+        return self.evaluate(model, batch, key=key, train=train), carry
+
+    def summarize(self, means: Mapping[str, Any]) -> dict[str, float]:
+        """The figures that the record shows, from the means (NumPy) of what `evaluate` returned over many examples."""
+        return {name: float(value) for name, value in means.items()}
+
+    def final_metrics(self, predict: "Predictor", dataset: "Dataset") -> dict[str, float]:
+        """Figures that are too costly to have after every epoch; names begin with their split, as in "test_nll"."""
+        del predict, dataset
+        return {}
+
+    def pictures(self, predict: "Predictor", dataset: "Dataset") -> "dict[str, Figure]":
+        """Pictures of what has been learned, by the names of their files without ".png"."""
+        del predict, dataset
+        return {}

@@ -75,7 +75,7 @@ def run(argv: Sequence[str]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
     picture = Path(str(values["picture"].value))
     try:
-        plots.curves({str(workdir): read_metrics(workdir) for workdir in workdirs}, picture)
+        plots.curves({str(workdir): read_metrics(workdir) for workdir in workdirs}).savefig(picture, dpi=120)
     except (OSError, ValueError) as error:
         raise UserError(f"--picture={picture} cannot be drawn: {error}") from None
     print(f"picture: {picture}")

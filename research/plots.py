@@ -1,18 +1,19 @@
-"""Pictures of runs, drawn from their metrics.jsonl."""
+"""Pictures of runs, drawn from their metrics.jsonl, as matplotlib Figures."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 _SPLITS = {"train": "-", "validation": ":", "test": "--"}
 
 
-def curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
+def curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
     """Draws loss and accuracy by epoch, a colour a run and a line style a split.
 
     Args:
       runs: the lines of metrics.jsonl, by the run's name.
-      path: the picture; its ending says the format.
+
+    Returns:
+      The Figure.
     """
     # Slow to import, and only wanted here. Not pyplot: a figure of its own needs no display and keeps no global state.
     from matplotlib.figure import Figure
@@ -30,4 +31,4 @@ def curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
         axes.set(xlabel="epoch", ylabel=metric)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    return figure

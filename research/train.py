@@ -85,11 +85,7 @@ def train_and_evaluate(
         }
         saved.wait()
         writer.summary(summary)
-    if jax.process_index() == 0:
-        try:
-            plots.curves({experiment: read_metrics(workdir)}, workdir / "curves.png")
-        except Exception as error:  # whatever it is: the run is finished, and stays so
-            writer.warning(f"curves.png was not drawn: {error}")
+        writer.picture("curves", lambda: plots.curves({experiment: read_metrics(workdir)}), progress.step)
     return training.state, summary
 
 

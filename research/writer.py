@@ -1,12 +1,14 @@
-"""The record of a run: config.json, metrics.jsonl and summary.json in the workdir, and progress on the terminal."""
+"""The record of a run in its workdir (config.json, metrics.jsonl, summary.json, pictures); progress on the terminal."""
 
 import dataclasses
+import io
 import itertools
 import json
 import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -55,12 +57,12 @@ class Writer:
 
     def _write_json(self, name: str, value: dict[str, Any]) -> None:
         if self._active:
-            self._replace(name, json.dumps(_standard(value), indent=2, allow_nan=False) + "\n")
+            self._replace(name, json.dumps(_standard(value), indent=2, allow_nan=False).encode() + b"\n")
 
-    def _replace(self, name: str, text: str) -> None:
+    def _replace(self, name: str, data: bytes) -> None:
         """Writes a file so that whoever reads it, at any moment, gets the old one or the new one whole."""
         new = self._workdir / f".{name}.new"
-        new.write_text(text)
+        new.write_bytes(data)
         os.replace(new, self._workdir / name)
 
     def config(self, config: Any) -> None:
@@ -68,7 +70,8 @@ class Writer:
         self._write_json("config.json", dataclasses.asdict(config))
 
     def summary(self, summary: dict[str, Any]) -> None:
-        """Writes summary.json."""
+        """Writes summary.json, and the last line of metrics.jsonl: the run is finished."""
+        self._flush()
         self._write_json("summary.json", summary)
 
     @property
@@ -83,7 +86,7 @@ class Writer:
         if self._active:
             lines = path.read_text().splitlines(keepends=True) if path.exists() else []
             kept = itertools.takewhile(lambda line: _step(line) < row.get("step", step + 1), lines)
-            self._replace("metrics.jsonl", "".join(kept))
+            self._replace("metrics.jsonl", "".join(kept).encode())
         self._bar.initial = self._bar.n = self._first = step
 
     def scalars(self, step: int, epoch: int, values: dict[str, float]) -> None:
@@ -97,6 +100,23 @@ class Writer:
             with (self._workdir / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(_standard(self._row), allow_nan=False) + "\n")
         self._row = {}
+
+    def picture(self, name: str, draw: Callable[[], Any], step: int) -> None:
+        """Saves `<name>.png`. Where that fails, for any reason, a WARNING line says so: no run stops for a picture.
+
+        Args:
+          name: of the file, without its ending.
+          draw: makes the matplotlib Figure; called in the process that writes only.
+          step: what it shows.
+        """
+        if not self._active:
+            return
+        try:
+            png = io.BytesIO()
+            draw().savefig(png, format="png", dpi=120)
+            self._replace(f"{name}.png", png.getvalue())
+        except Exception as error:
+            self.warning(f"{name}.png was not drawn: {error}")
 
     def progress(self, step: int, loss: float, examples_per_second: float) -> None:
         """Shows how far training is: a bar on a terminal, else a line now and then."""

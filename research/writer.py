@@ -38,7 +38,7 @@ class Writer:
     """
 
     def __init__(self, workdir: Path, num_train_steps: int, *, active: bool):
-        self._workdir = workdir
+        self.workdir = workdir
         self._active = active
         self._total = num_train_steps
         self._first = 0
@@ -61,9 +61,9 @@ class Writer:
 
     def _replace(self, name: str, data: bytes) -> None:
         """Writes a file so that whoever reads it, at any moment, gets the old one or the new one whole."""
-        new = self._workdir / f".{name}.new"
+        new = self.workdir / f".{name}.new"
         new.write_bytes(data)
-        os.replace(new, self._workdir / name)
+        os.replace(new, self.workdir / name)
 
     def config(self, config: Any) -> None:
         """Writes config.json."""
@@ -81,7 +81,7 @@ class Writer:
 
     def resume(self, step: int, row: dict[str, Any]) -> None:
         """Takes metrics.jsonl back to what it was at `step`, when `row` was its newest line."""
-        path = self._workdir / "metrics.jsonl"
+        path = self.workdir / "metrics.jsonl"
         self._row = dict(row)
         if self._active:
             lines = path.read_text().splitlines(keepends=True) if path.exists() else []
@@ -97,7 +97,7 @@ class Writer:
 
     def _flush(self) -> None:
         if self._active and self._row:
-            with (self._workdir / "metrics.jsonl").open("a") as file:
+            with (self.workdir / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(_standard(self._row), allow_nan=False) + "\n")
         self._row = {}
 

@@ -26,6 +26,7 @@ class Dataset:
       train: "image" (uint8 [n,h,w,c]) and "label" (int32 [n]); for text "text" (uint8 [n], its bytes).
       validation: held out from train, or the set's own; None without either.
       test: what results are reported on.
+      shuffle: whether training takes the examples in another order in every epoch; if not, in their own.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Dataset:
     train: Arrays
     validation: Arrays | None
     test: Arrays
+    shuffle: bool = True
 
 
 def load(config: DatasetConfig) -> Dataset:

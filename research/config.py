@@ -12,7 +12,7 @@ from typing import Any
 from research.errors import UserError
 
 OPTIMIZERS = ("sgd", "momentum", "nesterov", "adagrad", "rmsprop", "adam", "adamw", "lion", "muon")
-SCHEDULES = ("constant", "cosine", "linear", "one_cycle", "step")
+SCHEDULES = ("constant", "cosine", "linear", "one_cycle", "step", "tripling")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -67,6 +67,23 @@ class CNNConfig:
     dropout: float = option(0.0, "dropout rate before the classifier (wide_resnet: within blocks)", minimum=0, below=1)
     norm: str = option("", "normalisation; empty: the published", choices=("", "none", "batch", "layer", "group"))
     dtype: str = option("float32", "compute dtype; parameters stay float32", choices=DTYPES)
+
+
+@dataclasses.dataclass
+class VAEConfig:
+    """A variational autoencoder (`research.models.vae`)."""
+
+    name: str = option("dense", "architecture of encoder and decoder", choices=("dense", "conv"))
+    latents: int = option(50, "dimensions of the latent space", minimum=1)
+    width: int = option(200, "units of a hidden layer; conv: channels at full resolution", minimum=1)
+    depth: int = option(2, "hidden layers of encoder and of decoder; conv: halvings of the resolution", minimum=1)
+    activation: str = option("tanh", "non-linearity", choices=("tanh", "relu", "silu", "gelu"))
+    likelihood: str = option(
+        "bernoulli",
+        "of a pixel given the latents; gaussian: mean and variance are learned",
+        choices=("bernoulli", "gaussian"),
+    )
+    dtype: str = option("float32", "compute dtype; parameters and likelihoods stay float32", choices=DTYPES)
 
 
 @dataclasses.dataclass

@@ -79,6 +79,8 @@ def test_samples_are_saved_and_follow_their_seed(tmp_path, capsys):
         (["--config.samples=5", "--config.free_bits=0.1"], "free_bits=0.1: the bound of several samples"),
         (["--config.beta=0", "--config.beta_warmup=0.1"], "beta_warmup=0.1: there is nothing to warm up"),
         (["--config.beta=0", "--config.free_bits=0.1"], "free_bits=0.1: the KL does not count"),
+        (["--config.samples=5", "--config.gradient_samples=5"], "gradient_samples=5: must be below"),
+        (["--config.gradient_samples=1"], "gradient_samples=1: must be below"),
         (["--config.samples=0"], "config.samples=0: must be at least 1"),
         (["--config.binarize=none"], "config.binarize='none': use one of"),
         (["--config.model.name=conv", "--config.model.depth=4"], "depth=4: images of 8x8 cannot be halved"),
@@ -129,6 +131,7 @@ def _loss(**fields):
     ],
 )
 def test_each_field_changes_the_loss(field, value):
+    assert _loss(samples=3, gradient_samples=1) != _loss(samples=3)
     assert _loss(**{field: value}) != _loss()
 
 

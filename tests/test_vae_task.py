@@ -121,6 +121,29 @@ def test_the_bound_of_several_samples_is_their_log_mean_weight():
     np.testing.assert_allclose(loss, -np.log(np.exp(log_prob).mean(1)), rtol=1e-5)
 
 
+def test_a_gradient_by_few_samples_is_unbiased():
+    """Its mean over many rows of one example is that of the gradient by all samples, within its standard error."""
+    batch = _batch(np.repeat(IMAGES[:1], 4000, 0), step=jnp.int32(0))
+
+    def gradients(**fields):
+        task = dataclasses.replace(TASK, samples=4, **fields)
+
+        def loss(shift):
+            values = task.evaluate(_linear(shift, 1.4), batch, key=jax.random.key(0), train=True)["loss"]
+            return values.sum(), values
+
+        return _jit(jax.value_and_grad(loss, has_aux=True))(jnp.full((4000, 2), 0.2))
+
+    (_, losses), exact = gradients()
+    for count in (1, 3):
+        (_, same), estimate = gradients(gradient_samples=count)
+        np.testing.assert_allclose(same, losses, rtol=1e-5)  # the bound itself is that of all samples
+        differences = np.asarray(estimate - exact)
+        error = differences.std(0) / np.sqrt(len(differences))
+        assert (error > 0).all()
+        np.testing.assert_array_less(np.abs(differences.mean(0)), 4 * error)
+
+
 def test_warm_up_and_beta():
     task = dataclasses.replace(TASK, beta=2.0, warmup_steps=4)
     evaluate = _jit(lambda batch: task.evaluate(_linear(0.2), batch, key=jax.random.key(0), train=True))

@@ -163,7 +163,7 @@ class VAE(Task):
         def add(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             largest, total = carry
             noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), (1, mean.shape[1])))(keys)
-            log_weight = sum(self._log_weights(model, targets, mean, logvar, noise))[:, 0]
+            log_weight = jnp.add(*self._log_weights(model, targets, mean, logvar, noise))[:, 0]
             maximum = jnp.maximum(largest, log_weight)
             return maximum, total * jnp.exp(largest - maximum) + jnp.exp(log_weight - maximum)
 

@@ -35,7 +35,7 @@ def option(
 class DatasetConfig:
     """Which data, from where."""
 
-    name: str = option("cifar10|digits", "data set (a TFDS name, or digits); of a|b the first that can be had")
+    name: str = option("cifar10|digits", "data set (a TFDS name, digits or pydoc); of a|b the first that can be had")
     data_dir: str = option("", "folder of prepared TFDS sets and archives; empty: TFDS_DATA_DIR, else TFDS's default")
     validation_fraction: float = option(0.0, "part of the training set held out for validation", minimum=0, below=1)
     max_device_gib: float = option(

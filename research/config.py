@@ -70,6 +70,18 @@ class CNNConfig:
 
 
 @dataclasses.dataclass
+class RNNConfig:
+    """A recurrent network (`research.models.rnn`)."""
+
+    name: str = option("lstm", "cell", choices=("simple", "gru", "lstm", "mingru", "lru"))
+    width: int = option(256, "features between layers, and recurrent units of each", minimum=1)
+    layers: int = option(2, "recurrent layers", minimum=1)
+    dropout: float = option(0.0, "dropout rate of what a layer adds or passes on", minimum=0, below=1)
+    tied: bool = option(False, "the output's kernel is the embedding's")
+    dtype: str = option("float32", "dtype of matrix products; parameters and memory stay float32", choices=DTYPES)
+
+
+@dataclasses.dataclass
 class OptimizerConfig:
     """The training algorithm (`research.optimizers`)."""
 
@@ -98,6 +110,7 @@ class MeshConfig:
     fsdp: int = option(
         1, "devices that share the batch and shard parameters and optimiser state; -1: the rest", minimum=-1
     )
+    sequence: int = option(1, "devices that share the time axis of a parallel recurrence; -1: the rest", minimum=-1)
     model: int = option(1, "devices that share a layer's output features; -1: the rest", minimum=-1)
 
 
@@ -178,6 +191,7 @@ _FREE = (
     "dataset.max_device_gib",
     "mesh.data",
     "mesh.fsdp",
+    "mesh.sequence",
     "mesh.model",
 )
 

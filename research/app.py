@@ -215,9 +215,10 @@ def run(experiment: Experiment, argv: Sequence[str], signals: Signals | None = N
       UserError: bad input, found before training starts; no folder is left behind.
     """
     # Imported here so that --help and a misspelt flag answer at once.
-    from research import optimizers, sharding, train
+    from research import compilation_cache, optimizers, sharding, train
 
     command = parse(experiment, argv)
+    compilation_cache.enable()
     config, workdir = command.config, command.workdir
     optimizers.resolve(config.optimizer)
     mesh = sharding.make_mesh(config)

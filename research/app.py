@@ -20,6 +20,7 @@ from research.data import sources
 from research.errors import UserError
 from research.predictor import Predictor
 from research.signals import Signals
+from research.storage import open_path
 from research.tasks.task import Task
 from research.workdir import Workdir, read_json
 
@@ -165,14 +166,14 @@ def parse(experiment: Experiment, argv: Sequence[str]) -> Command:
     if values["help"].value:
         print(help_text(experiment))
         raise SystemExit(0)
-    workdir = Path(values["workdir"].value or f"runs/{experiment.name}/{time.strftime('%Y-%m-%d-%H%M%S')}")
+    workdir = open_path(values["workdir"].value or f"runs/{experiment.name}/{time.strftime('%Y-%m-%d-%H%M%S')}")
     earlier = _stored_config(experiment, workdir)
     mode = str(values["mode"].value)
     if mode != "train" and earlier is None:
         raise UserError(f"--mode={mode} needs the --workdir of a run: there is no config.json in {workdir}")
     reproduces, reproduced = None, None
     if values["reproduce"].value:
-        path = Path(values["reproduce"].value)
+        path = open_path(values["reproduce"].value)
         reproduces, reproduced = read_json(path), _stored_config(experiment, path.parent)
         if reproduces is None or reproduced is None:
             raise UserError(f"--reproduce={path}: there is no such file, or no config.json beside it")

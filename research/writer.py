@@ -1,11 +1,11 @@
 """The record of a run in its workdir (config.json, metrics.jsonl, summary.json, pictures); progress on the terminal."""
 
+import contextlib
 import dataclasses
 import io
 import itertools
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -14,6 +14,9 @@ from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
+
+from research import storage
+from research.errors import RecordError
 
 _SECONDS_BETWEEN_PLAIN_LINES = 10.0
 
@@ -40,6 +43,7 @@ class Writer:
     def __init__(self, workdir: Path, num_train_steps: int, *, active: bool):
         self.workdir = workdir
         self._active = active
+        self._metrics = storage.Log(workdir / "metrics.jsonl")
         self._total = num_train_steps
         self._first = 0
         self._row: dict[str, Any] = {}
@@ -52,18 +56,16 @@ class Writer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._flush()
         self._bar.close()
+        with contextlib.suppress(RecordError) if error else contextlib.nullcontext():  # what came first is told
+            self._flush()
+            self._metrics.sync()
 
     def _write_json(self, name: str, value: dict[str, Any]) -> None:
         if self._active:
-            self._replace(name, json.dumps(_standard(value), indent=2, allow_nan=False).encode() + b"\n")
-
-    def _replace(self, name: str, data: bytes) -> None:
-        """Writes a file so that whoever reads it, at any moment, gets the old one or the new one whole."""
-        new = self.workdir / f".{name}.new"
-        new.write_bytes(data)
-        os.replace(new, self.workdir / name)
+            storage.replace(
+                self.workdir / name, json.dumps(_standard(value), indent=2, allow_nan=False).encode() + b"\n"
+            )
 
     def config(self, config: Any) -> None:
         """Writes config.json."""
@@ -72,11 +74,13 @@ class Writer:
     def summary(self, summary: dict[str, Any]) -> None:
         """Writes summary.json, and the last line of metrics.jsonl: the run is finished."""
         self._flush()
+        self._metrics.sync()
         self._write_json("summary.json", summary)
 
-    @property
-    def row(self) -> dict[str, Any]:
-        """The newest line of metrics.jsonl, which is not written yet: more may come for its step."""
+    def sync(self) -> dict[str, Any]:
+        """Returns the newest line, to which more may come for its step, when all before it is in metrics.jsonl."""
+        if self._active:
+            self._metrics.sync()
         return dict(self._row)
 
     def resume(self, step: int, row: dict[str, Any]) -> None:
@@ -86,7 +90,7 @@ class Writer:
         if self._active:
             lines = path.read_text().splitlines(keepends=True) if path.exists() else []
             kept = itertools.takewhile(lambda line: _step(line) < row.get("step", step + 1), lines)
-            self._replace("metrics.jsonl", "".join(kept).encode())
+            self._metrics.replace("".join(kept).encode())
         self._bar.initial = self._bar.n = self._first = step
 
     def scalars(self, step: int, epoch: int, values: dict[str, float]) -> None:
@@ -97,8 +101,7 @@ class Writer:
 
     def _flush(self) -> None:
         if self._active and self._row:
-            with (self.workdir / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(_standard(self._row), allow_nan=False) + "\n")
+            self._metrics.append(json.dumps(_standard(self._row), allow_nan=False).encode() + b"\n")
         self._row = {}
 
     def picture(self, name: str, draw: Callable[[], Any], step: int) -> None:
@@ -114,9 +117,9 @@ class Writer:
         try:
             png = io.BytesIO()
             draw().savefig(png, format="png", dpi=120)
-            self._replace(f"{name}.png", png.getvalue())
+            storage.replace(self.workdir / f"{name}.png", png.getvalue())
         except Exception as error:
-            self.warning(f"{name}.png was not drawn: {error}")
+            self.warning(f"{name}.png was not drawn: {error.__cause__ or error}")
 
     def progress(self, step: int, loss: float, examples_per_second: float) -> None:
         """Shows how far training is: a bar on a terminal, else a line now and then."""

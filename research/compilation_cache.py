@@ -23,7 +23,8 @@ def enable() -> None:
     folder = cache.folder() / f"xla-{_processor()}"
     with contextlib.suppress(OSError):  # without a cache everything works, only later
         folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK) and jax.config.jax_compilation_cache_dir is None:
+        named = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+        if os.access(folder, os.W_OK) and named is None:
             jax.config.update("jax_compilation_cache_dir", str(folder))
             jax.config.update("jax_persistent_cache_min_compile_time_secs", _SHORTEST_SECONDS)
 

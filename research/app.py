@@ -22,6 +22,7 @@ from research.predictor import Predictor
 from research.signals import Signals
 from research.storage import open_path
 from research.tasks.task import Task
+from research.terminal import lasting_output
 from research.workdir import Workdir, read_json
 
 
@@ -314,10 +315,13 @@ def _last_lines(summary: dict[str, Any], workdir: Path) -> str:
 
 
 def main(experiment: Experiment, argv: Sequence[str] | None = None) -> None:
-    """The whole command: runs the experiment and exits with one of the codes of `research.errors`."""
+    """The whole command: runs the experiment and exits with one of the codes of `research.errors`.
+
+    Where nobody reads its output any more it goes on in silence: the record is what a run is for.
+    """
     signals = Signals()
     try:
-        with signals.handled():
+        with lasting_output(), signals.handled():
             run(experiment, sys.argv[1:] if argv is None else argv, signals)
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

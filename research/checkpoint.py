@@ -7,6 +7,7 @@ on the devices, and are the same for any sharding: a checkpoint can be restored 
 """
 
 import json
+import logging
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +26,10 @@ from research.mirror import Mirror
 from research.state import TrainState
 
 _SCHEMES = ("gs", "s3")  # that Orbax and TensorStore write by themselves
+
+
+# Orbax's background thread logs, with its traceback, an error that it raises at the next save as well.
+logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
 
 
 class _DamagedError(Exception):

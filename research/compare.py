@@ -14,6 +14,7 @@ from absl import flags
 from research import plots
 from research.errors import UserError
 from research.storage import open_path
+from research.terminal import lasting_output
 from research.workdir import read_json, read_metrics
 
 _FIGURES = ("train_", "validation_", "test_", "best_", "examples_per_second", "num_params", "num_train_steps")
@@ -88,7 +89,8 @@ def run(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     try:
-        run(sys.argv[1:])
+        with lasting_output():
+            run(sys.argv[1:])
     except UserError as user_error:
         print(f"error: {user_error}", file=sys.stderr)
         sys.exit(user_error.exit_code)

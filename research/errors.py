@@ -2,7 +2,7 @@
 
 | code | meaning |
 | --- | --- |
-| 0 | done |
+| 0 | done; also where nobody reads the output any more (`| head -1`): the record is finished in silence |
 | 1 | a defect: a traceback, please report it |
 | 2 | bad input: a flag, a data set, a folder; nothing was started |
 | 3 | the loss became NaN or infinite |

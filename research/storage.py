@@ -5,6 +5,7 @@ rename: there a file is always written as a whole, which readers see as a whole.
 """
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,11 +53,18 @@ def writing(what: Any) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # not OSError alone: fsspec's file systems raise their libraries' own
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
         raise RecordError(
-            f"{what} could not be written ({reason}): the last good checkpoint is intact; with the cause mended, the "
-            "same --workdir resumes from it"
+            f"{what} could not be written ({_reason(error)}): the last good checkpoint is intact; once mended, "
+            "the same --workdir resumes from it"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """In the operating system's words where they are known; TensorStore has its error number in the text."""
+    number = re.search(r"os_error_code='(\d+)'", str(error))
+    if number:
+        return os.strerror(int(number[1]))
+    return getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
 
 
 def replace(path: Path, data: bytes) -> None:
@@ -68,8 +76,12 @@ def replace(path: Path, data: bytes) -> None:
     with writing(path):
         if is_local(path):
             new = path.with_name(f".{path.name}.new")
-            new.write_bytes(data)
-            os.replace(new, path)
+            try:
+                new.write_bytes(data)
+                os.replace(new, path)
+            except OSError:
+                new.unlink(missing_ok=True)  # on a full disk, half a file is in the way
+                raise
         else:
             path.write_bytes(data)
 

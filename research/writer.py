@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from research import storage
 from research.errors import RecordError
 
 _SECONDS_BETWEEN_PLAIN_LINES = 10.0
+_NARROW = 80  # columns below which the whole bar would be cut
+_NARROW_BAR = "{n_fmt}/{total_fmt} {remaining} left{postfix}"
 
 
 def _standard(value: dict[str, Any]) -> dict[str, Any]:
@@ -48,7 +51,9 @@ class Writer:
         self._first = 0
         self._row: dict[str, Any] = {}
         self._start = self._last_line = time.monotonic()
-        self._bar = tqdm(total=num_train_steps, unit="step", dynamic_ncols=True, disable=None if active else True)
+        # A bar needs a terminal that can go back to a line's start; None: tqdm looks whether it is one.
+        disable = True if not active or os.environ.get("TERM") == "dumb" else None
+        self._bar = tqdm(total=num_train_steps, unit="step", dynamic_ncols=True, disable=disable)
 
     def __enter__(self) -> "Writer":
         return self
@@ -63,9 +68,8 @@ class Writer:
 
     def _write_json(self, name: str, value: dict[str, Any]) -> None:
         if self._active:
-            storage.replace(
-                self.workdir / name, json.dumps(_standard(value), indent=2, allow_nan=False).encode() + b"\n"
-            )
+            text = json.dumps(_standard(value), indent=2, allow_nan=False) + "\n"
+            storage.replace(self.workdir / name, text.encode())
 
     def config(self, config: Any) -> None:
         """Writes config.json."""
@@ -124,7 +128,9 @@ class Writer:
     def progress(self, step: int, loss: float, examples_per_second: float) -> None:
         """Shows how far training is: a bar on a terminal, else a line now and then."""
         speed = f"{examples_per_second:,.0f} examples/s"
-        self._bar.set_postfix_str(f"loss {loss:.4f}, {speed}", refresh=False)
+        narrow = (self._bar.format_dict["ncols"] or _NARROW) < _NARROW
+        self._bar.bar_format = _NARROW_BAR if narrow else None
+        self._bar.set_postfix_str(f"loss {loss:.4f}" + ("" if narrow else f", {speed}"), refresh=False)
         self._bar.update(step - self._bar.n)
         now = time.monotonic()
         if self._bar.disable and self._active and now - self._last_line > _SECONDS_BETWEEN_PLAIN_LINES:

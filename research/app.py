@@ -18,8 +18,11 @@ from research import config as config_lib
 from research.config import Config
 from research.data import sources
 from research.errors import UserError
+from research.predictor import Predictor
 from research.signals import Signals
+from research.storage import open_path
 from research.tasks.task import Task
+from research.terminal import lasting_output
 from research.workdir import Workdir, read_json
 
 
@@ -32,12 +35,25 @@ class Experiment:
       doc: its docstring, which `--help` shows.
       presets: functions that make its configs, by name; the first is the default.
       make_task: builds the task from the config and the data set; may raise `UserError`.
+      prepare: makes of the data set what the task learns from; may raise `UserError`.
+      sample: what `--mode=sample` does with a trained network, given the options, of type `sample_options`, and the
+        workdir; may raise `UserError`.
+      sample_options: a dataclass of `research.config.option` fields, each of them a flag.
     """
 
     name: str
     doc: str
     presets: Mapping[str, Callable[[], Config]]
     make_task: Callable[[Any, sources.Dataset], Task]
+    prepare: Callable[[Any, sources.Dataset], sources.Dataset] = lambda _, dataset: dataset
+    sample: Callable[[Predictor, Any, sources.Dataset, Any, Path], None] | None = None
+    sample_options: type | None = None
+
+    @property
+    def modes(self) -> dict[str, str]:
+        """What `--mode` may be, and what that does."""
+        modes = {"train": "train, or resume the run in --workdir", "eval": "evaluate its newest checkpoint"}
+        return modes | ({"sample": "show samples of what it has learned"} if self.sample else {})
 
     @property
     def default_config(self) -> Config:
@@ -52,7 +68,8 @@ class Command:
     Attributes:
       config: checked, not yet resolved.
       workdir: the folder of the record.
-      mode: "train" or "eval".
+      mode: "train", "eval" or "sample".
+      options: of the mode "sample".
       earlier: the config of the run that `workdir` holds, or None.
       reproduces: the summary of the run to be run again, or None.
     """
@@ -60,11 +77,11 @@ class Command:
     config: Config
     workdir: Path
     mode: str
+    options: Any
     earlier: Config | None
     reproduces: dict[str, Any] | None
 
 
-_MODES = {"train": "train, or resume the run in --workdir", "eval": "evaluate the newest checkpoint in --workdir"}
 _DEFINE: dict[Any, Callable[..., Any]] = {
     int: flags.DEFINE_integer,
     float: flags.DEFINE_float,
@@ -79,13 +96,20 @@ def define_flags(experiment: Experiment) -> flags.FlagValues:
     values = flags.FlagValues()
     flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
     flags.DEFINE_string("workdir", None, "folder of the run's record", flag_values=values)
-    flags.DEFINE_enum("mode", "train", list(_MODES), "what to do", flag_values=values)
+    flags.DEFINE_enum("mode", "train", list(experiment.modes), "what to do", flag_values=values)
     flags.DEFINE_string("reproduce", None, "summary.json of a run to run again", flag_values=values)
     names = list(experiment.presets)
     flags.DEFINE_enum("config", names[0], names, "the preset to start from", flag_values=values)
-    for path, field, value in config_lib.walk(experiment.default_config):
-        _DEFINE[field.type](f"config.{path}", value, field.metadata["help"], flag_values=values)
+    for prefix, options in _groups(experiment):
+        for path, field, value in config_lib.walk(options, prefix):
+            _DEFINE[field.type](path, value, field.metadata["help"], flag_values=values)
     return values
+
+
+def _groups(experiment: Experiment) -> list[tuple[str, Any]]:
+    """The dataclasses whose fields are flags, each with the prefix of its flags' names."""
+    options = experiment.sample_options
+    return [*([("", options())] if options else []), ("config.", experiment.default_config)]
 
 
 def help_text(experiment: Experiment) -> str:
@@ -94,17 +118,18 @@ def help_text(experiment: Experiment) -> str:
         experiment.doc.strip(),
         "",
         f"  --workdir=DIR  folder of the run's record (default: runs/{experiment.name}/<date-time>)",
-        *(f"  --mode={name}  {meaning}" for name, meaning in _MODES.items()),
+        *(f"  --mode={name}  {meaning}" for name, meaning in experiment.modes.items()),
         "  --reproduce=DIR/summary.json  run that run again, with its config",
         f"  --config=NAME  the preset to start from: {', '.join(experiment.presets)}",
         "",
     ]
-    for path, field, value in config_lib.walk(experiment.default_config):
-        kind = getattr(field.type, "__name__", "float")
-        default = {"": "empty", None: "see below"}.get(value, value)
-        choices = " | ".join(c or "''" for c in field.metadata["choices"])
-        lines.append(f"  --config.{path}={kind} (default: {default})")
-        lines.append(f"      {field.metadata['help']}" + (f": {choices}" if choices else ""))
+    for prefix, options in _groups(experiment):
+        for path, field, value in config_lib.walk(options, prefix):
+            kind = getattr(field.type, "__name__", "float")
+            default = {"": "empty", None: "see below"}.get(value, value)
+            choices = " | ".join(c or "''" for c in field.metadata["choices"])
+            lines.append(f"  --{path}={kind} (default: {default})" + ("" if prefix else ", with --mode=sample"))
+            lines.append(f"      {field.metadata['help']}" + (f": {choices}" if choices else ""))
     return "\n".join(lines)
 
 
@@ -142,14 +167,14 @@ def parse(experiment: Experiment, argv: Sequence[str]) -> Command:
     if values["help"].value:
         print(help_text(experiment))
         raise SystemExit(0)
-    workdir = Path(values["workdir"].value or f"runs/{experiment.name}/{time.strftime('%Y-%m-%d-%H%M%S')}")
+    workdir = open_path(values["workdir"].value or f"runs/{experiment.name}/{time.strftime('%Y-%m-%d-%H%M%S')}")
     earlier = _stored_config(experiment, workdir)
     mode = str(values["mode"].value)
-    if mode == "eval" and earlier is None:
-        raise UserError(f"--mode=eval needs the --workdir of a run: there is no config.json in {workdir}")
+    if mode != "train" and earlier is None:
+        raise UserError(f"--mode={mode} needs the --workdir of a run: there is no config.json in {workdir}")
     reproduces, reproduced = None, None
     if values["reproduce"].value:
-        path = Path(values["reproduce"].value)
+        path = open_path(values["reproduce"].value)
         reproduces, reproduced = read_json(path), _stored_config(experiment, path.parent)
         if reproduces is None or reproduced is None:
             raise UserError(f"--reproduce={path}: there is no such file, or no config.json beside it")
@@ -161,7 +186,19 @@ def parse(experiment: Experiment, argv: Sequence[str]) -> Command:
         if flag.present:
             config_lib.assign(config, path, flag.value)
     config_lib.check(config)
-    return Command(config, workdir, mode, earlier, reproduces)
+    return Command(config, workdir, mode, _sample_options(experiment, values, mode), earlier, reproduces)
+
+
+def _sample_options(experiment: Experiment, values: flags.FlagValues, mode: str) -> Any:
+    if experiment.sample_options is None:
+        return None
+    options = experiment.sample_options()
+    for name, _, _ in config_lib.walk(options):
+        if values[name].present and mode != "sample":
+            raise UserError(f"--{name} is for --mode=sample")
+        config_lib.assign(options, name, values[name].value)
+    config_lib.check_fields(options, "--")
+    return options
 
 
 def _stored_config(experiment: Experiment, workdir: Path) -> Config | None:
@@ -180,20 +217,22 @@ def run(experiment: Experiment, argv: Sequence[str], signals: Signals | None = N
       UserError: bad input, found before training starts; no folder is left behind.
     """
     # Imported here so that --help and a misspelt flag answer at once.
-    from research import optimizers, sharding, train
+    from research import compilation_cache, optimizers, sharding, train
 
     command = parse(experiment, argv)
+    compilation_cache.enable()
     config, workdir = command.config, command.workdir
     optimizers.resolve(config.optimizer)
     mesh = sharding.make_mesh(config)
     if command.mode == "eval":
         return _evaluate(experiment, command, mesh)
+    if command.mode == "sample":
+        return _sample(experiment, command, mesh)
     if command.earlier is None and (workdir / "metrics.jsonl").exists():
         raise UserError(f"--workdir={workdir} holds a metrics.jsonl without its config.json: give a folder of its own")
     with Workdir(workdir):
-        dataset = sources.load(config.dataset)
+        dataset, task = _load(experiment, config)
         config.dataset.name = dataset.name
-        task = experiment.make_task(config, dataset)
         if command.earlier:
             config_lib.check_resumes(config, command.earlier, str(workdir))
         print(_first_line(experiment, dataset, mesh), flush=True)
@@ -212,14 +251,29 @@ def run(experiment: Experiment, argv: Sequence[str], signals: Signals | None = N
     return summary
 
 
+def _load(experiment: Experiment, config: Config) -> tuple[sources.Dataset, Task]:
+    dataset = experiment.prepare(config, sources.load(config.dataset))
+    return dataset, experiment.make_task(config, dataset)
+
+
 def _evaluate(experiment: Experiment, command: Command, mesh: Any) -> dict[str, Any]:
     from research import train
 
-    dataset = sources.load(command.config.dataset)
-    task = experiment.make_task(command.config, dataset)
-    step, results = train.evaluate(command.config, task, dataset, mesh, command.workdir)
+    dataset, task = _load(experiment, command.config)
+    training = train.restore(command.config, task, dataset, mesh, command.workdir)
+    step, results = training.progress.step, train.evaluate(training)
     print(f"{experiment.name} on {dataset.name}, step {step:,}: {_figures(results)}")
     return {"step": step, **results}
+
+
+def _sample(experiment: Experiment, command: Command, mesh: Any) -> dict[str, Any]:
+    from research import train
+
+    dataset, task = _load(experiment, command.config)
+    training = train.restore(command.config, task, dataset, mesh, command.workdir)
+    assert experiment.sample is not None
+    experiment.sample(training.predictor(), command.config, dataset, command.options, command.workdir)
+    return {"step": training.progress.step}
 
 
 def _hardware(mesh: Any) -> dict[str, Any]:
@@ -245,7 +299,7 @@ def _devices(count: int, platform: str) -> str:
 
 def _first_line(experiment: Experiment, dataset: sources.Dataset, mesh: Any) -> str:
     sizes = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
-    counts = ", ".join(f"{len(split['label']):,} {name}" for name, split in sizes.items() if split is not None)
+    counts = ", ".join(f"{len(next(iter(split.values()))):,} {name}" for name, split in sizes.items() if split)
     return f"{experiment.name}: {dataset.name} ({counts}), {_devices(mesh.size, mesh.devices.flat[0].platform)}"
 
 
@@ -261,10 +315,13 @@ def _last_lines(summary: dict[str, Any], workdir: Path) -> str:
 
 
 def main(experiment: Experiment, argv: Sequence[str] | None = None) -> None:
-    """The whole command: runs the experiment and exits with one of the codes of `research.errors`."""
+    """The whole command: runs the experiment and exits with one of the codes of `research.errors`.
+
+    Where nobody reads its output any more it goes on in silence: the record is what a run is for.
+    """
     signals = Signals()
     try:
-        with signals.handled():
+        with lasting_output(), signals.handled():
             run(experiment, sys.argv[1:] if argv is None else argv, signals)
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -128,6 +128,9 @@ class Config:
         0, "train steps per call of the compiled program; 0: about half a second's worth, at most 512", minimum=0
     )
     log_every_steps: int = option(50, "steps between the training lines of metrics.jsonl", minimum=1)
+    pictures_every_epochs: int = option(
+        0, "epochs between pictures of what has been learned; 0: at the end only", minimum=0
+    )
     checkpoint_every_steps: int = option(
         0, "steps between checkpoints within an epoch; 0: one at the end of each epoch only", minimum=0
     )
@@ -187,6 +190,7 @@ _FREE = (
     "steps_per_dispatch",
     "checkpoint_every_steps",
     "keep_checkpoints",
+    "pictures_every_epochs",
     "dataset.data_dir",
     "dataset.max_device_gib",
     "mesh.data",
@@ -218,14 +222,19 @@ def check_resumes(config: Config, earlier: Config, workdir: str) -> None:
 
 def check(config: Config) -> None:
     """Raises `UserError` for the first field out of its bounds, and for fields that contradict each other."""
-    for path, field, value in walk(config):
-        if value is not None:
-            _check_field(f"--config.{path}", field.metadata, value)
+    check_fields(config, "--config.")
     microbatch_size = config.microbatch_size or config.batch_size
     if config.batch_size % microbatch_size:
         raise UserError(
             f"--config.batch_size={config.batch_size} is not a multiple of --config.microbatch_size={microbatch_size}"
         )
+
+
+def check_fields(options: Any, prefix: str) -> None:
+    """Raises `UserError` for the first field of a dataclass out of its bounds; its flag is `prefix` and its path."""
+    for path, field, value in walk(options, prefix):
+        if value is not None:
+            _check_field(path, field.metadata, value)
 
 
 def _check_field(flag: str, metadata: Any, value: Any) -> None:

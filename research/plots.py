@@ -1,20 +1,26 @@
-"""Pictures of runs, drawn from their metrics.jsonl."""
+"""Pictures as matplotlib Figures: the curves of runs, and what a network has learned.
+
+matplotlib is slow to import, and only wanted where a picture is drawn. Not pyplot: a figure of its own needs no display
+and keeps no global state.
+"""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 _SPLITS = {"train": "-", "validation": ":", "test": "--"}
 
 
-def curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
+def curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
     """Draws loss and accuracy by epoch, a colour a run and a line style a split.
 
     Args:
       runs: the lines of metrics.jsonl, by the run's name.
-      path: the picture; its ending says the format.
+
+    Returns:
+      The Figure.
     """
-    # Slow to import, and only wanted here. Not pyplot: a figure of its own needs no display and keeps no global state.
     from matplotlib.figure import Figure
 
     present = {name for lines in runs.values() for line in lines for name in line}
@@ -30,4 +36,55 @@ def curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
         axes.set(xlabel="epoch", ylabel=metric)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    return figure
+
+
+def confusion(labels: np.ndarray, predictions: np.ndarray, names: Sequence[str]) -> Any:
+    """How many examples of each class (a row) were taken for each class (a column), coloured by their part of the row.
+
+    Args:
+      labels, predictions: int [n].
+      names: of the classes.
+    """
+    from matplotlib.figure import Figure
+
+    counts = np.zeros((len(names), len(names)), np.int64)
+    np.add.at(counts, (labels, predictions), 1)
+    side = max(4.0, 0.55 * len(names) + 1.5)
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.subplots()
+    parts = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    axes.imshow(parts, cmap="Blues", vmin=0, vmax=1)
+    axes.set_xticks(range(len(names)), names, rotation=90)
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="predicted", ylabel="label", title=f"accuracy {np.trace(counts) / len(labels):.4f}")
+    if len(names) <= 20:  # more would not be legible
+        for (row, column), count in np.ndenumerate(counts):
+            colour = "white" if parts[row, column] > 0.5 else "black"
+            axes.text(column, row, str(count), ha="center", va="center", fontsize="x-small", color=colour)
+    return figure
+
+
+def mistakes(images: np.ndarray, labels: np.ndarray, probabilities: np.ndarray, names: Sequence[str]) -> Any:
+    """The examples most confidently taken for another class, the worst first, at most 25.
+
+    Args:
+      images: uint8 [n, h, w, c], c 1 or 3.
+      labels: int [n].
+      probabilities: float [n, classes].
+      names: of the classes.
+    """
+    from matplotlib.figure import Figure
+
+    predictions, confidence = probabilities.argmax(-1), probabilities.max(-1)
+    wrong = np.flatnonzero(predictions != labels)
+    wrong = wrong[np.argsort(-confidence[wrong], kind="stable")][:25]
+    figure = Figure(figsize=(9, 10), layout="constrained")
+    figure.suptitle(f"{(predictions != labels).sum():,} mistakes of {len(labels):,}: label, taken for (probability)")
+    for axes, i in zip(figure.subplots(5, 5).flat, wrong.tolist()):
+        axes.imshow(images[i].squeeze(), cmap="gray", vmin=0, vmax=255)
+        label, taken = names[int(labels[i])], names[int(predictions[i])]
+        axes.set_title(f"{label}, {taken} ({confidence[i]:.2f})", fontsize="x-small")
+    for axes in figure.axes:
+        axes.axis("off")
+    return figure

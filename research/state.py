@@ -1,7 +1,6 @@
 """The training state: one pytree, created already sharded."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,6 +9,8 @@ import optax
 from flax import nnx
 
 from research import sharding
+from research.config import Config
+from research.tasks.task import Task
 
 
 @jax.tree_util.register_dataclass
@@ -21,6 +22,8 @@ class TrainState:
       step: int32 scalar, the number of updates made.
       params: trained arrays, float32.
       model_state: the model's other arrays (batch statistics, frozen kernels).
+      carry: what each example of the newest batch left to the one that continues it, [microbatches, b, ...]; {} for a
+        task without memory.
       opt_state: the optimiser's state; the hyperparameters that a sweep varies are in it.
       ema_params: the parameters' moving average, or None.
     """
@@ -28,6 +31,7 @@ class TrainState:
     step: jax.Array
     params: Any
     model_state: Any
+    carry: Any
     opt_state: Any
     ema_params: Any
 
@@ -38,12 +42,7 @@ class TrainState:
 
 
 def create_state(
-    create_model: Callable[[nnx.Rngs], nnx.Module],
-    tx: optax.GradientTransformation,
-    *,
-    seed: int,
-    with_ema: bool,
-    mesh: jax.sharding.Mesh,
+    task: Task, tx: optax.GradientTransformation, config: Config, mesh: jax.sharding.Mesh
 ) -> tuple[nnx.GraphDef, TrainState]:
     """Builds the model and its optimiser's state on the mesh.
 
@@ -53,16 +52,23 @@ def create_state(
     Returns:
       The model's static part (`nnx.merge` makes a module of it), and the state.
     """
-    graphdef = nnx.split(nnx.eval_shape(lambda: create_model(nnx.Rngs(seed))))[0]
+    graphdef = nnx.split(nnx.eval_shape(lambda: task.create_model(nnx.Rngs(config.seed))))[0]
+    size = config.microbatch_size or config.batch_size
+    count = config.batch_size // size
 
     def init(key: jax.Array) -> TrainState:
-        _, params, model_state = nnx.split(create_model(nnx.Rngs(key)), nnx.Param, ...)
+        _, params, model_state = nnx.split(task.create_model(nnx.Rngs(key)), nnx.Param, ...)
         # A copy: state is donated, and two leaves of it must not share a buffer.
-        ema_params = jax.tree.map(jnp.copy, params) if with_ema else None
-        return TrainState(jnp.int32(0), params, model_state, tx.init(params), ema_params)
+        ema_params = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else None
+        carry = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), task.initial_carry(size))
+        return TrainState(jnp.int32(0), params, model_state, carry, tx.init(params), ema_params)
 
-    key = jax.random.key(seed)
-    shardings = sharding.tree_shardings(jax.eval_shape(init, key), mesh)
+    key = jax.random.key(config.seed)
+    shapes = jax.eval_shape(init, key)
+    placed = sharding.batch_sharding(mesh, 1)
+    shardings = dataclasses.replace(
+        sharding.tree_shardings(shapes, mesh), carry=jax.tree.map(lambda _: placed, shapes.carry)
+    )
     # Random numbers take XLA:CPU's optimiser long to compile (seconds) for a program that runs once.
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     options = {"xla_backend_optimization_level": 0} if on_cpu else None

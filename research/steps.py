@@ -1,7 +1,7 @@
 """The train step and the evaluation step: two pure functions, and how they are jitted.
 
-    train_steps: (state, data, inputs, num_steps, seed) -> (state, metrics of every step)
-    eval_steps:  (params, model_state, data, inputs)    -> sums of the metrics over the unmasked examples
+    train_steps: (state, data, inputs, num_steps, seed)     -> (state, metrics of every step)
+    eval_steps:  (params, model_state, carry, data, inputs) -> (carry, weighted sums of each batch's metrics)
 
 `data` is the device-resident data set ({} where it streams); `inputs` say which examples a step takes, or carry them.
 """
@@ -44,47 +44,54 @@ class Steps:
         self._ema_decay = ema_decay
         self._mesh = mesh
 
-    def _loss(self, params: Any, model_state: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
+    def _loss(
+        self, params: Any, model_state: Any, carry: Any, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, tuple[Any, Any, Metrics]]:
         model = nnx.merge(self._graphdef, sharding.gather(params, self._mesh), model_state, copy=True)
-        metrics = jax.tree.map(jnp.mean, self._task.evaluate(model, batch, key=key, train=True))
-        return metrics["loss"], (nnx.split(model, nnx.Param, ...)[2], metrics)
+        values, carry = self._task.advance(model, batch, carry, key=key, train=True)
+        metrics = {name: jnp.mean(value) for name, value in values.items() if name != "weight"}
+        return metrics["loss"], (nnx.split(model, nnx.Param, ...)[2], carry, metrics)
 
-    def _gradients(self, state: TrainState, data: Batch, inputs: Batch, key: jax.Array) -> tuple[Any, Any, Metrics]:
-        """Mean gradient and metrics over the microbatches, which are the leading axis of `inputs` ([m, b])."""
+    def _gradients(
+        self, state: TrainState, data: Batch, inputs: Batch, key: jax.Array
+    ) -> tuple[Any, Any, tuple[Any, Metrics]]:
+        """(model_state, carry, (gradient, metrics)): the means over the microbatches, the leading axis of `inputs`."""
 
-        def one(model_state: Any, batch_inputs: Batch, key: jax.Array) -> tuple[Any, Any, Metrics]:
+        def one(model_state: Any, carry: Any, batch_inputs: Batch, key: jax.Array) -> tuple[Any, Any, Any]:
+            batch = {**fetch(data, batch_inputs), "step": state.step}
             gradient = jax.grad(self._loss, has_aux=True)
-            grads, (model_state, metrics) = gradient(state.params, model_state, fetch(data, batch_inputs), key)
-            return model_state, grads, metrics
+            grads, (model_state, carry, metrics) = gradient(state.params, model_state, carry, batch, key)
+            return model_state, carry, (grads, metrics)
 
         count = inputs["index"].shape[0]
-        first = jax.tree.map(lambda x: x[0], inputs)
+        first_carry, first_inputs = jax.tree.map(lambda x: x[0], (state.carry, inputs))
         if count == 1:
-            return one(state.model_state, first, key)
+            model_state, carry, means = one(state.model_state, first_carry, first_inputs, key)
+            return model_state, jax.tree.map(lambda x: x[None], carry), means
 
-        def accumulate(carry: Any, xs: Any) -> tuple[Any, None]:
-            model_state, *sums = carry
-            number, batch_inputs = xs
-            model_state, *values = one(model_state, batch_inputs, jax.random.fold_in(key, number))
-            return (model_state, *jax.tree.map(jnp.add, sums, values)), None
+        def accumulate(scanned: Any, xs: Any) -> tuple[Any, Any]:
+            model_state, sums = scanned
+            number, carry, batch_inputs = xs
+            model_state, carry, values = one(model_state, carry, batch_inputs, jax.random.fold_in(key, number))
+            return (model_state, jax.tree.map(jnp.add, sums, values)), carry
 
-        shapes = jax.eval_shape(one, state.model_state, first, key)[1:]
+        shapes = jax.eval_shape(one, state.model_state, first_carry, first_inputs, key)[2]
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        (model_state, *sums), _ = jax.lax.scan(accumulate, (state.model_state, *zeros), (jnp.arange(count), inputs))
-        grads, metrics = jax.tree.map(lambda x: x / count, sums)
-        return model_state, grads, metrics
+        xs = (jnp.arange(count), state.carry, inputs)
+        (model_state, sums), carry = jax.lax.scan(accumulate, (state.model_state, zeros), xs)
+        return model_state, carry, jax.tree.map(lambda x: x / count, sums)
 
     def train_step(self, state: TrainState, data: Batch, inputs: Batch, seed: jax.Array) -> tuple[TrainState, Metrics]:
         """One update. `inputs` has leaves [m, b, ...]: m microbatches of b examples; metrics are float32 scalars."""
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        model_state, grads, metrics = self._gradients(state, data, inputs, key)
+        model_state, carry, (grads, metrics) = self._gradients(state, data, inputs, key)
         updates, opt_state = self._tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema_params = state.ema_params
         if ema_params is not None:
             ema_params = optimizers.update_ema(ema_params, params, self._ema_decay, state.step)
         metrics = {**metrics, "grad_norm": optax.tree.norm(grads)}
-        return TrainState(state.step + 1, params, model_state, opt_state, ema_params), metrics
+        return TrainState(state.step + 1, params, model_state, carry, opt_state, ema_params), metrics
 
     def train_steps(
         self, state: TrainState, data: Batch, inputs: Batch, num_steps: jax.Array, seed: jax.Array
@@ -110,23 +117,25 @@ class Steps:
         history = jax.tree.map(lambda m: jnp.zeros((capacity, *m.shape), m.dtype), metrics)
         return jax.lax.fori_loop(0, num_steps, body, (state, history))
 
-    def eval_steps(self, params: Any, model_state: Any, data: Batch, inputs: Batch) -> Metrics:
-        """Sums over batches; `inputs` has leaves [k, b, ...] and a "mask" [k, b] that is 0 for padding."""
+    def eval_steps(self, params: Any, model_state: Any, carry: Any, data: Batch, inputs: Batch) -> tuple[Any, Metrics]:
+        """Sums over the examples of each batch; `inputs` has leaves [k, b, ...], "mask" [k, b] is 0 for padding.
 
+        Returns:
+          The carry [b, ...] after the last batch; for every metric [b, ...] the sums of each batch, each example times
+          its weight, [k, ...]; and "weight" [k], the sums of the weights.
+        """
         params = sharding.gather(params, self._mesh)
 
-        def body(sums: Metrics, batch_inputs: Batch) -> tuple[Metrics, None]:
-            return jax.tree.map(jnp.add, sums, one(batch_inputs)), None
-
-        def one(batch_inputs: Batch) -> Metrics:
+        def body(carry: Any, batch_inputs: Batch) -> tuple[Any, Metrics]:
             model = nnx.merge(self._graphdef, params, model_state, copy=True)
-            values = self._task.evaluate(model, fetch(data, batch_inputs), key=jax.random.key(0), train=False)
-            mask = batch_inputs["mask"]
-            return {"count": mask.sum(), **{name: (value * mask).sum() for name, value in values.items()}}
+            # By the first example's number: the same however the batches are dispatched.
+            key = jax.random.fold_in(jax.random.key(0), batch_inputs["index"][0])
+            values, carry = self._task.advance(model, fetch(data, batch_inputs), carry, key=key, train=False)
+            weight = batch_inputs["mask"] * values.pop("weight", 1.0)
+            sums = {name: (value.T * weight).T.sum(0) for name, value in values.items()}
+            return carry, sums | {"weight": weight.sum()}
 
-        shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], inputs))
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        return jax.lax.scan(body, zeros, inputs)[0]
+        return jax.lax.scan(body, carry, inputs)
 
     def jit_train(self, state: TrainState) -> Any:
         """`train_steps` jitted with its shardings; the state's buffers are donated."""
@@ -143,8 +152,9 @@ class Steps:
         """`eval_steps` jitted with its shardings."""
         whole = sharding.replicated(self._mesh)
         shardings = jax.tree.map(lambda x: x.sharding, (state.eval_params, state.model_state))
+        rows = sharding.batch_sharding(self._mesh, 0)
         return jax.jit(
             self.eval_steps,
-            in_shardings=(*shardings, whole, sharding.batch_sharding(self._mesh, 1)),
-            out_shardings=whole,
+            in_shardings=(*shardings, rows, whole, sharding.batch_sharding(self._mesh, 1)),
+            out_shardings=(rows, whole),
         )

@@ -49,8 +49,11 @@ def train_and_evaluate(
     """
     training = Training(config, task, dataset, mesh)
     training.signals = signals or training.signals
-    progress_writer = Writer(workdir, training.ends[-1], active=jax.process_index() == 0)
-    with progress_writer as writer, Checkpoints(workdir, keep=config.keep_checkpoints, message=writer.warning) as saved:
+    with (
+        jax.set_mesh(mesh),
+        Writer(workdir, training.ends[-1], active=jax.process_index() == 0) as writer,
+        Checkpoints(workdir, keep=config.keep_checkpoints, message=writer.warning) as saved,
+    ):
         resumes = training.restore(saved)
         compile_seconds = training.compile(train=True)
         writer.config(config)
@@ -59,38 +62,61 @@ def train_and_evaluate(
         if resumes:
             writer.message(f"resumed at step {training.progress.step:,} of {training.ends[-1]:,}")
         with training.signals.deferred():
-            while training.progress.epoch < config.num_epochs:
+            while (epoch := training.progress.epoch) < config.num_epochs:
+                if epoch and config.pictures_every_epochs and epoch % config.pictures_every_epochs == 0:
+                    _draw(experiment, training, writer)
                 means = training.train_epoch(writer, saved)
                 training.finish_epoch(means, writer, saved)
-                writer.message(_epoch_line(training.progress.epoch, config.num_epochs, training.progress.results))
-        progress = training.progress
-        summary = {
-            "experiment": experiment,
-            "dataset": dataset.name,
-            "num_train_steps": progress.step,
-            "num_epochs": config.num_epochs,
-            "global_batch_size": config.batch_size,
-            **progress.results,
-            **({"best_validation_loss": progress.best[0], "best_step": progress.best[1]} if progress.best else {}),
-            "examples_per_second": progress.step * config.batch_size / progress.train_seconds,
-            "compile_seconds": compile_seconds,
-            "train_seconds": progress.train_seconds,
-            "wall_seconds": training.wall_seconds,
-            "platform": mesh.devices.flat[0].platform,
-            "device_kind": mesh.devices.flat[0].device_kind,
-            "device_count": mesh.size,
-            "process_count": jax.process_count(),
-            "num_params": num_params(training.state),
-            **versions(),
-        }
+                writer.message(_epoch_line(epoch + 1, config.num_epochs, training.progress.results))
         saved.wait()
+        figures = training.progress.results | task.final_metrics(training.predictor(), dataset)
+        summary = _summary(experiment, training, figures, compile_seconds)
         writer.summary(summary)
-    if jax.process_index() == 0:
-        try:
-            plots.curves({experiment: read_metrics(workdir)}, workdir / "curves.png")
-        except Exception as error:  # whatever it is: the run is finished, and stays so
-            writer.warning(f"curves.png was not drawn: {error}")
+        _draw(experiment, training, writer)
     return training.state, summary
+
+
+def _draw(experiment: str, training: Training, writer: Writer) -> None:
+    """The curves so far, and the task's pictures of what it has learned."""
+    step, row = training.progress.step, writer.sync()
+
+    def curves() -> Any:
+        return plots.curves({experiment: [*read_metrics(writer.workdir), *filter(None, [row])]})
+
+    writer.picture("curves", curves, step)
+    try:
+        pictures = training.task.pictures(training.predictor(), training.dataset)
+    except Exception as error:  # whatever it is: no run stops for a picture
+        writer.warning(f"no pictures were drawn: {error}")
+        return
+    for name, draw in pictures.items():
+        writer.picture(name, draw, step)
+
+
+def _summary(experiment: str, training: Training, figures: dict[str, float], compile_seconds: float) -> dict[str, Any]:
+    config, progress, mesh = training.config, training.progress, training.mesh
+    unit, count = training.task.unit
+    speed = progress.step * config.batch_size / progress.train_seconds
+    return {
+        "experiment": experiment,
+        "dataset": training.dataset.name,
+        "num_train_steps": progress.step,
+        "num_epochs": config.num_epochs,
+        "global_batch_size": config.batch_size,
+        **figures,
+        **({"best_validation_loss": progress.best[0], "best_step": progress.best[1]} if progress.best else {}),
+        "examples_per_second": speed,
+        **({f"{unit}_per_second": speed * count} if count > 1 else {}),
+        "compile_seconds": compile_seconds,
+        "train_seconds": progress.train_seconds,
+        "wall_seconds": training.wall_seconds,
+        "platform": mesh.devices.flat[0].platform,
+        "device_kind": mesh.devices.flat[0].device_kind,
+        "device_count": mesh.size,
+        "process_count": jax.process_count(),
+        "num_params": num_params(training.state),
+        **versions(),
+    }
 
 
 def versions() -> dict[str, str]:
@@ -98,13 +124,8 @@ def versions() -> dict[str, str]:
     return {f"{package}_version": version(package) for package in ("jax", "flax", "optax", "numpy")}
 
 
-def evaluate(
-    config: Config, task: Task, dataset: Dataset, mesh: jax.sharding.Mesh, workdir: Path
-) -> tuple[int, dict[str, float]]:
-    """Evaluates the newest checkpoint in `workdir`, and changes nothing there.
-
-    Returns:
-      Its step, and the means of the metrics over each held-out split, as `<split>_<name>`.
+def restore(config: Config, task: Task, dataset: Dataset, mesh: jax.sharding.Mesh, workdir: Path) -> Training:
+    """The run in `workdir` at its newest checkpoint, of which nothing is changed.
 
     Raises:
       UserError: there is no checkpoint that can be restored.
@@ -113,9 +134,15 @@ def evaluate(
     message = Writer(workdir, 0, active=jax.process_index() == 0).warning
     with Checkpoints(workdir, keep=config.keep_checkpoints, message=message, read_only=True) as saved:
         if not training.restore(saved):
-            raise UserError(f"--workdir={workdir} has no checkpoint to evaluate")
-    training.compile(train=False)
-    return training.progress.step, training.evaluate()
+            raise UserError(f"--workdir={workdir} has no checkpoint to go by")
+    return training
+
+
+def evaluate(training: Training) -> dict[str, float]:
+    """The means of the metrics over each held-out split, as `<split>_<name>`, and the task's final figures."""
+    with jax.set_mesh(training.mesh):
+        training.compile(train=False)
+        return training.evaluate() | training.task.final_metrics(training.predictor(), training.dataset)
 
 
 def _epoch_line(epoch: int, num_epochs: int, results: dict[str, float]) -> str:

@@ -9,12 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from research import optimizers
+from research import optimizers, sharding
 from research.checkpoint import Checkpoints
 from research.config import Config
 from research.data.pipeline import EvalBatches, TrainBatches, epoch_ends, is_resident
 from research.data.sources import Dataset
 from research.errors import NonFiniteLossError
+from research.predictor import Predictor
 from research.signals import Signals, StoppedError
 from research.state import create_state
 from research.steps import Steps
@@ -64,14 +65,22 @@ class Progress:
 
 
 class Training:
-    """One run: its state, its compiled steps, and what it has seen so far."""
+    """One run: its state, its compiled steps, and what it has seen so far.
+
+    Args:
+      config: checked and resolved.
+      task: what is learned.
+      dataset: the examples.
+      mesh: the devices.
+    """
 
     def __init__(self, config: Config, task: Task, dataset: Dataset, mesh: jax.sharding.Mesh):
         self._began = time.monotonic()
-        self._config = config
-        self._mesh = mesh
-        self._train_split = dataset.train
-        self._splits = {"validation": dataset.validation, "test": dataset.test}
+        self.config = config
+        self.task = task
+        self.mesh = mesh
+        self.dataset = dataset
+        splits = {"validation": dataset.validation, "test": dataset.test}
         num_examples = len(next(iter(dataset.train.values())))
         self.ends = epoch_ends(num_examples, config.batch_size, config.num_epochs)
         resident = is_resident(config, dataset.train, dataset.validation, dataset.test)
@@ -80,14 +89,13 @@ class Training:
         self._resident = resident
         self._evals = {
             name: EvalBatches(split, config, mesh, resident=resident)
-            for name, split in self._splits.items()
+            for name, split in splits.items()
             if split is not None
         }
         tx = optimizers.make_optimizer(config.optimizer, self.ends[-1])
         self._rates = optimizers.learning_rates(config.optimizer, self.ends[-1])
-        ema_decay = config.optimizer.ema_decay
-        graphdef, self.state = create_state(task.create_model, tx, seed=config.seed, with_ema=ema_decay > 0, mesh=mesh)
-        self._steps = Steps(task, graphdef, tx, ema_decay, mesh)
+        self._graphdef, self.state = create_state(task, tx, config, mesh)
+        self._steps = Steps(task, self._graphdef, tx, config.optimizer.ema_decay, mesh)
         # On a CPU nothing is gained by running ahead of the devices, and several dispatches in flight over several
         # host devices can starve each other's threads in an all-reduce until the process aborts.
         self._overlap = mesh.devices.flat[0].platform != "cpu"
@@ -113,18 +121,34 @@ class Training:
         """Compiles the evaluation and, where asked, the train step; returns the seconds it took."""
         start = time.monotonic()
         if train:
-            options = {"resident": self._resident, "capacity": self._pace.capacity, "start": self.progress.step}
-            self._batches = TrainBatches(self._train_split, self._config, self._mesh, **options)
-            inputs, seed = self._batches.sample(), np.uint32(self._config.seed)
+            self._batches = TrainBatches(
+                self.dataset.train,
+                self.config,
+                self.mesh,
+                resident=self._resident,
+                capacity=self._pace.capacity,
+                start=self.progress.step,
+                shuffle=self.dataset.shuffle,
+            )
+            inputs, seed = self._batches.sample(), np.uint32(self.config.seed)
             jitted = self._steps.jit_train(self.state)
             self._train = jitted.lower(self.state, self._batches.data, inputs, np.int32(1), seed).compile()
         jitted = self._steps.jit_eval(self.state)
         params, model_state = self.state.eval_params, self.state.model_state
         self._eval = {
-            name: jitted.lower(params, model_state, batches.data, next(iter(batches))).compile()
+            name: jitted.lower(params, model_state, self._eval_carry(), batches.data, next(iter(batches))).compile()
             for name, batches in self._evals.items()
         }
         return time.monotonic() - start
+
+    def _eval_carry(self) -> Any:
+        carry = self.task.initial_carry(self.config.microbatch_size or self.config.batch_size)
+        return jax.device_put(carry, sharding.batch_sharding(self.mesh, 0))
+
+    def predictor(self) -> Predictor:
+        """The network as evaluation has it now, for pictures and further figures."""
+        size = self.config.microbatch_size or self.config.batch_size
+        return Predictor(self._graphdef, self.state.eval_params, self.state.model_state, self.mesh, size)
 
     def _dispatches(self, end: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """Trains up to step `end`, or to where a signal came; yields (step, metrics of the newest [k]) as they come.
@@ -132,7 +156,7 @@ class Training:
         When it ends, the state is that of the last step yielded.
         """
         pending: list[tuple[int, int, Any]] = []
-        seed = np.uint32(self._config.seed)
+        seed = np.uint32(self.config.seed)
         issued = self.progress.step
         last = time.monotonic()
         while (more := issued < end and not self.signals.received) or pending:
@@ -161,7 +185,7 @@ class Training:
           StoppedError: a signal came; a checkpoint holds what was done.
         """
         progress, end = self.progress, self.ends[self.progress.epoch]
-        every = self._config.checkpoint_every_steps or end
+        every = self.config.checkpoint_every_steps or end
         seconds_before, first = progress.train_seconds, progress.step
         while progress.step < end:
             for step, values in self._dispatches(min(end, (progress.step // every + 1) * every)):
@@ -169,7 +193,7 @@ class Training:
                     # One by one: the sum must not depend on how many steps a dispatch makes.
                     progress.sums[name] = sum(x.tolist(), progress.sums.get(name, 0.0))
                 self._record(step, values, writer)
-                speed = (step - first) * self._config.batch_size / (progress.train_seconds - seconds_before)
+                speed = (step - first) * self.config.batch_size / (progress.train_seconds - seconds_before)
                 writer.progress(step, float(values["loss"].mean()), speed)
             if self.signals.received:
                 self._stop(writer, checkpoints)
@@ -181,7 +205,8 @@ class Training:
     def finish_epoch(self, means: dict[str, float], writer: Writer, checkpoints: Checkpoints) -> None:
         """Evaluates, records the epoch's results, and saves a checkpoint."""
         progress = self.progress
-        progress.results = {f"train_{name}": value for name, value in means.items()} | self.evaluate()
+        results = {f"train_{name}": value for name, value in self.task.summarize(means).items()}
+        progress.results = results | self.evaluate()
         progress.epoch, progress.sums = progress.epoch + 1, {}
         writer.scalars(progress.step, progress.epoch, progress.results)
         loss = progress.results.get("validation_loss")
@@ -193,7 +218,7 @@ class Training:
 
     def save(self, writer: Writer, checkpoints: Checkpoints) -> None:
         """Saves a checkpoint in the background."""
-        progress = dataclasses.replace(self.progress, row=writer.row, wall_seconds=self.wall_seconds)
+        progress = dataclasses.replace(self.progress, row=writer.sync(), wall_seconds=self.wall_seconds)
         checkpoints.save(self.state, dataclasses.asdict(progress), progress.best[1] if progress.best else None)
 
     def _stop(self, writer: Writer, checkpoints: Checkpoints) -> None:
@@ -211,7 +236,7 @@ class Training:
         first_step = last_step - len(values["loss"]) + 1
         for i, step in enumerate(range(first_step, last_step + 1)):
             self._check_finite("the training loss became", values["loss"][i], step)
-            if step % self._config.log_every_steps == 0:
+            if step % self.config.log_every_steps == 0:
                 line = {name: float(x[i]) for name, x in values.items()}
                 rate = float(self._rates[step - 1])
                 writer.scalars(step, self.progress.epoch + 1, line | {"learning_rate": rate})
@@ -227,14 +252,17 @@ class Training:
         """The means of the metrics over each held-out split, as `<split>_<name>`."""
         results = {}
         for split, batches in self._evals.items():
-            sums: dict[str, float] = {}
+            sums: dict[str, Any] = {}
+            carry = self._eval_carry()
             for inputs in batches:
-                part = self._eval[split](self.state.eval_params, self.state.model_state, batches.data, inputs)
+                arrays = self.state.eval_params, self.state.model_state, carry, batches.data, inputs
+                carry, part = self._eval[split](*arrays)
                 # Waited for, so that a streamed set is never on the devices as a whole.
                 for name, value in jax.device_get(part).items():
-                    sums[name] = sums.get(name, 0.0) + float(value)
-            count = sums.pop("count")
-            results |= {f"{split}_{name}": value / count for name, value in sums.items()}
+                    sums[name] = sums.get(name, 0.0) + value.sum(0, np.float64)
+            weight = sums.pop("weight")
+            means = self.task.summarize({name: value / weight for name, value in sums.items()})
+            results |= {f"{split}_{name}": value for name, value in means.items()}
         for name, value in results.items():
             if name.endswith("_loss"):
                 self._check_finite(f"{name} is", value, self.progress.step)

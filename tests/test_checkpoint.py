@@ -32,7 +32,7 @@ def _state(step=0, seed=0, mesh=None):
         "flag": np.array([True, False, True]),
         "count": np.int32(seed),
     }
-    state = TrainState(np.int32(step), arrays, {"mean": arrays["kernel"][0]}, {"byte": np.int8([-1, 5])}, None)
+    state = TrainState(np.int32(step), arrays, {"mean": arrays["kernel"][0]}, {}, {"byte": np.int8([-1, 5])}, None)
     return jax.device_put(state, sharding.tree_shardings(jax.eval_shape(lambda: state), mesh or _mesh(1)))
 
 

@@ -67,6 +67,6 @@ def test_bad_input_is_named(argv, message, two_runs):
 
 
 def test_only_what_was_measured_is_drawn(tmp_path):
-    plots.curves({"a": [{"step": 1, "epoch": 1, "train_loss": 1.0}]}, tmp_path / "x.png")
+    plots.curves({"a": [{"step": 1, "epoch": 1, "train_loss": 1.0}]}).savefig(tmp_path / "x.png")
     with Image.open(tmp_path / "x.png") as picture:
         assert picture.width < 2 * picture.height

@@ -52,7 +52,7 @@ class Build:
         mesh = sharding.make_mesh(config, jax.devices()[:devices])
         decay = config.optimizer.ema_decay
         tx = optimizers.make_optimizer(config.optimizer, 10)
-        graphdef, state = create_state(task.create_model, tx, seed=config.seed, with_ema=decay > 0, mesh=mesh)
+        graphdef, state = create_state(task, tx, config, mesh)
         self.initial = jax.tree.map(np.array, state), jax.tree.map(lambda x: x.sharding, state)
         steps = Steps(task, graphdef, tx, decay, mesh)
         self.train, self.eval = steps.jit_train(state), steps.jit_eval(state)
@@ -87,10 +87,9 @@ class Run:
         return np.array(losses)
 
     def evaluate(self):
-        sums = [
-            self.eval(self.state.eval_params, self.state.model_state, self.evals.data, inputs) for inputs in self.evals
-        ]
-        return jax.tree.map(lambda *xs: np.sum(xs), *sums)
+        arrays = self.state.eval_params, self.state.model_state, {}
+        sums = [self.eval(*arrays, self.evals.data, inputs)[1] for inputs in self.evals]
+        return jax.tree.map(lambda *xs: np.sum(xs, dtype=np.float64), *sums)
 
     def leaves(self, name="params"):
         return [np.asarray(leaf) for leaf in jax.tree.leaves(getattr(self.state, name))]
@@ -232,7 +231,7 @@ def test_evaluation_is_the_plain_cross_entropy_of_each_example_once(mirror):
     if mirror:
         logits = (logits + np.float64(predict(jnp.asarray(images[:, :, ::-1], jnp.float32)))) / 2
     loss = np.log(np.exp(logits).sum(1)) - logits[np.arange(30), test["label"]]
-    assert sums["count"] == 30
+    assert sums["weight"] == 30
     np.testing.assert_allclose(sums["loss"], loss.sum(), rtol=1e-4)
     assert sums["accuracy"] == (logits.argmax(1) == test["label"]).sum()
 

@@ -180,3 +180,11 @@ def test_time_that_the_device_works_through_a_pause_counts_as_training(tmp_path,
         return run(tmp_path / str(overlap), steps_per_dispatch=1)[1]["train_seconds"]
 
     assert seconds(False) < 22 * 0.05 < seconds(True) + 2 * 0.05
+
+
+@pytest.mark.parametrize(("every", "drawn"), [(0, [22]), (1, [11, 22]), (2, [22])])
+def test_pictures_every_epochs(every, drawn, tmp_path, monkeypatch):
+    steps = []
+    monkeypatch.setattr(writer.Writer, "picture", lambda self, name, draw, step: steps.append((name, step)))
+    run(tmp_path, pictures_every_epochs=every)
+    assert steps == [(name, step) for step in drawn for name in ("curves", "confusion", "examples")]

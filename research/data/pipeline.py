@@ -1,9 +1,10 @@
 """The way of the examples to the devices: which ones a step takes is a pure function of (seed, step).
 
-The training set is an endless row of epochs, each a permutation of it drawn from (seed, epoch); step s takes the
-examples s*b to (s+1)*b - 1 of that row. So an epoch shows each example exactly once even where the batch size does not
-divide the set (only what is left of the last epoch, less than a batch, is not used), any number of processes see the
-same batches, and a resumed run needs nothing but its step.
+The training set is an endless row of epochs, each a permutation of it drawn from (seed, epoch), or, where examples
+continue each other, the set in its own order; step s takes the examples s*b to (s+1)*b - 1 of that row. So an epoch
+shows each example exactly once even where the batch size does not divide the set (only what is left of the last epoch,
+less than a batch, is not used), any number of processes see the same batches, and a resumed run needs nothing but its
+step.
 
 A data set that fits lives on every device, and only example numbers travel; a larger one streams from the host through
 grain, in the same order.
@@ -24,16 +25,21 @@ Arrays = dict[str, np.ndarray]
 
 
 @functools.lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, num_examples: int) -> np.ndarray:
+def _order(seed: int | None, epoch: int, num_examples: int) -> np.ndarray:
+    if seed is None:
+        return np.arange(num_examples, dtype=np.int32)
     return np.random.default_rng((seed, epoch)).permutation(num_examples).astype(np.int32)
 
 
-def example_numbers(seed: int, num_examples: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions start..stop-1 of the row of epochs: the examples' numbers and their epochs, both int32 [stop-start]."""
+def example_numbers(seed: int | None, num_examples: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions start..stop-1 of the row of epochs: the examples' numbers and their epochs, both int32 [stop-start].
+
+    Without a seed every epoch has the examples in their own order.
+    """
     numbers, epochs = [], []
     for epoch in range(start // num_examples, -(-stop // num_examples)):
         first = epoch * num_examples
-        part = _permutation(seed, epoch, num_examples)[max(start - first, 0) : stop - first]
+        part = _order(seed, epoch, num_examples)[max(start - first, 0) : stop - first]
         numbers.append(part)
         epochs.append(np.full(len(part), epoch, np.int32))
     return np.concatenate(numbers), np.concatenate(epochs)
@@ -91,9 +97,19 @@ class _Split:
 class TrainBatches(_Split):
     """What the train steps take, dispatch by dispatch."""
 
-    def __init__(self, arrays: Arrays, config: Config, mesh: Mesh, *, resident: bool, capacity: int, start: int = 0):
+    def __init__(
+        self,
+        arrays: Arrays,
+        config: Config,
+        mesh: Mesh,
+        *,
+        resident: bool,
+        capacity: int,
+        start: int = 0,
+        shuffle: bool = True,
+    ):
         super().__init__(arrays, mesh, resident=resident)
-        self._seed = config.seed
+        self._seed = config.seed if shuffle else None
         self._batch_size = config.batch_size
         self._microbatch_size = config.microbatch_size or config.batch_size
         self._capacity = capacity

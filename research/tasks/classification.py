@@ -2,14 +2,18 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from research import plots
 from research.config import AugmentConfig
 from research.data import images
+from research.data.sources import Dataset
+from research.predictor import Predictor
 from research.tasks.task import Batch, Metrics, Task
 
 
@@ -49,12 +53,30 @@ class Classification(Task):
         if train:
             augment_key, key = jax.random.split(key)
             inputs = images.augment(inputs, augment_key, self.augment, index=batch["index"], epoch=batch["epoch"])
-        logits = model(inputs, train=train, key=key)  # pyright: ignore[reportCallIssue]
-        if self.mirror and not train:
-            logits = (logits + model(inputs[:, :, ::-1], train=False)) / 2  # pyright: ignore[reportCallIssue]
+        logits = self._logits(model, inputs, train=train, key=key)
         labels = batch["label"]
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         if train:
             uniform = -jax.nn.log_softmax(logits).mean(-1)
             loss = (1 - self.label_smoothing) * loss + self.label_smoothing * uniform
         return {"loss": loss, "accuracy": (logits.argmax(-1) == labels).astype(jnp.float32)}
+
+    def _logits(self, model: Any, inputs: jax.Array, *, train: bool, key: jax.Array | None) -> jax.Array:
+        logits = model(inputs, train=train, key=key)
+        if self.mirror and not train:
+            logits = (logits + model(inputs[:, :, ::-1], train=False)) / 2
+        return logits
+
+    def probabilities(self, model: nnx.Module, batch: Batch, _: jax.Array) -> jax.Array:
+        """What evaluation makes of "image" uint8 [b, h, w, c]: float32 [b, classes]."""
+        inputs = images.normalize(batch["image"], self.mean, self.std)
+        return jax.nn.softmax(self._logits(model, inputs, train=False, key=None))
+
+    def pictures(self, predict: Predictor, dataset: Dataset) -> dict[str, Callable[[], Any]]:
+        """The confusion matrix of the test set, and the most confident of its mistakes."""
+        test, names = dataset.test, dataset.label_names
+        probabilities = predict(self.probabilities, {"image": test["image"]})
+        return {
+            "confusion": lambda: plots.confusion(test["label"], probabilities.argmax(-1), names),
+            "examples": lambda: plots.mistakes(test["image"], test["label"], probabilities, names),
+        }

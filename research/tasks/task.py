@@ -1,6 +1,6 @@
 """What the loop asks of a task: the base class of all of them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -66,7 +66,7 @@ class Task:
         del predict, dataset
         return {}
 
-    def pictures(self, predict: "Predictor", dataset: "Dataset") -> "dict[str, Figure]":
-        """Pictures of what has been learned, by the names of their files without ".png"."""
+    def pictures(self, predict: "Predictor", dataset: "Dataset") -> "dict[str, Callable[[], Figure]]":
+        """What draws the pictures of what has been learned, by the names of their files without ".png"."""
         del predict, dataset
         return {}

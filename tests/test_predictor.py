@@ -1,0 +1,35 @@
+"""A network applied to host arrays: every example once and in order, whatever the batches and the devices."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from research import sharding
+from research.config import Config
+from research.predictor import Predictor
+
+
+def _scaled(model, batch, key):
+    return {"scaled": batch["x"] * model.scale[...], "noise": jax.random.normal(key, batch["x"].shape)}
+
+
+class Scale(nnx.Module):
+    """Has one parameter."""
+
+    def __init__(self):
+        self.scale = nnx.Param(np.float32(3.0))
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("count", [1, 7, 16])
+def test_every_example_once_and_in_order(devices, count):
+    mesh = sharding.make_mesh(Config(), jax.devices()[:devices])
+    predict = Predictor(*nnx.split(Scale(), nnx.Param, ...), mesh, 8)
+    x = np.arange(2 * count, dtype=np.float32).reshape(count, 2)
+    result = predict(_scaled, {"x": x})
+    np.testing.assert_array_equal(result["scaled"], 3 * x)
+    assert len(np.unique(result["noise"])) == 2 * count  # a key of its own for every batch
+    np.testing.assert_array_equal(predict(_scaled, {"x": x})["noise"], result["noise"])
+    assert not np.array_equal(predict(_scaled, {"x": x}, seed=1)["noise"], result["noise"])
+    assert predict(_scaled, {"x": x}, batch_size=3)["scaled"].shape == (count, 2)

@@ -43,17 +43,21 @@ def create(config: VAEConfig, *, mean: np.ndarray, rngs: nnx.Rngs) -> "VAE":
     return VAE(config, mean, Style(rngs, jnp.dtype(config.dtype), 0.0, "none", GLOROT, GLOROT))
 
 
+def initial_bias(config: VAEConfig, mean: np.ndarray) -> np.ndarray:
+    """The decoder's parameters that give the mean image (gaussian: with a variance of 0.05), float32."""
+    flat = np.clip(mean, 0.001, 0.999).ravel()
+    if config.likelihood == "gaussian":
+        return np.concatenate([flat, np.full(flat.size, math.log(0.05))]).astype(np.float32)
+    return np.log(flat / (1 - flat)).astype(np.float32)
+
+
 class VAE(nnx.Module):
     """An encoder and a decoder around one layer of Gaussian latents."""
 
     def __init__(self, config: VAEConfig, mean: np.ndarray, style: Style):
-        outputs = _PARAMETERS[config.likelihood] * mean.size
         self.encoder = (_DenseEncoder if config.name == "dense" else _ConvEncoder)(config, mean.shape, style)
         self.decoder = (_DenseDecoder if config.name == "dense" else _ConvDecoder)(config, mean.shape, style)
-        initial = np.clip(mean.astype(np.float32).ravel(), 0.001, 0.999)
-        if config.likelihood == "bernoulli":
-            initial = np.log(initial / (1 - initial))
-        self.bias = nnx.Param(jnp.concatenate([initial, jnp.full(outputs - len(initial), math.log(0.05))]))
+        self.bias = nnx.Param(jnp.asarray(initial_bias(config, mean)))
 
     def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Mean and log variance of q(latents | image): float [b, h, w, c] in 0..1 to two float32 [b, latents]."""
@@ -102,10 +106,10 @@ class _DenseDecoder(nnx.Module):
         return self.out(x)
 
 
-def _sizes(config: VAEConfig, image_shape: tuple[int, ...]) -> list[tuple[int, int, int]]:
+def _sizes(config: VAEConfig, image_shape: tuple[int, ...]) -> tuple[tuple[int, int, int], ...]:
     """(height, width, channels) at every resolution, from the image's to the lowest."""
     height, width = image_shape[:2]
-    return [(-(-height // 2**i), -(-width // 2**i), config.width * 2**i) for i in range(config.depth + 1)]
+    return tuple((-(-height // 2**i), -(-width // 2**i), config.width * 2**i) for i in range(config.depth + 1))
 
 
 class _ConvEncoder(nnx.Module):

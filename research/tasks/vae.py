@@ -16,10 +16,10 @@ from research.predictor import Predictor
 from research.tasks.task import Batch, Metrics, Task
 
 _ACTIVE = 0.01  # Burda et al. 2016, section 5.2
-_EVAL_BATCH = 256  # examples whose log-likelihood is estimated together: on a CPU they stay in its cache
+_EVAL_BATCH = 1000  # examples whose log-likelihood is estimated together
 _SHOWN = 10  # images in a row of a picture, and latents traversed
 _STEPS = np.linspace(-3, 3, 11, dtype=np.float32)  # of a traversal: nearly all of the prior's mass
-_TARGETS, _LATENTS = 0, 1  # what a key is for
+_TARGETS, _LATENTS, _DRAWN = 0, 1, 2  # what a key is for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +37,7 @@ class VAE(Task):
       likelihood: "bernoulli" or "gaussian".
       binarize: "stochastic" or "fixed"; of a gaussian likelihood "".
       samples: k of the training bound. 1: the ELBO, with the KL in closed form; more: IWAE (Burda et al., equation 8).
+      gradient_samples: of several samples, by how many the gradient is estimated, without bias; 0: by all, exactly.
       beta: weight of the KL in training (Higgins et al. 2017); with several samples, of log p(z) - log q(z|x).
       warmup_steps: updates over which that weight rises linearly from 0.
       free_bits: nats below which a latent's KL, mean over the batch, costs the same (Kingma et al. 2016, equation 15).
@@ -48,6 +49,7 @@ class VAE(Task):
     likelihood: str
     binarize: str
     samples: int = 1
+    gradient_samples: int = 0
     beta: float = 1.0
     warmup_steps: int = 0
     free_bits: float = 0.0
@@ -78,8 +80,7 @@ class VAE(Task):
         mean, logvar = model.encode(targets)
         shape = (self.samples if train else 1, mean.shape[-1])
         noise = jax.vmap(lambda key: jax.random.normal(key, shape))(_keys(key, batch, _LATENTS))
-        latents = mean[:, None] + jnp.exp(logvar / 2)[:, None] * noise
-        log_prob = self.log_prob(targets[:, None], model.decode(latents))
+        log_prob, log_ratio = self._log_weights(model, targets, mean, logvar, noise)
         kl = densities.kl_to_standard(mean, logvar)
         reconstruction = -log_prob.mean(1)
         loss = reconstruction + kl.sum(-1)
@@ -88,12 +89,31 @@ class VAE(Task):
             return values | {"mean": mean, "squared_mean": jnp.square(mean)}
         beta = self.beta * jnp.minimum(1.0, (batch["step"] + 1) / max(self.warmup_steps, 1))
         if self.samples > 1:
-            log_weights = log_prob + beta * densities.log_ratio(noise, latents, logvar[:, None])
-            return values | {"loss": math.log(self.samples) - jax.nn.logsumexp(log_weights, axis=1)}
+            log_weights = log_prob + beta * log_ratio
+            bound = jax.nn.logsumexp(log_weights, axis=1) - math.log(self.samples)
+            if self.gradient_samples:
+                # The bound's gradient is the mean of those of log w under the normalised weights (Burda et al.,
+                # equation 14), so samples drawn by these give it without bias, and only they are taken backwards.
+                keys = _keys(key, batch, _DRAWN)
+                weights = jax.lax.stop_gradient(log_weights)
+                drawn = jax.vmap(lambda key, w: jax.random.categorical(key, w, shape=(self.gradient_samples,)))
+                chosen = jnp.take_along_axis(noise, drawn(keys, weights)[..., None], 1)
+                log_prob, log_ratio = self._log_weights(model, targets, mean, logvar, chosen)
+                mean_log_weight = (log_prob + beta * log_ratio).mean(1)
+                bound = jax.lax.stop_gradient(bound - mean_log_weight) + mean_log_weight
+            return values | {"loss": -bound}
         # A latent whose mean over the batch is below the limit costs the limit in every example: the mean over the
         # batch is then max(limit, mean), and so is its gradient.
         limited = jnp.where(kl.mean(0) < self.free_bits, self.free_bits, kl)
         return values | {"loss": reconstruction + beta * limited.sum(-1)}
+
+    def _log_weights(
+        self, model: Any, targets: jax.Array, mean: jax.Array, logvar: jax.Array, noise: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """log p(x|z) and log p(z) - log q(z|x), [b, k] each, at the latents that noise [b, k, latents] makes."""
+        latents = mean[:, None] + jnp.exp(logvar / 2)[:, None] * noise
+        log_prob = self.log_prob(targets[:, None], model.decode(latents))
+        return log_prob, densities.log_ratio(noise, latents, logvar[:, None])
 
     def summarize(self, means: Mapping[str, Any]) -> dict[str, float]:
         """Adds "bits_per_dim" of the ELBO and, in evaluation, "active_units": latents whose mean given x varies.
@@ -142,9 +162,8 @@ class VAE(Task):
 
         def add(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             largest, total = carry
-            noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), mean.shape[1:]))(keys)
-            latents = mean + jnp.exp(logvar / 2) * noise
-            log_weight = self.log_prob(targets, model.decode(latents)) + densities.log_ratio(noise, latents, logvar)
+            noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), (1, mean.shape[1])))(keys)
+            log_weight = sum(self._log_weights(model, targets, mean, logvar, noise))[:, 0]
             maximum = jnp.maximum(largest, log_weight)
             return maximum, total * jnp.exp(largest - maximum) + jnp.exp(log_weight - maximum)
 

@@ -7,6 +7,7 @@ on the devices, and are the same for any sharding: a checkpoint can be restored 
 """
 
 import json
+import logging
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,10 +17,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from research import storage
 from research.errors import UserError
+from research.mirror import Mirror
 from research.state import TrainState
+
+_SCHEMES = ("gs", "s3")  # that Orbax and TensorStore write by themselves
+
+
+# Orbax's background thread logs, with its traceback, an error that it raises at the next save as well.
+logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
 
 
 class _DamagedError(Exception):
@@ -81,7 +91,11 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path, *, keep: int, message: Callable[[str], None], read_only: bool = False):
-        self._folder = (workdir / "checkpoints").resolve()
+        place = workdir / "checkpoints"
+        orbax_writes_it = storage.is_local(place) or str(place).startswith(tuple(f"{scheme}://" for scheme in _SCHEMES))
+        self._mirror = None if orbax_writes_it else Mirror(place)
+        self._folder = self._mirror.folder if self._mirror else epath.Path(str(place)).resolve()
+        self._place = place
         self._message = message
         self._read_only = read_only
         self._best_step: int | None = None
@@ -97,15 +111,21 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._manager.close()
+        with storage.writing(self._place):
+            self._manager.close()
+        if self._mirror:
+            self._mirror.close()
 
     def save(self, state: TrainState, progress: dict[str, Any], best_step: int | None) -> None:
-        """Saves in the background; the state may be donated at once.
+        """Saves in the background (to a mirror: at once); the state may be donated at once.
 
         Args:
           state: its step names the checkpoint; saved again for a step that is saved already, nothing happens.
           progress: what JSON can have.
           best_step: the step that is kept beside the newest, if there is one.
+
+        Raises:
+          RecordError: it, or the one before, could not be written.
         """
         step = int(state.step)
         if step in self._manager.all_steps():
@@ -117,11 +137,20 @@ class Checkpoints:
             state=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave({"crc32": _crc(record), **record})
         )
         self._best_step = best_step
-        self._manager.save(step, args=args)
+        with storage.writing(f"checkpoint {step} or the one before in {self._place}"):
+            self._manager.save(step, args=args)  # raises, too, what went wrong with the one before
+        if self._mirror:
+            self.wait()
+            self._mirror.push()
 
     def wait(self) -> None:
-        """Returns when everything saved is on disk."""
-        self._manager.wait_until_finished()
+        """Returns when everything saved is on disk.
+
+        Raises:
+          RecordError: it could not be written.
+        """
+        with storage.writing(f"the newest checkpoint in {self._place}"):
+            self._manager.wait_until_finished()
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest whole checkpoint's state, sharded as `like` is, and its progress; None: there is no checkpoint.
@@ -142,7 +171,7 @@ class Checkpoints:
                 self._set_aside(step)
         if steps:
             raise UserError(
-                f"no checkpoint in {self._folder} can be restored (the last tried: {reason}): to train anew, give "
+                f"no checkpoint in {self._place} can be restored (the last tried: {reason}): to train anew, give "
                 "another --workdir"
             )
         return None
@@ -177,3 +206,5 @@ class Checkpoints:
                 aside = aside.with_name(aside.name + "-")
             (self._folder / str(step)).rename(aside)
         self._manager.reload()
+        if self._mirror:
+            self._mirror.push()

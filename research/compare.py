@@ -3,6 +3,7 @@
 python -m research.compare DIR DIR ... [--picture=compare.png]
 """
 
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from absl import flags
 
 from research import plots
 from research.errors import UserError
+from research.storage import open_path
+from research.terminal import lasting_output
 from research.workdir import read_json, read_metrics
 
 _FIGURES = ("train_", "validation_", "test_", "best_", "examples_per_second", "num_params", "num_train_steps")
@@ -61,7 +64,7 @@ def run(argv: Sequence[str]) -> None:
     flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
     flags.DEFINE_string("picture", "compare.png", "where the picture goes", flag_values=values)
     try:
-        workdirs = [Path(name) for name in values(["compare", *argv])[1:]]
+        workdirs = [open_path(name) for name in values(["compare", *argv])[1:]]
     except flags.Error as error:
         raise UserError(str(error)) from None
     if values["help"].value:
@@ -73,9 +76,12 @@ def run(argv: Sequence[str]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
-    picture = Path(str(values["picture"].value))
+    picture = open_path(str(values["picture"].value))
     try:
-        plots.curves({str(workdir): read_metrics(workdir) for workdir in workdirs}).savefig(picture, dpi=120)
+        figure = plots.curves({str(workdir): read_metrics(workdir) for workdir in workdirs})
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format=picture.suffix[1:] or "png", dpi=120)
+        picture.write_bytes(drawn.getvalue())
     except (OSError, ValueError) as error:
         raise UserError(f"--picture={picture} cannot be drawn: {error}") from None
     print(f"picture: {picture}")
@@ -83,7 +89,8 @@ def run(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     try:
-        run(sys.argv[1:])
+        with lasting_output():
+            run(sys.argv[1:])
     except UserError as user_error:
         print(f"error: {user_error}", file=sys.stderr)
         sys.exit(user_error.exit_code)

@@ -35,7 +35,7 @@ def option(
 class DatasetConfig:
     """Which data, from where."""
 
-    name: str = option("cifar10|digits", "data set (a TFDS name, or digits); of a|b the first that can be had")
+    name: str = option("cifar10|digits", "data set (a TFDS name, digits or pydoc); of a|b the first that can be had")
     data_dir: str = option("", "folder of prepared TFDS sets and archives; empty: TFDS_DATA_DIR, else TFDS's default")
     validation_fraction: float = option(0.0, "part of the training set held out for validation", minimum=0, below=1)
     max_device_gib: float = option(
@@ -67,6 +67,18 @@ class CNNConfig:
     dropout: float = option(0.0, "dropout rate before the classifier (wide_resnet: within blocks)", minimum=0, below=1)
     norm: str = option("", "normalisation; empty: the published", choices=("", "none", "batch", "layer", "group"))
     dtype: str = option("float32", "compute dtype; parameters stay float32", choices=DTYPES)
+
+
+@dataclasses.dataclass
+class RNNConfig:
+    """A recurrent network (`research.models.rnn`)."""
+
+    name: str = option("lstm", "cell", choices=("simple", "gru", "lstm", "mingru", "lru"))
+    width: int = option(256, "features between layers, and recurrent units of each", minimum=1)
+    layers: int = option(2, "recurrent layers", minimum=1)
+    dropout: float = option(0.0, "dropout rate of what a layer adds or passes on", minimum=0, below=1)
+    tied: bool = option(False, "the output's kernel is the embedding's")
+    dtype: str = option("float32", "dtype of matrix products; parameters and memory stay float32", choices=DTYPES)
 
 
 @dataclasses.dataclass
@@ -115,6 +127,7 @@ class MeshConfig:
     fsdp: int = option(
         1, "devices that share the batch and shard parameters and optimiser state; -1: the rest", minimum=-1
     )
+    sequence: int = option(1, "devices that share the time axis of a parallel recurrence; -1: the rest", minimum=-1)
     model: int = option(1, "devices that share a layer's output features; -1: the rest", minimum=-1)
 
 
@@ -199,6 +212,7 @@ _FREE = (
     "dataset.max_device_gib",
     "mesh.data",
     "mesh.fsdp",
+    "mesh.sequence",
     "mesh.model",
 )
 

@@ -2,10 +2,11 @@
 
 | code | meaning |
 | --- | --- |
-| 0 | done |
+| 0 | done; also where nobody reads the output any more (`| head -1`): the record is finished in silence |
 | 1 | a defect: a traceback, please report it |
 | 2 | bad input: a flag, a data set, a folder; nothing was started |
 | 3 | the loss became NaN or infinite |
+| 4 | the record could not be written (disk full, read-only, out of reach): the last good checkpoint is intact |
 | 130 | interrupted (SIGINT); while training, a checkpoint was saved |
 | 143 | terminated (SIGTERM); while training, a checkpoint was saved |
 """
@@ -21,3 +22,9 @@ class NonFiniteLossError(UserError):
     """The training loss became NaN or infinite; the text names the step."""
 
     exit_code = 3
+
+
+class RecordError(UserError):
+    """A part of the record could not be written; the text names it. The last good checkpoint is intact."""
+
+    exit_code = 4

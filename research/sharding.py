@@ -1,6 +1,7 @@
 """The device mesh, and the rules that say how arrays lie on it.
 
-Axes: `data` splits the batch, `fsdp` splits the batch and the parameters, `model` splits a layer's output features.
+Axes: `data` splits the batch, `fsdp` splits the batch and the parameters, `sequence` splits the time axis of what is
+parallel over time, `model` splits a layer's output features.
 """
 
 import math
@@ -14,25 +15,35 @@ from jax.sharding import PartitionSpec as P
 from research.config import Config, MeshConfig
 from research.errors import UserError
 
-AXES = ("data", "fsdp", "model")
+AXES = ("data", "fsdp", "sequence", "model")
 BATCH_AXES = ("data", "fsdp")
 
 
-def mesh_shape(config: MeshConfig, device_count: int) -> tuple[int, int, int]:
+def mesh_shape(config: MeshConfig, device_count: int) -> tuple[int, int, int, int]:
     """The mesh's sizes along `AXES`, with -1 replaced by the devices that the other axes leave.
 
     Raises:
       UserError: the sizes do not multiply to `device_count`, are 0, or more than one is -1.
     """
-    sizes = (config.data, config.fsdp, config.model)
+    sizes = (config.data, config.fsdp, config.sequence, config.model)
     flags = " ".join(f"--config.mesh.{axis}={size}" for axis, size in zip(AXES, sizes))
     fixed = math.prod(size for size in sizes if size != -1)
     if 0 in sizes or sizes.count(-1) > 1:
         raise UserError(f"{flags}: each axis needs at least 1 device, and only one axis may be -1")
     if device_count % fixed or (-1 not in sizes and fixed != device_count):
         raise UserError(f"{flags}: the sizes must multiply to the {device_count} devices here; let one axis be -1")
-    data, fsdp, model = (device_count // fixed if size == -1 else size for size in sizes)
-    return data, fsdp, model
+    data, fsdp, sequence, model = (device_count // fixed if size == -1 else size for size in sizes)
+    return data, fsdp, sequence, model
+
+
+def refuse_sequence(config: MeshConfig, what: str) -> None:
+    """For what cannot share a time axis.
+
+    Raises:
+      UserError: the mesh is asked to split it.
+    """
+    if config.sequence != 1:
+        raise UserError(f"--config.mesh.sequence={config.sequence}: {what} is not parallel over time; leave it 1")
 
 
 def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:

@@ -78,8 +78,12 @@ def train_and_evaluate(
 
 def _draw(experiment: str, training: Training, writer: Writer) -> None:
     """The curves so far, and the task's pictures of what it has learned."""
-    step, newest = training.progress.step, [writer.row] if writer.row else []
-    writer.picture("curves", lambda: plots.curves({experiment: read_metrics(writer.workdir) + newest}), step)
+    step, row = training.progress.step, writer.sync()
+
+    def curves() -> Any:
+        return plots.curves({experiment: [*read_metrics(writer.workdir), *filter(None, [row])]})
+
+    writer.picture("curves", curves, step)
     try:
         pictures = training.task.pictures(training.predictor(), training.dataset)
     except Exception as error:  # whatever it is: no run stops for a picture

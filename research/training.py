@@ -218,7 +218,7 @@ class Training:
 
     def save(self, writer: Writer, checkpoints: Checkpoints) -> None:
         """Saves a checkpoint in the background."""
-        progress = dataclasses.replace(self.progress, row=writer.row, wall_seconds=self.wall_seconds)
+        progress = dataclasses.replace(self.progress, row=writer.sync(), wall_seconds=self.wall_seconds)
         checkpoints.save(self.state, dataclasses.asdict(progress), progress.best[1] if progress.best else None)
 
     def _stop(self, writer: Writer, checkpoints: Checkpoints) -> None:

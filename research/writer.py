@@ -1,5 +1,6 @@
-"""The record of a run in its workdir (config.json, metrics.jsonl, summary.json, pictures); progress on the terminal."""
+"""The record of a run in its workdir (metrics.jsonl, TensorBoard events, pictures ...); progress on the terminal."""
 
+import contextlib
 import dataclasses
 import io
 import itertools
@@ -7,6 +8,7 @@ import json
 import math
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,13 @@ from typing import Any
 
 from tqdm import tqdm
 
+from research import storage
+from research.errors import RecordError
+from research.events import Events
+
 _SECONDS_BETWEEN_PLAIN_LINES = 10.0
+_NARROW = 80  # columns below which the whole bar would be cut
+_NARROW_BAR = "{n_fmt}/{total_fmt} {remaining} left{postfix}"
 
 
 def _standard(value: dict[str, Any]) -> dict[str, Any]:
@@ -40,11 +48,16 @@ class Writer:
     def __init__(self, workdir: Path, num_train_steps: int, *, active: bool):
         self.workdir = workdir
         self._active = active
+        self._metrics = storage.Log(workdir / "metrics.jsonl")
+        self._events = Events(workdir, self.warning)
+        self._config = ""
         self._total = num_train_steps
         self._first = 0
         self._row: dict[str, Any] = {}
         self._start = self._last_line = time.monotonic()
-        self._bar = tqdm(total=num_train_steps, unit="step", dynamic_ncols=True, disable=None if active else True)
+        # A bar needs a terminal that can go back to a line's start; None: tqdm looks whether it is one.
+        disable = True if not active or os.environ.get("TERM") == "dumb" else None
+        self._bar = tqdm(total=num_train_steps, unit="step", dynamic_ncols=True, disable=disable)
 
     def __enter__(self) -> "Writer":
         return self
@@ -52,41 +65,47 @@ class Writer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._flush()
         self._bar.close()
+        with contextlib.suppress(RecordError) if error else contextlib.nullcontext():  # what came first is told
+            self._flush()
+            self._sync()
 
     def _write_json(self, name: str, value: dict[str, Any]) -> None:
         if self._active:
-            self._replace(name, json.dumps(_standard(value), indent=2, allow_nan=False).encode() + b"\n")
-
-    def _replace(self, name: str, data: bytes) -> None:
-        """Writes a file so that whoever reads it, at any moment, gets the old one or the new one whole."""
-        new = self.workdir / f".{name}.new"
-        new.write_bytes(data)
-        os.replace(new, self.workdir / name)
+            text = json.dumps(_standard(value), indent=2, allow_nan=False) + "\n"
+            storage.replace(self.workdir / name, text.encode())
 
     def config(self, config: Any) -> None:
         """Writes config.json."""
+        text = json.dumps(dataclasses.asdict(config), indent=2)
+        self._config = textwrap.indent(text, "    ")  # which makes it code in Markdown
         self._write_json("config.json", dataclasses.asdict(config))
 
     def summary(self, summary: dict[str, Any]) -> None:
         """Writes summary.json, and the last line of metrics.jsonl: the run is finished."""
         self._flush()
+        self._sync()
         self._write_json("summary.json", summary)
 
-    @property
-    def row(self) -> dict[str, Any]:
-        """The newest line of metrics.jsonl, which is not written yet: more may come for its step."""
+    def sync(self) -> dict[str, Any]:
+        """Returns the newest line, to which more may come for its step, when all before it is in metrics.jsonl."""
+        self._sync()
         return dict(self._row)
 
+    def _sync(self) -> None:
+        if self._active:
+            self._events.sync()
+            self._metrics.sync()
+
     def resume(self, step: int, row: dict[str, Any]) -> None:
-        """Takes metrics.jsonl back to what it was at `step`, when `row` was its newest line."""
+        """Takes metrics.jsonl and the events back to what it was at `step`, when `row` was its newest line."""
         path = self.workdir / "metrics.jsonl"
         self._row = dict(row)
         if self._active:
             lines = path.read_text().splitlines(keepends=True) if path.exists() else []
             kept = itertools.takewhile(lambda line: _step(line) < row.get("step", step + 1), lines)
-            self._replace("metrics.jsonl", "".join(kept).encode())
+            self._metrics.replace("".join(kept).encode())
+            self._events.start(self._config, step, row.get("step", step + 1))
         self._bar.initial = self._bar.n = self._first = step
 
     def scalars(self, step: int, epoch: int, values: dict[str, float]) -> None:
@@ -97,12 +116,12 @@ class Writer:
 
     def _flush(self) -> None:
         if self._active and self._row:
-            with (self.workdir / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(_standard(self._row), allow_nan=False) + "\n")
+            self._events.scalars(self._row)
+            self._metrics.append(json.dumps(_standard(self._row), allow_nan=False).encode() + b"\n")
         self._row = {}
 
     def picture(self, name: str, draw: Callable[[], Any], step: int) -> None:
-        """Saves `<name>.png`. Where that fails, for any reason, a WARNING line says so: no run stops for a picture.
+        """Saves `<name>.png`, and an event of it. Where that fails, for any reason, a WARNING line says so.
 
         Args:
           name: of the file, without its ending.
@@ -114,14 +133,17 @@ class Writer:
         try:
             png = io.BytesIO()
             draw().savefig(png, format="png", dpi=120)
-            self._replace(f"{name}.png", png.getvalue())
+            storage.replace(self.workdir / f"{name}.png", png.getvalue())
+            self._events.image(name, png.getvalue(), step)
         except Exception as error:
-            self.warning(f"{name}.png was not drawn: {error}")
+            self.warning(f"{name}.png was not drawn: {error.__cause__ or error}")
 
     def progress(self, step: int, loss: float, examples_per_second: float) -> None:
         """Shows how far training is: a bar on a terminal, else a line now and then."""
         speed = f"{examples_per_second:,.0f} examples/s"
-        self._bar.set_postfix_str(f"loss {loss:.4f}, {speed}", refresh=False)
+        narrow = (self._bar.format_dict["ncols"] or _NARROW) < _NARROW
+        self._bar.bar_format = _NARROW_BAR if narrow else None
+        self._bar.set_postfix_str(f"loss {loss:.4f}" + ("" if narrow else f", {speed}"), refresh=False)
         self._bar.update(step - self._bar.n)
         now = time.monotonic()
         if self._bar.disable and self._active and now - self._last_line > _SECONDS_BETWEEN_PLAIN_LINES:

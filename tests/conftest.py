@@ -11,6 +11,9 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 os.environ["JAX_PLATFORMS"] = "cpu"
 _CACHE = tempfile.TemporaryDirectory(prefix="meshwork-tests-")
 os.environ["MESHWORK_CACHE_DIR"] = _CACHE.name
+# Many tests compile the same program: half of the suite's time.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{_CACHE.name}/xla"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 
 @pytest.fixture

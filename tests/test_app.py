@@ -142,8 +142,8 @@ OTHER = {
     "augment.flip": "random",
     "augment.cutout": 2,
 }
-ELSEWHERE = {
-    "pictures_every_epochs": "test_train.py::test_pictures_every_epochs",  # and the fields whose effect another test shows
+ELSEWHERE = {  # and the fields whose effect another test shows
+    "pictures_every_epochs": "test_train.py::test_pictures_every_epochs",
     "log_every_steps": "test_train.py::test_log_every_steps",
     "checkpoint_every_steps": "test_resume.py::test_checkpoints_within_an_epoch",
     "keep_checkpoints": "test_checkpoint.py::test_the_newest_and_the_best_are_kept",

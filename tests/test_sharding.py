@@ -14,12 +14,13 @@ from research.errors import UserError
 @pytest.mark.parametrize(
     ("axes", "count", "expected"),
     [
-        ((-1, 1, 1), 8, (8, 1, 1)),
-        ((-1, 2, 2), 8, (2, 2, 2)),
-        ((1, -1, 1), 8, (1, 8, 1)),
-        ((2, 1, -1), 8, (2, 1, 4)),
-        ((2, 2, 2), 8, (2, 2, 2)),
-        ((-1, 1, 1), 1, (1, 1, 1)),
+        ((-1, 1, 1, 1), 8, (8, 1, 1, 1)),
+        ((-1, 2, 1, 2), 8, (2, 2, 1, 2)),
+        ((1, -1, 1, 1), 8, (1, 8, 1, 1)),
+        ((2, 1, -1, 1), 8, (2, 1, 4, 1)),
+        ((2, 1, 1, -1), 8, (2, 1, 1, 4)),
+        ((2, 2, 1, 2), 8, (2, 2, 1, 2)),
+        ((-1, 1, 1, 1), 1, (1, 1, 1, 1)),
     ],
 )
 def test_minus_one_takes_the_rest(axes, count, expected):
@@ -29,12 +30,12 @@ def test_minus_one_takes_the_rest(axes, count, expected):
 @pytest.mark.parametrize(
     ("axes", "words"),
     [
-        ((3, 1, 1), "must multiply to the 8 devices"),
-        ((-1, 3, 1), "must multiply to the 8 devices"),
-        ((4, 1, 1), "must multiply to the 8 devices"),
-        ((16, 1, 1), "must multiply to the 8 devices"),
-        ((-1, -1, 1), "only one axis may be -1"),
-        ((0, 1, 1), "at least 1 device"),
+        ((3, 1, 1, 1), "must multiply to the 8 devices"),
+        ((-1, 3, 1, 1), "must multiply to the 8 devices"),
+        ((4, 1, 1, 1), "must multiply to the 8 devices"),
+        ((16, 1, 1, 1), "must multiply to the 8 devices"),
+        ((-1, -1, 1, 1), "only one axis may be -1"),
+        ((1, 1, 0, 1), "at least 1 device"),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_an_error(axes, words):

@@ -1,4 +1,4 @@
-"""A data set that needs no download: scikit-learn's handwritten digits."""
+"""Data sets that need no download: scikit-learn's handwritten digits, and the text of Python's own help."""
 
 from typing import Any
 
@@ -28,3 +28,22 @@ def digits() -> tuple[tuple[str, ...], dict[str, Arrays]]:
     splits = {"train": ~is_test, "test": is_test}
     names = tuple(str(name) for name in bunch["target_names"])
     return names, {split: {"image": images[part], "label": labels[part]} for split, part in splits.items()}
+
+
+def pydoc() -> tuple[tuple[str, ...], dict[str, Arrays]]:
+    """What Python's `help()` says of its topics (`pydoc_data.topics`), by topic: some 460,000 bytes, UTF-8.
+
+    The text is that of the Python that runs, so figures compare within one version of it only.
+
+    Returns:
+      No label names, and the splits "train" (the first 90%), "validation" and "test" (5% each), each with "text" (uint8
+      [number of bytes]).
+    """
+    from pydoc_data.topics import topics  # half a megabyte, and seldom needed
+
+    text = np.frombuffer("\n\n".join(topics[name] for name in sorted(topics)).encode(), np.uint8)
+    train, validation, test = np.split(text, [len(text) * 90 // 100, len(text) * 95 // 100])
+    return (), {"train": {"text": train}, "validation": {"text": validation}, "test": {"text": test}}
+
+
+DATASETS = {"digits": digits, "pydoc": pydoc}

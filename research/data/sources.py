@@ -21,7 +21,7 @@ class Dataset:
     """A data set's splits, as arrays that may be read-only memory maps.
 
     Attributes:
-      name: its TFDS name, or "digits".
+      name: its TFDS name, or one of `embedded.DATASETS`.
       label_names: what label i means; () for text.
       train: "image" (uint8 [n,h,w,c]) and "label" (int32 [n]); for text "text" (uint8 [n], its bytes).
       validation: held out from train, or the set's own; None without either.
@@ -64,7 +64,7 @@ def load(config: DatasetConfig) -> Dataset:
 
 
 def _load(name: str, config: DatasetConfig) -> Dataset:
-    label_names, splits = embedded.digits() if name == "digits" else _load_tfds(name, config.data_dir)
+    label_names, splits = embedded.DATASETS[name]() if name in embedded.DATASETS else _load_tfds(name, config.data_dir)
     if "test" not in splits and "validation" in splits:
         splits["test"] = splits.pop("validation")
     if missing := {"train", "test"} - splits.keys():
@@ -87,7 +87,7 @@ def _load_tfds(name: str, data_dir: str) -> tuple[tuple[str, ...], dict[str, Arr
 
 
 def _not_found(name: str, folder: Path) -> UserError:
-    known = [*tfds_sets.import_tfds().list_builders(with_community_datasets=False), "digits"]
+    known = [*tfds_sets.import_tfds().list_builders(with_community_datasets=False), *embedded.DATASETS]
     if name.partition("/")[0] not in known:
         near = difflib.get_close_matches(name, known)
         meant = f"; did you mean {' or '.join(near)}?" if near else ""

@@ -1,0 +1,139 @@
+"""Character language models on Shakespeare, whose memory goes on from batch to batch.
+
+python -m experiments.char_rnn                    minGRU: parallel over time
+python -m experiments.char_rnn --config=lru       the linear recurrent unit: parallel over time
+python -m experiments.char_rnn --config=lstm      and --config=gru, --config=simple: one step after the other
+python -m experiments.char_rnn --workdir=DIR --mode=sample --prompt="ROMEO:"
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from research import app, sharding
+from research.config import Config, DatasetConfig, OptimizerConfig, RNNConfig, option
+from research.data import text
+from research.data.sources import Dataset
+from research.errors import UserError
+from research.models import rnn
+from research.predictor import Predictor
+from research.tasks.generation import SampleOptions, decode, encode, generate
+from research.tasks.language_model import LanguageModel
+from research.tasks.task import Batch
+
+
+@dataclasses.dataclass
+class CharRNNConfig(Config):
+    """A character language model; an example is a chunk of one of `batch_size` streams of text."""
+
+    sequence_length: int = option(128, "characters a chunk: how far back the gradient goes", minimum=1)
+    model: RNNConfig = dataclasses.field(default_factory=RNNConfig)
+
+
+def get_config() -> CharRNNConfig:
+    """Three minGRU layers."""
+    return _config(RNNConfig(name="mingru", width=192, layers=3, dropout=0.1), learning_rate=0.003)
+
+
+def lru() -> CharRNNConfig:
+    """Three LRU layers."""
+    return _config(RNNConfig(name="lru", width=256, layers=3, dropout=0.1), learning_rate=0.003)
+
+
+def lstm() -> CharRNNConfig:
+    """One LSTM layer."""
+    return _config(RNNConfig(name="lstm", width=384, layers=1, dropout=0.1), learning_rate=0.004)
+
+
+def gru() -> CharRNNConfig:
+    """One GRU layer."""
+    return _config(RNNConfig(name="gru", width=448, layers=1, dropout=0.1), learning_rate=0.004)
+
+
+def simple() -> CharRNNConfig:
+    """One layer of Elman's cell."""
+    return _config(RNNConfig(name="simple", width=512, layers=1, dropout=0.1), learning_rate=0.001)
+
+
+def _config(model: RNNConfig, learning_rate: float) -> CharRNNConfig:
+    return CharRNNConfig(
+        num_epochs=8,
+        batch_size=32,
+        dataset=DatasetConfig(name="tiny_shakespeare|pydoc"),
+        optimizer=OptimizerConfig(
+            name="adamw",
+            learning_rate=learning_rate,
+            weight_decay=0.01,
+            schedule="cosine",
+            warmup=0.05,
+            clip_norm=1.0,
+        ),
+        model=model,
+    )
+
+
+def prepare(config: CharRNNConfig, dataset: Dataset) -> Dataset:
+    """The text as streams."""
+    eval_batch_size = config.microbatch_size or config.batch_size
+    return text.streams(dataset, config.batch_size, config.sequence_length, eval_batch_size)
+
+
+def make_task(config: CharRNNConfig, dataset: Dataset) -> LanguageModel:
+    """The language model of the network that the config names.
+
+    Raises:
+      UserError: the mesh is to split a time axis that the cell or the sequence's length does not let it split.
+    """
+    if config.model.name not in rnn.PARALLEL:
+        sharding.refuse_sequence(config.mesh, f"--config.model.name={config.model.name}")
+    shards = sharding.mesh_shape(config.mesh, jax.device_count())[sharding.AXES.index("sequence")]
+    if config.sequence_length % shards:
+        raise UserError(
+            f"--config.sequence_length={config.sequence_length} cannot be split evenly over the {shards} devices of "
+            f"--config.mesh.sequence: use a multiple of {shards}"
+        )
+    model = config.model
+
+    def network(rngs: nnx.Rngs) -> nnx.Module:
+        return rnn.RNN(model, len(dataset.label_names), rngs)
+
+    def carry(batch_size: int) -> rnn.Carry:
+        return rnn.initial_carry(model, batch_size)
+
+    return LanguageModel(network, carry, config.sequence_length)
+
+
+def sample(predict: Predictor, config: CharRNNConfig, dataset: Dataset, options: SampleOptions, _: Path) -> None:
+    """Prints texts that go on from a prompt.
+
+    Raises:
+      UserError: the prompt has a character that the data set has not.
+    """
+    prompt = encode(options.prompt, dataset.label_names, dataset.name)
+
+    def texts(model: nnx.Module, batch: Batch, key: jax.Array) -> jax.Array:
+        carry = rnn.initial_carry(config.model, len(batch["prompt"]))
+        chosen = {"length": options.length, "temperature": options.temperature, "top_p": options.top_p}
+        return generate(model, batch["prompt"], carry, key, **chosen)
+
+    tokens = predict(texts, {"prompt": np.tile(prompt, (options.num_samples, 1))}, seed=options.sample_seed)
+    for number, row in enumerate(tokens):
+        print(f"--- sample {number + 1} of {len(tokens)}")
+        print(decode(np.concatenate([prompt, row]), dataset.label_names))
+
+
+EXPERIMENT = app.Experiment(
+    "char_rnn",
+    str(__doc__),
+    {"default": get_config, "lru": lru, "lstm": lstm, "gru": gru, "simple": simple},
+    make_task,
+    prepare=prepare,
+    sample=sample,
+    sample_options=SampleOptions,
+)
+
+if __name__ == "__main__":
+    app.main(EXPERIMENT)

@@ -1,0 +1,179 @@
+"""The recurrences of three cells, whose gradient keeps the one large matrix product out of the loop.
+
+Each reads inputs that were projected for all time steps at once, x [T, b, k * units], and adds h W + bias at each step:
+
+    simple  h' = tanh(x + h W + bias)                                     Elman 1990
+    gru     r, z = sigmoid((x + h W + bias)_{r, z})                       Cho et al. 2014, arXiv 1406.1078, with the
+            n = tanh(x_n + r * (h W + bias)_n);  h' = (1 - z) n + z h     reset after the product, as cuDNN and PyTorch
+    lstm    i, f, g, o = sigmoid, sigmoid, tanh, sigmoid (x + h W + bias)   Hochreiter & Schmidhuber 1997; Gers et al.
+            c' = f c + i g;  h' = o tanh(c')                                2000 (the forget gate)
+
+Differentiating `lax.scan` adds h^T dgates to the gradient of W at each step: [units, k * units] are read and written T
+times. Here the backward loop keeps the gates' gradients, and the sum over time is one product after it (the gradient
+of cuDNN: Appleyard et al. 2016, arXiv 1604.01946, section 3.2).
+
+Products are made in W's dtype, all else in the state's.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+State = tuple[jax.Array, ...]
+
+
+class _Cell(NamedTuple):
+    """One step of a recurrence, and its adjoint.
+
+    Attributes:
+      step: (x, h W + bias, state) -> (state, what the adjoint needs of the step).
+      adjoint: (what it needs, state before, state after, gradients of the state after) -> gradients of (x, h W + bias,
+        the state before, but for its way through h W).
+    """
+
+    step: Callable[[jax.Array, jax.Array, State], tuple[State, State]]
+    adjoint: Callable[[State, State, State, State], tuple[jax.Array, jax.Array, State]]
+
+
+def simple(x: jax.Array, state: State, kernel: jax.Array, bias: jax.Array) -> tuple[jax.Array, State]:
+    """Elman's recurrence.
+
+    Args:
+      x: projected inputs, float [T, b, units].
+      state: (h,), before the first step, [b, units].
+      kernel: [units, units].
+      bias: [units].
+
+    Returns:
+      h after each step, [T, b, units], and the state after the last.
+    """
+    return _recurrence(_SIMPLE, x, state, kernel, bias)
+
+
+def gru(x: jax.Array, state: State, kernel: jax.Array, bias: jax.Array) -> tuple[jax.Array, State]:
+    """The gated recurrent unit, gates in the order r, z, n.
+
+    Args:
+      x: projected inputs, with a bias of their own, float [T, b, 3 * units].
+      state: (h,), before the first step, [b, units].
+      kernel: [units, 3 * units].
+      bias: [3 * units].
+
+    Returns:
+      h after each step, [T, b, units], and the state after the last.
+    """
+    return _recurrence(_GRU, x, state, kernel, bias)
+
+
+def lstm(x: jax.Array, state: State, kernel: jax.Array, bias: jax.Array) -> tuple[jax.Array, State]:
+    """Long short-term memory, gates in the order i, f, g, o.
+
+    Args:
+      x: projected inputs, float [T, b, 4 * units].
+      state: (h, c), before the first step, [b, units] each.
+      kernel: [units, 4 * units].
+      bias: [4 * units].
+
+    Returns:
+      h after each step, [T, b, units], and the state after the last.
+    """
+    return _recurrence(_LSTM, x, state, kernel, bias)
+
+
+def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return jnp.matmul(x.astype(kernel.dtype), kernel, preferred_element_type=x.dtype)
+
+
+def _scan(cell: _Cell, x: jax.Array, state: State, kernel: jax.Array, bias: jax.Array) -> tuple[State, Any]:
+    bias = bias.astype(state[0].dtype)
+
+    def body(state: State, x: jax.Array) -> tuple[State, tuple[State, State]]:
+        state, saved = cell.step(x.astype(bias.dtype), _product(state[0], kernel) + bias, state)
+        return state, (state, saved)
+
+    return lax.scan(body, state, x)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _recurrence(cell: _Cell, x: jax.Array, state: State, kernel: jax.Array, bias: jax.Array) -> tuple[jax.Array, State]:
+    last, (states, _) = _scan(cell, x, state, kernel, bias)
+    return states[0], last
+
+
+def _forward(cell: _Cell, x: jax.Array, state: State, kernel: jax.Array, bias: jax.Array) -> tuple[Any, Any]:
+    last, (states, saved) = _scan(cell, x, state, kernel, bias)
+    # Of x only the type is needed; an empty array has one.
+    return (states[0], last), (x[:0], state, states, saved, kernel, bias)
+
+
+def _backward(cell: _Cell, residuals: Any, gradients: Any) -> tuple[jax.Array, State, jax.Array, jax.Array]:
+    x, state, states, saved, kernel, bias = residuals
+    d_hidden, d_last = gradients
+    before = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest[:-1]]), state, states)
+    transposed = kernel.T
+
+    def body(d_state: State, xs: Any) -> tuple[State, tuple[jax.Array, jax.Array]]:
+        saved, before, after, d_h = xs
+        d_x, d_product, (d_before, *rest) = cell.adjoint(saved, before, after, (d_state[0] + d_h, *d_state[1:]))
+        return (d_before + _product(d_product, transposed), *rest), (d_x, d_product)
+
+    d_state, (d_x, d_product) = lax.scan(body, d_last, (saved, before, states, d_hidden), reverse=True)
+    rows = d_product.reshape(-1, d_product.shape[-1])
+    hidden = before[0].reshape(len(rows), -1)
+    d_kernel = _product(hidden.T, rows.astype(kernel.dtype)).astype(kernel.dtype)
+    return d_x.astype(x.dtype), d_state, d_kernel, rows.sum(0).astype(bias.dtype)
+
+
+_recurrence.defvjp(_forward, _backward)
+
+
+def _simple_step(x: jax.Array, product: jax.Array, state: State) -> tuple[State, State]:
+    return (jnp.tanh(x + product),), ()
+
+
+def _simple_adjoint(saved: State, before: State, after: State, d: State) -> tuple[jax.Array, jax.Array, State]:
+    d_sum = d[0] * (1 - after[0] ** 2)
+    return d_sum, d_sum, (jnp.zeros_like(d_sum),)
+
+
+def _gru_step(x: jax.Array, product: jax.Array, state: State) -> tuple[State, State]:
+    (h,) = state
+    r, z, _ = jnp.split(jax.nn.sigmoid(x + product), 3, axis=-1)
+    candidate = product[:, 2 * h.shape[-1] :]
+    n = jnp.tanh(x[:, 2 * h.shape[-1] :] + r * candidate)
+    return (n + z * (h - n),), (r, z, n, candidate)
+
+
+def _gru_adjoint(saved: State, before: State, after: State, d: State) -> tuple[jax.Array, jax.Array, State]:
+    (r, z, n, candidate), (h,), (d_h,) = saved, before, d
+    d_n = d_h * (1 - z) * (1 - n * n)
+    d_r = d_n * candidate * r * (1 - r)
+    d_z = d_h * (h - n) * z * (1 - z)
+    return jnp.concatenate([d_r, d_z, d_n], -1), jnp.concatenate([d_r, d_z, d_n * r], -1), (d_h * z,)
+
+
+def _lstm_step(x: jax.Array, product: jax.Array, state: State) -> tuple[State, State]:
+    _, c = state
+    i, f, g, o = jnp.split(x + product, 4, axis=-1)
+    i, f, g, o = jax.nn.sigmoid(i), jax.nn.sigmoid(f), jnp.tanh(g), jax.nn.sigmoid(o)
+    c = f * c + i * g
+    return (o * jnp.tanh(c), c), (i, f, g, o)
+
+
+def _lstm_adjoint(saved: State, before: State, after: State, d: State) -> tuple[jax.Array, jax.Array, State]:
+    (i, f, g, o), (_, c_before), (_, c), (d_h, d_c) = saved, before, after, d
+    tanh = jnp.tanh(c)
+    d_c = d_c + d_h * o * (1 - tanh * tanh)
+    d_i, d_f = d_c * g * i * (1 - i), d_c * c_before * f * (1 - f)
+    d_g, d_o = d_c * i * (1 - g * g), d_h * tanh * o * (1 - o)
+    d_sum = jnp.concatenate([d_i, d_f, d_g, d_o], -1)
+    return d_sum, d_sum, (jnp.zeros_like(d_h), d_c * f)
+
+
+_SIMPLE = _Cell(_simple_step, _simple_adjoint)
+_GRU = _Cell(_gru_step, _gru_adjoint)
+_LSTM = _Cell(_lstm_step, _lstm_adjoint)

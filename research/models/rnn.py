@@ -1,0 +1,204 @@
+"""Recurrent networks over characters; `RNN` is the one that an `RNNConfig` describes.
+
+| name | layer | source |
+| --- | --- | --- |
+| simple | x -> h | Elman 1990 |
+| gru | x -> h | Cho et al. 2014, arXiv 1406.1078, reset after the product |
+| lstm | x -> h | Hochreiter & Schmidhuber 1997, with a forget gate that begins open |
+| mingru | x + minGRU(norm x), then x + MLP(norm x) | Feng et al. 2024, arXiv 2410.01201, section 3.1 |
+| lru | x + GLU(gelu(LRU(norm x))) | Orvieto et al. 2023, arXiv 2303.06349, section 3 and appendix A |
+
+The first three are sequential. The last two are linear in their memory, hence parallel over time. Dropout acts on what
+a layer passes on (the first three; Zaremba et al. 2014, arXiv 1409.2329) or adds (the last two), never on memory.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from research.config import RNNConfig
+from research.layers import recurrence
+from research.layers.linear_recurrence import SEQUENCE, linear_recurrence
+from research.sharding import BATCH_AXES
+
+Carry = tuple[recurrence.State, ...]  # of every layer, float32 [b, units] each
+
+_MEMORY = {"simple": (1,), "gru": (1,), "lstm": (1, 1), "mingru": (1,), "lru": (2,)}  # widths; lru: real, imaginary
+PARALLEL = ("mingru", "lru")
+_LECUN = nnx.initializers.lecun_normal()
+
+
+def initial_carry(config: RNNConfig, batch_size: int) -> Carry:
+    """What the network remembers of nothing: zeros."""
+    sizes = _MEMORY[config.name]
+    layer = tuple(jnp.zeros((batch_size, size * config.width)) for size in sizes)
+    return (layer,) * config.layers
+
+
+class RNN(nnx.Module):
+    """Embedding, recurrent layers, and logits of the next character.
+
+    Args:
+      config: the layers.
+      vocabulary_size: the number of characters.
+      rngs: for initialisation.
+    """
+
+    def __init__(self, config: RNNConfig, vocabulary_size: int, rngs: nnx.Rngs):
+        width, self.dtype = config.width, jnp.dtype(config.dtype)
+        self.embedding = nnx.Embed(vocabulary_size, width, rngs=rngs)
+        self.layers = nnx.List([_LAYERS[config.name](config, rngs) for _ in range(config.layers)])
+        # A residual network's sum is normalised once more before it is read.
+        self.norm = nnx.RMSNorm(width, rngs=rngs) if config.name in PARALLEL else None
+        self.bias = nnx.Param(jnp.zeros(vocabulary_size))
+        self.kernel = None if config.tied else nnx.Param(_LECUN(rngs.params(), (width, vocabulary_size)))
+
+    def __call__(
+        self, tokens: jax.Array, carry: Carry, first: jax.Array, *, train: bool, key: jax.Array | None = None
+    ) -> tuple[jax.Array, Carry]:
+        """The logits after each character.
+
+        Args:
+          tokens: int [b, T].
+          carry: from the characters before (`initial_carry` or what another call gave).
+          first: bool [b], whether to forget it.
+          train: whether to drop out.
+          key: for dropout.
+
+        Returns:
+          Float32 [b, T, vocabulary_size], and the carry.
+        """
+        carry = jax.tree.map(lambda h: jnp.where(first[:, None], 0, h), carry)
+        keys = [None] * len(self.layers) if key is None else list(jax.random.split(key, len(self.layers)))
+        x = _over_time(self.embedding(tokens.T))
+        after = []
+        for layer, state, layer_key in zip(self.layers, carry, keys):
+            x, state = layer(x, state, train=train, key=layer_key)
+            after.append(state)
+        if self.norm is not None:
+            x = self.norm(x)
+        kernel = self.embedding.embedding[...].T if self.kernel is None else self.kernel[...]
+        logits = x.astype(self.dtype) @ kernel.astype(self.dtype) + self.bias[...]
+        return logits.astype(jnp.float32).transpose(1, 0, 2), tuple(after)
+
+
+def _over_time(x: jax.Array) -> jax.Array:
+    """[T, b, width], with time split over the mesh's `sequence` where it has such an axis and T divides."""
+    shards = jax.sharding.get_abstract_mesh().shape.get(SEQUENCE, 1)
+    if shards == 1 or len(x) % shards:
+        return x
+    return jax.lax.with_sharding_constraint(x, P(SEQUENCE, BATCH_AXES))
+
+
+def _linear(inputs: int, outputs: int, config: RNNConfig, rngs: nnx.Rngs, *, use_bias: bool = True) -> nnx.Linear:
+    return nnx.Linear(inputs, outputs, use_bias=use_bias, dtype=jnp.dtype(config.dtype), rngs=rngs)
+
+
+class Recurrent(nnx.Module):
+    """A layer of a sequential cell: all inputs projected at once, then the recurrence."""
+
+    def __init__(self, cell: Callable[..., Any], gates: int, config: RNNConfig, rngs: nnx.Rngs):
+        width = config.width
+        self.cell, self.dtype = cell, jnp.dtype(config.dtype)
+        # The GRU's reset gate separates the two biases; elsewhere they would be one.
+        self.inputs = _linear(width, gates * width, config, rngs, use_bias=cell is recurrence.gru)
+        orthogonal = nnx.initializers.orthogonal()
+        parts = [orthogonal(rngs.params(), (width, width)) for _ in range(gates)]
+        self.kernel = nnx.Param(jnp.concatenate(parts, axis=1))
+        bias = jnp.zeros(gates * width)
+        if cell is recurrence.lstm:  # remember at first (Jozefowicz et al. 2015, section 2.2)
+            bias = bias.at[width : 2 * width].set(1.0)
+        self.bias = nnx.Param(bias)
+        self.dropout = nnx.Dropout(config.dropout)
+
+    def __call__(
+        self, x: jax.Array, state: recurrence.State, *, train: bool, key: jax.Array | None
+    ) -> tuple[jax.Array, recurrence.State]:
+        kernel = self.kernel[...].astype(self.dtype)
+        x, state = self.cell(self.inputs(x), state, kernel, self.bias[...])
+        return self.dropout(x, deterministic=not train, rngs=key), state
+
+
+class MinGRU(nnx.Module):
+    """h = (1 - z) h + z n, with z = sigmoid and n linear of the input alone; and a feed-forward layer.
+
+    The paper's implementation computes in logarithms because its scan divides by products of 1 - z, which vanish. A
+    composition of steps only multiplies by them: an underflow is then what was to be forgotten, so nothing needs
+    logarithms, nor n to be positive.
+    """
+
+    def __init__(self, config: RNNConfig, rngs: nnx.Rngs):
+        width = config.width
+        self.norm, self.mlp_norm = nnx.RMSNorm(width, rngs=rngs), nnx.RMSNorm(width, rngs=rngs)
+        self.inputs = _linear(width, 2 * width, config, rngs)
+        self.outputs = _linear(width, width, config, rngs, use_bias=False)
+        self.expand, self.contract = _linear(width, 4 * width, config, rngs), _linear(4 * width, width, config, rngs)
+        self.dropout = nnx.Dropout(config.dropout)
+
+    def __call__(
+        self, x: jax.Array, state: recurrence.State, *, train: bool, key: jax.Array | None
+    ) -> tuple[jax.Array, recurrence.State]:
+        keys = (None, None) if key is None else jax.random.split(key)
+        z, n = jnp.split(self.inputs(self.norm(x)).astype(jnp.float32), 2, axis=-1)
+        z = jax.nn.sigmoid(z)
+        hidden = linear_recurrence(1 - z, z * n, state[0])
+        x = x + self.dropout(self.outputs(hidden), deterministic=not train, rngs=keys[0])
+        y = self.contract(nnx.gelu(self.expand(self.mlp_norm(x))))
+        return x + self.dropout(y, deterministic=not train, rngs=keys[1]), (hidden[-1],)
+
+
+class LRU(nnx.Module):
+    """The linear recurrent unit: h = lambda h + gamma B x, y = Re(C h) + D x, with lambda, B, C, h complex.
+
+    lambda = exp(-exp(nu) + i exp(theta)) stays within the unit circle whatever nu (section 3.3); it begins on the ring
+    0.9 to 0.999, and gamma = sqrt(1 - |lambda|^2) keeps the size of h near that of its inputs (section 3.4).
+    """
+
+    def __init__(self, config: RNNConfig, rngs: nnx.Rngs):
+        width = config.width
+        self.norm = nnx.RMSNorm(width, rngs=rngs)
+        low, high = 0.9, 0.999
+        squares = jax.random.uniform(rngs.params(), (width,), minval=low**2, maxval=high**2)
+        phases = jax.random.uniform(rngs.params(), (width,), minval=1e-3, maxval=2 * math.pi)
+        self.nu = nnx.Param(jnp.log(-0.5 * jnp.log(squares)))
+        self.theta = nnx.Param(jnp.log(phases))
+        self.gamma = nnx.Param(0.5 * jnp.log(1 - squares))
+        # B and C as real matrices: [real, imaginary] of B side by side, and of C one below the other.
+        self.inputs = _linear(width, 2 * width, config, rngs, use_bias=False)
+        self.outputs = _linear(2 * width, width, config, rngs, use_bias=False)
+        self.skip = nnx.Param(jax.random.normal(rngs.params(), (width,)))
+        self.gate = _linear(width, 2 * width, config, rngs)
+        self.dropout = nnx.Dropout(config.dropout)
+
+    def __call__(
+        self, x: jax.Array, state: recurrence.State, *, train: bool, key: jax.Array | None
+    ) -> tuple[jax.Array, recurrence.State]:
+        keys = (None, None) if key is None else jax.random.split(key)
+        inputs = self.norm(x)
+        decay = jnp.exp(jax.lax.complex(-jnp.exp(self.nu[...]), jnp.exp(self.theta[...])))
+        driven = _complex(self.inputs(inputs)) * jnp.exp(self.gamma[...])
+        hidden = linear_recurrence(jnp.broadcast_to(decay, driven.shape), driven, _complex(state[0]))
+        hidden = jnp.concatenate([hidden.real, hidden.imag], -1)
+        y = nnx.gelu(self.outputs(hidden) + self.skip[...] * inputs)
+        y = nnx.glu(self.gate(self.dropout(y, deterministic=not train, rngs=keys[0])))
+        return x + self.dropout(y, deterministic=not train, rngs=keys[1]), (hidden[-1],)
+
+
+def _complex(x: jax.Array) -> jax.Array:
+    """[..., real and imaginary parts side by side] as complex64."""
+    real, imaginary = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jax.lax.complex(real, imaginary)
+
+
+_LAYERS: dict[str, Callable[[RNNConfig, nnx.Rngs], nnx.Module]] = {
+    "simple": lambda config, rngs: Recurrent(recurrence.simple, 1, config, rngs),
+    "gru": lambda config, rngs: Recurrent(recurrence.gru, 3, config, rngs),
+    "lstm": lambda config, rngs: Recurrent(recurrence.lstm, 4, config, rngs),
+    "mingru": MinGRU,
+    "lru": LRU,
+}

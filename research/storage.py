@@ -1,0 +1,119 @@
+"""Files of a record on any file system that fsspec opens: a local path, or gs://, s3://, memory:// and so on.
+
+A path is a `pathlib.Path`, or a `UPath` that does the same on another file system. Object stores have no append and no
+rename: there a file is always written as a whole, which readers see as a whole.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from upath import UPath
+
+from research.errors import RecordError, UserError
+
+_EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}
+
+
+def open_path(text: str) -> Path:
+    """The path, of whatever file system.
+
+    Raises:
+      UserError: there is no such file system, or its package is not installed.
+    """
+    if "://" not in text:
+        return Path(text)
+    scheme = text.partition("://")[0]
+    try:
+        path = UPath(text)
+        _ = path.fs  # only now is the file system's package imported
+    except ImportError as error:
+        extra = _EXTRAS.get(scheme)
+        install = f'pip install "meshwork[{extra}]"' if extra else str(error)
+        raise UserError(f"{text}: the package that opens {scheme}:// is not installed: {install}") from None
+    except Exception as error:  # each file system raises its own, for want of an account, say
+        raise UserError(f"{text} cannot be opened: {error}") from None
+    # A UPath is no pathlib.Path to a type checker; it has the same methods.
+    return Path(path.path) if scheme in ("file", "local") else cast(Path, path)
+
+
+def is_local(path: Path) -> bool:
+    """Whether the operating system opens it: only such files can be appended to, renamed and locked."""
+    return "://" not in str(path)
+
+
+@contextmanager
+def writing(what: Any) -> Iterator[None]:
+    """Raises `RecordError` where `what` could not be written: full, read-only, out of reach."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # not OSError alone: fsspec's file systems raise their libraries' own
+        raise RecordError(
+            f"{what} could not be written ({_reason(error)}): the last good checkpoint is intact; once mended, "
+            "the same --workdir resumes from it"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """In the operating system's words where they are known; TensorStore has its error number in the text."""
+    number = re.search(r"os_error_code='(\d+)'", str(error))
+    if number:
+        return os.strerror(int(number[1]))
+    return getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Writes a file so that whoever reads it, at any moment, gets the old one or the new one whole.
+
+    Raises:
+      RecordError: it could not be written; the old one stays.
+    """
+    with writing(path):
+        if is_local(path):
+            new = path.with_name(f".{path.name}.new")
+            try:
+                new.write_bytes(data)
+                os.replace(new, path)
+            except OSError:
+                new.unlink(missing_ok=True)  # on a full disk, half a file is in the way
+                raise
+        else:
+            path.write_bytes(data)
+
+
+class Log:
+    """A file that grows. Local: every append is written at once; elsewhere: `sync` writes what was appended since.
+
+    Args:
+      path: of the file, in an existing folder.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._data = bytearray()  # the whole file, where it is not local
+        self._synced = True
+
+    def replace(self, data: bytes) -> None:
+        """Starts it anew. Raises `RecordError` as the others do."""
+        replace(self._path, data)
+        self._data, self._synced = bytearray(data), True
+
+    def append(self, data: bytes) -> None:
+        """Adds to its end."""
+        if not is_local(self._path):
+            self._data += data
+            self._synced = False
+            return
+        with writing(self._path), self._path.open("ab") as file:
+            file.write(data)
+
+    def sync(self) -> None:
+        """Returns when all that was appended is in the file."""
+        if not self._synced:
+            replace(self._path, bytes(self._data))
+            self._synced = True

@@ -1,0 +1,73 @@
+"""The next character of a text."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from research.tasks.task import Batch, Metrics, Task
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel(Task):
+    """The next character by softmax cross-entropy, from all that came before in its stream.
+
+    Training is truncated backpropagation through time (Williams & Peng 1990): the memory goes on from batch to batch,
+    the gradient does not.
+
+    Attributes:
+      network: builds the network from its rngs; `network(tokens, carry, first, train=..., key=...)` gives logits
+        [b, T, characters] and the carry.
+      carry: the network's memory of nothing, for a batch size.
+      length: characters an example, T.
+    """
+
+    network: Callable[[nnx.Rngs], nnx.Module]
+    carry: Callable[[int], Any]
+    length: int
+
+    @property
+    def unit(self) -> tuple[str, int]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Characters, and how many of them an example has."""
+        return "characters", self.length
+
+    def create_model(self, rngs: nnx.Rngs) -> nnx.Module:
+        """Builds the network with its initial parameters."""
+        return self.network(rngs)
+
+    def initial_carry(self, batch_size: int) -> Any:
+        """The network's memory of nothing."""
+        return self.carry(batch_size)
+
+    def advance(
+        self, model: nnx.Module, batch: Batch, carry: Any, *, key: jax.Array, train: bool
+    ) -> tuple[Metrics, Any]:
+        """Cross-entropy in nats and accuracy, means over the characters that count, and as "weight" their number.
+
+        Args:
+          model: the network.
+          batch: of `text.streams`: "tokens" uint8 [b, T + 1], "first" bool [b], "count" int32 [b].
+          carry: what the batch before left.
+          key: for dropout.
+          train: whether this is training.
+        """
+        tokens = batch["tokens"].astype(jnp.int32)
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        logits, carry = model(inputs, carry, batch["first"], train=train, key=key)  # pyright: ignore[reportCallIssue]
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        correct = (logits.argmax(-1) == targets).astype(jnp.float32)
+        count = batch["count"][:, None]
+        weights = (jnp.arange(targets.shape[1]) < count) / jnp.maximum(count, 1)
+        means = {"loss": (weights * loss).sum(1), "accuracy": (weights * correct).sum(1)}
+        return {**means, "weight": batch["count"].astype(jnp.float32)}, carry
+
+    def summarize(self, means: Mapping[str, Any]) -> dict[str, float]:
+        """Adds bits a character (loss / log 2) and perplexity (exp loss)."""
+        figures = super().summarize(means)
+        bits, perplexity = figures["loss"] / np.log(2), np.exp(figures["loss"])
+        return {**figures, "bits_per_character": float(bits), "perplexity": float(perplexity)}

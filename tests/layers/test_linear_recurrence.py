@@ -1,0 +1,100 @@
+"""The parallel recurrence is the sequential one, on one device and with its time axis on several."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from research import sharding
+from research.config import Config, MeshConfig
+from research.layers import linear_recurrence as layer
+
+DTYPES = {"real": np.float32, "complex": np.complex64}
+
+
+def _draw(seed, dtype, *shape):
+    rng = np.random.default_rng(seed)
+    real, imaginary = rng.uniform(-0.7, 0.7, (2, *shape))
+    return (real + 1j * imaginary if dtype == np.complex64 else real).astype(dtype)
+
+
+def _arguments(kind, length=12):
+    dtype = DTYPES[kind]
+    return _draw(0, dtype, length, 4, 5), _draw(1, dtype, length, 4, 5), _draw(2, dtype, 4, 5)
+
+
+def _loop(a, b, h):
+    """Step by step, in NumPy and double precision."""
+    hidden = []
+    for a_t, b_t in zip(a, b):
+        h = a_t.astype(np.complex128) * h + b_t
+        hidden.append(h)
+    return np.stack(hidden)
+
+
+def _value_and_gradients(function, arguments):
+    @jax.jit
+    def run(*arguments):
+        hidden, vjp = jax.vjp(function, *arguments)
+        weights = jnp.cos(jnp.arange(hidden.size)).reshape(hidden.shape).astype(hidden.dtype)
+        return hidden, *vjp(weights)
+
+    return run(*arguments)
+
+
+def _agree(ours, theirs):
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_allclose(one, other, atol=2e-6 * np.abs(other).max())
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+@pytest.mark.parametrize("form", ["linear_recurrence", "sequential", "parallel"])
+def test_every_form_is_the_loop(kind, form):
+    a, b, h = _arguments(kind)
+    np.testing.assert_allclose(jax.jit(getattr(layer, form))(a, b, h), _loop(a, b, h), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+@pytest.mark.parametrize("form", ["sequential", "parallel"])
+def test_gradients_are_those_of_plain_differentiation(kind, form):
+    arguments = _arguments(kind)
+    ours = _value_and_gradients(layer.linear_recurrence, arguments)
+    _agree(ours, _value_and_gradients(getattr(layer, form), arguments))
+
+
+@pytest.mark.parametrize("form", ["sequential", "parallel"])
+def test_backwards_in_time(form):
+    a, b, h = _arguments("real")
+    backwards = jax.jit(getattr(layer, form), static_argnames="reverse")(a, b, h, reverse=True)
+    np.testing.assert_allclose(backwards[::-1], _loop(a[::-1], b[::-1], h), atol=1e-6)
+
+
+def test_accelerators_get_the_parallel_form():
+    """Lowered for a TPU there is no loop over time; for a CPU there is."""
+    traced = jax.jit(layer.linear_recurrence).trace(*_arguments("real"))
+    assert "stablehlo.while" not in traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert "stablehlo.while" in traced.lower(lowering_platforms=("cpu",)).as_text()
+
+
+def test_memory_that_underflows_is_forgotten():
+    a, b, h = jnp.full((64, 1, 1), 1e-3), jnp.ones((64, 1, 1)), jnp.full((1, 1), 1e30)
+    assert float(jax.jit(layer.parallel)(a, b, h)[-1, 0, 0]) == pytest.approx(1 / (1 - 1e-3))
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+@pytest.mark.parametrize(("axes", "length"), [((2, 1, 2, 2), 6), ((1, 2, 4, 1), 8), ((2, 1, 4, 1), 7)])
+def test_a_time_axis_on_several_devices(kind, axes, length):
+    """7 steps do not divide by 4 devices: then every device does all of them."""
+    arguments = _arguments(kind, length)
+    alone = _value_and_gradients(layer.linear_recurrence, arguments)
+    mesh = sharding.make_mesh(Config(batch_size=4, mesh=MeshConfig(*axes)))
+    time = layer.SEQUENCE if length % axes[2] == 0 else None
+    specs = (P(time, sharding.BATCH_AXES), P(time, sharding.BATCH_AXES), P(sharding.BATCH_AXES))
+    with jax.set_mesh(mesh):
+        placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(arguments, specs)]
+        together = _value_and_gradients(layer.linear_recurrence, placed)
+    assert together[0].sharding.spec[:1] == (time,)
+    _agree(together, alone)

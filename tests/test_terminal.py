@@ -1,0 +1,71 @@
+"""Any terminal, or none: a run shows what it can and finishes."""
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import termios
+
+import pytest
+from command import COMMAND, DIGITS, read_summary
+from drawn import run
+
+
+def test_output_that_nobody_reads_ends_no_run(env, tmp_path):
+    """stdout and stderr are a pipe whose reader is gone."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([*COMMAND, *DIGITS, "--workdir=x"], env=env, stdout=writer, stderr=writer, timeout=240)
+    os.close(writer)
+    assert done.returncode == 0
+    assert read_summary(tmp_path / "x")["num_epochs"] == 1
+    assert (tmp_path / "x/curves.png").exists()
+
+
+@pytest.mark.parametrize(("command", "code"), [("--help | head -1", 0), ("--help >&-", 0), ("--nothing 2>&-", 2)])
+def test_output_that_is_cut_off_or_closed(command, code, env):
+    shell = f"set -o pipefail; {' '.join(COMMAND)} {command}"
+    done = subprocess.run(["bash", "-c", shell], env=env, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (code, "")
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """Runs the tiny experiment with its stderr on a real terminal of a width; returns what that terminal got."""
+
+    def shown(workdir, columns, **options):
+        ours, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        with open(theirs, "w") as stream:
+            monkeypatch.setattr("sys.stderr", stream)
+            run(workdir, **options)
+            stream.flush()
+            os.set_blocking(ours, False)
+            text = b""
+            try:
+                while part := os.read(ours, 65536):
+                    text += part
+            except BlockingIOError:
+                pass
+        os.close(ours)
+        return text.decode()
+
+    return shown
+
+
+@pytest.mark.parametrize("columns", [40, 120])
+def test_the_bar_fits_the_terminal(columns, terminal, tmp_path, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("tqdm.tqdm.monitor_interval", 0)
+    lines = re.split(r"[\r\n]+", terminal(tmp_path / "x", columns, steps_per_dispatch=1))
+    bars = [line for line in lines if re.search(r"22/22 .*loss \d\.\d{4}", line)]
+    assert bars
+    assert all(len(line) <= columns for line in lines)
+    assert ("examples/s" in bars[-1]) == (columns == 120)
+
+
+def test_a_dumb_terminal_gets_no_bar(terminal, tmp_path, monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    assert terminal(tmp_path / "x", 80) == ""

@@ -12,7 +12,7 @@ from typing import Any
 from research.errors import UserError
 
 OPTIMIZERS = ("sgd", "momentum", "nesterov", "adagrad", "rmsprop", "adam", "adamw", "lion", "muon")
-SCHEDULES = ("constant", "cosine", "linear", "one_cycle", "step")
+SCHEDULES = ("constant", "cosine", "linear", "one_cycle", "step", "tripling")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -79,6 +79,23 @@ class RNNConfig:
     dropout: float = option(0.0, "dropout rate of what a layer adds or passes on", minimum=0, below=1)
     tied: bool = option(False, "the output's kernel is the embedding's")
     dtype: str = option("float32", "dtype of matrix products; parameters and memory stay float32", choices=DTYPES)
+
+
+@dataclasses.dataclass
+class VAEConfig:
+    """A variational autoencoder (`research.models.vae`)."""
+
+    name: str = option("dense", "architecture of encoder and decoder", choices=("dense", "conv"))
+    latents: int = option(50, "dimensions of the latent space", minimum=1)
+    width: int = option(200, "units of a hidden layer; conv: channels at full resolution", minimum=1)
+    depth: int = option(2, "hidden layers of encoder and of decoder; conv: halvings of the resolution", minimum=1)
+    activation: str = option("tanh", "non-linearity", choices=("tanh", "relu", "silu", "gelu"))
+    likelihood: str = option(
+        "bernoulli",
+        "of a pixel given the latents; gaussian: mean and variance are learned",
+        choices=("bernoulli", "gaussian"),
+    )
+    dtype: str = option("float32", "compute dtype; parameters and likelihoods stay float32", choices=DTYPES)
 
 
 @dataclasses.dataclass

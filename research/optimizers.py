@@ -54,8 +54,9 @@ def unit_schedule(config: OptimizerConfig, num_train_steps: int) -> Callable[[An
     """The learning rate at step (from 0) as a part of its peak.
 
     It rises linearly over the part `warmup` of training (one_cycle: 0.3 unless set), then stays at 1 (constant), falls
-    to `end_factor` by half a cosine (cosine, one_cycle) or a line (linear), or is divided by 10 at 1/2 and 3/4 of
-    training (step).
+    to `end_factor` by half a cosine (cosine, one_cycle) or a line (linear), is divided by 10 at 1/2 and 3/4 of training
+    (step), or is 10^(-i/7) in stage i of 8, each of which is three times as long as the one before (tripling: Burda et
+    al. 2016, arXiv 1509.00519, section 5).
     """
     fraction = config.warmup
     if config.schedule == "one_cycle":
@@ -70,6 +71,7 @@ def unit_schedule(config: OptimizerConfig, num_train_steps: int) -> Callable[[An
         "step": optax.piecewise_constant_schedule(
             1.0, {num_train_steps // 2 - warmup: 0.1, num_train_steps * 3 // 4 - warmup: 0.1}
         ),
+        "tripling": lambda step: 10.0 ** -(jnp.sum(step + warmup >= _tripling_starts(num_train_steps)) / 7),
     }[config.schedule]
 
     def schedule(step: Any) -> jax.Array:
@@ -77,6 +79,11 @@ def unit_schedule(config: OptimizerConfig, num_train_steps: int) -> Callable[[An
         return jnp.where(step < warmup, (step + 1) / max(warmup, 1), after(step - warmup))
 
     return schedule
+
+
+def _tripling_starts(num_train_steps: int) -> np.ndarray:
+    """The first step of stages 1 to 7; stage i lasts 3^i of 3^0 + ... + 3^7 = 3280 parts of training."""
+    return np.round((3 ** np.arange(1, 8) - 1) / 2 / 3280 * num_train_steps).astype(np.int32)
 
 
 def learning_rates(config: OptimizerConfig, num_train_steps: int) -> np.ndarray:

@@ -88,3 +88,47 @@ def mistakes(images: np.ndarray, labels: np.ndarray, probabilities: np.ndarray, 
     for axes in figure.axes:
         axes.axis("off")
     return figure
+
+
+def image_grid(images: np.ndarray, columns: int, title: str) -> Any:
+    """Images row by row, a white line between them.
+
+    Args:
+      images: float [n, h, w, c] in 0..1, c 1 or 3.
+      columns: images in a row.
+      title: of the picture.
+    """
+    from matplotlib.figure import Figure
+
+    count, height, width, channels = images.shape
+    rows = -(-count // columns)
+    cells = np.ones((rows * columns, height + 1, width + 1, channels), np.float32)
+    cells[:count, :height, :width] = images
+    cells = cells.reshape(rows, columns, height + 1, width + 1, channels).swapaxes(1, 2)
+    tiled = cells.reshape(rows * (height + 1), columns * (width + 1), channels)[:-1, :-1]
+    figure = Figure(figsize=(7, 7 * tiled.shape[0] / tiled.shape[1] + 0.5), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(tiled.squeeze(-1) if channels == 1 else tiled, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_title(title, fontsize="medium")
+    axes.axis("off")
+    return figure
+
+
+def scatter(points: np.ndarray, labels: np.ndarray, names: Sequence[str], title: str) -> Any:
+    """Points in the plane, coloured by label.
+
+    Args:
+      points: float [n, 2].
+      labels: int [n].
+      names: of the labels.
+      title: of the picture.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    axes = figure.subplots()
+    for label, name in enumerate(names):
+        axes.scatter(*points[labels == label].T, s=3, label=name)
+    axes.set_title(title, fontsize="medium")
+    axes.legend(markerscale=4, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure

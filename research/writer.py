@@ -1,4 +1,4 @@
-"""The record of a run in its workdir (config.json, metrics.jsonl, summary.json, pictures); progress on the terminal."""
+"""The record of a run in its workdir (metrics.jsonl, TensorBoard events, pictures ...); progress on the terminal."""
 
 import contextlib
 import dataclasses
@@ -8,6 +8,7 @@ import json
 import math
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from research import storage
 from research.errors import RecordError
+from research.events import Events
 
 _SECONDS_BETWEEN_PLAIN_LINES = 10.0
 _NARROW = 80  # columns below which the whole bar would be cut
@@ -47,6 +49,8 @@ class Writer:
         self.workdir = workdir
         self._active = active
         self._metrics = storage.Log(workdir / "metrics.jsonl")
+        self._events = Events(workdir, self.warning)
+        self._config = ""
         self._total = num_train_steps
         self._first = 0
         self._row: dict[str, Any] = {}
@@ -64,7 +68,7 @@ class Writer:
         self._bar.close()
         with contextlib.suppress(RecordError) if error else contextlib.nullcontext():  # what came first is told
             self._flush()
-            self._metrics.sync()
+            self._sync()
 
     def _write_json(self, name: str, value: dict[str, Any]) -> None:
         if self._active:
@@ -73,28 +77,35 @@ class Writer:
 
     def config(self, config: Any) -> None:
         """Writes config.json."""
+        text = json.dumps(dataclasses.asdict(config), indent=2)
+        self._config = textwrap.indent(text, "    ")  # which makes it code in Markdown
         self._write_json("config.json", dataclasses.asdict(config))
 
     def summary(self, summary: dict[str, Any]) -> None:
         """Writes summary.json, and the last line of metrics.jsonl: the run is finished."""
         self._flush()
-        self._metrics.sync()
+        self._sync()
         self._write_json("summary.json", summary)
 
     def sync(self) -> dict[str, Any]:
         """Returns the newest line, to which more may come for its step, when all before it is in metrics.jsonl."""
-        if self._active:
-            self._metrics.sync()
+        self._sync()
         return dict(self._row)
 
+    def _sync(self) -> None:
+        if self._active:
+            self._events.sync()
+            self._metrics.sync()
+
     def resume(self, step: int, row: dict[str, Any]) -> None:
-        """Takes metrics.jsonl back to what it was at `step`, when `row` was its newest line."""
+        """Takes metrics.jsonl and the events back to what it was at `step`, when `row` was its newest line."""
         path = self.workdir / "metrics.jsonl"
         self._row = dict(row)
         if self._active:
             lines = path.read_text().splitlines(keepends=True) if path.exists() else []
             kept = itertools.takewhile(lambda line: _step(line) < row.get("step", step + 1), lines)
             self._metrics.replace("".join(kept).encode())
+            self._events.start(self._config, step, row.get("step", step + 1))
         self._bar.initial = self._bar.n = self._first = step
 
     def scalars(self, step: int, epoch: int, values: dict[str, float]) -> None:
@@ -105,11 +116,12 @@ class Writer:
 
     def _flush(self) -> None:
         if self._active and self._row:
+            self._events.scalars(self._row)
             self._metrics.append(json.dumps(_standard(self._row), allow_nan=False).encode() + b"\n")
         self._row = {}
 
     def picture(self, name: str, draw: Callable[[], Any], step: int) -> None:
-        """Saves `<name>.png`. Where that fails, for any reason, a WARNING line says so: no run stops for a picture.
+        """Saves `<name>.png`, and an event of it. Where that fails, for any reason, a WARNING line says so.
 
         Args:
           name: of the file, without its ending.
@@ -122,6 +134,7 @@ class Writer:
             png = io.BytesIO()
             draw().savefig(png, format="png", dpi=120)
             storage.replace(self.workdir / f"{name}.png", png.getvalue())
+            self._events.image(name, png.getvalue(), step)
         except Exception as error:
             self.warning(f"{name}.png was not drawn: {error.__cause__ or error}")
 

@@ -169,6 +169,16 @@ def test_the_step_schedule_divides_by_ten_at_half_and_three_quarters(warmup):
         np.testing.assert_allclose(schedule(step), expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("warmup", [0.0, 0.01])
+def test_the_tripling_schedule_is_that_of_burda_et_al(warmup):
+    """0.001 * 10^(-i/7) for 3^i passes, i = 0 ... 7: section 5 of the paper, 3,280 passes in all."""
+    per_pass = 10
+    schedule = optimizers.unit_schedule(OptimizerConfig(schedule="tripling", warmup=warmup), 3280 * per_pass)
+    passes = np.concatenate([np.full(3**i, 10 ** (-i / 7)) for i in range(8)])
+    steps = np.arange(328 if warmup else 0, 3280 * per_pass)
+    np.testing.assert_allclose(jax.vmap(schedule)(steps), np.repeat(passes, per_pass)[steps], rtol=1e-5)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_schedule_multiplies_the_injected_rate(schedule):
     """Setting the rate from outside is the same as building with it: nothing overwrites it at the next update."""
@@ -227,6 +237,7 @@ def test_the_average_is_that_of_the_recursion():
         ({"name": "adagrad", "momentum": 0.0}, "adagrad has none"),
         ({"schedule": "constant", "end_factor": 0.1}, "end_factor needs"),
         ({"schedule": "step", "end_factor": 0.1}, "end_factor needs"),
+        ({"schedule": "tripling", "end_factor": 0.1}, "end_factor needs"),
     ],
 )
 def test_a_field_that_would_be_ignored_is_an_error(fields, words):

@@ -1,4 +1,4 @@
-"""The pictures of a classifier show what they say."""
+"""Pictures show what they say."""
 
 import numpy as np
 
@@ -26,3 +26,24 @@ def test_the_most_confident_mistakes_come_first():
     shown = [axes for axes in figure.axes if axes.images]
     assert [axes.get_title() for axes in shown] == ["ant, bee (0.70)", "bee, ant (0.40)"]
     assert [int(axes.images[0].get_array()[0, 0, 0]) for axes in shown] == [3, 1]
+
+
+def test_a_grid_has_the_images_row_by_row_with_white_between():
+    images = np.linspace(0.1, 0.6, 3)[:, None, None, None] * np.ones((1, 2, 3, 1))
+    (axes,) = plots.image_grid(images, 2, "three").axes
+    shown = axes.images[0].get_array()
+    expected = np.ones((5, 7))
+    expected[:2, :3], expected[:2, 4:], expected[3:, :3] = 0.1, 0.35, 0.6
+    np.testing.assert_allclose(shown, expected, rtol=1e-6)
+    assert axes.get_title() == "three"
+    colours = plots.image_grid(np.full((1, 2, 2, 3), [0.1, 0.2, 0.3]), 1, "").axes[0].images[0].get_array()
+    np.testing.assert_allclose(colours[0, 0], [0.1, 0.2, 0.3], rtol=1e-6)
+
+
+def test_a_scatter_has_each_label_at_its_points():
+    points = np.arange(8.0).reshape(4, 2)
+    (axes,) = plots.scatter(points, np.array([1, 0, 1, 2]), NAMES, "where").axes
+    offsets = [np.asarray(part.get_offsets()) for part in axes.collections]
+    for got, rows in zip(offsets, ([1], [0, 2], [3])):
+        np.testing.assert_array_equal(got, points[rows])
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == list(NAMES)

@@ -30,6 +30,13 @@ def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[flo
     return tuple((mean / 255).tolist()), tuple(np.where(std > 0, std / 255, 1.0).tolist())
 
 
+def pixel_means(images: np.ndarray) -> np.ndarray:
+    """The mean image, float64 [h, w, c] in 0..1, of uint8 [n, h, w, c] that may be a memory map larger than memory."""
+    chunk = max(1, 2**20 // images[0].size)
+    parts = (images[start : start + chunk].sum(0, dtype=np.int64) for start in range(0, len(images), chunk))
+    return sum(parts, np.zeros(images.shape[1:], np.int64)) / (255 * len(images))
+
+
 def normalize(
     images: jax.typing.ArrayLike,
     mean: tuple[float, ...],

@@ -118,3 +118,8 @@ def test_changes_too_large_for_the_images_are_an_error(fields, words):
     with pytest.raises(UserError, match=words):
         images.check(AugmentConfig(**fields), (HEIGHT, WIDTH, 2))
     images.check(AugmentConfig(crop=8, cutout=9), (HEIGHT, WIDTH, 2))
+
+
+def test_pixel_means_are_numpys_over_chunks():
+    values = np.random.default_rng(0).integers(0, 256, (3000, 20, 20, 3)).astype(np.uint8)  # more than one chunk
+    np.testing.assert_allclose(images.pixel_means(values), values.mean(0) / 255, rtol=1e-12)

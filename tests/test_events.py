@@ -1,0 +1,58 @@
+"""TensorBoard events, read back by TensorBoard's own reader."""
+
+import json
+import signal
+
+import pytest
+from drawn import read_lines, run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from research import events, writer
+from research.signals import Signals, StoppedError
+
+
+def _read(workdir):
+    reader = EventAccumulator(str(workdir / "tensorboard"), size_guidance={"scalars": 0, "images": 0, "tensors": 0})
+    return reader.Reload()
+
+
+def test_they_hold_the_lines_the_config_and_the_pictures_each_once_though_the_run_was_killed(tmp_path, monkeypatch):
+    """Stopped at step 15; then its file gets what a run that was killed later might have left."""
+    progress, signals = writer.Writer.progress, Signals()
+
+    def stop(self, at, *args):
+        progress(self, at, *args)
+        signals.received = signal.SIGTERM if at == 15 else None
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.Writer, "progress", stop)
+        with pytest.raises(StoppedError):
+            run(tmp_path, signals=signals, steps_per_dispatch=1)
+    file = next((tmp_path / "tensorboard").iterdir())
+    whole = file.read_bytes()
+    *_, last = events._frames(whole)
+    file.write_bytes(whole + events._frame(last) + events._frame(last)[:-7])
+    run(tmp_path)
+
+    read = _read(tmp_path)
+    lines = read_lines(tmp_path)
+    for name in ("loss", "learning_rate", "test_accuracy", "epoch"):
+        expected = [(line["step"], line[name]) for line in lines if name in line]
+        shown = [(event.step, event.value) for event in read.Scalars(name)]
+        assert shown == [(step, pytest.approx(value, rel=1e-6)) for step, value in expected]
+    (curves,) = read.Images("curves")
+    assert curves.step == 22
+    assert curves.encoded_image_string == (tmp_path / "curves.png").read_bytes()
+    (config,) = read.Tensors("config/text_summary")
+    text = config.tensor_proto.string_val[0].decode()
+    assert json.loads(text) == json.loads((tmp_path / "config.json").read_text())
+
+
+def test_where_they_fail_the_run_goes_on_with_one_warning(tmp_path, capfd):
+    (tmp_path / "tensorboard").write_text("in the way")
+    _, summary = run(tmp_path)
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    warnings = [line for line in capfd.readouterr().err.splitlines() if line.startswith("WARNING")]
+    assert len(warnings) == 1
+    assert "no more TensorBoard events are written: " in warnings[0]
+    assert (tmp_path / "curves.png").exists()

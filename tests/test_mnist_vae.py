@@ -1,0 +1,147 @@
+"""The experiment as its user runs it, and every field of its config."""
+
+import functools
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import mnist_vae
+from research import app, optimizers, sharding, train
+from research import config as config_lib
+from research.data import sources
+from research.errors import UserError
+
+
+def _drawn(count=40):
+    rng = np.random.default_rng(0)
+    images = (rng.random((count, 8, 8, 1)) * rng.integers(0, 256, (8, 8, 1))).astype(np.uint8)
+    split = {"image": images, "label": (np.arange(count) % 3).astype(np.int32)}
+    return sources.Dataset("drawn", ("a", "b", "c"), split, None, split)
+
+
+def _config(**fields):
+    config = mnist_vae.get_config()
+    small = {"num_epochs": 2, "batch_size": 8, "final_samples": 5, "model.width": 8, "model.latents": 2}
+    for path, value in (small | {"optimizer.ema_decay": 0.0} | fields).items():
+        config_lib.assign(config, path, value)
+    config_lib.check(config)
+    optimizers.resolve(config.optimizer)
+    return config
+
+
+def _train(workdir, devices=1, **fields):
+    config, dataset = _config(**fields), _drawn()
+    mesh = sharding.make_mesh(config, jax.devices()[:devices])
+    task = mnist_vae.make_task(config, dataset)
+    return train.train_and_evaluate("mnist_vae", config, task, dataset, mesh, workdir)
+
+
+def test_one_device_and_eight_give_the_same_figures_and_pictures(tmp_path):
+    figures = []
+    for devices in (1, 8):
+        folder = tmp_path / str(devices)
+        folder.mkdir()
+        _, summary = _train(folder, devices)
+        figures.append({n: summary[n] for n in summary if n.startswith(("train_", "test_")) and n != "train_seconds"})
+        pictures = {path.stem for path in folder.glob("*.png")}
+        assert pictures == {"curves", "reconstructions", "samples", "traversals", "latents"}
+    assert {"test_nll", "test_active_units", "test_bits_per_dim", "test_elbo", "test_kl"} <= figures[0].keys()
+    assert figures[0]["test_nll"] < figures[0]["test_loss"]
+    for name, value in figures[0].items():
+        np.testing.assert_allclose(value, figures[1][name], rtol=1e-3, err_msg=name)
+
+
+def test_samples_are_saved_and_follow_their_seed(tmp_path, capsys):
+    config, dataset = _config(), _drawn()
+    latents = []
+
+    def predict(function, arrays):
+        latents.append(arrays["latents"])
+        return np.zeros((len(arrays["latents"]), 8, 8, 1))
+
+    for seed in (0, 0, 1):
+        options = mnist_vae.SampleOptions(num_samples=5, sample_seed=seed)
+        mnist_vae.sample(predict, config, dataset, options, tmp_path)  # pyright: ignore
+        path = tmp_path / f"samples-5-seed{seed}.png"
+        assert capsys.readouterr().out.strip() == str(path)
+        assert path.read_bytes().startswith(b"\x89PNG")
+    np.testing.assert_array_equal(latents[0], latents[1])
+    assert not np.allclose(latents[0], latents[2])
+    assert latents[0].shape == (5, 2)
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--config.model.likelihood=gaussian", "--config.binarize=fixed"], "binarize=fixed: only a bernoulli"),
+        (["--config.samples=5", "--config.free_bits=0.1"], "free_bits=0.1: the bound of several samples"),
+        (["--config.beta=0", "--config.beta_warmup=0.1"], "beta_warmup=0.1: there is nothing to warm up"),
+        (["--config.beta=0", "--config.free_bits=0.1"], "free_bits=0.1: the KL does not count"),
+        (["--config.samples=5", "--config.gradient_samples=5"], "gradient_samples=5: must be below"),
+        (["--config.gradient_samples=1"], "gradient_samples=1: must be below"),
+        (["--config.samples=0"], "config.samples=0: must be at least 1"),
+        (["--config.binarize=none"], "config.binarize='none': use one of"),
+        (["--config.model.name=conv", "--config.model.depth=4"], "depth=4: images of 8x8 cannot be halved"),
+        (["--num_samples=3"], "--num_samples is for --mode=sample"),
+        (["--config.model.name=dens"], "'dens': use one of 'dense', 'conv'"),
+    ],
+)
+def test_bad_flags_name_what_is_right(args, words):
+    with pytest.raises(UserError) as error:
+        mnist_vae.make_task(app.parse(mnist_vae.EXPERIMENT, args).config, _drawn())  # pyright: ignore
+    assert words in str(error.value)
+
+
+def test_a_text_has_no_images():
+    text = SimpleNamespace(name="tiny_shakespeare", train={"text": np.zeros(9, np.uint8)})
+    with pytest.raises(UserError, match="tiny_shakespeare has no images"):
+        mnist_vae.make_task(_config(), text)  # pyright: ignore
+
+
+@functools.cache
+def _loss(**fields):
+    """The program of the training loss."""
+    config, dataset = _config(**fields), _drawn()
+    task = mnist_vae.make_task(config, dataset)
+    model = SimpleNamespace(
+        encode=lambda x: (x[:, 0, :2, 0], x[:, 1, :2, 0]),
+        decode=lambda z: jax.numpy.tile(z, 32 if task.likelihood == "bernoulli" else 64),
+    )
+    shapes = {name: jax.ShapeDtypeStruct((8, *x.shape[1:]), x.dtype) for name, x in dataset.train.items()}
+    shapes |= {"index": jax.ShapeDtypeStruct((8,), np.int32), "step": jax.ShapeDtypeStruct((), np.int32)}
+
+    def evaluate(batch, key):
+        return task.evaluate(model, batch, key=key, train=True)
+
+    return task.final_samples, str(jax.make_jaxpr(evaluate)(shapes, jax.random.key(0)))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("samples", 2),
+        ("beta", 2.0),
+        ("beta_warmup", 0.5),
+        ("free_bits", 0.1),
+        ("binarize", "fixed"),
+        ("final_samples", 7),
+        ("model.likelihood", "gaussian"),
+    ],
+)
+def test_each_field_changes_the_loss(field, value):
+    assert _loss(samples=3, gradient_samples=1) != _loss(samples=3)
+    assert _loss(**{field: value}) != _loss()
+
+
+@pytest.mark.parametrize("name", list(mnist_vae.EXPERIMENT.presets))
+def test_presets_are_valid(name):
+    config = mnist_vae.EXPERIMENT.presets[name]()
+    config_lib.check(config)
+    optimizers.resolve(config.optimizer)
+    dataset = sources.Dataset("drawn", ("a",), {"image": np.zeros((2000, 28, 28, 1), np.uint8)}, None, {})
+    task = mnist_vae.make_task(config, dataset)  # pyright: ignore
+    assert task.samples == (50 if name == "iwae" else 1)
+    assert task.final_samples == 5000
+    assert task.binarize == "stochastic"

@@ -17,7 +17,6 @@ from research.errors import UserError
 from research.models import rnn
 from research.tasks.generation import SampleOptions
 
-
 OPTIONS = {"xla_backend_optimization_level": 0}  # compiling takes longer than running
 
 

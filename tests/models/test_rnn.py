@@ -180,16 +180,23 @@ def test_bfloat16_networks_give_float32_logits_and_remember_in_float32(name):
     assert 1e-4 < np.abs(low[0] - full[0]).max() < 0.3
 
 
-def _initial(config):
-    """The first layer's parameters as initialised."""
-    create = jax.jit(lambda: nnx.state(rnn.RNN(config, CHARACTERS, nnx.Rngs(0))), compiler_options=OPTIONS)
-    return create()["layers"][0]
+def _initial(config, vocabulary_size=CHARACTERS):
+    """The parameters as initialised."""
+    return jax.jit(lambda: nnx.state(rnn.RNN(config, vocabulary_size, nnx.Rngs(0))), compiler_options=OPTIONS)()
+
+
+@pytest.mark.parametrize(
+    ("name", "tied", "unit"), [("gru", False, True), ("gru", True, False), ("mingru", False, False)]
+)
+def test_embeddings_have_the_scale_that_their_reader_expects(name, tied, unit):
+    embedding = _initial(RNNConfig(name=name, width=16, layers=1, tied=tied), 200)["embedding"]["embedding"][...]
+    np.testing.assert_allclose(embedding.std(), 1 if unit else 1 / 4, rtol=0.05)
 
 
 @pytest.mark.parametrize("name", ["gru", "lstm"])
 def test_sequential_cells_are_initialised_to_remember(name):
     gates = {"gru": 3, "lstm": 4}[name]
-    layer = _initial(RNNConfig(name=name, width=8, layers=1))
+    layer = _initial(RNNConfig(name=name, width=8, layers=1))["layers"][0]
     for kernel in np.split(np.asarray(layer["kernel"][...]), gates, axis=1):
         np.testing.assert_allclose(kernel.T @ kernel, np.eye(8), atol=1e-5)
     biases = np.split(np.asarray(layer["bias"][...]), gates)
@@ -197,7 +204,7 @@ def test_sequential_cells_are_initialised_to_remember(name):
 
 
 def test_lru_begins_on_its_ring_and_keeps_the_size_of_its_input():
-    layer = _initial(RNNConfig(name="lru", width=128, layers=1))
+    layer = _initial(RNNConfig(name="lru", width=128, layers=1))["layers"][0]
     radius, phase = np.exp(-np.exp(layer["nu"][...])), np.exp(layer["theta"][...])
     assert radius.min() > 0.9 - 1e-6
     assert radius.max() < 0.999 + 1e-6

@@ -51,7 +51,10 @@ class RNN(nnx.Module):
 
     def __init__(self, config: RNNConfig, vocabulary_size: int, rngs: nnx.Rngs):
         width, self.dtype = config.width, jnp.dtype(config.dtype)
-        self.embedding = nnx.Embed(vocabulary_size, width, rngs=rngs)
+        # A projection expects inputs of unit variance; a tied kernel must give small logits; a norm takes either.
+        unit = config.name not in PARALLEL and not config.tied
+        embedding_init = nnx.initializers.normal(1.0 if unit else width**-0.5)
+        self.embedding = nnx.Embed(vocabulary_size, width, embedding_init=embedding_init, rngs=rngs)
         self.layers = nnx.List([_LAYERS[config.name](config, rngs) for _ in range(config.layers)])
         # A residual network's sum is normalised once more before it is read.
         self.norm = nnx.RMSNorm(width, rngs=rngs) if config.name in PARALLEL else None

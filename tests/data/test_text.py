@@ -86,8 +86,9 @@ def test_what_cannot_be_streamed_is_an_error():
         text.streams(_dataset(40, 2, 2), 4, 10, 8)
     with pytest.raises(UserError, match="its test split has nothing to predict"):
         text.streams(_dataset(41, 2, 1), 4, 10, 8)
+    images = {"image": np.zeros((2, 8, 8, 1), np.uint8), "label": np.zeros(2, np.int32)}
     with pytest.raises(UserError, match="digits is not a text: use tiny_shakespeare or pydoc"):
-        text.streams(sources.load(DatasetConfig(name="digits")), 4, 10, 8)
+        text.streams(Dataset("digits", ("0",), images, None, images), 4, 10, 8)
 
 
 def test_pydoc_is_split_like_tiny_shakespeare():

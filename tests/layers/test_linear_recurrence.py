@@ -1,5 +1,7 @@
 """The parallel recurrence is the sequential one, on one device and with its time axis on several."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from research.config import Config, MeshConfig
 from research.layers import linear_recurrence as layer
 
 DTYPES = {"real": np.float32, "complex": np.complex64}
+OPTIONS = {"xla_backend_optimization_level": 0}  # compiling takes longer than running
 
 
 def _draw(seed, dtype, *shape):
@@ -35,7 +38,7 @@ def _loop(a, b, h):
 
 
 def _value_and_gradients(function, arguments):
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=OPTIONS)
     def run(*arguments):
         hidden, vjp = jax.vjp(function, *arguments)
         weights = jnp.cos(jnp.arange(hidden.size)).reshape(hidden.shape).astype(hidden.dtype)

@@ -15,6 +15,7 @@ from research.models import rnn
 
 CELLS = ("simple", "gru", "lstm", "mingru", "lru")
 CHARACTERS = 11
+OPTIONS = {"xla_backend_optimization_level": 0}  # compiling takes longer than running
 
 
 def _filled(config: RNNConfig) -> nnx.Module:
@@ -26,7 +27,7 @@ def _filled(config: RNNConfig) -> nnx.Module:
     return nnx.merge(graphdef, draw)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5))
+@functools.partial(jax.jit, static_argnums=(0, 5), compiler_options=OPTIONS)
 def _call(graphdef, state, tokens, carry, first, train, key):
     return nnx.merge(graphdef, state)(tokens, carry, first, train=train, key=key)
 
@@ -179,11 +180,23 @@ def test_bfloat16_networks_give_float32_logits_and_remember_in_float32(name):
     assert 1e-4 < np.abs(low[0] - full[0]).max() < 0.3
 
 
+def _initial(config, vocabulary_size=CHARACTERS):
+    """The parameters as initialised."""
+    return jax.jit(lambda: nnx.state(rnn.RNN(config, vocabulary_size, nnx.Rngs(0))), compiler_options=OPTIONS)()
+
+
+@pytest.mark.parametrize(
+    ("name", "tied", "unit"), [("gru", False, True), ("gru", True, False), ("mingru", False, False)]
+)
+def test_embeddings_have_the_scale_that_their_reader_expects(name, tied, unit):
+    embedding = _initial(RNNConfig(name=name, width=16, layers=1, tied=tied), 200)["embedding"]["embedding"][...]
+    np.testing.assert_allclose(embedding.std(), 1 if unit else 1 / 4, rtol=0.05)
+
+
 @pytest.mark.parametrize("name", ["gru", "lstm"])
 def test_sequential_cells_are_initialised_to_remember(name):
     gates = {"gru": 3, "lstm": 4}[name]
-    layer = jax.jit(lambda: nnx.state(rnn.RNN(RNNConfig(name=name, width=8, layers=1), CHARACTERS, nnx.Rngs(0))))()
-    layer = layer["layers"][0]
+    layer = _initial(RNNConfig(name=name, width=8, layers=1))["layers"][0]
     for kernel in np.split(np.asarray(layer["kernel"][...]), gates, axis=1):
         np.testing.assert_allclose(kernel.T @ kernel, np.eye(8), atol=1e-5)
     biases = np.split(np.asarray(layer["bias"][...]), gates)
@@ -191,8 +204,7 @@ def test_sequential_cells_are_initialised_to_remember(name):
 
 
 def test_lru_begins_on_its_ring_and_keeps_the_size_of_its_input():
-    config = RNNConfig(name="lru", width=128, layers=1)
-    layer = jax.jit(lambda: nnx.state(rnn.RNN(config, CHARACTERS, nnx.Rngs(0))))()["layers"][0]
+    layer = _initial(RNNConfig(name="lru", width=128, layers=1))["layers"][0]
     radius, phase = np.exp(-np.exp(layer["nu"][...])), np.exp(layer["theta"][...])
     assert radius.min() > 0.9 - 1e-6
     assert radius.max() < 0.999 + 1e-6
@@ -219,7 +231,7 @@ def test_eight_devices_agree_with_one(name, axes):
         logits, carry = nnx.merge(graphdef, state)(tokens, carry, first, train=False)
         return (logits * jnp.cos(jnp.arange(logits.size)).reshape(logits.shape)).sum(), (logits, carry)
 
-    gradient = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
+    gradient = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1, compiler_options=OPTIONS)
     alone = gradient(state, None, tokens, carry, first)
     mesh = sharding.make_mesh(Config(batch_size=4, mesh=MeshConfig(**axes)))
     with jax.set_mesh(mesh):

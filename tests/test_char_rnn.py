@@ -1,0 +1,112 @@
+"""The character language model as a whole: the same on one device and on many, and its mistakes are named."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from drawn import read_lines
+from flax import nnx
+
+from experiments import char_rnn
+from research import config as config_lib
+from research import optimizers, sharding, train
+from research.config import MeshConfig, RNNConfig
+from research.data.sources import Dataset
+from research.errors import UserError
+from research.models import rnn
+from research.tasks.generation import SampleOptions
+
+OPTIONS = {"xla_backend_optimization_level": 0}  # compiling takes longer than running
+
+
+def _split(count):
+    return {"text": (np.arange(count) ** 2 % 11 + 97).astype(np.uint8)}
+
+
+RAW = Dataset("drawn", (), _split(529), _split(70), _split(90))
+
+
+def _config(axes=None, **fields):
+    """A tiny network on 8 streams of chunks of 8 characters."""
+    config = char_rnn.get_config()
+    config.batch_size, config.sequence_length, config.num_epochs, config.log_every_steps = 8, 8, 2, 1
+    config.model = RNNConfig(**{"name": "mingru", "width": 8, "layers": 1, **fields})
+    config.mesh = MeshConfig(**axes or {})
+    return config
+
+
+def _run(workdir, devices=1, axes=None):
+    """Trains it; returns the record's lines."""
+    config = _config(axes)
+    optimizers.resolve(config.optimizer)
+    mesh = sharding.make_mesh(config, jax.devices()[:devices])
+    dataset = char_rnn.prepare(config, RAW)
+    workdir.mkdir()
+    train.train_and_evaluate("char_rnn", config, char_rnn.make_task(config, dataset), dataset, mesh, workdir, None)
+    return read_lines(workdir)
+
+
+def test_eight_devices_with_time_over_four_of_them_record_what_one_does(tmp_path):
+    alone, together = _run(tmp_path / "one"), _run(tmp_path / "eight", 8, {"data": 2, "sequence": 4})
+    assert len(alone) == len(together) == 16
+    for one, other in zip(alone, together):
+        for figure in set(one) & {"loss", "validation_loss", "test_loss", "test_perplexity"}:
+            assert one[figure] == pytest.approx(other[figure], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("axes", "name", "words"),
+    [
+        ({"sequence": 2}, "lstm", "sequence=2: --config.model.name=lstm is not parallel over time"),
+        ({"sequence": -1}, "gru", "sequence=-1: --config.model.name=gru is not parallel"),
+        ({"data": 1, "fsdp": 1, "sequence": -1}, "lru", "sequence_length=12 cannot be split evenly over the 8 devices"),
+    ],
+)
+def test_a_time_axis_that_cannot_be_split_is_an_error(axes, name, words):
+    config = _config(axes, name=name)
+    config.sequence_length = 12
+    with pytest.raises(UserError, match=words):
+        char_rnn.make_task(config, char_rnn.prepare(config, RAW))
+
+
+def test_microbatches_and_sequence_length_shape_the_streams():
+    config = _config()
+    config.microbatch_size, config.sequence_length = 4, 16
+    prepared = char_rnn.prepare(config, RAW)
+    assert prepared.train["tokens"].shape == (529 // (8 * 16) * 8, 17)
+    assert prepared.test["first"][:5].tolist() == [True] * 5  # of 4 streams, and the first's second chunk
+    assert not prepared.test["first"][5:].any()
+
+
+def test_every_preset_is_in_its_bounds():
+    for preset in char_rnn.EXPERIMENT.presets.values():
+        config_lib.check(preset())
+
+
+def test_samples_are_printed_after_their_prompt(capsys):
+    config = _config()
+    dataset = char_rnn.prepare(config, RAW)
+
+    def create():
+        return rnn.RNN(config.model, len(dataset.label_names), nnx.Rngs(0))
+
+    model = nnx.merge(*jax.jit(lambda: nnx.split(create()), compiler_options=OPTIONS)())
+
+    def predict(function, arrays, *, seed):
+        return np.asarray(jax.jit(lambda x: function(model, x, jax.random.key(seed)), compiler_options=OPTIONS)(arrays))
+
+    def texts(**fields):
+        options = SampleOptions(**{"prompt": "ab", "length": 20, "num_samples": 2, "temperature": 1.0, **fields})
+        char_rnn.sample(predict, config, dataset, options, Path())  # pyright: ignore[reportArgumentType]
+        return capsys.readouterr().out.splitlines()
+
+    lines = texts()
+    assert lines[::2] == ["--- sample 1 of 2", "--- sample 2 of 2"]
+    assert lines[1] != lines[3]
+    assert all(len(line) == 22 and line.startswith("ab") for line in lines[1::2])
+    assert texts() == lines
+    for changed in ({"sample_seed": 1}, {"temperature": 0.0}, {"top_p": 0.2}):
+        assert texts(**changed) != lines
+    with pytest.raises(UserError, match="'Z' does not occur in drawn"):
+        texts(prompt="aZ")

@@ -60,7 +60,7 @@ class SampleOptions:
 def get_config() -> MnistVAEConfig:
     """A dense network wider than the paper's, Adam with cosine decay, averaged parameters."""
     return MnistVAEConfig(
-        num_epochs=300,
+        num_epochs=200,
         batch_size=256,
         dataset=DatasetConfig(name="mnist|digits"),
         optimizer=OptimizerConfig(name="adam", learning_rate=0.003, schedule="cosine", warmup=0.01, ema_decay=0.999),

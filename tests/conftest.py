@@ -1,6 +1,7 @@
 """Eight CPU devices for every test, and a cache folder that no test shares with its user."""
 
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -28,3 +29,28 @@ def env(tmp_path, monkeypatch):
         "XLA_FLAGS": "",
     }
     return {name: value for name, value in os.environ.items() if name != "TFDS_DATA_DIR"} | changes
+
+
+@pytest.fixture
+def stop(monkeypatch):
+    """`stop(step, train)` runs `train(signals)` until it is at a step, where SIGTERM comes; returns its last words."""
+    from research import writer  # not before the environment is set
+    from research.signals import Signals, StoppedError
+
+    def stopped(step, train):
+        signals = Signals()
+        progress = writer.Writer.progress
+
+        def seen(self, at, *args):
+            progress(self, at, *args)
+            if at >= step:
+                signals.received = signal.SIGTERM
+
+        monkeypatch.setattr(writer.Writer, "progress", seen)
+        with pytest.raises(StoppedError) as error:
+            train(signals)
+        monkeypatch.setattr(writer.Writer, "progress", progress)
+        assert error.value.exit_code == 143
+        return str(error.value)
+
+    return stopped

@@ -144,6 +144,7 @@ OTHER = {
 }
 ELSEWHERE = {  # and the fields whose effect another test shows
     "pictures_every_epochs": "test_train.py::test_pictures_every_epochs",
+    "mesh.sequence": "test_char_rnn.py::test_eight_devices_with_time_over_four_of_them_record_what_one_does",
     "log_every_steps": "test_train.py::test_log_every_steps",
     "checkpoint_every_steps": "test_resume.py::test_checkpoints_within_an_epoch",
     "keep_checkpoints": "test_checkpoint.py::test_the_newest_and_the_best_are_kept",

@@ -1,16 +1,19 @@
 """The character language model as a whole: the same on one device and on many, and its mistakes are named."""
 
+import dataclasses
+import json
+import re
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from drawn import read_lines
+from drawn import read_lines, same
 from flax import nnx
 
 from experiments import char_rnn
+from research import app, optimizers, sharding, train
 from research import config as config_lib
-from research import optimizers, sharding, train
 from research.config import MeshConfig, RNNConfig
 from research.data.sources import Dataset
 from research.errors import UserError
@@ -36,23 +39,67 @@ def _config(axes=None, **fields):
     return config
 
 
-def _run(workdir, devices=1, axes=None):
-    """Trains it; returns the record's lines."""
-    config = _config(axes)
+def _run(workdir, devices=1, axes=None, signals=None, **fields):
+    """Trains it; returns the state and the record's lines."""
+    config = _config(axes, **fields)
+    config.steps_per_dispatch = 1 if signals else 0
     optimizers.resolve(config.optimizer)
     mesh = sharding.make_mesh(config, jax.devices()[:devices])
     dataset = char_rnn.prepare(config, RAW)
-    workdir.mkdir()
-    train.train_and_evaluate("char_rnn", config, char_rnn.make_task(config, dataset), dataset, mesh, workdir, None)
-    return read_lines(workdir)
+    workdir.mkdir(exist_ok=True)
+    task = char_rnn.make_task(config, dataset)
+    state, _ = train.train_and_evaluate("char_rnn", config, task, dataset, mesh, workdir, signals)
+    return state, read_lines(workdir)
 
 
 def test_eight_devices_with_time_over_four_of_them_record_what_one_does(tmp_path):
-    alone, together = _run(tmp_path / "one"), _run(tmp_path / "eight", 8, {"data": 2, "sequence": 4})
+    _, alone = _run(tmp_path / "one")
+    _, together = _run(tmp_path / "eight", 8, {"data": 2, "sequence": 4})
     assert len(alone) == len(together) == 16
     for one, other in zip(alone, together):
         for figure in set(one) & {"loss", "validation_loss", "test_loss", "test_perplexity"}:
             assert one[figure] == pytest.approx(other[figure], rel=1e-4)
+
+
+def test_resumed_it_remembers_to_the_bit(stop, tmp_path):
+    """Stopped within an epoch, in the middle of its streams, with dropout."""
+    fields = {"name": "lstm", "dropout": 0.2}
+    state, lines = _run(tmp_path / "whole", **fields)
+    assert "at step 5 " in stop(5, lambda signals: _run(tmp_path / "stopped", signals=signals, **fields))
+    resumed, others = _run(tmp_path / "stopped", **fields)
+    same(resumed, state)
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(state.carry))
+    assert others == lines
+
+
+def test_the_command_trains_evaluates_and_samples(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+    workdir = f"--workdir={tmp_path / 'run'}"
+    tiny = ["--config.dataset.name=pydoc", "--config.num_epochs=1", "--config.batch_size=256", "--config.model.width=8"]
+    summary = app.run(char_rnn.EXPERIMENT, [workdir, *tiny, "--config.model.layers=1", "--config.mesh.data=-1"])
+    assert summary["characters_per_second"] == pytest.approx(128 * summary["examples_per_second"])
+    assert summary["test_bits_per_character"] == pytest.approx(summary["test_loss"] / np.log(2))
+    evaluated = app.run(char_rnn.EXPERIMENT, [workdir, "--mode=eval"])
+    assert evaluated["test_loss"] == pytest.approx(summary["test_loss"])
+    capsys.readouterr()
+    app.run(char_rnn.EXPERIMENT, [workdir, "--mode=sample", "--prompt=class ", "--length=9"])
+    assert "--- sample 1 of 1\nclass " in capsys.readouterr().out
+
+
+def test_bad_flags_name_what_is_right(tmp_path):
+    for args, words in (
+        (["--prompt=a"], "--prompt is for --mode=sample"),
+        (["--mode=sample", f"--workdir={tmp_path}"], "--mode=sample needs the --workdir of a run"),
+        (["--config.model.name=lstn"], "'lstn': use one of"),
+        (["--config.sequence_len=8"], "did you mean --config.sequence_length?"),
+        (["--config.dataset.name=digits", f"--workdir={tmp_path / 'x'}"], "digits is not a text"),
+        (["--config.dataset.name=pydoc", "--config.batch_size=9000", "--config.mesh.data=-1"], "lower either"),
+    ):
+        with pytest.raises(UserError, match=re.escape(words)):
+            app.run(char_rnn.EXPERIMENT, args)
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(char_rnn.get_config())))
+    with pytest.raises(UserError, match=re.escape("--top_p=0.0: must be above 0")):
+        app.parse(char_rnn.EXPERIMENT, ["--mode=sample", f"--workdir={tmp_path}", "--top_p=0"])
 
 
 @pytest.mark.parametrize(

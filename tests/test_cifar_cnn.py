@@ -83,6 +83,7 @@ def test_a_terminal_gets_a_progress_bar(env, tmp_path):
         (["--config.dataset.name=digits", "--config.augment.crop=32"], ["crop=32"]),
         (["--config.dataset.name=digits", "--config.model.depth=3"], ["depth=3"]),
         (["--config.optimizer.name=sgd", "--config.optimizer.momentum=0.9"], ["momentum", "sgd has none"]),
+        (["--config.mesh.sequence=8", "--config.dataset.name=digits"], ["mesh.sequence=8", "not parallel over time"]),
         (["--workdir=file/run"], ["--workdir=file/run cannot be written", "Not a directory"]),
         (["--workdir=finished"], ["holds a metrics.jsonl without its config.json"]),
         (["--workdir=file"], ["--workdir=file cannot be written"]),

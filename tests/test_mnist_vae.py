@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from drawn import read_lines, same
 
 from experiments import mnist_vae
 from research import app, optimizers, sharding, train
@@ -31,11 +32,11 @@ def _config(**fields):
     return config
 
 
-def _train(workdir, devices=1, **fields):
+def _train(workdir, devices=1, signals=None, **fields):
     config, dataset = _config(**fields), _drawn()
     mesh = sharding.make_mesh(config, jax.devices()[:devices])
     task = mnist_vae.make_task(config, dataset)
-    return train.train_and_evaluate("mnist_vae", config, task, dataset, mesh, workdir)
+    return train.train_and_evaluate("mnist_vae", config, task, dataset, mesh, workdir, signals)
 
 
 def test_one_device_and_eight_give_the_same_figures_and_pictures(tmp_path):
@@ -51,6 +52,29 @@ def test_one_device_and_eight_give_the_same_figures_and_pictures(tmp_path):
     assert figures[0]["test_nll"] < figures[0]["test_loss"]
     for name, value in figures[0].items():
         np.testing.assert_allclose(value, figures[1][name], rtol=1e-3, err_msg=name)
+
+
+def test_resumed_it_draws_to_the_bit(stop, tmp_path):
+    """Stopped within an epoch: binarisation and latents are drawn as if it had not been."""
+    folders = [tmp_path / name for name in ("whole", "stopped")]
+    for folder in folders:
+        folder.mkdir()
+    state, summary = _train(folders[0])
+    stop(3, lambda signals: _train(folders[1], signals=signals, steps_per_dispatch=1))
+    resumed, other = _train(folders[1])
+    same(resumed, state)
+    assert other["test_nll"] == summary["test_nll"]
+    assert read_lines(folders[1]) == read_lines(folders[0])
+
+
+def test_the_command_trains_evaluates_and_samples(tmp_path, monkeypatch):
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+    workdir = f"--workdir={tmp_path / 'run'}"
+    tiny = ["--config.dataset.name=digits", "--config.num_epochs=1", "--config.model.width=8"]
+    summary = app.run(mnist_vae.EXPERIMENT, [workdir, *tiny, "--config.final_samples=3"])
+    assert app.run(mnist_vae.EXPERIMENT, [workdir, "--mode=eval"])["test_nll"] == pytest.approx(summary["test_nll"])
+    app.run(mnist_vae.EXPERIMENT, [workdir, "--mode=sample", "--num_samples=4"])
+    assert (tmp_path / "run/samples-4-seed0.png").exists()
 
 
 def test_samples_are_saved_and_follow_their_seed(tmp_path, capsys):

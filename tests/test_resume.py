@@ -11,9 +11,6 @@ import pytest
 from command import COMMAND, DIGITS, complains, read_summary, run_command, run_here
 from drawn import DATASET, read_lines, run, same, split
 
-from research import writer
-from research.signals import Signals, StoppedError
-
 
 def _figures(summary):
     return {
@@ -22,26 +19,9 @@ def _figures(summary):
 
 
 @pytest.fixture
-def stop_at(monkeypatch):
+def stop_at(stop):
     """Runs the tiny experiment and stops it by a signal when it is at a step."""
-
-    def stopped(workdir, step, **options):
-        signals = Signals()
-        progress = writer.Writer.progress
-
-        def seen(self, at, *args):
-            progress(self, at, *args)
-            if at >= step:
-                signals.received = signal.SIGTERM
-
-        monkeypatch.setattr(writer.Writer, "progress", seen)
-        with pytest.raises(StoppedError) as error:
-            run(workdir, signals=signals, **options)
-        monkeypatch.setattr(writer.Writer, "progress", progress)
-        assert error.value.exit_code == 143
-        return str(error.value)
-
-    return stopped
+    return lambda workdir, step, **options: stop(step, lambda signals: run(workdir, signals=signals, **options))
 
 
 @pytest.mark.parametrize("step", [1, 7, 11, 12, 21])

@@ -2,7 +2,7 @@
 
 (a, b) then (a', b') is (a' a, a' b + b'), an associative composition, so that all steps take a logarithmic number of
 rounds (Blelloch 1990; Martin & Cundy 2018, arXiv 1709.04057). On a CPU, which has no use for that much parallelism, a
-plain loop over time makes the same result 4 to 10 times faster, and is what runs there.
+plain loop over time makes the same result 5 to 10 times faster, and is what runs there.
 
 Where the mesh in context has an axis `sequence`, each device does its part of the time axis and only the parts' ends
 travel. The adjoint of the recurrence is the same recurrence backwards in time, so the gradient costs one more of them

@@ -10,7 +10,7 @@ Each reads inputs that were projected for all time steps at once, x [T, b, k * u
 
 Differentiating `lax.scan` adds h^T dgates to the gradient of W at each step: [units, k * units] are read and written T
 times. Here the backward loop keeps the gates' gradients, and the sum over time is one product after it (the gradient
-of cuDNN: Appleyard et al. 2016, arXiv 1604.01946, section 3.2).
+of cuDNN: Appleyard et al. 2016, arXiv 1604.01946).
 
 Products are made in W's dtype, all else in the state's.
 """

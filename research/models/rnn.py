@@ -114,7 +114,7 @@ class Recurrent(nnx.Module):
         parts = [orthogonal(rngs.params(), (width, width)) for _ in range(gates)]
         self.kernel = nnx.Param(jnp.concatenate(parts, axis=1))
         bias = jnp.zeros(gates * width)
-        if cell is recurrence.lstm:  # remember at first (Jozefowicz et al. 2015, section 2.2)
+        if cell is recurrence.lstm:  # remember at first (Jozefowicz et al. 2015)
             bias = bias.at[width : 2 * width].set(1.0)
         self.bias = nnx.Param(bias)
         self.dropout = nnx.Dropout(config.dropout)

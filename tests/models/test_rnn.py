@@ -123,7 +123,7 @@ def _linear(layer, x):
 
 
 def _min_gru(layer, x, h):
-    """Feng et al. 2024, section 3.1.3, one step, with the feed-forward layer after it."""
+    """Feng et al. 2024, section 3.1, one step, with the feed-forward layer after it."""
     normal = _rms_norm(x, layer.norm.scale[...])
     z, candidate = np.split(_linear(layer.inputs, normal), 2, -1)
     h = (1 - _sigmoid(z)) * h + _sigmoid(z) * candidate

@@ -59,9 +59,9 @@ def test_resumed_it_draws_to_the_bit(stop, tmp_path):
     folders = [tmp_path / name for name in ("whole", "stopped")]
     for folder in folders:
         folder.mkdir()
-    state, summary = _train(folders[0])
+    state, summary = _train(folders[0], steps_per_dispatch=1)
     stop(3, lambda signals: _train(folders[1], signals=signals, steps_per_dispatch=1))
-    resumed, other = _train(folders[1])
+    resumed, other = _train(folders[1], steps_per_dispatch=1)
     same(resumed, state)
     assert other["test_nll"] == summary["test_nll"]
     assert read_lines(folders[1]) == read_lines(folders[0])

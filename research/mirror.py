@@ -22,7 +22,7 @@ class Mirror:
       folder: for Orbax.
 
     Raises:
-      UserError: more than one process writes, which a local folder cannot serve.
+      UserError: more than one process writes, which a local folder cannot serve; or what is there cannot be read.
     """
 
     def __init__(self, remote: Any):
@@ -32,9 +32,14 @@ class Mirror:
         self._index = remote / "whole.json"
         self._temporary = tempfile.TemporaryDirectory(prefix="meshwork-checkpoints-")
         self.folder = Path(self._temporary.name)
-        self._names: list[str] = json.loads(self._index.read_bytes()) if self._index.exists() else []
-        for name in self._names:
-            remote.fs.get(f"{(remote / name).path}/", f"{self.folder / name}", recursive=True)
+        try:
+            self._names: list[str] = json.loads(self._index.read_bytes()) if self._index.exists() else []
+            for name in self._names:
+                remote.fs.get(f"{(remote / name).path}/", f"{self.folder / name}", recursive=True)
+        except Exception as error:  # each file system raises its own
+            raise UserError(
+                f"{remote}: the checkpoints there cannot be read ({error}): mend it and try again"
+            ) from error
 
     def push(self) -> None:
         """Copies new steps, and deletes those that are gone; Orbax must be writing none.

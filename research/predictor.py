@@ -1,7 +1,8 @@
 """A trained network applied to arrays on the host: for pictures, samples and figures that the loop does not have."""
 
 import math
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -12,6 +13,8 @@ from tqdm import tqdm
 
 from research import sharding
 from research.tasks.task import Batch
+
+_SECONDS_BETWEEN_PLAIN_LINES = 10.0
 
 Function = Callable[[nnx.Module, Batch, jax.Array], Any]
 
@@ -49,7 +52,7 @@ class Predictor:
           arrays: the examples, [n, ...] each, n at least 1; all processes give the same.
           seed: of the keys, one for each batch.
           batch_size: instead of the predictor's own; it is rounded up to what the devices can share.
-          progress: the name that a progress bar has; none without.
+          progress: the name under which progress is shown: a bar on a terminal, else a line now and then.
 
         Returns:
           The tree, of NumPy arrays [n, ...].
@@ -59,7 +62,7 @@ class Predictor:
         size = -(-min(batch_size or self._batch_size, count) // shards) * shards
         rows = sharding.batch_sharding(self._mesh, 0)
         parts = []
-        for start in tqdm(range(0, count, size), desc=progress, unit="batch", disable=None if progress else True):
+        for start in _shown(range(0, count, size), progress):
             index = np.minimum(np.arange(start, start + size), count - 1)
             batch = {name: jax.device_put(np.asarray(array[index]), rows) for name, array in arrays.items()}
             key = jax.random.fold_in(jax.random.key(seed), start)
@@ -69,3 +72,18 @@ class Predictor:
     def _merge_and_call(self, function: Function, params: Any, model_state: Any, batch: Batch, key: jax.Array) -> Any:
         model = nnx.merge(self._graphdef, sharding.gather(params, self._mesh), model_state, copy=True)
         return function(model, batch, key)
+
+
+def _shown(starts: range, name: str) -> Iterator[int]:
+    """The same numbers, with progress where it has a name."""
+    if not name or jax.process_index():
+        yield from starts
+        return
+    bar = tqdm(starts, desc=name, unit="batch", dynamic_ncols=True, disable=None)
+    last = began = time.monotonic()
+    for number, start in enumerate(bar, 1):
+        yield start
+        now = time.monotonic()
+        if bar.disable and now - last > _SECONDS_BETWEEN_PLAIN_LINES:
+            last, left = now, tqdm.format_interval((now - began) / number * (len(starts) - number))
+            print(f"{name}: batch {number:,}/{len(starts):,}  {left} left", flush=True)

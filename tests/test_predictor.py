@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from research import sharding
+from research import predictor, sharding
 from research.config import Config
 from research.predictor import Predictor
 
@@ -33,3 +33,16 @@ def test_every_example_once_and_in_order(devices, count):
     np.testing.assert_array_equal(predict(_scaled, {"x": x})["noise"], result["noise"])
     assert not np.array_equal(predict(_scaled, {"x": x}, seed=1)["noise"], result["noise"])
     assert predict(_scaled, {"x": x}, batch_size=3)["scaled"].shape == (count, 2)
+
+
+def test_progress_is_plain_lines_without_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(predictor, "_SECONDS_BETWEEN_PLAIN_LINES", 0.0)
+    mesh = sharding.make_mesh(Config(), jax.devices()[:1])
+    predict = Predictor(*nnx.split(Scale(), nnx.Param, ...), mesh, 8)
+    x = {"x": np.zeros((17, 2), np.float32)}
+    predict(_scaled, x)
+    assert not capsys.readouterr().out
+    predict(_scaled, x, progress="what it is")
+    assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()] == [
+        f"what it is: batch {number}/3" for number in (1, 2, 3)
+    ]

@@ -124,6 +124,10 @@ def test_a_copy_that_was_cut_off_is_no_checkpoint(store, monkeypatch):
     with pytest.raises(RecordError, match=r"memory://runs/x/checkpoints could not be written \(out of reach\)"):
         run(store / "x")
     monkeypatch.setattr(type(store.fs), "put", put)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(store.fs), "get", lambda *_, **__: (_ for _ in ()).throw(OSError("out of reach")))
+        with pytest.raises(UserError, match=r"the checkpoints there cannot be read \(out of reach\)"):
+            run(store / "x")
     (store / "x/checkpoints/22").mkdir()
     _, summary = run(store / "x")
     assert summary["num_train_steps"] == 22

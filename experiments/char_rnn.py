@@ -4,6 +4,9 @@ python -m experiments.char_rnn                    minGRU: parallel over time
 python -m experiments.char_rnn --config=lru       the linear recurrent unit: parallel over time
 python -m experiments.char_rnn --config=lstm      and --config=gru, --config=simple: one step after the other
 python -m experiments.char_rnn --workdir=DIR --mode=sample --prompt="ROMEO:"
+
+The default reaches 1.401 nats a character on tiny_shakespeare's validation split, 1.553 on its test split (one run, 8
+epochs, 1,143 s of training on 2 x86 CPU cores, shared with other work).
 """
 
 import dataclasses

@@ -10,7 +10,7 @@ import dataclasses
 import numpy as np
 from flax import nnx
 
-from research import app, sharding
+from research import app
 from research.config import AugmentConfig, CNNConfig, Config, DatasetConfig, OptimizerConfig, option
 from research.data import images
 from research.data.sources import Dataset
@@ -64,7 +64,6 @@ def make_task(config: CifarConfig, dataset: Dataset) -> Classification:
     """Classification of the data set's images by the network that the config names."""
     if "image" not in dataset.train:
         raise UserError(f"--config.dataset.name={dataset.name} has no images to classify: use cifar10, mnist or digits")
-    sharding.refuse_sequence(config.mesh, "a convolutional network")
     train = dataset.train["image"]
     images.check(config.augment, train.shape[1:])
     mean, std = images.channel_statistics(train)

@@ -72,9 +72,14 @@ class Training:
       task: what is learned.
       dataset: the examples.
       mesh: the devices.
+
+    Raises:
+      UserError: the batch size is larger than the training set, or the mesh splits a time axis that is not there.
     """
 
     def __init__(self, config: Config, task: Task, dataset: Dataset, mesh: jax.sharding.Mesh):
+        if not task.parallel_over_time:
+            sharding.refuse_sequence(config.mesh, "what is learned")
         self._began = time.monotonic()
         self.config = config
         self.task = task

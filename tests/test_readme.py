@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments import cifar_cnn
+from experiments import char_rnn, cifar_cnn, mnist_vae
 from research import app
+from research.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -30,4 +31,11 @@ def test_the_experiment_of_one_file_runs(tmp_path):
 def test_every_flag_exists_and_takes_its_value(flag):
     name, values = flag.split("=")
     for value in values.split("|"):
-        app.parse(cifar_cnn.EXPERIMENT, [f"{name}={value}"])
+        assert any(_takes(module.EXPERIMENT, f"{name}={value}") for module in (cifar_cnn, char_rnn, mnist_vae))
+
+
+def _takes(experiment, flag):
+    try:
+        return bool(app.parse(experiment, [flag]))
+    except UserError:
+        return False

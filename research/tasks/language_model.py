@@ -30,6 +30,7 @@ class LanguageModel(Task):
     network: Callable[[nnx.Rngs], nnx.Module]
     carry: Callable[[int], Any]
     length: int
+    parallel_over_time = True  # where the network is: `experiments.char_rnn` refuses the others
 
     @property
     def unit(self) -> tuple[str, int]:  # pyright: ignore[reportIncompatibleVariableOverride]

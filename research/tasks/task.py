@@ -22,9 +22,11 @@ class Task:
     Attributes:
       unit: what an example consists of, and how many of them: speed is also reported in these where there is more than
         one, as in ("characters", 128).
+      parallel_over_time: whether several devices can share an example's time axis (the mesh's `sequence`).
     """
 
     unit: tuple[str, int] = ("examples", 1)
+    parallel_over_time: bool = False
 
     def create_model(self, rngs: nnx.Rngs) -> nnx.Module:
         """Builds the network with its initial parameters."""

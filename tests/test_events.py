@@ -1,14 +1,12 @@
 """TensorBoard events, read back by TensorBoard's own reader."""
 
 import json
-import signal
 
 import pytest
 from drawn import read_lines, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from research import events, writer
-from research.signals import Signals, StoppedError
+from research import events
 
 
 def _read(workdir):
@@ -16,18 +14,9 @@ def _read(workdir):
     return reader.Reload()
 
 
-def test_they_hold_the_lines_the_config_and_the_pictures_each_once_though_the_run_was_killed(tmp_path, monkeypatch):
+def test_they_hold_the_lines_the_config_and_the_pictures_each_once_though_the_run_was_killed(stop, tmp_path):
     """Stopped at step 15; then its file gets what a run that was killed later might have left."""
-    progress, signals = writer.Writer.progress, Signals()
-
-    def stop(self, at, *args):
-        progress(self, at, *args)
-        signals.received = signal.SIGTERM if at == 15 else None
-
-    with monkeypatch.context() as patch:
-        patch.setattr(writer.Writer, "progress", stop)
-        with pytest.raises(StoppedError):
-            run(tmp_path, signals=signals, steps_per_dispatch=1)
+    stop(15, lambda signals: run(tmp_path, signals=signals, steps_per_dispatch=1))
     file = next((tmp_path / "tensorboard").iterdir())
     whole = file.read_bytes()
     *_, last = events._frames(whole)

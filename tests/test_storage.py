@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import socket
 import sys
 import time
@@ -14,10 +13,9 @@ from drawn import read_lines, run, same
 from flax import nnx
 from upath import UPath
 
-from research import app, compare, writer
+from research import app, compare
 from research.config import Config, DatasetConfig
 from research.errors import RecordError, UserError
-from research.signals import Signals, StoppedError
 from research.tasks.classification import Classification
 from research.workdir import Workdir
 
@@ -42,20 +40,10 @@ def store():
     fsspec.filesystem("memory").rm("/runs", recursive=True)
 
 
-def test_a_run_is_stopped_resumed_and_compared_there_as_here(store, tmp_path, monkeypatch, capsys):
+def test_a_run_is_stopped_resumed_and_compared_there_as_here(store, stop, tmp_path, capsys):
     """The same bits and lines as on local disk."""
     state, summary = run(tmp_path / "whole")
-    signals = Signals()
-    progress = writer.Writer.progress
-
-    def stop(self, at, *args):
-        progress(self, at, *args)
-        signals.received = signal.SIGTERM if at == 15 else None
-
-    with monkeypatch.context() as patch:
-        patch.setattr(writer.Writer, "progress", stop)
-        with pytest.raises(StoppedError):
-            run(store / "x", signals=signals, steps_per_dispatch=1)
+    stop(15, lambda signals: run(store / "x", signals=signals, steps_per_dispatch=1))
     resumed, other = run(store / "x")
     same(resumed, state)
     assert other["test_loss"] == summary["test_loss"]

@@ -155,7 +155,7 @@ class Training:
         size = self.config.microbatch_size or self.config.batch_size
         return Predictor(self._graphdef, self.state.eval_params, self.state.model_state, self.mesh, size)
 
-    def _dispatches(self, end: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    def dispatches(self, end: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """Trains up to step `end`, or to where a signal came; yields (step, metrics of the newest [k]) as they come.
 
         When it ends, the state is that of the last step yielded.
@@ -193,7 +193,7 @@ class Training:
         every = self.config.checkpoint_every_steps or end
         seconds_before, first = progress.train_seconds, progress.step
         while progress.step < end:
-            for step, values in self._dispatches(min(end, (progress.step // every + 1) * every)):
+            for step, values in self.dispatches(min(end, (progress.step // every + 1) * every)):
                 for name, x in values.items():
                     # One by one: the sum must not depend on how many steps a dispatch makes.
                     progress.sums[name] = sum(x.tolist(), progress.sums.get(name, 0.0))

@@ -1,0 +1,86 @@
+"""This project and its peers on the same work, one after the other, each in a process of its own, several rounds.
+
+pip install -e ".[bench]" && python -m benchmarks.peers [--work=cnn,lstm] [--peer=torch] [--rounds=3]
+
+Every process gets the same examples in the same order, the same initial weights, Adam, batch size and precision. The
+first epoch is checked (the mean losses must agree, so that it is the same work) and not timed; the speed is that of the
+others together. A ratio is this project's speed over the peer's in the same round. It needs cifar10, mnist and
+tiny_shakespeare (`TFDS_DATA_DIR`).
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import app, flags
+
+from benchmarks.peers import table, works
+
+OURS = "meshwork"
+PEERS = {"keras": ("", "graph", "jax"), "torch": ("", "compile"), "flax": ("",)}  # and their variants
+RESULTS = Path(__file__).parent.parent / "results" / "peers.json"
+
+WORK = flags.DEFINE_list("work", list(works.WORKS), f"what to train: {', '.join(works.WORKS)}")
+PEER = flags.DEFINE_list("peer", list(PEERS), f"whom to compare with: {', '.join(PEERS)}; +variant for one of them")
+ROUNDS = flags.DEFINE_integer("rounds", 3, "how many times each is run", lower_bound=1)
+EPOCHS = flags.DEFINE_integer("epochs", 3, "epochs of each run, the first of which is not timed", lower_bound=2)
+flags.register_validator("work", lambda names: set(names) <= set(works.WORKS), f"use {', '.join(works.WORKS)}")
+
+
+def run(peer: str, folder: Path, epochs: int) -> dict[str, Any]:
+    """What `peer` ("torch", "torch+compile") reports of the work in the folder."""
+    backend = {"KERAS_BACKEND": "jax" if peer == "keras+jax" else "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    args = [sys.executable, "-m", "benchmarks.peers.process", peer, str(folder), str(epochs), str(time.time())]
+    done = subprocess.run(args, env=os.environ | backend, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"error: {peer} failed: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _arrays() -> tuple[dict[str, np.ndarray], np.ndarray]:
+    from research.config import DatasetConfig
+    from research.data import sources
+
+    cifar10, mnist, text = (
+        sources.load(DatasetConfig(name=name)).train for name in ("cifar10", "mnist", "tiny_shakespeare")
+    )
+    images = {"cifar10": cifar10["image"], "label": cifar10["label"], "mnist": mnist["image"]}
+    return images, np.unique(text["text"], return_inverse=True)[1].astype(np.uint8)
+
+
+def measure(work: works.Work, peers: list[str], folder: Path, rounds: int, epochs: int) -> list[dict[str, Any]]:
+    """Runs this project and every peer in turn, and makes the rows of the table."""
+    reports: dict[str, list[dict[str, Any]]] = {name: [] for name in (OURS, *peers)}
+    for number in range(rounds):
+        for name, done in reports.items():
+            done.append(run(name, folder, epochs))
+            print(f"round {number + 1}  {table.line(work, name, done[-1])}", flush=True)
+    return [table.row(work, name, reports[OURS], reports[name]) for name in peers]
+
+
+def main(_: list[str]) -> None:
+    chosen = [
+        name if "+" in name or not variant else f"{name}+{variant}"
+        for name in PEER.value
+        for variant in PEERS.get(name, ("",))
+    ]
+    images, text = _arrays()
+    rows = []
+    for work in (work for name in WORK.value for work in works.WORKS[name]):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            np.savez(folder / "arrays.npz", **works.make(work, images, text))
+            (folder / "work.json").write_text(json.dumps(vars(work)))
+            rows += measure(work, chosen, folder, ROUNDS.value, EPOCHS.value)
+        RESULTS.write_text(json.dumps(table.merged(RESULTS, rows), indent=1) + "\n")
+    print(table.markdown(rows))
+
+
+if __name__ == "__main__":
+    app.run(main)

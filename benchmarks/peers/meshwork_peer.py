@@ -1,0 +1,102 @@
+"""The works by this project: its configs, tasks and train step, from given weights, with no checkpoints and no record."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from benchmarks.peers import works
+from benchmarks.peers.clock import Clock
+from experiments.char_rnn import CharRNNConfig
+from experiments.cifar_cnn import CifarConfig
+from experiments.mnist_vae import MnistVAEConfig
+from experiments import char_rnn, cifar_cnn, mnist_vae
+from research import optimizers, sharding
+from research.config import CNNConfig, Config, OptimizerConfig, RNNConfig, VAEConfig
+from research.data.sources import Dataset
+from research.tasks.task import Task
+from research.training import Training
+
+_MICROBATCH = 32  # on a CPU: activations then stay in its cache
+
+
+def _places(model: Any, network: str) -> list[nnx.Param]:
+    """The parameters that have an initial weight, in the order of the forward pass."""
+    if network == "lstm":
+        (layer,) = model.layers
+        return [model.embedding.embedding, layer.inputs.kernel, layer.kernel, layer.bias, model.kernel, model.bias]
+    if network == "vae":
+        encoder, decoder = model.encoder, model.decoder
+        hidden = [*encoder.hidden, encoder.out, *decoder.hidden]
+        return [*(p for layer in hidden for p in (layer.kernel, layer.bias)), decoder.out.kernel, model.bias]
+    if network == "cnn":
+        convs = [p for conv, norm in zip(model.convs, model.norms) for p in (conv.kernel, norm.layer.bias)]
+        return [*convs, *(p for layer in (model.hidden, model.logits) for p in (layer.kernel, layer.bias))]
+    convs = [conv for block in model.blocks for conv in (block.conv1, block.conv2, block.shortcut) if conv]
+    return [model.stem.kernel, *(conv.kernel for conv in convs), model.logits.kernel, model.logits.bias]
+
+
+def _config(work: works.Work, epochs: int) -> tuple[Config, Callable[[Any, Dataset], Task]]:
+    options: dict[str, Any] = {
+        "num_epochs": epochs,
+        "batch_size": work.batch_size,
+        "optimizer": OptimizerConfig(name="adam", learning_rate=works.LEARNING_RATE),
+    }
+    match work.network:
+        case "lstm":
+            model = RNNConfig(name="lstm", width=work.width, layers=1, dtype=work.dtype)
+            return CharRNNConfig(sequence_length=works.SEQUENCE, model=model, **options), char_rnn.make_task
+        case "vae":
+            return MnistVAEConfig(final_samples=0, model=VAEConfig(dtype=work.dtype), **options), mnist_vae.make_task
+        case "cnn":
+            model, size = CNNConfig(dtype=work.dtype), _MICROBATCH if work.batch_size > _MICROBATCH else 0
+            return CifarConfig(microbatch_size=size, model=model, **options), cifar_cnn.make_task
+        case _:
+            # Whole batches: batch norm is to see as many examples at once as it does elsewhere.
+            return CifarConfig(model=CNNConfig(name="resnet", dtype=work.dtype), **options), cifar_cnn.make_task
+
+
+def _dataset(work: works.Work, arrays: dict[str, np.ndarray]) -> Dataset:
+    if work.network == "lstm":
+        count = len(arrays["tokens"])
+        lengths = np.full(count, works.SEQUENCE, np.int32)
+        train = {"tokens": arrays["tokens"], "first": np.ones(count, bool), "count": lengths}
+        labels = tuple(map(str, range(len(arrays["w0"]))))
+    else:
+        images = arrays["image"]
+        train = {"image": images, "label": arrays.get("label", np.zeros(len(images))).astype(np.int32)}
+        labels = tuple(map(str, range(10)))
+    test = {name: array[: work.batch_size] for name, array in train.items()}
+    return Dataset(work.network, labels, train, None, test, shuffle=False)
+
+
+def train(work: works.Work, arrays: dict[str, np.ndarray], _: str, epochs: int, clock: Clock) -> None:
+    """Trains for some epochs, and tells the clock."""
+    config, make_task = _config(work, epochs)
+    optimizers.resolve(config.optimizer)
+    dataset = _dataset(work, arrays)
+    task = make_task(config, dataset)
+    mesh = sharding.make_mesh(config)
+    original: Any = task
+
+    def network(rngs: nnx.Rngs) -> Any:
+        model = original.network(rngs)
+        for place, weight in zip(_places(model, work.network), works.weights(arrays), strict=True):
+            place[...] = jnp.asarray(weight)
+        return model
+
+    with jax.set_mesh(mesh):
+        training = Training(config, dataclasses.replace(original, network=network), dataset, mesh)
+        training.compile(train=True)
+        seconds, previous = 0.0, 0
+        for end in training.ends:
+            total = 0.0
+            for _, values in training.dispatches(end):
+                clock.step()
+                total += values["loss"].sum(dtype=np.float64)
+            clock.epoch(total / (end - previous), training.progress.train_seconds - seconds)
+            seconds, previous = training.progress.train_seconds, end

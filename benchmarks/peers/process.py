@@ -1,0 +1,25 @@
+"""One peer's process: `python -m benchmarks.peers.process PEER FOLDER EPOCHS BEGAN` prints its report as a JSON line."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.peers.clock import Clock
+from benchmarks.peers.works import Work
+
+
+def main(peer: str, folder: str, epochs: str, began: str) -> None:
+    name, _, variant = peer.partition("+")
+    work = Work(**json.loads((Path(folder) / "work.json").read_text()))
+    with np.load(Path(folder) / "arrays.npz") as arrays:
+        given = dict(arrays)
+    clock = Clock(float(began))
+    importlib.import_module(f"benchmarks.peers.{name}_peer").train(work, given, variant, int(epochs), clock)
+    print(json.dumps(clock.report()))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,137 @@
+"""The works in PyTorch, as its users write them: channels last, fused Adam, in-memory batches; `+compile` compiles."""
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from benchmarks.peers import works
+from benchmarks.peers.clock import Clock
+
+
+class CNN(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2, self.conv3 = nn.Conv2d(3, 32, 3), nn.Conv2d(32, 64, 3), nn.Conv2d(64, 64, 3)
+        self.hidden, self.logits = nn.Linear(1024, 64), nn.Linear(64, 10)
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.conv1(x)), 2)
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
+        x = F.relu(self.conv3(x))
+        # Rows, columns, channels: a view of what lies in memory channels last.
+        return self.logits(F.relu(self.hidden(x.permute(0, 2, 3, 1).flatten(1))))
+
+
+class Block(nn.Module):
+    def __init__(self, inputs, outputs, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if stride > 1 else nn.Identity()
+        self.norm1, self.norm2 = nn.BatchNorm2d(outputs), nn.BatchNorm2d(outputs)
+        self.shortcut_norm = nn.BatchNorm2d(outputs) if stride > 1 else nn.Identity()
+
+    def forward(self, x):
+        y = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+        return F.relu(y + self.shortcut_norm(self.shortcut(x)))
+
+
+class ResNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64)
+        blocks, inputs = [], 64
+        for channels, stride in works.RESNET_GROUPS:
+            blocks += [Block(inputs, channels, stride), Block(channels, channels, 1)]
+            inputs = channels
+        self.blocks, self.logits = nn.Sequential(*blocks), nn.Linear(512, 10)
+
+    def forward(self, x):
+        return self.logits(self.blocks(F.relu(self.norm(self.stem(x)))).mean((2, 3)))
+
+
+class LSTM(nn.Module):
+    def __init__(self, vocabulary, width):
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.lstm, self.logits = nn.LSTM(width, width, batch_first=True), nn.Linear(width, vocabulary)
+
+    def forward(self, tokens):
+        return self.logits(self.lstm(self.embedding(tokens))[0])
+
+
+class VAE(nn.Module):
+    def __init__(self):
+        super().__init__()
+        latents = works.VAE_LATENTS
+        self.encoder = nn.Sequential(
+            nn.Linear(784, 200), nn.Tanh(), nn.Linear(200, 200), nn.Tanh(), nn.Linear(200, 2 * latents)
+        )
+        self.decoder = nn.Sequential(
+            nn.Linear(latents, 200), nn.Tanh(), nn.Linear(200, 200), nn.Tanh(), nn.Linear(200, 784)
+        )
+
+    def forward(self, greys):
+        bits = torch.bernoulli(greys)
+        mean, logvar = self.encoder(bits).chunk(2, -1)
+        logits = self.decoder(mean + torch.exp(logvar / 2) * torch.randn_like(mean))
+        reconstruction = F.binary_cross_entropy_with_logits(logits, bits, reduction="sum")
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum()
+        return (reconstruction + kl) / len(bits)
+
+
+def _load(network: nn.Module, weights: works.Arrays) -> None:
+    """Sets the initial weights; what is not among them (batch norms, the LSTM's second bias) has its own."""
+    with torch.no_grad():
+        if isinstance(network, LSTM):
+            lstm, rest = network.lstm, [network.logits.weight, network.logits.bias]
+            places = [network.embedding.weight, lstm.weight_ih_l0, lstm.weight_hh_l0, lstm.bias_ih_l0, *rest]
+            lstm.bias_hh_l0.zero_().requires_grad_(False)  # one bias, as the others have
+            weights = [weights[0].T, *weights[1:]]  # an embedding is not transposed
+        else:
+            layers = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+            places = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
+        for place, weight in zip(places, weights, strict=True):
+            place.copy_(torch.from_numpy(weight.transpose(3, 2, 0, 1) if weight.ndim == 4 else weight.T))
+
+
+def _program(work: works.Work, arrays: dict[str, np.ndarray]) -> tuple[nn.Module, list[torch.Tensor], Callable]:
+    """The network, the examples, and the loss of a batch of them."""
+    if work.network == "vae":
+        greys = torch.from_numpy(arrays["image"].reshape(len(arrays["image"]), -1) / np.float32(255))
+        return VAE(), [greys], lambda network, greys: network(greys)
+    if work.network == "lstm":
+        tokens = torch.from_numpy(arrays["tokens"].astype(np.int64))
+        network = LSTM(len(arrays["w0"]), work.width)
+        return network, [tokens], lambda network, tokens: F.cross_entropy(
+            network(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()
+        )
+    pixels = torch.from_numpy(works.normalized(arrays)).permute(0, 3, 1, 2)  # channels last in memory already
+    labels = torch.from_numpy(arrays["label"].astype(np.int64))
+    network = (CNN() if work.network == "cnn" else ResNet()).to(memory_format=torch.channels_last)
+    return network, [pixels, labels], lambda network, x, labels: F.cross_entropy(network(x).float(), labels)
+
+
+def train(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs: int, clock: Clock) -> None:
+    """Trains for some epochs, and tells the clock."""
+    network, examples, loss_of = _program(work, arrays)
+    _load(network, works.weights(arrays))
+    trained = [p for p in network.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, works.LEARNING_RATE, eps=works.EPSILON, fused=True)
+    called = torch.compile(network) if variant == "compile" else network
+    for _ in range(epochs):
+        losses, start = [], time.monotonic()
+        for first in range(0, len(examples[0]), work.batch_size):
+            batch = [x[first : first + work.batch_size] for x in examples]
+            with torch.autocast("cpu", torch.bfloat16, enabled=work.dtype == "bfloat16"):
+                loss = loss_of(called, *batch)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+            clock.step()
+        clock.epoch(torch.stack(losses).mean().item(), time.monotonic() - start)

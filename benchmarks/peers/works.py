@@ -1,0 +1,144 @@
+"""What every peer is given: a network by its sizes, its initial weights, and the examples in their order. NumPy only.
+
+Weights are lists of arrays: convolutions [height, width, in, out], dense layers [in, out], each followed by its bias
+where the layer has one, in the order of the forward pass (a block's shortcut last). The examples come in their own order, epoch after epoch, so
+that every peer makes the same updates and its losses can be compared.
+"""
+
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+
+Arrays = list[np.ndarray]
+
+RESNET_GROUPS = ((64, 1), (128, 2), (256, 2), (512, 2))  # channels, stride of the first of the group's two blocks
+VAE_LATENTS = 50
+LEARNING_RATE, EPSILON = 0.001, 1e-8  # of Adam, in every work
+SEQUENCE = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """One thing to be trained.
+
+    Attributes:
+      network: "cnn" (the paper's), "resnet" (ResNet-18 for CIFAR), "lstm" (a language model), "vae" (dense).
+      batch_size: examples a step.
+      steps: updates an epoch.
+      dtype: of the computation.
+      width: LSTM units.
+      tolerance: by how much the mean losses of the first epoch may differ, as a part of them.
+    """
+
+    network: str
+    batch_size: int
+    steps: int
+    dtype: str = "float32"
+    width: int = 0
+    tolerance: float = 0.01
+
+    @property
+    def name(self) -> str:
+        """As in the table."""
+        return f"{self.network} {self.width}" if self.width else self.network
+
+    @property
+    def unit(self) -> str:
+        """What an example counts as in examples a second: itself, or its tokens."""
+        return "tokens" if self.network == "lstm" else "images"
+
+    @property
+    def units_per_example(self) -> int:
+        return SEQUENCE if self.network == "lstm" else 1
+
+
+WORKS = {
+    "cnn": (
+        Work("cnn", 32, 400),
+        Work("cnn", 128, 100),
+        Work("cnn", 512, 25),
+        # Rounding differs from library to library, and 8 bits of mantissa let it be seen.
+        Work("cnn", 128, 100, "bfloat16", tolerance=0.03),
+        Work("cnn", 512, 25, "bfloat16", tolerance=0.03),
+    ),
+    "lstm": (Work("lstm", 64, 12, width=256), Work("lstm", 64, 6, width=512)),
+    # Bits and latents are drawn by each library's own generator.
+    "vae": (Work("vae", 128, 300, tolerance=0.02),),
+    "resnet": (Work("resnet", 128, 2, tolerance=0.02),),
+}
+
+
+def make(work: Work, images: dict[str, np.ndarray], text: np.ndarray) -> dict[str, np.ndarray]:
+    """Everything a peer needs, by name: "w0", "w1" ... the weights, and the examples.
+
+    Args:
+      work: the network and its batches.
+      images: "cifar10" uint8 [n, 32, 32, 3], its "label" int32 [n], and "mnist" uint8 [n, 28, 28, 1].
+      text: uint8 [n], token numbers.
+
+    Returns:
+      Beside the weights: images "image" and "label", with "mean" and "std" of the channels; or "tokens" uint8
+      [examples, SEQUENCE + 1].
+    """
+    count = work.batch_size * work.steps
+    rng = np.random.default_rng(0)
+    weights = {"cnn": _cnn, "resnet": _resnet, "vae": _vae, "lstm": _lstm}[work.network](work, rng, text)
+    arrays = {f"w{i}": w.astype(np.float32) for i, w in enumerate(weights)}
+    if work.network == "lstm":
+        starts = np.arange(count)[:, None] * SEQUENCE % (len(text) - SEQUENCE - 1)
+        return {**arrays, "tokens": text[starts + np.arange(SEQUENCE + 1)]}
+    if work.network == "vae":
+        return {**arrays, "image": images["mnist"][:count]}
+    pixels = images["cifar10"][:count]
+    statistics = {name: getattr(pixels / 255.0, name)((0, 1, 2)) for name in ("mean", "std")}
+    return {**arrays, "image": pixels, "label": images["label"][:count], **statistics}
+
+
+def weights(arrays: dict[str, np.ndarray]) -> Arrays:
+    """The weights of `make`, in order."""
+    return [arrays[f"w{i}"] for i in itertools.takewhile(lambda i: f"w{i}" in arrays, itertools.count())]
+
+
+def normalized(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """The images as networks want them: float32 [n, h, w, c], of mean 0 and deviation 1 in each channel."""
+    return ((arrays["image"] / np.float32(255) - arrays["mean"]) / arrays["std"]).astype(np.float32)
+
+
+def _kernel(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    limit = math.sqrt(6 / (math.prod(shape[:-1]) + math.prod(shape[:-2]) * shape[-1]))  # Glorot & Bengio 2010
+    return rng.uniform(-limit, limit, shape)
+
+
+def _layers(rng: np.random.Generator, *shapes: tuple[int, ...]) -> Arrays:
+    return [array for shape in shapes for array in (_kernel(rng, *shape), np.zeros(shape[-1]))]
+
+
+def _cnn(_: Work, rng: np.random.Generator, __: Any) -> Arrays:
+    return _layers(rng, (3, 3, 3, 32), (3, 3, 32, 64), (3, 3, 64, 64), (1024, 64), (64, 10))
+
+
+def _resnet(_: Work, rng: np.random.Generator, __: Any) -> Arrays:
+    kernels = [(3, 3, 3, 64)]
+    inputs = 64
+    for channels, stride in RESNET_GROUPS:
+        kernels += [(3, 3, inputs, channels), (3, 3, channels, channels)]
+        kernels += [(1, 1, inputs, channels)] if stride > 1 else []
+        kernels += [(3, 3, channels, channels)] * 2
+        inputs = channels
+    return [*(_kernel(rng, *shape) for shape in kernels), *_layers(rng, (512, 10))]
+
+
+def _vae(_: Work, rng: np.random.Generator, __: Any) -> Arrays:
+    latents = VAE_LATENTS
+    return _layers(rng, (784, 200), (200, 200), (200, 2 * latents), (latents, 200), (200, 200), (200, 784))
+
+
+def _lstm(work: Work, rng: np.random.Generator, text: np.ndarray) -> Arrays:
+    width, vocabulary = work.width, int(text.max()) + 1
+    recurrent = np.concatenate([np.linalg.qr(rng.standard_normal((width, width)))[0] for _ in range(4)], 1)
+    bias = np.repeat([0.0, 1.0, 0.0, 0.0], width)  # the forget gate begins open
+    output = _layers(rng, (width, vocabulary))
+    return [rng.standard_normal((vocabulary, width)), _kernel(rng, width, 4 * width), recurrent, bias, *output]

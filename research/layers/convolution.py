@@ -1,4 +1,4 @@
-"""Convolution and bias whose gradients are fast inside compiled loops on the CPU.
+"""Convolution whose gradients are fast inside compiled loops on the CPU.
 
 XLA:CPU hands a convolution to its fast kernels only if it is laid out NHWC x HWIO -> NHWC. It rewrites other layouts in
 the entry computation, never in a loop's body (https://github.com/jax-ml/jax/issues/12868), and the gradients that JAX
@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
@@ -118,28 +117,3 @@ def _kernel_gradient(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pa
         backward_pads.append((low, size - 1 + reach - x.shape[axis + 1] - low))
     gradient = _lax_conv(x.transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3), (1, 1), backward_pads, rhs_dilation=strides)
     return gradient.transpose(1, 2, 0, 3)
-
-
-@jax.custom_vjp
-def bias_add(x: jax.Array, bias: jax.Array) -> jax.Array:
-    """x + bias, of x's dtype.
-
-    On the CPU the sum over batch and space in the bias's gradient is a matrix product, faster than a reduction.
-
-    Args:
-      x: float [..., features].
-      bias: [features], of x's dtype.
-    """
-    return x + bias
-
-
-def _bias_add_backward(_: None, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    rows = dy.reshape(-1, dy.shape[-1])
-
-    def product(rows: jax.Array) -> jax.Array:
-        return jnp.ones(len(rows), rows.dtype) @ rows
-
-    return dy, lax.platform_dependent(rows, cpu=product, default=lambda rows: rows.sum(0))
-
-
-bias_add.defvjp(lambda x, bias: (x + bias, None), _bias_add_backward)

@@ -23,6 +23,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from research.layers.bias import column_sums
+
 State = tuple[jax.Array, ...]
 
 
@@ -31,12 +33,12 @@ class _Cell(NamedTuple):
 
     Attributes:
       step: (x, h W + bias, state) -> (state, what the adjoint needs of the step).
-      adjoint: (what it needs, state before, state after, gradients of the state after) -> gradients of (x, h W + bias,
-        the state before, but for its way through h W).
+      adjoint: (what it needs, state before, state after, gradients of the state after) -> gradients of (x, or None
+        where it is the next; h W + bias; the state before, but for its way through h W).
     """
 
     step: Callable[[jax.Array, jax.Array, State], tuple[State, State]]
-    adjoint: Callable[[State, State, State, State], tuple[jax.Array, jax.Array, State]]
+    adjoint: Callable[[State, State, State, State], tuple[jax.Array | None, jax.Array, State]]
 
 
 def simple(x: jax.Array, state: State, kernel: jax.Array, bias: jax.Array) -> tuple[jax.Array, State]:
@@ -116,7 +118,7 @@ def _backward(cell: _Cell, residuals: Any, gradients: Any) -> tuple[jax.Array, S
     before = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest[:-1]]), state, states)
     transposed = kernel.T
 
-    def body(d_state: State, xs: Any) -> tuple[State, tuple[jax.Array, jax.Array]]:
+    def body(d_state: State, xs: Any) -> tuple[State, tuple[jax.Array | None, jax.Array]]:
         saved, before, after, d_h = xs
         d_x, d_product, (d_before, *rest) = cell.adjoint(saved, before, after, (d_state[0] + d_h, *d_state[1:]))
         return (d_before + _product(d_product, transposed), *rest), (d_x, d_product)
@@ -125,7 +127,8 @@ def _backward(cell: _Cell, residuals: Any, gradients: Any) -> tuple[jax.Array, S
     rows = d_product.reshape(-1, d_product.shape[-1])
     hidden = before[0].reshape(len(rows), -1)
     d_kernel = _product(hidden.T, rows.astype(kernel.dtype)).astype(kernel.dtype)
-    return d_x.astype(x.dtype), d_state, d_kernel, rows.sum(0).astype(bias.dtype)
+    d_x = d_product if d_x is None else d_x
+    return d_x.astype(x.dtype), d_state, d_kernel, column_sums(rows).astype(bias.dtype)
 
 
 _recurrence.defvjp(_forward, _backward)
@@ -135,9 +138,9 @@ def _simple_step(x: jax.Array, product: jax.Array, state: State) -> tuple[State,
     return (jnp.tanh(x + product),), ()
 
 
-def _simple_adjoint(saved: State, before: State, after: State, d: State) -> tuple[jax.Array, jax.Array, State]:
+def _simple_adjoint(saved: State, before: State, after: State, d: State) -> tuple[None, jax.Array, State]:
     d_sum = d[0] * (1 - after[0] ** 2)
-    return d_sum, d_sum, (jnp.zeros_like(d_sum),)
+    return None, d_sum, (jnp.zeros_like(d_sum),)
 
 
 def _gru_step(x: jax.Array, product: jax.Array, state: State) -> tuple[State, State]:
@@ -164,14 +167,14 @@ def _lstm_step(x: jax.Array, product: jax.Array, state: State) -> tuple[State, S
     return (o * jnp.tanh(c), c), (i, f, g, o)
 
 
-def _lstm_adjoint(saved: State, before: State, after: State, d: State) -> tuple[jax.Array, jax.Array, State]:
+def _lstm_adjoint(saved: State, before: State, after: State, d: State) -> tuple[None, jax.Array, State]:
     (i, f, g, o), (_, c_before), (_, c), (d_h, d_c) = saved, before, after, d
     tanh = jnp.tanh(c)
     d_c = d_c + d_h * o * (1 - tanh * tanh)
     d_i, d_f = d_c * g * i * (1 - i), d_c * c_before * f * (1 - f)
     d_g, d_o = d_c * i * (1 - g * g), d_h * tanh * o * (1 - o)
     d_sum = jnp.concatenate([d_i, d_f, d_g, d_o], -1)
-    return d_sum, d_sum, (jnp.zeros_like(d_h), d_c * f)
+    return None, d_sum, (jnp.zeros_like(d_h), d_c * f)
 
 
 _SIMPLE = _Cell(_simple_step, _simple_adjoint)

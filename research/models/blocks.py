@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from research.layers.convolution import bias_add, conv_general_dilated
+from research.layers.bias import bias_add
+from research.layers.convolution import conv_general_dilated
 
 GLOROT = nnx.initializers.glorot_uniform()
 HE = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al. 2015, equation 14

@@ -78,10 +78,17 @@ class RNN(nnx.Module):
         """
         carry = jax.tree.map(lambda h: jnp.where(first[:, None], 0, h), carry)
         keys = [None] * len(self.layers) if key is None else list(jax.random.split(key, len(self.layers)))
-        x = _over_time(self.embedding(tokens.T))
-        after = []
+        table = self.embedding.embedding[...]
+        x, after = _over_time(table[tokens.T]), []
         for layer, state, layer_key in zip(self.layers, carry, keys):
-            x, state = layer(x, state, train=train, key=layer_key)
+            if isinstance(layer, Recurrent):
+                # What the first layer is driven by depends on the character alone, so where the vocabulary is smaller
+                # than the batch, it is the vocabulary that is projected: three of an LSTM's five large products less.
+                small = not after and len(table) < tokens.size
+                inputs = layer.inputs(table)[tokens.T] if small else layer.inputs(x)
+                x, state = layer(inputs, state, train=train, key=layer_key)
+            else:
+                x, state = layer(x, state, train=train, key=layer_key)
             after.append(state)
         if self.norm is not None:
             x = self.norm(x)
@@ -103,7 +110,7 @@ def _linear(inputs: int, outputs: int, config: RNNConfig, rngs: nnx.Rngs, *, use
 
 
 class Recurrent(nnx.Module):
-    """A layer of a sequential cell: all inputs projected at once, then the recurrence."""
+    """A layer of a sequential cell, called with the projection of all time steps' inputs at once (`inputs`)."""
 
     def __init__(self, cell: Callable[..., Any], gates: int, config: RNNConfig, rngs: nnx.Rngs):
         width = config.width
@@ -123,7 +130,7 @@ class Recurrent(nnx.Module):
         self, x: jax.Array, state: recurrence.State, *, train: bool, key: jax.Array | None
     ) -> tuple[jax.Array, recurrence.State]:
         kernel = self.kernel[...].astype(self.dtype)
-        x, state = self.cell(self.inputs(x), state, kernel, self.bias[...])
+        x, state = self.cell(x, state, kernel, self.bias[...])
         return self.dropout(x, deterministic=not train, rngs=key), state
 
 

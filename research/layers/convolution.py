@@ -3,7 +3,8 @@
 XLA:CPU hands a convolution to its fast kernels only if it is laid out NHWC x HWIO -> NHWC. It rewrites other layouts in
 the entry computation, never in a loop's body (https://github.com/jax-ml/jax/issues/12868), and the gradients that JAX
 derives have other layouts. So here both gradients are themselves NHWC x HWIO convolutions between explicit transposes.
-Elsewhere than on the CPU, JAX's own gradients are used: those compilers choose layouts by themselves.
+And those kernels take few input channels, as an image has, one pixel at a time: there the patches are laid out and
+multiplied (3 channels, 3x3, batch 32 on 2 x86 cores: 0.65 ms against 1.6). Elsewhere than on the CPU all is JAX's own.
 """
 
 from collections.abc import Sequence
@@ -11,12 +12,14 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
 Pair = tuple[int, int]
 
 _LAYOUTS = ("NHWC", "HWIO", "NHWC")
+_FEW_CHANNELS = 4
 
 
 def conv2d(
@@ -70,15 +73,27 @@ def _lax_conv(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Sequence[Pai
     return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=_LAYOUTS, **dilation)
 
 
+def _product(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
+    """The convolution as one matrix product, of the patches [b, h', w', kh * kw * in] with the kernel."""
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    ends = [size - side + 1 for size, side in zip(x.shape[1:3], kernel.shape)]
+    (down, right), (height, width) = strides, kernel.shape[:2]
+    shifted = [x[:, i : i + ends[0] : down, j : j + ends[1] : right] for i in range(height) for j in range(width)]
+    return jnp.concatenate(shifted, -1) @ kernel.reshape(-1, kernel.shape[-1])
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _conv2d(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
-    return _lax_conv(x, kernel, strides, pads)
+    plain = partial(_lax_conv, strides=strides, pads=pads)
+    if x.shape[-1] > _FEW_CHANNELS:
+        return plain(x, kernel)
+    return lax.platform_dependent(x, kernel, cpu=partial(_product, strides=strides, pads=pads), default=plain)
 
 
 def _forward(
     x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _lax_conv(x, kernel, strides, pads), (x, kernel)
+    return _conv2d(x, kernel, strides, pads), (x, kernel)
 
 
 def _backward(

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
-from research.layers.convolution import bias_add, conv2d, conv_general_dilated
+from research.layers.bias import bias_add
+from research.layers.convolution import conv2d, conv_general_dilated
 
 LAYOUTS = ("NHWC", "HWIO", "NHWC")
 

@@ -137,7 +137,7 @@ class Training:
             )
             inputs, seed = self._batches.sample(), np.uint32(self.config.seed)
             jitted = self._steps.jit_train(self.state)
-            self._train = jitted.lower(self.state, self._batches.data, inputs, np.int32(1), seed).compile()
+            self.train_program = jitted.lower(self.state, self._batches.data, inputs, np.int32(1), seed).compile()
         jitted = self._steps.jit_eval(self.state)
         params, model_state = self.state.eval_params, self.state.model_state
         self._eval = {
@@ -168,7 +168,7 @@ class Training:
             if more:
                 count = min(self._pace.steps, end - issued)
                 inputs = self._batches.take(count)
-                self.state, metrics = self._train(self.state, self._batches.data, inputs, np.int32(count), seed)
+                self.state, metrics = self.train_program(self.state, self._batches.data, inputs, np.int32(count), seed)
                 issued += count
                 pending.append((issued, count, metrics))
                 if self._overlap and len(pending) == 1 and issued < end:

@@ -92,13 +92,13 @@ def test_steps_per_dispatch_changes_the_calls_and_no_bit(tmp_path, monkeypatch):
 
 def test_running_ahead_of_the_device_changes_nothing(tmp_path, monkeypatch):
     plain, _ = run(tmp_path / "plain", steps_per_dispatch=3)
-    dispatches = training.Training._dispatches
+    dispatches = training.Training.dispatches
 
     def ahead(self, end):
         self._overlap = True
         return dispatches(self, end)
 
-    monkeypatch.setattr(training.Training, "_dispatches", ahead)
+    monkeypatch.setattr(training.Training, "dispatches", ahead)
     state, _ = run(tmp_path / "ahead", steps_per_dispatch=3)
     same(state, plain)
     assert read_lines(tmp_path / "ahead") == read_lines(tmp_path / "plain")
@@ -169,14 +169,14 @@ def test_time_that_the_device_works_through_a_pause_counts_as_training(tmp_path,
         record(self, *args)
 
     monkeypatch.setattr(training.Training, "_record", slow)
-    dispatches = training.Training._dispatches
+    dispatches = training.Training.dispatches
 
     def seconds(overlap):
         def chosen(self, end):
             self._overlap = overlap
             return dispatches(self, end)
 
-        monkeypatch.setattr(training.Training, "_dispatches", chosen)
+        monkeypatch.setattr(training.Training, "dispatches", chosen)
         return run(tmp_path / str(overlap), steps_per_dispatch=1)[1]["train_seconds"]
 
     assert seconds(False) < 22 * 0.05 < seconds(True) + 2 * 0.05

@@ -67,7 +67,7 @@ class ResNet(nnx.Module):
 class LSTM(nnx.Module):
     def __init__(self, vocabulary: int, width: int, rngs: nnx.Rngs):
         self.embedding = nnx.Embed(vocabulary, width, rngs=rngs)
-        self.lstm = nnx.RNN(nnx.OptimizedLSTMCell(width, width, rngs=rngs))
+        self.lstm: Any = nnx.RNN(nnx.OptimizedLSTMCell(width, width, rngs=rngs))
         self.logits = nnx.Linear(width, vocabulary, rngs=rngs)
 
     def __call__(self, tokens):
@@ -119,21 +119,21 @@ def _places(model: Any) -> list[Any]:
     return [p for layer in layers for p in (layer.kernel, layer.bias) if p is not None]
 
 
-def train(work: works.Work, arrays: dict[str, np.ndarray], _: str, epochs: int, clock: Clock) -> None:
+def train(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs: int, clock: Clock) -> None:
     """Trains for some epochs, and tells the clock."""
     model, examples = _program(work, arrays)
     for place, weight in zip(_places(model), works.weights(arrays), strict=True):
         place[...] = jnp.asarray(weight)
     optimizer = nnx.Optimizer(model, optax.adam(works.LEARNING_RATE, eps=works.EPSILON), wrt=nnx.Param)
 
-    def loss_fn(model: Any, *batch: jax.Array) -> jax.Array:
+    def loss_fn(model: Any, *batch: Any) -> jax.Array:
         if work.network == "vae":
             return model(*batch).mean()
         inputs, targets = batch
         return optax.softmax_cross_entropy_with_integer_labels(model(inputs), targets).mean()
 
     @nnx.jit
-    def train_step(model: Any, optimizer: nnx.Optimizer, *batch: jax.Array) -> jax.Array:
+    def train_step(model: Any, optimizer: nnx.Optimizer, *batch: Any) -> jax.Array:
         loss, grads = nnx.value_and_grad(loss_fn)(model, *batch)
         optimizer.update(model, grads)
         return loss

@@ -1,8 +1,14 @@
-"""The works by this project: its configs, tasks and train step, from given weights, with no checkpoints and no record."""
+"""The works by this project: its configs, tasks and train step, from given weights, without checkpoints and record."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import io
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +17,11 @@ from flax import nnx
 
 from benchmarks.peers import works
 from benchmarks.peers.clock import Clock
+from experiments import char_rnn, cifar_cnn, mnist_vae
 from experiments.char_rnn import CharRNNConfig
 from experiments.cifar_cnn import CifarConfig
 from experiments.mnist_vae import MnistVAEConfig
-from experiments import char_rnn, cifar_cnn, mnist_vae
-from research import optimizers, sharding
+from research import app, optimizers, sharding
 from research.config import CNNConfig, Config, OptimizerConfig, RNNConfig, VAEConfig
 from research.data.sources import Dataset
 from research.tasks.task import Task
@@ -74,7 +80,7 @@ def _dataset(work: works.Work, arrays: dict[str, np.ndarray]) -> Dataset:
     return Dataset(work.network, labels, train, None, test, shuffle=False)
 
 
-def train(work: works.Work, arrays: dict[str, np.ndarray], _: str, epochs: int, clock: Clock) -> None:
+def train(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs: int, clock: Clock) -> None:
     """Trains for some epochs, and tells the clock."""
     config, make_task = _config(work, epochs)
     optimizers.resolve(config.optimizer)
@@ -100,3 +106,22 @@ def train(work: works.Work, arrays: dict[str, np.ndarray], _: str, epochs: int, 
                 total += values["loss"].sum(dtype=np.float64)
             clock.epoch(total / (end - previous), training.progress.train_seconds - seconds)
             seconds, previous = training.progress.train_seconds, end
+
+
+def command(epochs: int, clock: Clock) -> None:
+    """`python -m experiments.cifar_cnn --config=paper`, and tells the clock."""
+    dispatches = Training.dispatches
+
+    def timed(self: Training, end: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        for done in dispatches(self, end):
+            clock.step()
+            yield done
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        args = ["--config=paper", "--config.dataset.name=cifar10", f"--config.num_epochs={epochs}"]
+        with mock.patch.object(Training, "dispatches", timed):
+            summary = app.run(cifar_cnn.EXPERIMENT, [*args, f"--workdir={folder}/run"])
+        rows = map(json.loads, (Path(folder) / "run/metrics.jsonl").read_text().splitlines())
+        losses = [row["train_loss"] for row in rows if "train_loss" in row]
+    for loss in losses:
+        clock.epoch(loss, summary["train_seconds"] / epochs)

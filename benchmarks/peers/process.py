@@ -1,4 +1,4 @@
-"""One peer's process: `python -m benchmarks.peers.process PEER FOLDER EPOCHS BEGAN` prints its report as a JSON line."""
+"""`python -m benchmarks.peers.process PEER FOLDER EPOCHS BEGAN`: one peer; prints its report as JSON."""
 
 import importlib
 import json
@@ -14,10 +14,13 @@ from benchmarks.peers.works import Work
 def main(peer: str, folder: str, epochs: str, began: str) -> None:
     name, _, variant = peer.partition("+")
     work = Work(**json.loads((Path(folder) / "work.json").read_text()))
-    with np.load(Path(folder) / "arrays.npz") as arrays:
-        given = dict(arrays)
     clock = Clock(float(began))
-    importlib.import_module(f"benchmarks.peers.{name}_peer").train(work, given, variant, int(epochs), clock)
+    module = importlib.import_module(f"benchmarks.peers.{name}_peer")
+    if work.command and hasattr(module, "command"):
+        module.command(int(epochs), clock)
+    else:
+        with np.load(Path(folder) / "arrays.npz") as arrays:
+            module.train(work, dict(arrays), variant, int(epochs), clock)
     print(json.dumps(clock.report()))
 
 

@@ -107,8 +107,10 @@ def _program(work: works.Work, arrays: dict[str, np.ndarray]) -> tuple[nn.Module
     if work.network == "lstm":
         tokens = torch.from_numpy(arrays["tokens"].astype(np.int64))
         network = LSTM(len(arrays["w0"]), work.width)
-        return network, [tokens], lambda network, tokens: F.cross_entropy(
-            network(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()
+        return (
+            network,
+            [tokens],
+            lambda network, tokens: F.cross_entropy(network(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()),
         )
     pixels = torch.from_numpy(works.normalized(arrays)).permute(0, 3, 1, 2)  # channels last in memory already
     labels = torch.from_numpy(arrays["label"].astype(np.int64))

@@ -1,8 +1,8 @@
 """What every peer is given: a network by its sizes, its initial weights, and the examples in their order. NumPy only.
 
-Weights are lists of arrays: convolutions [height, width, in, out], dense layers [in, out], each followed by its bias
-where the layer has one, in the order of the forward pass (a block's shortcut last). The examples come in their own order, epoch after epoch, so
-that every peer makes the same updates and its losses can be compared.
+Weights are lists of arrays in the order of the forward pass, a residual block's shortcut last: convolutions [height,
+width, in, out], dense layers [in, out], each followed by its bias where the layer has one. The examples come in their
+own order, epoch after epoch, so that every peer makes the same updates and its losses can be compared.
 """
 
 import dataclasses
@@ -31,6 +31,8 @@ class Work:
       dtype: of the computation.
       width: LSTM units.
       tolerance: by how much the mean losses of the first epoch may differ, as a part of them.
+      command: whether this project's part is its command, on the whole data set: with its record, checkpoints,
+        evaluation, order and initialisation, and the programs that an earlier run compiled.
     """
 
     network: str
@@ -39,10 +41,13 @@ class Work:
     dtype: str = "float32"
     width: int = 0
     tolerance: float = 0.01
+    command: bool = False
 
     @property
     def name(self) -> str:
         """As in the table."""
+        if self.command:
+            return "startup"
         return f"{self.network} {self.width}" if self.width else self.network
 
     @property
@@ -68,6 +73,7 @@ WORKS = {
     # Bits and latents are drawn by each library's own generator.
     "vae": (Work("vae", 128, 300, tolerance=0.02),),
     "resnet": (Work("resnet", 128, 2, tolerance=0.02),),
+    "startup": (Work("cnn", 32, 1562, tolerance=0.05, command=True),),
 }
 
 

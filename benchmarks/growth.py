@@ -1,0 +1,168 @@
+"""How time and memory of a train step grow with batch size, width, depth and length: nothing faster than its work.
+
+python -m benchmarks.growth [--out=benchmarks/results]
+
+What costs in proportion to its work shows the same GFLOP/s in every row. FLOPs are those that the compiler counts in
+the step; of a loop over time it counts one turn, so the others' are added: two products, forward and backward, each of
+2 * batch * units * 4 units. Memory is what the step computes on the way. The data is noise, which costs the same.
+"""
+
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from experiments import char_rnn, cifar_cnn
+from experiments.char_rnn import CharRNNConfig
+from experiments.cifar_cnn import CifarConfig
+from research import optimizers, sharding
+from research.config import CNNConfig, Config, OptimizerConfig, RNNConfig
+from research.data.sources import Dataset
+from research.training import Training
+
+OUT = flags.DEFINE_string("out", str(Path(__file__).parent / "results"), "where growth.json and growth.png go")
+
+_UNITS = 128
+_DISPATCHES, _SECONDS = 5, 0.5  # timed, and about how long each takes
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One train step to be timed.
+
+    Attributes:
+      grows: what is varied; all cases of one kind differ in nothing else.
+      size: how large it is here.
+      config: of the experiment.
+      more_flops: those of the turns of a loop that the compiler does not count.
+    """
+
+    grows: str
+    size: int
+    config: Config
+    more_flops: float = 0.0
+
+
+def cases() -> Iterator[Case]:
+    """Every step that is timed."""
+    sgd = OptimizerConfig(name="momentum")
+
+    def cnn(batch_size: int, **model: Any) -> Config:
+        return CifarConfig(batch_size=batch_size, num_epochs=1, optimizer=sgd, model=CNNConfig(**model))
+
+    for size in (16, 32, 64, 128, 256):
+        yield Case("batch size, the paper's CNN", size, cnn(size, name="simple"))
+    for size in (8, 16, 32, 64, 128):
+        yield Case("width, the paper's CNN", size, cnn(32, name="simple", width=size))
+    for size in (10, 16, 22, 28):
+        yield Case("depth, a wide ResNet of width 1", size, cnn(16, name="wide_resnet", width=1, depth=size))
+    for size in (32, 64, 128, 256, 512):
+        model = RNNConfig(name="lstm", width=_UNITS, layers=1)
+        config = CharRNNConfig(batch_size=32, num_epochs=1, sequence_length=size, optimizer=sgd, model=model)
+        more = (size - 1) * 2 * (2 * config.batch_size * _UNITS * 4 * _UNITS)
+        yield Case(f"sequence length, an LSTM of {_UNITS} units", size, config, more)
+
+
+def _dataset(config: Config, steps: int) -> Dataset:
+    rng, count = np.random.default_rng(0), config.batch_size * steps
+    if isinstance(config, CharRNNConfig):
+        length = config.sequence_length
+        train = {
+            "tokens": rng.integers(0, 64, (count, length + 1)).astype(np.uint8),
+            "first": np.ones(count, bool),
+            "count": np.full(count, length, np.int32),
+        }
+    else:
+        images = rng.integers(0, 256, (count, 32, 32, 3)).astype(np.uint8)
+        train = {"image": images, "label": rng.integers(0, 10, count).astype(np.int32)}
+    test = {name: array[: config.batch_size] for name, array in train.items()}
+    return Dataset("noise", tuple(map(str, range(64))), train, None, test, shuffle=False)
+
+
+def _training(case: Case, steps: int) -> Training:
+    config = dataclasses.replace(case.config, steps_per_dispatch=steps, num_epochs=_DISPATCHES + 1)
+    optimizers.resolve(config.optimizer)
+    dataset = _dataset(config, steps)
+    make_task: Any = char_rnn.make_task if isinstance(config, CharRNNConfig) else cifar_cnn.make_task
+    return Training(config, make_task(config, dataset), dataset, sharding.make_mesh(config))
+
+
+def _seconds(training: Training) -> list[float]:
+    """Of each epoch, which is one dispatch."""
+    seconds = []
+    for end in training.ends:
+        start = time.monotonic()
+        for _ in training.dispatches(end):
+            pass
+        seconds.append(time.monotonic() - start)
+    return seconds
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """One row of the table."""
+    probe = _training(case, 1)
+    with jax.set_mesh(probe.mesh):
+        probe.compile(train=True)
+        steps = max(1, int(_SECONDS / min(_seconds(probe))))
+        training = _training(case, steps)
+        training.compile(train=True)
+        flops = training.train_program.cost_analysis()["flops"] + case.more_flops
+        seconds = statistics.median(_seconds(training)[1:]) / steps
+        memory = training.train_program.memory_analysis().temp_size_in_bytes
+    return {
+        "grows": case.grows,
+        "size": case.size,
+        "gflop": flops / 1e9,
+        "temporary_bytes": memory,
+        "seconds_per_step": seconds,
+        "gflop_per_second": flops / 1e9 / seconds,
+    }
+
+
+def line(row: dict[str, Any]) -> str:
+    """One row as Markdown."""
+    return (
+        f"| {row['grows']} | {row['size']} | {row['gflop']:.3f} | {row['temporary_bytes'] / 2**20:,.1f} | "
+        f"{row['seconds_per_step'] * 1e3:,.2f} | {row['gflop_per_second']:,.0f} |"
+    )
+
+
+def picture(rows: list[dict[str, Any]]) -> Any:
+    """Time against work, both logarithmic; dotted: in proportion to it."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots()
+    for grows in dict.fromkeys(row["grows"] for row in rows):
+        work, seconds = np.array([(r["gflop"], r["seconds_per_step"]) for r in rows if r["grows"] == grows]).T
+        (drawn,) = axes.loglog(work, seconds * 1e3, "o-", label=grows)
+        axes.loglog(work, seconds[0] * 1e3 * work / work[0], ":", color=drawn.get_color())
+    axes.set(
+        xlabel="GFLOP a step, as compiled", ylabel="milliseconds a step", title="dotted: in proportion to the work"
+    )
+    axes.legend()
+    return figure
+
+
+def main(_: list[str]) -> None:
+    out, rows = Path(OUT.value), []
+    if not out.is_dir():
+        raise SystemExit(f"error: --out={out} is not a folder")
+    print("| grows | size | GFLOP a step | temporary MiB | ms a step | GFLOP/s |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for case in cases():
+        rows.append(measure(case))
+        print(line(rows[-1]), flush=True)
+    (out / "growth.json").write_text(json.dumps(rows, indent=1) + "\n")
+    picture(rows).savefig(out / "growth.png", dpi=120)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,70 @@
+"""The benchmarks compare the same work, and tell when it is not."""
+
+import dataclasses
+import json
+import time
+
+import numpy as np
+import pytest
+
+from benchmarks import growth
+from benchmarks.peers import flax_peer, meshwork_peer, table, works
+from benchmarks.peers.clock import Clock
+
+
+def _given(network, **changes):
+    rng = np.random.default_rng(0)
+    work = dataclasses.replace(works.WORKS[network][0], **changes)
+    images = {
+        "cifar10": rng.integers(0, 256, (64, 32, 32, 3)).astype(np.uint8),
+        "label": rng.integers(0, 10, 64).astype(np.int32),
+    }
+    return work, works.make(work, images, rng.integers(0, 16, 2000).astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("network", "changes"),
+    [("cnn", {"batch_size": 16, "steps": 4}), ("lstm", {"batch_size": 4, "steps": 3, "width": 8})],
+)
+def test_this_project_and_flax_make_the_same_updates(network, changes):
+    work, arrays = _given(network, **changes)
+    clocks = [Clock(time.time()), Clock(time.time())]
+    for peer, clock in zip((meshwork_peer, flax_peer), clocks):
+        peer.train(work, arrays, "", 3, clock)
+        assert clock.first_step_seconds > 0
+        assert len(clock.seconds) == 3
+    np.testing.assert_allclose(clocks[0].losses, clocks[1].losses, rtol=2e-4)
+    assert clocks[0].losses[2] < clocks[0].losses[0]
+
+
+def _reports(loss, *seconds):
+    report = {"first_step_seconds": 1.0, "peak_memory_bytes": 2**20}
+    return [{**report, "losses": [loss, loss], "seconds": [9.0, s]} for s in seconds]
+
+
+def test_a_ratio_is_that_of_the_same_round_and_leaves_the_first_epoch_out():
+    work = works.Work("cnn", 10, 10)
+    row = table.row(work, "torch", _reports(2.0, 1.0, 2.0, 1.0), _reports(2.01, 2.0, 2.0, 3.0))
+    assert (row["ratio"], row["ratio_min"], row["ratio_max"], row["rounds"]) == (2.0, 1.0, 3.0, 3)
+    assert (row["examples_per_second"], row["peer_examples_per_second"]) == (100.0, 50.0)
+
+
+def test_another_work_is_refused():
+    with pytest.raises(SystemExit, match="not the same work"):
+        table.row(works.Work("cnn", 10, 10), "torch", _reports(2.0, 1.0), _reports(2.1, 1.0))
+
+
+def test_rows_measured_anew_replace_the_old(tmp_path):
+    work, path = works.Work("cnn", 10, 10), tmp_path / "peers.json"
+    old, new = (table.row(work, "torch", _reports(2.0, s), _reports(2.0, 1.0)) for s in (1.0, 0.5))
+    path.write_text(json.dumps([old, {**old, "peer": "keras"}]))
+    assert table.merged(path, [new]) == [new, {**old, "peer": "keras"}]
+
+
+def test_growth_counts_the_turns_of_a_loop(monkeypatch):
+    monkeypatch.setattr(growth, "_SECONDS", 0.01)
+    case = next(case for case in growth.cases() if case.grows.startswith("sequence"))
+    row = growth.measure(case)
+    tokens, units = 32 * case.size, 128
+    # Forward and twice backward: the recurrent product and the 64 logits; the rest is elementwise.
+    assert row["gflop"] == pytest.approx(6 * tokens * units * (4 * units + 64) / 1e9, rel=0.15)

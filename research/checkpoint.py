@@ -8,6 +8,7 @@ on the devices, and are the same for any sharding: a checkpoint can be restored 
 
 import json
 import logging
+import time
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from research.mirror import Mirror
 from research.state import TrainState
 
 _SCHEMES = ("gs", "s3")  # that Orbax and TensorStore write by themselves
+_LOOKS = 5  # at checkpoints that a run is deleting meanwhile
 
 
 # Orbax's background thread logs, with its traceback, an error that it raises at the next save as well.
@@ -105,7 +107,16 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,
             create=not read_only,
         )
-        self._manager = ocp.CheckpointManager(self._folder, item_names=("state", "record"), options=options)
+        self._manager = self._open(options)
+
+    def _open(self, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
+        """Orbax's manager; one that reads only may meet a checkpoint that the run is just deleting, and looks again."""
+        for _ in range(_LOOKS if self._read_only else 0):
+            try:
+                return ocp.CheckpointManager(self._folder, item_names=("state", "record"), options=options)
+            except (AttributeError, OSError):  # Orbax takes metadata that are gone for None
+                time.sleep(0.2)
+        return ocp.CheckpointManager(self._folder, item_names=("state", "record"), options=options)
 
     def __enter__(self) -> "Checkpoints":
         return self

@@ -80,7 +80,7 @@ def _config(model: RNNConfig, learning_rate: float) -> CharRNNConfig:
 
 def prepare(config: CharRNNConfig, dataset: Dataset) -> Dataset:
     """The text as streams."""
-    eval_batch_size = config.microbatch_size or config.batch_size
+    eval_batch_size = config.examples_at_once
     return text.streams(dataset, config.batch_size, config.sequence_length, eval_batch_size)
 
 

@@ -1,7 +1,7 @@
 """What an experiment calls: its command line -> data, mesh -> `train_and_evaluate` -> the summary on the terminal."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,11 @@ def _last_lines(summary: dict[str, Any], workdir: Path) -> str:
     )
 
 
-def main(experiment: Experiment, argv: Sequence[str] | None = None) -> None:
+def main(
+    experiment: Experiment,
+    argv: Sequence[str] | None = None,
+    run: Callable[[Experiment, Sequence[str], Signals], Any] = run,
+) -> None:
     """The whole command: runs the experiment and exits with one of the codes of `research.errors`.
 
     Where nobody reads its output any more it goes on in silence: the record is what a run is for.

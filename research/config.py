@@ -158,6 +158,11 @@ class Config:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
+    @property
+    def examples_at_once(self) -> int:
+        """How many examples the network sees at a time, over all devices: a microbatch, or the batch."""
+        return self.microbatch_size or self.batch_size
+
 
 def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
     """Yields (path, field, value) of every leaf field, e.g. ("optimizer.name", Field, "adam")."""
@@ -240,10 +245,10 @@ def check_resumes(config: Config, earlier: Config, workdir: str) -> None:
 def check(config: Config) -> None:
     """Raises `UserError` for the first field out of its bounds, and for fields that contradict each other."""
     check_fields(config, "--config.")
-    microbatch_size = config.microbatch_size or config.batch_size
-    if config.batch_size % microbatch_size:
+    if config.batch_size % config.examples_at_once:
         raise UserError(
-            f"--config.batch_size={config.batch_size} is not a multiple of --config.microbatch_size={microbatch_size}"
+            f"--config.batch_size={config.batch_size} is not a multiple of "
+            f"--config.microbatch_size={config.microbatch_size}"
         )
 
 

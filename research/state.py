@@ -53,7 +53,7 @@ def create_state(
       The model's static part (`nnx.merge` makes a module of it), and the state.
     """
     graphdef = nnx.split(nnx.eval_shape(lambda: task.create_model(nnx.Rngs(config.seed))))[0]
-    size = config.microbatch_size or config.batch_size
+    size = config.examples_at_once
     count = config.batch_size // size
 
     def init(key: jax.Array) -> TrainState:

@@ -147,12 +147,12 @@ class Training:
         return time.monotonic() - start
 
     def _eval_carry(self) -> Any:
-        carry = self.task.initial_carry(self.config.microbatch_size or self.config.batch_size)
+        carry = self.task.initial_carry(self.config.examples_at_once)
         return jax.device_put(carry, sharding.batch_sharding(self.mesh, 0))
 
     def predictor(self) -> Predictor:
         """The network as evaluation has it now, for pictures and further figures."""
-        size = self.config.microbatch_size or self.config.batch_size
+        size = self.config.examples_at_once
         return Predictor(self._graphdef, self.state.eval_params, self.state.model_state, self.mesh, size)
 
     def dispatches(self, end: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:

@@ -6,7 +6,8 @@ Every process gets the same examples in the same order, the same initial weights
 first epoch is checked (the mean losses must agree, so that it is the same work) and not timed; the speed is that of the
 others together. A ratio is this project's speed over the peer's in the same round. The work "startup" is this
 project's whole command beside the same in each peer: the time from there to the end of the first step, and the memory
-that the process takes at most. It needs cifar10, mnist and tiny_shakespeare (`TFDS_DATA_DIR`).
+that the process takes at most. "evaluation" and "sampling" train nothing. It needs cifar10, mnist and tiny_shakespeare
+(`TFDS_DATA_DIR`).
 """
 
 import json
@@ -25,6 +26,7 @@ from benchmarks.peers import table, works
 
 OURS = "meshwork"
 PEERS = {"keras": ("", "graph", "jax"), "torch": ("", "compile"), "flax": ("",)}  # and their variants
+WITHOUT = {"sample": "keras"}  # its recurrent networks have no call for one step
 RESULTS = Path(__file__).parent.parent / "results" / "peers.json"
 
 WORK = flags.DEFINE_list("work", list(works.WORKS), f"what to train: {', '.join(works.WORKS)}")
@@ -78,9 +80,10 @@ def main(_: list[str]) -> None:
             folder = Path(name)
             np.savez(folder / "arrays.npz", **works.make(work, images, text))  # pyright: ignore[reportArgumentType]
             (folder / "work.json").write_text(json.dumps(vars(work)))
-            if work.command:  # a user's second start finds the programs that the first compiled
+            if work.does == "command":  # a user's second start finds the programs that the first compiled
                 run(OURS, folder, 1)
-            rows += measure(work, chosen, folder, ROUNDS.value, EPOCHS.value)
+            peers = [peer for peer in chosen if not peer.startswith(WITHOUT.get(work.does, "-"))]
+            rows += measure(work, peers, folder, ROUNDS.value, EPOCHS.value)
         RESULTS.write_text(json.dumps(table.merged(RESULTS, rows), indent=1) + "\n")
     print(table.markdown(rows))
 

@@ -119,11 +119,63 @@ def _places(model: Any) -> list[Any]:
     return [p for layer in layers for p in (layer.kernel, layer.bias) if p is not None]
 
 
-def train(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs: int, clock: Clock) -> None:
-    """Trains for some epochs, and tells the clock."""
+def _loaded(work: works.Work, arrays: dict[str, np.ndarray]) -> tuple[Any, list[np.ndarray]]:
+    """The network with its initial weights, and the examples."""
     model, examples = _program(work, arrays)
     for place, weight in zip(_places(model), works.weights(arrays), strict=True):
         place[...] = jnp.asarray(weight)
+    return model, examples
+
+
+def evaluate(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs: int, clock: Clock) -> None:
+    """Evaluates the examples some times, and tells the clock."""
+    del variant
+    model, examples = _loaded(work, arrays)
+
+    @nnx.jit
+    def eval_step(model: Any, inputs: Any, targets: Any) -> jax.Array:
+        return optax.softmax_cross_entropy_with_integer_labels(model(inputs), targets).mean()
+
+    for _ in range(epochs):
+        losses, start = [], time.monotonic()
+        for first in range(0, len(examples[0]), work.batch_size):
+            losses.append(eval_step(model, *(x[first : first + work.batch_size] for x in examples)))
+        loss = float(jnp.stack(losses).mean())
+        clock.step()
+        clock.epoch(loss, time.monotonic() - start)
+
+
+def sample(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs: int, clock: Clock) -> None:
+    """Goes on from each example's first characters by the likeliest, and tells the clock."""
+    del variant
+    model, (inputs, _) = _loaded(work, arrays)
+
+    @nnx.jit
+    def prompt(model: Any, tokens: Any) -> tuple[Any, jax.Array]:
+        carry, outputs = model.lstm(model.embedding(tokens), return_carry=True)
+        return carry, model.logits(outputs[:, -1]).argmax(-1)
+
+    @nnx.jit
+    def step(model: Any, carry: Any, token: jax.Array) -> tuple[Any, jax.Array]:
+        carry, output = model.lstm.cell(carry, model.embedding(token))
+        return carry, model.logits(output).argmax(-1)
+
+    for _ in range(epochs):
+        start = time.monotonic()
+        carry, token = prompt(model, inputs[:, : works.PROMPT])
+        tokens = [token]
+        while len(tokens) < works.SEQUENCE:
+            carry, token = step(model, carry, token)
+            tokens.append(token)
+        mean = float(jnp.stack(tokens).mean())
+        clock.step()
+        clock.epoch(mean, time.monotonic() - start)
+
+
+def train(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs: int, clock: Clock) -> None:
+    """Trains for some epochs, and tells the clock."""
+    del variant
+    model, examples = _loaded(work, arrays)
     optimizer = nnx.Optimizer(model, optax.adam(works.LEARNING_RATE, eps=works.EPSILON), wrt=nnx.Param)
 
     def loss_fn(model: Any, *batch: Any) -> jax.Array:

@@ -110,8 +110,8 @@ def _program(work: works.Work, arrays: dict[str, np.ndarray]) -> tuple[keras.Mod
     return cnn() if work.network == "cnn" else _resnet(), [works.normalized(arrays), arrays["label"]]
 
 
-def train(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs: int, clock: Clock) -> None:
-    """Trains for some epochs, and tells the clock."""
+def _compiled(work: works.Work, arrays: dict[str, np.ndarray], variant: str) -> tuple[keras.Model, list[np.ndarray]]:
+    """The network with its initial weights, ready to be trained, and the examples."""
     if work.dtype == "bfloat16":
         keras.mixed_precision.set_global_policy("mixed_bfloat16")
     model, examples = _program(work, arrays)
@@ -120,8 +120,24 @@ def train(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs:
     loss = None if work.network == "vae" else keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     optimizer = keras.optimizers.Adam(works.LEARNING_RATE, epsilon=works.EPSILON)
     model.compile(optimizer=optimizer, loss=loss, jit_compile=False if variant == "graph" else "auto")
+    return model, examples
+
+
+def train(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs: int, clock: Clock) -> None:
+    """Trains for some epochs, and tells the clock."""
+    model, examples = _compiled(work, arrays, variant)
     options = {"batch_size": work.batch_size, "epochs": epochs, "shuffle": False, "verbose": 0}
     model.fit(*examples, callbacks=[_Times(clock)], **options)
+
+
+def evaluate(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs: int, clock: Clock) -> None:
+    """Evaluates the examples some times, and tells the clock."""
+    model, examples = _compiled(work, arrays, variant)
+    for _ in range(epochs):
+        start = time.monotonic()
+        loss = model.evaluate(*examples, batch_size=work.batch_size, verbose=0)
+        clock.step()
+        clock.epoch(float(loss), time.monotonic() - start)
 
 
 def _in_order(model: keras.Model, weights: works.Arrays) -> works.Arrays:

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from experiments.mnist_vae import MnistVAEConfig
 from research import app, optimizers, sharding
 from research.config import CNNConfig, Config, OptimizerConfig, RNNConfig, VAEConfig
 from research.data.sources import Dataset
+from research.models import rnn
+from research.tasks.generation import generate
 from research.tasks.task import Task
 from research.training import Training
 
@@ -76,12 +79,11 @@ def _dataset(work: works.Work, arrays: dict[str, np.ndarray]) -> Dataset:
         images = arrays["image"]
         train = {"image": images, "label": arrays.get("label", np.zeros(len(images))).astype(np.int32)}
         labels = tuple(map(str, range(10)))
-    test = {name: array[: work.batch_size] for name, array in train.items()}
+    test = {name: array if work.does == "evaluate" else array[: work.batch_size] for name, array in train.items()}
     return Dataset(work.network, labels, train, None, test, shuffle=False)
 
 
-def train(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs: int, clock: Clock) -> None:
-    """Trains for some epochs, and tells the clock."""
+def _training(work: works.Work, arrays: dict[str, np.ndarray], epochs: int) -> Training:
     config, make_task = _config(work, epochs)
     optimizers.resolve(config.optimizer)
     dataset = _dataset(work, arrays)
@@ -96,7 +98,14 @@ def train(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs:
         return model
 
     with jax.set_mesh(mesh):
-        training = Training(config, dataclasses.replace(original, network=network), dataset, mesh)
+        return Training(config, dataclasses.replace(original, network=network), dataset, mesh)
+
+
+def train(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs: int, clock: Clock) -> None:
+    """Trains for some epochs, and tells the clock."""
+    del variant
+    training = _training(work, arrays, epochs)
+    with jax.set_mesh(training.mesh):
         training.compile(train=True)
         seconds, previous = 0.0, 0
         for end in training.ends:
@@ -108,8 +117,39 @@ def train(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs:
             seconds, previous = training.progress.train_seconds, end
 
 
-def command(epochs: int, clock: Clock) -> None:
+def evaluate(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs: int, clock: Clock) -> None:
+    """Evaluates the examples some times, and tells the clock."""
+    del variant
+    training = _training(work, arrays, 1)
+    with jax.set_mesh(training.mesh):
+        training.compile(train=False)
+        for _ in range(epochs):
+            start = time.monotonic()
+            loss = training.evaluate()["test_loss"]
+            clock.step()
+            clock.epoch(loss, time.monotonic() - start)
+
+
+def sample(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs: int, clock: Clock) -> None:
+    """Goes on from each example's first characters by the likeliest, and tells the clock."""
+    del variant
+    training = _training(work, arrays, 1)
+    predict, model_config = training.predictor(), training.config.model  # pyright: ignore[reportAttributeAccessIssue]
+
+    def texts(model: nnx.Module, batch: Any, key: jax.Array) -> jax.Array:
+        carry = rnn.initial_carry(model_config, work.batch_size)
+        return generate(model, batch["prompt"], carry, key, length=works.SEQUENCE, temperature=0, top_p=1)
+
+    for _ in range(epochs):
+        start = time.monotonic()
+        tokens = predict(texts, {"prompt": arrays["tokens"][:, : works.PROMPT].astype(np.int32)})
+        clock.step()
+        clock.epoch(float(tokens.mean()), time.monotonic() - start)
+
+
+def command(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs: int, clock: Clock) -> None:
     """`python -m experiments.cifar_cnn --config=paper`, and tells the clock."""
+    del work, arrays, variant
     dispatches = Training.dispatches
 
     def timed(self: Training, end: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:

@@ -16,11 +16,9 @@ def main(peer: str, folder: str, epochs: str, began: str) -> None:
     work = Work(**json.loads((Path(folder) / "work.json").read_text()))
     clock = Clock(float(began))
     module = importlib.import_module(f"benchmarks.peers.{name}_peer")
-    if work.command and hasattr(module, "command"):
-        module.command(int(epochs), clock)
-    else:
-        with np.load(Path(folder) / "arrays.npz") as arrays:
-            module.train(work, dict(arrays), variant, int(epochs), clock)
+    does = getattr(module, work.does, module.train)
+    with np.load(Path(folder) / "arrays.npz") as arrays:
+        does(work, dict(arrays), variant, int(epochs), clock)
     print(json.dumps(clock.report()))
 
 

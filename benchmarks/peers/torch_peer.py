@@ -118,6 +118,44 @@ def _program(work: works.Work, arrays: dict[str, np.ndarray]) -> tuple[nn.Module
     return network, [pixels, labels], lambda network, x, labels: F.cross_entropy(network(x).float(), labels)
 
 
+def evaluate(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs: int, clock: Clock) -> None:
+    """Evaluates the examples some times, and tells the clock."""
+    network, examples, loss_of = _program(work, arrays)
+    _load(network, works.weights(arrays))
+    called = torch.compile(network.eval()) if variant == "compile" else network.eval()
+    for _ in range(epochs):
+        losses, start = [], time.monotonic()
+        with torch.inference_mode():
+            for batch in zip(*(x.split(work.batch_size) for x in examples)):
+                losses.append(loss_of(called, *batch))
+                clock.step()
+        clock.epoch(torch.stack(losses).mean().item(), time.monotonic() - start)
+
+
+def sample(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs: int, clock: Clock) -> None:
+    """Goes on from each example's first characters by the likeliest, and tells the clock."""
+    network, (examples,), _ = _program(work, arrays)
+    assert isinstance(network, LSTM)
+    _load(network, works.weights(arrays))
+
+    def step(tokens, state):
+        outputs, state = network.lstm(network.embedding(tokens), state)
+        return network.logits(outputs[:, -1]).argmax(-1), state
+
+    called = torch.compile(step) if variant == "compile" else step
+    for _ in range(epochs):
+        start = time.monotonic()
+        with torch.inference_mode():
+            token, state = step(examples[:, : works.PROMPT], None)
+            tokens = [token]
+            while len(tokens) < works.SEQUENCE:
+                token, state = called(token[:, None], state)
+                tokens.append(token)
+            mean = torch.stack(tokens).double().mean().item()
+        clock.step()
+        clock.epoch(mean, time.monotonic() - start)
+
+
 def train(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs: int, clock: Clock) -> None:
     """Trains for some epochs, and tells the clock."""
     network, examples, loss_of = _program(work, arrays)

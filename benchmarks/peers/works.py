@@ -16,13 +16,14 @@ Arrays = list[np.ndarray]
 
 RESNET_GROUPS = ((64, 1), (128, 2), (256, 2), (512, 2))  # channels, stride of the first of the group's two blocks
 VAE_LATENTS = 50
+PROMPT = 8  # characters of an example that sampling goes on from
 LEARNING_RATE, EPSILON = 0.001, 1e-8  # of Adam, in every work
 SEQUENCE = 128
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """One thing to be trained.
+    """One thing to be done.
 
     Attributes:
       network: "cnn" (the paper's), "resnet" (ResNet-18 for CIFAR), "lstm" (a language model), "vae" (dense).
@@ -31,8 +32,10 @@ class Work:
       dtype: of the computation.
       width: LSTM units.
       tolerance: by how much the mean losses of the first epoch may differ, as a part of them.
-      command: whether this project's part is its command, on the whole data set: with its record, checkpoints,
-        evaluation, order and initialisation, and the programs that an earlier run compiled.
+      does: "train"; "evaluate", every epoch being a pass over the examples; "sample": every epoch each of the
+        examples' first characters is gone on from by SEQUENCE of the likeliest; or "command": the peers train, and
+        this project's part is its command, on the whole data set, with its record, checkpoints, evaluation, order and
+        initialisation, and the programs that an earlier run compiled.
     """
 
     network: str
@@ -41,13 +44,13 @@ class Work:
     dtype: str = "float32"
     width: int = 0
     tolerance: float = 0.01
-    command: bool = False
+    does: str = "train"
 
     @property
     def name(self) -> str:
         """As in the table."""
-        if self.command:
-            return "startup"
+        if self.does != "train":
+            return {"command": "startup", "evaluate": "evaluation", "sample": "sampling"}[self.does]
         return f"{self.network} {self.width}" if self.width else self.network
 
     @property
@@ -73,7 +76,9 @@ WORKS = {
     # Bits and latents are drawn by each library's own generator.
     "vae": (Work("vae", 128, 300, tolerance=0.02),),
     "resnet": (Work("resnet", 128, 2, tolerance=0.02),),
-    "startup": (Work("cnn", 32, 1562, tolerance=0.05, command=True),),
+    "evaluation": (Work("cnn", 512, 50, does="evaluate"),),
+    "sampling": (Work("lstm", 64, 1, width=256, does="sample"),),
+    "startup": (Work("cnn", 32, 1562, tolerance=0.05, does="command"),),
 }
 
 

@@ -111,7 +111,7 @@ class TrainBatches(_Split):
         super().__init__(arrays, mesh, resident=resident)
         self._seed = config.seed if shuffle else None
         self._batch_size = config.batch_size
-        self._microbatch_size = config.microbatch_size or config.batch_size
+        self._microbatch_size = config.examples_at_once
         self._capacity = capacity
         self._steps = self._iterate(start)
 
@@ -153,7 +153,7 @@ class EvalBatches(_Split):
 
     def __init__(self, arrays: Arrays, config: Config, mesh: Mesh, *, resident: bool):
         super().__init__(arrays, mesh, resident=resident)
-        self._batch_size = config.microbatch_size or config.batch_size
+        self._batch_size = config.examples_at_once
         self._batches_per_dispatch = -(-self.num_examples // self._batch_size) if resident else 1
 
     def __iter__(self) -> Iterator[dict[str, jax.Array]]:

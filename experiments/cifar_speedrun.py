@@ -1,0 +1,146 @@
+"""How soon a network reaches its accuracy on CIFAR-10: many runs, timed from the first train step to the test accuracy.
+
+python -m experiments.cifar_speedrun                    the airbench network, whole, for an accelerator: 20 runs
+python -m experiments.cifar_speedrun --config=quick     the paper's network in two epochs, for a CPU: 5 runs
+
+Run i has the seed `seed` + i. Compiling is timed apart (Jordan 2024, arXiv 2404.00498, section 2, does so too); the
+last evaluation counts. The record is speedrun.json, which is
+written anew after every run.
+"""
+
+import dataclasses
+import json
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments import cifar_cnn
+from experiments.cifar_cnn import CifarConfig
+from research import app, storage
+from research.config import CNNConfig, OptimizerConfig, option
+from research.data.sources import Dataset
+from research.errors import UserError
+from research.signals import Signals, StoppedError
+from research.workdir import Workdir
+
+
+@dataclasses.dataclass
+class SpeedrunConfig(CifarConfig):
+    """Image classification, again and again."""
+
+    num_runs: int = option(20, "runs, each of another seed", minimum=1)
+
+
+def airbench94() -> SpeedrunConfig:
+    """The airbench network, bfloat16, in eight epochs of batches of 2,000 (Jordan 2024, section 3)."""
+    return SpeedrunConfig(
+        num_epochs=8,
+        batch_size=2000,
+        optimizer=OptimizerConfig(name="muon", learning_rate=0.1, weight_decay=0.2, schedule="linear", warmup=0.2),
+        label_smoothing=0.2,
+        mirror=True,
+        model=CNNConfig(name="airbench", dtype="bfloat16"),
+        augment=cifar_cnn.airbench().augment,
+    )
+
+
+def quick() -> SpeedrunConfig:
+    """`experiments.cifar_cnn --config=quick`, five times."""
+    return SpeedrunConfig(**vars(cifar_cnn.quick()), num_runs=5)
+
+
+def run(experiment: app.Experiment, argv: Sequence[str], signals: Signals) -> dict[str, Any]:
+    """Makes the runs as the arguments say.
+
+    Returns:
+      What speedrun.json holds.
+
+    Raises:
+      UserError: bad input, found before the first run.
+      StoppedError: a signal came; speedrun.json has the runs that were finished.
+    """
+    # Imported here so that --help and a misspelt flag answer at once.
+    from research import compilation_cache, optimizers, sharding
+    from research.data import sources
+
+    command = app.parse(experiment, argv)
+    config: Any = command.config
+    path = command.workdir / "speedrun.json"
+    if command.mode != "train" or command.reproduces:
+        raise UserError("a speedrun always starts anew: leave out --mode and --reproduce")
+    if path.exists() or command.earlier:
+        raise UserError(f"--workdir={command.workdir} holds another run: give a folder of its own")
+    compilation_cache.enable()
+    optimizers.resolve(config.optimizer)
+    mesh = sharding.make_mesh(config)
+    with Workdir(command.workdir):
+        dataset = sources.load(config.dataset)
+        config.dataset.name = dataset.name
+        runs: list[dict[str, Any]] = []
+        for number in range(config.num_runs):
+            seeded = dataclasses.replace(config, seed=config.seed + number)
+            runs.append(_run(seeded, dataset, mesh, command.workdir, signals))
+            print(f"run {number + 1}/{config.num_runs}  {_line(runs[-1])}", flush=True)
+            summary = _summary(runs) | {"device_kind": mesh.devices.flat[0].device_kind, "device_count": mesh.size}
+            summary |= {"config": dataclasses.asdict(config), "runs": runs}
+            storage.replace(path, (json.dumps(summary, indent=2) + "\n").encode())
+    print(_last_lines(summary, path))
+    return summary
+
+
+def _run(config: SpeedrunConfig, dataset: Dataset, mesh: Any, workdir: Path, signals: Signals) -> dict[str, Any]:
+    """One run, which leaves nothing on disk: its seed, accuracies and times."""
+    import jax
+
+    from research.training import Training
+    from research.writer import Writer
+
+    training = Training(config, cifar_cnn.make_task(config, dataset), dataset, mesh)
+    training.signals = signals
+    end = training.ends[-1]
+    with jax.set_mesh(mesh), Writer(workdir, end, active=jax.process_index() == 0) as writer:
+        compile_seconds = training.compile(train=True)
+        with signals.deferred():
+            start = time.monotonic()
+            for step, values in training.dispatches(end):
+                speed = step * config.batch_size / (time.monotonic() - start)
+                writer.progress(step, float(values["loss"].mean()), speed)
+            if signals.received:
+                raise StoppedError(f"stopped by {signals.received.name}: earlier runs are kept", signals.received)
+            results = training.evaluate()
+            seconds = time.monotonic() - start
+    return {"seed": config.seed, **results, "seconds": seconds, "compile_seconds": compile_seconds}
+
+
+def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    accuracies = [run["test_accuracy"] for run in runs]
+    return {
+        "num_runs": len(runs),
+        "accuracy_mean": statistics.mean(accuracies),
+        "accuracy_std": statistics.stdev(accuracies) if len(runs) > 1 else 0.0,
+        "seconds_median": statistics.median(run["seconds"] for run in runs),
+    }
+
+
+def _line(run: dict[str, Any]) -> str:
+    return f"test accuracy {run['test_accuracy']:.4f} after {run['seconds']:.2f} s"
+
+
+def _last_lines(summary: dict[str, Any], path: Path) -> str:
+    error = summary["accuracy_std"] / math.sqrt(summary["num_runs"])
+    return (
+        f"{summary['num_runs']} runs: test accuracy {summary['accuracy_mean']:.4f} (standard deviation "
+        f"{summary['accuracy_std']:.4f}, standard error {error:.4f}) after {summary['seconds_median']:.2f} s (median), "
+        f"{summary['device_count']} {summary['device_kind']}\n  record: {path}"
+    )
+
+
+EXPERIMENT = app.Experiment(
+    "cifar_speedrun", str(__doc__), {"airbench94": airbench94, "quick": quick}, cifar_cnn.make_task
+)
+
+if __name__ == "__main__":
+    app.main(EXPERIMENT, run=run)

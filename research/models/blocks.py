@@ -1,4 +1,4 @@
-"""The layers that the convolutional networks are made of, each built in its network's one style."""
+"""The layers that networks are made of; `Style` builds those of one network alike."""
 
 import dataclasses
 import math
@@ -23,6 +23,15 @@ class Bias(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return bias_add(x, self.bias[...].astype(x.dtype))
+
+
+class Linear(nnx.Linear):
+    """A dense layer; the bias's gradient is a product, as `bias_add` has it."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel, dtype = self.kernel[...], self.dtype or x.dtype
+        y = x.astype(dtype) @ kernel.astype(dtype)
+        return y if self.bias is None else bias_add(y, self.bias[...].astype(dtype))
 
 
 class Norm(nnx.Module):
@@ -88,10 +97,10 @@ class Style:
             rngs=self.rngs,
         )
 
-    def linear(self, inputs: int, outputs: int, *, use_bias: bool = True) -> nnx.Linear:
+    def linear(self, inputs: int, outputs: int, *, use_bias: bool = True) -> Linear:
         """A dense layer."""
         options = {"use_bias": use_bias, "dtype": self.dtype, "kernel_init": self.linear_init}
-        return nnx.Linear(inputs, outputs, rngs=self.rngs, **options)
+        return Linear(inputs, outputs, rngs=self.rngs, **options)
 
     def normalization(self, features: int) -> Norm:
         """The network's normalisation."""

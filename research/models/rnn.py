@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 from research.config import RNNConfig
 from research.layers import recurrence
 from research.layers.linear_recurrence import SEQUENCE, linear_recurrence
+from research.models.blocks import Linear
 from research.sharding import BATCH_AXES
 
 Carry = tuple[recurrence.State, ...]  # of every layer, float32 [b, units] each
@@ -105,8 +106,8 @@ def _over_time(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(SEQUENCE, BATCH_AXES))
 
 
-def _linear(inputs: int, outputs: int, config: RNNConfig, rngs: nnx.Rngs, *, use_bias: bool = True) -> nnx.Linear:
-    return nnx.Linear(inputs, outputs, use_bias=use_bias, dtype=jnp.dtype(config.dtype), rngs=rngs)
+def _linear(inputs: int, outputs: int, config: RNNConfig, rngs: nnx.Rngs, *, use_bias: bool = True) -> Linear:
+    return Linear(inputs, outputs, use_bias=use_bias, dtype=jnp.dtype(config.dtype), rngs=rngs)
 
 
 class Recurrent(nnx.Module):

@@ -19,6 +19,7 @@ from flax import nnx
 
 from research.config import VAEConfig
 from research.errors import UserError
+from research.layers.bias import bias_add
 from research.models.blocks import GLOROT, Style
 
 _ACTIVATIONS = {"tanh": jnp.tanh, "relu": nnx.relu, "silu": nnx.silu, "gelu": nnx.gelu}
@@ -70,7 +71,7 @@ class VAE(nnx.Module):
         For a gaussian likelihood [..., 2*h*w*c]: all the means, for pixels in 0..1, then all the log variances.
         """
         flat = self.decoder(latents.reshape(-1, latents.shape[-1]))
-        return flat.reshape(*latents.shape[:-1], -1).astype(jnp.float32) + self.bias[...]
+        return bias_add(flat.reshape(*latents.shape[:-1], -1).astype(jnp.float32), self.bias[...])
 
 
 class _DenseEncoder(nnx.Module):

@@ -8,6 +8,7 @@ on the devices, and are the same for any sharding: a checkpoint can be restored 
 
 import json
 import logging
+import sys
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -32,6 +33,17 @@ _LOOKS = 5  # at checkpoints that a run is deleting meanwhile
 
 # Orbax's background thread logs, with its traceback, an error that it raises at the next save as well.
 logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
+
+_unraisable = sys.unraisablehook
+
+
+def _except_late(found: Any) -> None:
+    """Leaves out what TensorStore's threads print when the first of several failed writes has closed Orbax's loop."""
+    if not (isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"):
+        _unraisable(found)
+
+
+sys.unraisablehook = _except_late
 
 
 class _DamagedError(Exception):

@@ -1,6 +1,8 @@
 """Checkpoints: exact, on any mesh, and never something else than what was saved."""
 
 import shutil
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -196,3 +198,11 @@ def test_another_dtype_or_shape_is_never_cast(tmp_path):
 def test_the_newest_and_the_best_are_kept(best, kept, tmp_path):
     _save(tmp_path, *(_state(step) for step in range(1, 6)), best=best)
     assert {int(path.name) for path in (tmp_path / "checkpoints").iterdir()} == kept
+
+
+def test_only_writes_that_end_after_the_first_that_failed_print_nothing(monkeypatch):
+    seen = []
+    monkeypatch.setattr(checkpoint, "_unraisable", lambda found: seen.append(str(found.exc_value)))
+    for error in (RuntimeError("Event loop is closed"), RuntimeError("another")):
+        sys.unraisablehook(types.SimpleNamespace(exc_type=RuntimeError, exc_value=error))
+    assert seen == ["another"]

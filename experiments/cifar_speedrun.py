@@ -1,11 +1,10 @@
 """How soon a network reaches its accuracy on CIFAR-10: many runs, timed from the first train step to the test accuracy.
 
 python -m experiments.cifar_speedrun                    the airbench network, whole, for an accelerator: 20 runs
-python -m experiments.cifar_speedrun --config=quick     the paper's network in two epochs, for a CPU: 5 runs
+python -m experiments.cifar_speedrun --config=quick     the paper's network in one epoch, for a CPU: 5 runs
 
 Run i has the seed `seed` + i. Compiling is timed apart (Jordan 2024, arXiv 2404.00498, section 2, does so too); the
-last evaluation counts. The record is speedrun.json, which is
-written anew after every run.
+last evaluation counts. The record is speedrun.json, written anew after every run.
 """
 
 import dataclasses

@@ -90,7 +90,7 @@ class Steps:
         ema_params = state.ema_params
         if ema_params is not None:
             ema_params = optimizers.update_ema(ema_params, params, self._ema_decay, state.step)
-        metrics = {**metrics, "grad_norm": optax.tree.norm(grads)}
+        metrics = {**metrics, "grad_norm": optimizers.global_norm(grads)}
         return TrainState(state.step + 1, params, model_state, carry, opt_state, ema_params), metrics
 
     def train_steps(

@@ -243,3 +243,10 @@ def test_the_average_is_that_of_the_recursion():
 def test_a_field_that_would_be_ignored_is_an_error(fields, words):
     with pytest.raises(UserError, match=words):
         optimizers.resolve(OptimizerConfig(**fields))
+
+
+def test_the_global_norm_is_that_of_numpy():
+    rng = np.random.default_rng(0)
+    tree = [rng.normal(size=shape).astype(np.float32) for shape in ((), (7,), (30, 40), (3, 3, 8, 16))]
+    expected = np.linalg.norm(np.concatenate([x.astype(np.float64).ravel() for x in tree]))
+    np.testing.assert_allclose(optimizers.global_norm(tree), expected, rtol=1e-6)

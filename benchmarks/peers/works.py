@@ -68,6 +68,8 @@ WORKS = {
         Work("cnn", 32, 400),
         Work("cnn", 128, 100),
         Work("cnn", 512, 25),
+    ),
+    "cnn_bfloat16": (
         # Rounding differs from library to library, and 8 bits of mantissa let it be seen.
         Work("cnn", 128, 100, "bfloat16", tolerance=0.03),
         Work("cnn", 512, 25, "bfloat16", tolerance=0.03),

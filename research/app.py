@@ -1,9 +1,10 @@
 """What an experiment calls: its command line -> data, mesh -> `train_and_evaluate` -> the summary on the terminal."""
 
+import contextlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from research import config as config_lib
 from research.command import Command, Experiment, parse
@@ -14,6 +15,9 @@ from research.signals import Signals
 from research.tasks.task import Task
 from research.terminal import lasting_output
 from research.workdir import Workdir, read_json
+
+if TYPE_CHECKING:
+    from research.training import Training
 
 __all__ = ["Experiment", "main", "parse", "run"]
 
@@ -28,12 +32,17 @@ def run(experiment: Experiment, argv: Sequence[str], signals: Signals | None = N
       UserError: bad input, found before training starts; no folder is left behind.
     """
     # Imported here so that --help and a misspelt flag answer at once.
-    from research import compilation_cache, optimizers, sharding, train
+    from research import compilation_cache, distributed, optimizers, sharding, train
 
     command = parse(experiment, argv)
     compilation_cache.enable()
     config, workdir = command.config, command.workdir
     optimizers.resolve(config.optimizer)
+    distributed.join(config.distributed)
+    if signals:
+        signals.spreads = distributed.is_several()
+    if distributed.is_several() and not command.workdir_given:
+        raise UserError("several processes make one record: give all of them the same --workdir")
     mesh = sharding.make_mesh(config)
     if command.mode == "eval":
         return _evaluate(experiment, command, mesh)
@@ -41,25 +50,35 @@ def run(experiment: Experiment, argv: Sequence[str], signals: Signals | None = N
         return _sample(experiment, command, mesh)
     if command.earlier is None and (workdir / "metrics.jsonl").exists():
         raise UserError(f"--workdir={workdir} holds a metrics.jsonl without its config.json: give a folder of its own")
-    with Workdir(workdir):
-        dataset, task = _load(experiment, config)
+    with Workdir(workdir) if distributed.is_first() else contextlib.nullcontext():
+        distributed.wait("the first process has claimed the workdir")
+        with distributed.first_process_first("the data set is on disk"):
+            dataset, task = _load(experiment, config)
         config.dataset.name = dataset.name
         if command.earlier:
             config_lib.check_resumes(config, command.earlier, str(workdir))
-        print(_first_line(experiment, dataset, mesh), flush=True)
+        _say(_first_line(experiment, dataset, mesh))
         finished = read_json(workdir / "summary.json")
         if finished and finished["num_epochs"] >= config.num_epochs:
-            print(f"the run in {workdir} is finished: evaluating it; a larger --config.num_epochs trains it further")
+            _say(f"the run in {workdir} is finished: evaluating it; a larger --config.num_epochs trains it further")
             return _evaluate(experiment, command, mesh)
         if command.reproduces:
-            print(_differences(command.reproduces, train.versions() | _hardware(mesh)), flush=True)
+            _say(_differences(command.reproduces, train.versions() | _hardware(mesh)))
         arguments = (experiment.name, config, task, dataset, mesh, workdir)
         _, summary = train.train_and_evaluate(*arguments, signals=signals)
-    print(_last_lines(summary, workdir))
+    _say(_last_lines(summary, workdir))
     if command.reproduces:
         figures = {n: v for n, v in summary.items() if n.startswith(("train_", "test_")) and n != "train_seconds"}
-        print(_differences(command.reproduces, figures))
+        _say(_differences(command.reproduces, figures))
     return summary
+
+
+def _say(text: str) -> None:
+    """Prints it, once however many processes there are."""
+    from research import distributed
+
+    if distributed.is_first():
+        print(text, flush=True)
 
 
 def _load(experiment: Experiment, config: Config) -> tuple[sources.Dataset, Task]:
@@ -67,23 +86,31 @@ def _load(experiment: Experiment, config: Config) -> tuple[sources.Dataset, Task
     return dataset, experiment.make_task(config, dataset)
 
 
-def _evaluate(experiment: Experiment, command: Command, mesh: Any) -> dict[str, Any]:
+def _restored(experiment: Experiment, command: Command, mesh: Any) -> "Training":
+    """The run in the workdir, at its newest checkpoint."""
     from research import train
 
     dataset, task = _load(experiment, command.config)
-    training = train.restore(command.config, task, dataset, mesh, command.workdir)
+    return train.restore(command.config, task, dataset, mesh, command.workdir)
+
+
+def _evaluate(experiment: Experiment, command: Command, mesh: Any) -> dict[str, Any]:
+    from research import train
+
+    training = _restored(experiment, command, mesh)
     step, results = training.progress.step, train.evaluate(training)
-    print(f"{experiment.name} on {dataset.name}, step {step:,}: {_figures(results)}")
+    _say(f"{experiment.name} on {training.dataset.name}, step {step:,}: {_figures(results)}")
     return {"step": step, **results}
 
 
 def _sample(experiment: Experiment, command: Command, mesh: Any) -> dict[str, Any]:
-    from research import train
+    from research import distributed
 
-    dataset, task = _load(experiment, command.config)
-    training = train.restore(command.config, task, dataset, mesh, command.workdir)
+    if distributed.is_several():
+        raise UserError("--mode=sample is for one process: start it without a launcher")
+    training = _restored(experiment, command, mesh)
     assert experiment.sample is not None
-    experiment.sample(training.predictor(), command.config, dataset, command.options, command.workdir)
+    experiment.sample(training.predictor(), command.config, training.dataset, command.options, command.workdir)
     return {"step": training.progress.step}
 
 

@@ -65,6 +65,7 @@ class Command:
     Attributes:
       config: checked, not yet resolved.
       workdir: the folder of the record.
+      workdir_given: whether it was named, not made up of the time.
       mode: "train", "eval" or "sample".
       options: of the mode "sample".
       earlier: the config of the run that `workdir` holds, or None.
@@ -73,13 +74,14 @@ class Command:
 
     config: Config
     workdir: Path
+    workdir_given: bool
     mode: str
     options: Any
     earlier: Config | None
     reproduces: dict[str, Any] | None
 
 
-_DEFINE: dict[Any, Callable[..., Any]] = {
+DEFINE: dict[Any, Callable[..., Any]] = {
     int: flags.DEFINE_integer,
     float: flags.DEFINE_float,
     float | None: flags.DEFINE_float,
@@ -99,7 +101,7 @@ def define_flags(experiment: Experiment) -> flags.FlagValues:
     flags.DEFINE_enum("config", names[0], names, "the preset to start from", flag_values=values)
     for prefix, options in _groups(experiment):
         for path, field, value in config_lib.walk(options, prefix):
-            _DEFINE[field.type](path, value, field.metadata["help"], flag_values=values)
+            DEFINE[field.type](path, value, field.metadata["help"], flag_values=values)
     return values
 
 
@@ -183,7 +185,8 @@ def parse(experiment: Experiment, argv: Sequence[str]) -> Command:
         if flag.present:
             config_lib.assign(config, path, flag.value)
     config_lib.check(config)
-    return Command(config, workdir, mode, _sample_options(experiment, values, mode), earlier, reproduces)
+    given = bool(values["workdir"].value)
+    return Command(config, workdir, given, mode, _sample_options(experiment, values, mode), earlier, reproduces)
 
 
 def _sample_options(experiment: Experiment, values: flags.FlagValues, mode: str) -> Any:

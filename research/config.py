@@ -132,6 +132,18 @@ class MeshConfig:
 
 
 @dataclasses.dataclass
+class DistributedConfig:
+    """How the processes of one run find each other (`research.distributed`)."""
+
+    start: str = option(
+        "auto",
+        "join other processes: where the environment names them (auto), always (as on Cloud TPU), or never",
+        choices=("auto", "always", "never"),
+    )
+    timeout: int = option(300, "seconds to wait for a process that is missing or silent", minimum=1)
+
+
+@dataclasses.dataclass
 class Config:
     """What every experiment has; an experiment's own config extends it."""
 
@@ -157,6 +169,7 @@ class Config:
     dataset: DatasetConfig = dataclasses.field(default_factory=DatasetConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
 
     @property
     def examples_at_once(self) -> int:
@@ -219,6 +232,8 @@ _FREE = (
     "mesh.fsdp",
     "mesh.sequence",
     "mesh.model",
+    "distributed.start",
+    "distributed.timeout",
 )
 
 

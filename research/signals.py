@@ -1,5 +1,6 @@
 """SIGTERM and SIGINT: a run stops between two dispatches, with a checkpoint; before training it stops at once."""
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,17 +22,24 @@ class Signals:
 
     Attributes:
       received: the first signal that came while `deferred`, else None.
+      spreads: whether this is one of several processes, which stop together: while deferred a signal becomes SIGTERM,
+        for which jax itself then listens.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self.spreads = False
         self._defers = False
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         name = signal.Signals(number)
         if not self._defers or self.received:  # a second signal: somebody is in a hurry
             raise StoppedError(f"stopped by {name.name}", number)
-        self.received = name
+        if self.spreads:
+            self._defers = False
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            self.received = name
 
     @contextmanager
     def handled(self) -> Iterator["Signals"]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import signal
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from research import optimizers, sharding
+from research import distributed, optimizers, sharding
 from research.checkpoint import Checkpoints
 from research.config import Config
 from research.data.pipeline import EvalBatches, TrainBatches, epoch_ends, is_resident
@@ -23,6 +24,7 @@ from research.tasks.task import Task
 from research.writer import Writer
 
 _SECONDS_PER_DISPATCH = 0.5
+_MOST_AGREEMENTS = 8  # dispatches by which several processes find their pace
 _MOST_STEPS_PER_DISPATCH = {True: 512, False: 8}  # by whether the data set is resident: streamed batches take memory
 
 
@@ -33,9 +35,15 @@ class _Pace:
         most = config.steps_per_dispatch or _MOST_STEPS_PER_DISPATCH[resident]
         self.capacity = min(most, steps_per_epoch)
         self._adapts = not config.steps_per_dispatch
+        self._agreements = _MOST_AGREEMENTS
         self.steps = 1 if self._adapts else self.capacity
 
     def measured(self, num_steps: int, seconds: float) -> None:
+        if distributed.is_several():
+            # All processes must dispatch alike, so they go by the first one's clock; once it is known, nobody waits.
+            self._adapts = self._adapts and self._agreements > 0
+            self._agreements -= 1
+            seconds = distributed.from_first(seconds) if self._adapts else seconds
         if self._adapts:
             self.steps = max(1, min(self.capacity, int(_SECONDS_PER_DISPATCH * num_steps / seconds)))
 
@@ -106,6 +114,7 @@ class Training:
         self._overlap = mesh.devices.flat[0].platform != "cpu"
         self.signals = Signals()
         self.progress = Progress()
+        self._calls = 0
 
     def restore(self, checkpoints: Checkpoints) -> bool:
         """Goes to the newest checkpoint; False: there is none."""
@@ -164,7 +173,7 @@ class Training:
         seed = np.uint32(self.config.seed)
         issued = self.progress.step
         last = time.monotonic()
-        while (more := issued < end and not self.signals.received) or pending:
+        while (more := issued < end and not self._stops()) or pending:
             if more:
                 count = min(self._pace.steps, end - issued)
                 inputs = self._batches.take(count)
@@ -182,6 +191,13 @@ class Training:
             yield step, values
             # What the devices did meanwhile counts; where they were idle, this pause is not training.
             last = now if pending else time.monotonic()
+
+    def _stops(self) -> bool:
+        """Whether the run is to stop before the next dispatch; several processes agree on which that is."""
+        self._calls += 1
+        if distributed.asked_to_stop(self._calls):
+            self.signals.received = signal.SIGTERM
+        return bool(self.signals.received)
 
     def train_epoch(self, writer: Writer, checkpoints: Checkpoints) -> dict[str, float]:
         """Trains to the end of the epoch; returns the means of the metrics over its steps.

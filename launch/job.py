@@ -1,0 +1,111 @@
+"""What all launchers do first: their own flags, the experiment's, and a check of both before anything starts.
+
+    python -m launch.WHERE experiments.WHAT [flags of WHERE] [flags of WHAT]
+
+A flag that WHERE does not have is the experiment's.
+"""
+
+import dataclasses
+import importlib
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import flags
+
+from research import command
+from research import config as config_lib
+from research.command import Experiment
+from research.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is to be launched.
+
+    Attributes:
+      module: "experiments.cifar_cnn".
+      experiment: what it defines as `EXPERIMENT`.
+      args: its flags, `--workdir` among them.
+      workdir: the folder of the record.
+      options: the launcher's own, of the dataclass that `parse` was given.
+    """
+
+    module: str
+    experiment: Experiment
+    args: tuple[str, ...]
+    workdir: str
+    options: Any
+
+    @property
+    def command(self) -> list[str]:
+        """Runs the experiment with this Python."""
+        return [sys.executable, "-m", self.module, *self.args]
+
+
+def parse(where: str, doc: str, options: Any, argv: Sequence[str]) -> Job:
+    """The job that a launcher's command line describes, checked.
+
+    Args:
+      where: the launcher's name, as in `python -m launch.<where>`.
+      doc: its docstring, which `--help` shows.
+      options: a dataclass of `research.config.option` fields with their defaults; each is a flag.
+      argv: the arguments.
+
+    Raises:
+      UserError: there is no such experiment, or a flag is misspelt or impossible.
+      SystemExit: after `--help`.
+    """
+    values = flags.FlagValues()
+    flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
+    flags.DEFINE_string("workdir", None, "folder of the record", flag_values=values)
+    for name, field, value in config_lib.walk(options):
+        command.DEFINE[field.type](name, value, field.metadata["help"], flag_values=values)
+    try:
+        rest = values([where, *argv], known_only=True)[1:]
+    except flags.Error as error:
+        raise UserError(str(error)) from None
+    if values["help"].value:
+        print(_help(where, doc, options))
+        raise SystemExit(0)
+    for name, _, _ in config_lib.walk(options):
+        config_lib.assign(options, name, values[name].value)
+    config_lib.check_fields(options, "--")
+    modules = [arg for arg in rest if not arg.startswith("-")]
+    if len(modules) != 1:
+        raise UserError(f"name one experiment, as in `python -m launch.{where} experiments.cifar_cnn`")
+    experiment = _experiment(modules[0])
+    workdir = values["workdir"].value or f"runs/{where}/{experiment.name}/{time.strftime('%Y-%m-%d-%H%M%S')}"
+    args = (*(arg for arg in rest if arg.startswith("-")), f"--workdir={workdir}")
+    command.parse(experiment, args)
+    return Job(modules[0], experiment, args, workdir, options)
+
+
+def _experiment(module: str) -> Experiment:
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise UserError(f"there is no {module} ({error}): name a module, as in experiments.cifar_cnn") from None
+    if not isinstance(experiment := getattr(found, "EXPERIMENT", None), Experiment):
+        raise UserError(f"{module} defines no EXPERIMENT, by which launchers know its flags")
+    return experiment
+
+
+def _help(where: str, doc: str, options: Any) -> str:
+    lines = [doc.strip(), "", f"  --workdir=DIR  folder of the record (default: runs/{where}/<what>/<date-time>)"]
+    for name, field, value in config_lib.walk(options):
+        shown = value if value or value == 0 else "empty"
+        lines += [f"  --{name}={field.type.__name__} (default: {shown})", f"      {field.metadata['help']}"]
+    return "\n".join(
+        [*lines, "", "All other flags are the experiment's: `python -m experiments.WHAT --help` lists them."]
+    )
+
+
+def main(run: Callable[[Sequence[str]], int]) -> None:
+    """A launcher's whole command: exits with what `run` returns, or says in one line what was wrong."""
+    try:
+        sys.exit(run(sys.argv[1:]))
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -64,7 +64,10 @@ class _Processes:
     def failed(self) -> tuple[int, int] | None:
         """(number, exit code) of a process that failed; one that a signal ended took the others with it."""
         codes = [(code, number) for number, process in enumerate(self._processes) if (code := process.poll())]
-        return min(codes)[::-1] if codes else None
+        if not codes:
+            return None
+        code, number = min(codes)
+        return number, code
 
     def running(self) -> bool:
         return any(process.poll() is None for process in self._processes)

@@ -148,8 +148,14 @@ def _last_lines(summary: dict[str, Any], workdir: Path) -> str:
         f"  {summary['examples_per_second']:,.0f} examples/s over {summary['train_seconds']:.1f} s of training "
         f"(compiling apart: {summary['compile_seconds']:.1f} s), "
         f"{_devices(summary['device_count'], summary['platform'])}\n"
+        f"{_noise(summary)}"
         f"  record: {workdir}"
     )
+
+
+def _noise(summary: dict[str, Any]) -> str:
+    size = summary.get("critical_batch_size")
+    return f"  critical batch size (gradient noise scale of the last epoch): {size:,.0f}\n" if size is not None else ""
 
 
 def main(

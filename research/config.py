@@ -11,7 +11,7 @@ from typing import Any
 
 from research.errors import UserError
 
-OPTIMIZERS = ("sgd", "momentum", "nesterov", "adagrad", "rmsprop", "adam", "adamw", "lion", "muon")
+OPTIMIZERS = ("sgd", "momentum", "nesterov", "adagrad", "rmsprop", "adam", "adamw", "lion", "muon", "lars", "lamb")
 SCHEDULES = ("constant", "cosine", "linear", "one_cycle", "step", "tripling")
 DTYPES = ("float32", "bfloat16")
 
@@ -104,6 +104,12 @@ class OptimizerConfig:
 
     name: str = option("nesterov", "update rule", choices=OPTIMIZERS)
     learning_rate: float | None = option(None, "peak learning rate; default: the rule's customary one", minimum=0)
+    batch_scaling: str = option(
+        "none",
+        "how the learning rate grows with the batch size over base_batch_size",
+        choices=("none", "linear", "sqrt"),
+    )
+    base_batch_size: int = option(256, "the batch size that learning_rate is for, with batch_scaling", minimum=1)
     momentum: float | None = option(
         None, "momentum (beta1 of Adam and Lion); default: the rule's own", minimum=0, below=1
     )

@@ -58,10 +58,9 @@ def join(config: DistributedConfig) -> None:
         "heartbeat_timeout_seconds": min(config.timeout, _MOST_SECONDS_SILENT),
         "shutdown_timeout_seconds": _SECONDS_TO_LEAVE,
     }
-    named = place(os.environ)
     if config.start == "never" or jax.distributed.is_initialized():
         return
-    if named:
+    if named := place(os.environ):
         address, count, index = named
         if count > 1:
             _meet(address, count, index, config.timeout)

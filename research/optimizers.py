@@ -4,6 +4,7 @@ Learning rate, momentum and weight decay are inputs of the step: they lie in the
 (`optax.inject_hyperparams`), so a sweep changes them without compiling again (`set_hyperparams`).
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -27,10 +28,13 @@ DEFAULTS: dict[str, tuple[float, float | None]] = {
     "adamw": (0.001, 0.9),
     "lion": (0.0001, 0.9),
     "muon": (0.015, 0.9),  # published as 0.02 and 0.95; these were better on the paper's network
+    "lars": (4.0, 0.9),
+    "lamb": (0.002, 0.9),
 }
-_DECOUPLED = ("adamw", "lion", "muon")
+_DECOUPLED = ("adamw", "lion", "muon", "lars", "lamb")  # decay the kernels themselves
 _ONE_CYCLE_WARMUP = 0.3
 _MUON_ADAM_FACTOR = 0.1  # biases and norms go by Nesterov's Adam, whose customary rate is a tenth of Muon's
+_LARS_TRUST = 0.001  # You et al.'s trust coefficient
 _DECAYING = ("cosine", "linear", "one_cycle")
 
 
@@ -38,17 +42,31 @@ def resolve(config: OptimizerConfig) -> None:
     """Fills in place what the config leaves to the rule, so that the record shows it.
 
     Raises:
-      UserError: a field is set that the rule or the schedule would ignore.
+      UserError: a field is set that the rule, the schedule or the scaling would ignore.
     """
     learning_rate, momentum = DEFAULTS[config.name]
     if config.momentum is not None and momentum is None:
         raise UserError(f"--config.optimizer.momentum: {config.name} has none; use momentum or nesterov")
     if config.end_factor and config.schedule not in _DECAYING:
         raise UserError(f"--config.optimizer.end_factor needs a schedule that uses it: {', '.join(_DECAYING)}")
+    if config.batch_scaling == "none" and config.base_batch_size != OptimizerConfig.base_batch_size:
+        raise UserError("--config.optimizer.base_batch_size needs --config.optimizer.batch_scaling=linear or sqrt")
     if config.learning_rate is None:
         config.learning_rate = learning_rate
     if config.momentum is None:
         config.momentum = momentum
+
+
+def scaled(config: OptimizerConfig, batch_size: int) -> OptimizerConfig:
+    """The same with the peak learning rate that `batch_scaling` gives a batch size.
+
+    In proportion to it (linear: Goyal et al. 2017, arXiv 1706.02677, section 2.1; for SGD and momentum, with a warm-up)
+    or to its square root (sqrt: Krizhevsky 2014, arXiv 1404.5997; for rules that divide by the gradient's size).
+    """
+    assert config.learning_rate is not None, "resolve fills it"
+    ratio = batch_size / config.base_batch_size
+    factor = {"none": 1.0, "linear": ratio, "sqrt": ratio**0.5}[config.batch_scaling]
+    return dataclasses.replace(config, learning_rate=config.learning_rate * factor)
 
 
 def unit_schedule(config: OptimizerConfig, num_train_steps: int) -> Callable[[Any], jax.Array]:
@@ -118,6 +136,18 @@ def _rule(name: str, rate: Any, momentum: Any, weight_decay: Any) -> optax.Gradi
         "adam": lambda: optax.adam(rate, b1=momentum),
         "adamw": lambda: optax.adamw(rate, b1=momentum, weight_decay=weight_decay, mask=_kernels),
         "lion": lambda: optax.lion(rate, b1=momentum, weight_decay=weight_decay, mask=_kernels),
+        # You et al. 2017, arXiv 1708.03888, equation 6. What is not scaled by its own norm, biases and norms, goes at
+        # the same small part of the rate.
+        "lars": lambda: optax.lars(
+            _LARS_TRUST * rate,
+            weight_decay,
+            _kernels,
+            trust_coefficient=1.0,
+            trust_ratio_mask=_kernels,
+            momentum=momentum,
+        ),
+        # You et al. 2020, arXiv 1904.00962, algorithm 2.
+        "lamb": lambda: optax.lamb(rate, b1=momentum, weight_decay=weight_decay, mask=_kernels),
         "muon": lambda: optax.contrib.muon(
             rate,
             beta=momentum,
@@ -133,8 +163,8 @@ def _rule(name: str, rate: Any, momentum: Any, weight_decay: Any) -> optax.Gradi
 def make_optimizer(config: OptimizerConfig, num_train_steps: int) -> optax.GradientTransformation:
     """The gradient's way to the update: clipping, weight decay, the rule, the schedule.
 
-    AdamW, Lion and Muon decay the kernels themselves (decoupled, as published); for the others weight decay adds
-    weight_decay * kernel to the gradient, as in PyTorch.
+    AdamW, Lion, Muon, LARS and LAMB decay the kernels themselves (decoupled, as published); for the others weight decay
+    adds weight_decay * kernel to the gradient, as in PyTorch.
 
     Args:
       config: resolved (`resolve`).

@@ -14,7 +14,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from research import optimizers, sharding
+from research import noise_scale, optimizers, sharding
 from research.state import TrainState
 from research.tasks.task import Batch, Metrics, Task
 
@@ -55,15 +55,20 @@ class Steps:
     def _gradients(
         self, state: TrainState, data: Batch, inputs: Batch, key: jax.Array
     ) -> tuple[Any, Any, tuple[Any, Metrics]]:
-        """(model_state, carry, (gradient, metrics)): the means over the microbatches, the leading axis of `inputs`."""
+        """(model_state, carry, (gradient, metrics)): the means over the microbatches, the leading axis of `inputs`.
+
+        Where there are several, "grad_square" is among the metrics: the squared norm of a microbatch's gradient.
+        """
+        count = inputs["index"].shape[0]
 
         def one(model_state: Any, carry: Any, batch_inputs: Batch, key: jax.Array) -> tuple[Any, Any, Any]:
             batch = {**fetch(data, batch_inputs), "step": state.step}
             gradient = jax.grad(self._loss, has_aux=True)
             grads, (model_state, carry, metrics) = gradient(state.params, model_state, carry, batch, key)
+            if count > 1:
+                metrics["grad_square"] = jnp.square(optimizers.global_norm(grads))
             return model_state, carry, (grads, metrics)
 
-        count = inputs["index"].shape[0]
         first_carry, first_inputs = jax.tree.map(lambda x: x[0], (state.carry, inputs))
         if count == 1:
             model_state, carry, means = one(state.model_state, first_carry, first_inputs, key)
@@ -90,7 +95,11 @@ class Steps:
         ema_params = state.ema_params
         if ema_params is not None:
             ema_params = optimizers.update_ema(ema_params, params, self._ema_decay, state.step)
-        metrics = {**metrics, "grad_norm": optimizers.global_norm(grads)}
+        metrics["grad_norm"] = optimizers.global_norm(grads)
+        if "grad_square" in metrics:
+            count, size = inputs["index"].shape
+            squares = metrics.pop("grad_square"), jnp.square(metrics["grad_norm"])
+            metrics |= noise_scale.moments(*squares, size, count * size)
         return TrainState(state.step + 1, params, model_state, carry, opt_state, ema_params), metrics
 
     def train_steps(

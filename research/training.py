@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from research import distributed, optimizers, sharding
+from research import distributed, noise_scale, optimizers, sharding
 from research.checkpoint import Checkpoints
 from research.config import Config
 from research.data.pipeline import EvalBatches, TrainBatches, epoch_ends, is_resident
@@ -105,8 +105,9 @@ class Training:
             for name, split in splits.items()
             if split is not None
         }
-        tx = optimizers.make_optimizer(config.optimizer, self.ends[-1])
-        self._rates = optimizers.learning_rates(config.optimizer, self.ends[-1])
+        scaled = optimizers.scaled(config.optimizer, config.batch_size)
+        tx = optimizers.make_optimizer(scaled, self.ends[-1])
+        self._rates = optimizers.learning_rates(scaled, self.ends[-1])
         self._graphdef, self.state = create_state(task, tx, config, mesh)
         self._steps = Steps(task, self._graphdef, tx, config.optimizer.ema_decay, mesh)
         # On a CPU nothing is gained by running ahead of the devices, and several dispatches in flight over several
@@ -227,7 +228,7 @@ class Training:
         """Evaluates, records the epoch's results, and saves a checkpoint."""
         progress = self.progress
         results = {f"train_{name}": value for name, value in self.task.summarize(means).items()}
-        progress.results = results | self.evaluate()
+        progress.results = results | noise_scale.critical_batch_size(means) | self.evaluate()
         progress.epoch, progress.sums = progress.epoch + 1, {}
         writer.scalars(progress.step, progress.epoch, progress.results)
         loss = progress.results.get("validation_loss")

@@ -128,6 +128,7 @@ OTHER = {
     "optimizer.end_factor": 0.5,
     "optimizer.clip_norm": 1.0,
     "optimizer.ema_decay": 0.5,
+    "optimizer.batch_scaling": "linear",
     "mesh.data": 1,
     "mesh.fsdp": 2,
     "mesh.model": 2,
@@ -145,6 +146,9 @@ OTHER = {
 ELSEWHERE = {  # and the fields whose effect another test shows
     "pictures_every_epochs": "test_train.py::test_pictures_every_epochs",
     "mesh.sequence": "test_char_rnn.py::test_eight_devices_with_time_over_four_of_them_record_what_one_does",
+    "optimizer.base_batch_size": "test_optimizers.py::test_the_rate_grows_with_the_batch",
+    "distributed.start": "test_distributed.py::test_start",
+    "distributed.timeout": "test_distributed.py::test_a_missing_process_is_named",
     "log_every_steps": "test_train.py::test_log_every_steps",
     "checkpoint_every_steps": "test_resume.py::test_checkpoints_within_an_epoch",
     "keep_checkpoints": "test_checkpoint.py::test_the_newest_and_the_best_are_kept",

@@ -137,7 +137,40 @@ def test_muon_orthogonalises_kernels_of_any_rank():
     np.testing.assert_allclose(after["bias"], -0.05 * first * np.sign(grads["bias"]), rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["muon", *EQUATIONS])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("name", ["lars", "lamb"])
+def test_layerwise_rules_are_their_equations(name, weight_decay):
+    ours = _ours(name=name, learning_rate=RATE, momentum=MOMENTUM, weight_decay=weight_decay)
+    params = {key: value.copy() for key, value in PARAMS.items()}
+    memory = dict.fromkeys(params)
+    for t, grads in enumerate(GRADS, start=1):
+        for key, g in grads.items():
+            decay = weight_decay * params[key] if key == "kernel" else 0.0
+            size = np.linalg.norm(params[key])
+            if name == "lars":  # You et al. 2017, equation 6: the rate is within the momentum
+                update = g + decay
+                local = size / np.linalg.norm(update) if key == "kernel" else 1.0
+                update, memory[key] = momentum(0.001 * local * update, memory[key], t)
+            else:  # You et al. 2020, algorithm 2
+                m, nu = memory[key] or (0, 0)
+                memory[key] = m, nu = MOMENTUM * m + (1 - MOMENTUM) * g, 0.999 * nu + 0.001 * g**2
+                update = (m / (1 - MOMENTUM**t)) / (np.sqrt(nu / (1 - 0.999**t)) + 1e-6) + decay
+                update = size / np.linalg.norm(update) * update
+            params[key] -= RATE * update
+    for key, expected in params.items():
+        np.testing.assert_allclose(ours[key], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("scaling", "factor"), [("none", 1.0), ("linear", 8.0), ("sqrt", 8**0.5)])
+def test_the_rate_grows_with_the_batch(scaling, factor):
+    base = {} if scaling == "none" else {"base_batch_size": 128}
+    config = _resolved(name="sgd", learning_rate=0.1, batch_scaling=scaling, **base)
+    scaled = optimizers.scaled(config, 1024)
+    assert scaled.learning_rate == pytest.approx(0.1 * factor)
+    assert config.learning_rate == 0.1  # a resumed run scales what is recorded once more
+
+
+@pytest.mark.parametrize("name", ["muon", "lars", "lamb", *EQUATIONS])
 def test_weight_decay_leaves_out_biases(name):
     plain, decayed = (_ours(name=name, weight_decay=w) for w in (0.0, 0.5))
     np.testing.assert_array_equal(plain["bias"], decayed["bias"])
@@ -236,6 +269,7 @@ def test_the_average_is_that_of_the_recursion():
         ({"name": "sgd", "momentum": 0.9}, "sgd has none"),
         ({"name": "adagrad", "momentum": 0.0}, "adagrad has none"),
         ({"schedule": "constant", "end_factor": 0.1}, "end_factor needs"),
+        ({"base_batch_size": 32}, "base_batch_size needs"),
         ({"schedule": "step", "end_factor": 0.1}, "end_factor needs"),
         ({"schedule": "tripling", "end_factor": 0.1}, "end_factor needs"),
     ],

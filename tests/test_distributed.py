@@ -1,0 +1,188 @@
+"""Several processes are one run: they meet, train alike, stop together, and go on as another number of them."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command import read_summary
+
+from launch import local
+from research import distributed
+from research.config import DistributedConfig
+from research.errors import UserError
+
+ARGS = ["--config.dataset.name=digits", "--config.model.width=4", "--config.batch_size=96", "--config.num_epochs=2"]
+LOCAL = [sys.executable, "-m", "launch.local", "experiments.cifar_cnn"]
+
+
+def _place(**changes):
+    environment = {"JAX_COORDINATOR_ADDRESS": "host:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "2"}
+    return distributed.place({name: value for name, value in (environment | changes).items() if value is not None})
+
+
+def test_a_process_learns_its_place():
+    assert _place() == ("host:1234", 4, 2)
+    assert _place(JAX_COORDINATOR_ADDRESS=None) is None
+    slurm = {"JAX_NUM_PROCESSES": None, "JAX_PROCESS_ID": None, "SLURM_NTASKS": "8", "SLURM_PROCID": "7"}
+    assert _place(**slurm) == ("host:1234", 8, 7)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"JAX_PROCESS_ID": None}, "JAX_PROCESS_ID"),
+        ({"JAX_PROCESS_ID": "4"}, "'4' and '4'"),
+        ({"JAX_NUM_PROCESSES": "two"}, "'two'"),
+        ({"JAX_COORDINATOR_ADDRESS": "host"}, "host:port"),
+    ],
+)
+def test_a_place_that_cannot_be_is_named(changes, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        _place(**changes)
+
+
+def _meet(port, count, index, timeout, errors):
+    try:
+        distributed._meet(f"127.0.0.1:{port}", count, index, timeout)
+    except UserError as error:
+        errors[index] = str(error)
+
+
+def _meeting(indices, count, timeout):
+    errors: dict[int, str] = {}
+    port = local._free_port()
+    threads = [threading.Thread(target=_meet, args=(port, count, i, timeout, errors)) for i in indices]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    return errors
+
+
+def test_all_meet():
+    assert _meeting([2, 0, 1], 3, 20) == {}
+
+
+def test_a_missing_process_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(distributed, "_SECONDS_BETWEEN_LINES", 0.5)
+    errors = _meeting([0, 2], 4, 2)
+    assert errors[0].startswith("processes 1, 3 of 4 did not come within 2 s")
+    assert "--config.distributed.timeout" in errors[0]
+    assert "waiting for processes 1, 3 of 4: " in capsys.readouterr().err
+    assert _meeting([1], 2, 1)[1].startswith("process 0 at 127.0.0.1:")
+
+
+def test_start(monkeypatch):
+    """`never` looks at nothing, `always` says so when there is nobody."""
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "nonsense")
+    distributed.join(DistributedConfig(start="never"))
+    with pytest.raises(UserError):
+        distributed.join(DistributedConfig())
+    monkeypatch.delenv("JAX_COORDINATOR_ADDRESS")
+    distributed.join(DistributedConfig())
+    with pytest.raises(UserError, match="the other processes were not found"):
+        distributed.join(DistributedConfig(start="always"))
+
+
+def _lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """A run of two processes and its output."""
+    folder = tmp_path_factory.mktemp("two")
+    env = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    command = [*LOCAL, "--processes=2", *ARGS, f"--workdir={folder}", "--config.log_every_steps=1"]
+    return folder, subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+
+
+def test_two_processes_learn_what_one_learns(two, env, tmp_path):
+    folder, done = two
+    assert done.returncode == 0, done.stderr
+    assert "[0] cifar_cnn: digits (1,437 train, 360 test), 2 cpu devices" in done.stdout
+    assert "[1] cifar_cnn" not in done.stdout
+    summary = read_summary(folder)
+    assert (summary["process_count"], summary["device_count"]) == (2, 2)
+    command = [sys.executable, "-m", "experiments.cifar_cnn", *ARGS, "--config.log_every_steps=1"]
+    subprocess.run([*command, f"--workdir={tmp_path / 'one'}"], env=env, check=True, capture_output=True)
+    losses = [[line["loss"] for line in _lines(each) if "loss" in line] for each in (folder, tmp_path / "one")]
+    assert len(losses[0]) == 29
+    np.testing.assert_allclose(*losses, rtol=1e-3)
+
+
+def test_one_process_goes_on_with_the_run_of_two(two, env):
+    folder, _ = two
+    command = [sys.executable, "-m", "experiments.cifar_cnn", f"--workdir={folder}", "--config.num_epochs=3"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "resumed at step 29 of 44" in done.stdout
+    assert read_summary(folder)["process_count"] == 1
+
+
+def _children(process):
+    """The launcher's processes, by their number."""
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    return [int(pid) for pid in found]
+
+
+def _started(env, *args):
+    """A long run of two processes, once it trains."""
+    command = [*LOCAL, "--processes=2", *ARGS, "--config.num_epochs=500", *args]
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout
+    for line in process.stdout:
+        if " epoch 1/" in line:
+            return process
+    raise AssertionError(process.communicate()[1])
+
+
+def test_one_that_is_told_to_stop_stops_all_with_a_checkpoint(env, tmp_path):
+    process = _started(env, "--workdir=x")
+    os.kill(_children(process)[1], signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 143, errors
+    assert len(re.findall(r"stopped by SIGTERM at step [\d,]+ with a checkpoint", errors)) == 2
+    assert len(set(re.findall(r"at step ([\d,]+) with", errors))) == 1
+    assert not (tmp_path / "x/summary.json").exists()
+
+
+def test_a_killed_process_ends_all_or_all_start_again(env, tmp_path):
+    process = _started(env, "--workdir=x", "--max_restarts=1", "--config.distributed.timeout=60")
+    start = time.monotonic()
+    os.kill(_children(process)[1], signal.SIGKILL)
+    assert process.stdout
+    for line in process.stdout:
+        if "resumed at step " in line:
+            break
+    os.kill(_children(process)[0], signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGKILL
+    assert "error: process 1 was ended by SIGKILL, and the others with it" in errors
+    assert "restart 1 of 1, from the newest checkpoint" in errors
+    assert "error: process 0 was ended by SIGKILL" in errors
+    assert time.monotonic() - start < 120
+    steps = [line["step"] for line in _lines(tmp_path / "x")]
+    assert steps == sorted(set(steps))
+
+
+def test_bad_input_starts_nothing(env, tmp_path):
+    done = subprocess.run([*LOCAL, "--config.optimizer.nam=sgd"], env=env, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "did you mean --config.optimizer.name" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    done = subprocess.run([*LOCAL, "--dry_run", "--processes=3", *ARGS], env=env, capture_output=True, text=True)
+    assert done.returncode == 0
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3
+    assert all(f"JAX_PROCESS_ID={i} " in line and "experiments.cifar_cnn" in line for i, line in enumerate(lines))
+    assert not list(tmp_path.glob("runs"))

@@ -78,6 +78,7 @@ def test_the_command_trains_evaluates_and_claims_its_folder(store, capsys):
         ("process 99999999 on elsewhere", 3600, True),
         ("process 99999999 on elsewhere", 25 * 3600, False),
     ],
+    ids=["it lives", "it is gone", "of another host", "of another host, long ago"],
 )
 def test_a_claim_stands_while_its_owner_may_live(owner, age, stands, store):
     (store / "x").mkdir(parents=True)

@@ -1,0 +1,155 @@
+"""A run on a Slurm cluster: writes a batch script, submits it, and follows its log.
+
+python -m launch.slurm experiments.cifar_cnn --nodes=2 --gpus_per_node=8 --partition=gpu --time=12:00:00 [flags of it]
+python -m launch.slurm experiments.cifar_cnn --nodes=2 --dry_run        prints the script
+
+The script is `job.sh` in the workdir, which all nodes must see, as they must see this folder and this Python. There is
+one process for each GPU, or for each node without. Before the time is up, and where the job is preempted, every process
+gets SIGTERM, saves a checkpoint, and the job goes back into the queue; it then goes on from there.
+"""
+
+import dataclasses
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch import job as job_lib
+from launch.job import Job
+from research.config import option
+from research.errors import UserError
+
+_SECONDS_BETWEEN_LOOKS = 2.0
+
+
+@dataclasses.dataclass
+class SlurmOptions:
+    """What `launch.slurm` can be told."""
+
+    nodes: int = option(1, "machines", minimum=1)
+    gpus_per_node: int = option(0, "GPUs of each machine; 0: the CPU", minimum=0)
+    cpus_per_process: int = option(0, "CPU cores of each process; 0: the cluster's default", minimum=0)
+    partition: str = option("", "partition; empty: the cluster's default")
+    time: str = option("", "time limit, as sbatch has it; empty: the partition's")
+    account: str = option("", "account that is charged; empty: the user's default")
+    seconds_to_stop: int = option(120, "seconds before the time limit at which to save and requeue", minimum=1)
+    follow: bool = option(True, "show the log until the job ends")
+    dry_run: bool = option(False, "print the script and submit nothing")
+
+
+def script(job: Job, folder: Path) -> str:
+    """The batch script that runs a job.
+
+    Args:
+      job: its options are `SlurmOptions`.
+      folder: the one to run in.
+    """
+    options, workdir = job.options, Path(job.workdir).absolute()
+    directives = {
+        "job-name": job.experiment.name,
+        "nodes": options.nodes,
+        "ntasks-per-node": options.gpus_per_node or 1,
+        "gpus-per-node": options.gpus_per_node or "",
+        "cpus-per-task": options.cpus_per_process or "",
+        "partition": options.partition,
+        "time": options.time,
+        "account": options.account,
+        "output": f"{workdir}/slurm-%j.log",
+        "open-mode": "append",
+        "signal": f"TERM@{options.seconds_to_stop}",
+    }
+    lines = [f"#SBATCH --{name}={value}" for name, value in directives.items() if value != ""]
+    return f"""#!/bin/bash
+{chr(10).join(lines)}
+#SBATCH --requeue
+set -uo pipefail
+cd {shlex.quote(str(folder))}
+# Every process finds the others at the first node; the port differs from job to job.
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export JAX_COORDINATOR_ADDRESS="$first:$((61440 + SLURM_JOB_ID % 4096))"
+srun --kill-on-bad-exit=1 {shlex.join(job.command)}
+code=$?
+# 143: told to stop, with a checkpoint. A job that was cancelled cannot be put back.
+if [ "$code" -eq 143 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+exit "$code"
+"""
+
+
+def _submit(path: Path) -> str:
+    """The number of the job."""
+    try:
+        done = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True)
+    except FileNotFoundError:
+        raise UserError("there is no sbatch on this machine: run it on a login node, or look at --dry_run") from None
+    if done.returncode:
+        raise UserError(f"sbatch refused {path}: {done.stderr.strip()}")
+    return done.stdout.strip().partition(";")[0]
+
+
+def _state(number: str) -> str:
+    """Of a job, as squeue has it: "PENDING", "RUNNING"; empty once it has ended."""
+    done = subprocess.run(["squeue", "-h", "-j", number, "-o", "%T"], capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def _exit_code(number: str) -> int:
+    """Of a job that has ended: its own, or 143 where it was cancelled, or 1 where Slurm no longer knows."""
+    shown = subprocess.run(["scontrol", "show", "job", number], capture_output=True, text=True).stdout
+    if "JobState=CANCELLED" in shown:
+        return 143
+    code = re.search(r"ExitCode=(\d+):(\d+)", shown)
+    return int(code[1]) or (128 + int(code[2]) if int(code[2]) else 0) if code else 1
+
+
+def _follow(number: str, log: Path) -> int:
+    """Prints the log as it grows, until the job has ended; returns its exit code."""
+    position, state = 0, ""
+    while True:
+        now = _state(number)
+        if now != state and now:
+            print(f"job {number}: {now.lower()}", file=sys.stderr)
+        state = now
+        if log.exists():
+            with log.open("rb") as file:
+                file.seek(position)
+                text = file.read()
+            position += len(text)
+            sys.stdout.write(text.decode(errors="replace"))
+            sys.stdout.flush()
+        if not state:
+            return _exit_code(number)
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Submits what the command line says; returns the job's exit code, 0 where it is not followed.
+
+    Raises:
+      UserError: bad input, found before anything is written; or sbatch refused the script.
+    """
+    job = job_lib.parse("slurm", str(__doc__), SlurmOptions(), argv)
+    text = script(job, Path.cwd())
+    if job.options.dry_run:
+        print(text, end="")
+        return 0
+    workdir = Path(job.workdir).absolute()
+    workdir.mkdir(parents=True, exist_ok=True)
+    path = workdir / "job.sh"
+    path.write_text(text)
+    number = _submit(path)
+    log = workdir / f"slurm-{number}.log"
+    print(f"job {number}: {path}, log {log}", file=sys.stderr)
+    if not job.options.follow:
+        return 0
+    try:
+        return _follow(number, log)
+    except KeyboardInterrupt:
+        print(f"job {number} goes on; `scancel {number}` ends it", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    job_lib.main(run)

@@ -11,6 +11,7 @@ gets SIGTERM, saves a checkpoint, and the job goes back into the queue; it then 
 import dataclasses
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -67,9 +68,8 @@ def script(job: Job, folder: Path) -> str:
 #SBATCH --requeue
 set -uo pipefail
 cd {shlex.quote(str(folder))}
-# Every process finds the others at the first node; the port differs from job to job.
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export JAX_COORDINATOR_ADDRESS="$first:$((61440 + SLURM_JOB_ID % 4096))"
+# Process 0 is on this node, the first; the port differs from job to job.
+export JAX_COORDINATOR_ADDRESS="$(hostname):$((61440 + SLURM_JOB_ID % 4096))"
 srun --kill-on-bad-exit=1 {shlex.join(job.command)}
 code=$?
 # 143: told to stop, with a checkpoint. A job that was cancelled cannot be put back.
@@ -80,10 +80,7 @@ exit "$code"
 
 def _submit(path: Path) -> str:
     """The number of the job."""
-    try:
-        done = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True)
-    except FileNotFoundError:
-        raise UserError("there is no sbatch on this machine: run it on a login node, or look at --dry_run") from None
+    done = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"sbatch refused {path}: {done.stderr.strip()}")
     return done.stdout.strip().partition(";")[0]
@@ -135,6 +132,8 @@ def run(argv: Sequence[str]) -> int:
     if job.options.dry_run:
         print(text, end="")
         return 0
+    if not shutil.which("sbatch"):
+        raise UserError("there is no sbatch on this machine: run it on a login node, or look at --dry_run")
     workdir = Path(job.workdir).absolute()
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "job.sh"

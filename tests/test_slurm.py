@@ -1,0 +1,141 @@
+"""`launch.slurm` on a real Slurm: a controller and two nodes on this machine, started by the test."""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from command import DIGITS
+
+from launch.local import _free_port
+
+SLURM = [sys.executable, "-m", "launch.slurm", "experiments.cifar_cnn"]
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
+CONFIG = """
+ClusterName=test
+SlurmctldHost={host}
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+ReturnToService=2
+SlurmctldPort={ports[0]}
+SlurmctldPidFile={folder}/controller.pid
+SlurmdPidFile={folder}/%n.pid
+StateSaveLocation={folder}
+SlurmdSpoolDir={folder}/%n
+SlurmctldLogFile={folder}/controller.log
+SlurmdLogFile={folder}/%n.log
+KillWait=60
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=1 State=UNKNOWN
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=1 State=UNKNOWN
+PartitionName=main Nodes=n1,n2 Default=YES State=UP
+"""
+
+
+def _munged(folder):
+    key = folder / "munge.key"
+    key.write_bytes(os.urandom(1024))
+    key.chmod(0o600)
+    files = {"key-file": key, "socket": "munge.socket", "pid-file": "munge.pid", "log-file": "munge.log"}
+    options = [f"--{name}={folder / file}" for name, file in {**files, "seed-file": "munge.seed"}.items()]
+    return ["munged", "--force", "--foreground", *options]
+
+
+@pytest.fixture
+def slurm(tmp_path, env):
+    """The environment in which Slurm's commands find a cluster of two nodes."""
+    if missing := [name for name in PROGRAMS if not shutil.which(name)]:
+        pytest.skip(f"no Slurm here: {', '.join(missing)} (Debian's package slurm-wlm)")
+    if os.getuid():
+        pytest.skip("Slurm's daemons are started as root")
+    folder = tmp_path / "slurm"
+    folder.mkdir(mode=0o755)
+    ports = [_free_port() for _ in range(3)]
+    (folder / "slurm.conf").write_text(CONFIG.format(host=socket.gethostname(), folder=folder, ports=ports))
+    env = env | {"SLURM_CONF": str(folder / "slurm.conf")}
+    nodes = [["slurmd", "-D", "-N", name] for name in ("n1", "n2")]
+    with contextlib.ExitStack() as stack:
+        for command in (_munged(folder), ["slurmctld", "-D", "-i"], *nodes):
+            log = stack.enter_context((folder / f"{command[0]}.out").open("ab"))
+            daemon = subprocess.Popen(command, env=env, stdout=log, stderr=log)
+            stack.callback(daemon.wait)
+            stack.callback(daemon.send_signal, signal.SIGKILL)
+            time.sleep(1)
+        _until(lambda: " idle" in _shown(env, "sinfo", "-h"), 30, folder)
+        yield env
+        subprocess.run(["scancel", "--full", "--signal=KILL", "--user=root"], env=env)
+        time.sleep(1)
+
+
+def _shown(env, *command):
+    return subprocess.run(command, env=env, capture_output=True, text=True).stdout
+
+
+def _until(true, seconds, folder):
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, [path.read_text()[-2000:] for path in folder.glob("*.log")]
+        time.sleep(0.5)
+
+
+def _logged(workdir, text):
+    return any(text in path.read_text(errors="replace") for path in workdir.glob("slurm-*.log"))
+
+
+def test_two_nodes_train_are_requeued_go_on_and_are_cancelled(slurm, tmp_path):
+    workdir = tmp_path / "x"
+    args = [*DIGITS, "--config.num_epochs=1000", "--nodes=2", f"--workdir={workdir}"]
+    launcher = subprocess.Popen([*SLURM, *args], env=slurm, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    _until(lambda: _logged(workdir, "epoch 3/1000"), 180, workdir)
+    assert _logged(workdir, "(1,437 train, 360 test), 2 cpu devices")
+    (number,) = _shown(slurm, "squeue", "-h", "-o", "%i").split()
+    subprocess.run(["scancel", "--signal=TERM", number], env=slurm, check=True)  # as before the time limit
+    _until(lambda: "PENDING" in _shown(slurm, "squeue", "-h", "-o", "%T"), 60, workdir)
+    subprocess.run(["scontrol", "update", f"jobid={number}", "StartTime=now"], env=slurm, check=True)
+    _until(lambda: _logged(workdir, "resumed at step "), 120, workdir)
+    subprocess.run(["scancel", number], env=slurm, check=True)
+    output, errors = launcher.communicate(timeout=120)
+    assert launcher.returncode == 143
+    assert re.search(rf"job {number}: .*/x/job.sh", errors)
+    assert f"job {number}: running" in errors
+    assert "resumed at step " in output
+    assert "JobState=CANCELLED" in _shown(slurm, "scontrol", "show", "job", number)
+
+
+def test_the_script_says_what_was_asked(env, tmp_path):
+    options = ["--nodes=4", "--gpus_per_node=8", "--partition=gpu", "--time=1:00:00", "--account=me", "--dry_run"]
+    more = ["--cpus_per_process=12", "--seconds_to_stop=300", "--workdir=/shared/x y"]
+    done = subprocess.run([*SLURM, *options, *more, *DIGITS], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for line in (
+        "nodes=4",
+        "ntasks-per-node=8",
+        "gpus-per-node=8",
+        "cpus-per-task=12",
+        "partition=gpu",
+        "time=1:00:00",
+        "account=me",
+        "signal=TERM@300",
+        "requeue",
+    ):
+        assert f"#SBATCH --{line}\n" in done.stdout
+    assert "'--workdir=/shared/x y'" in done.stdout
+    subprocess.run(["bash", "-n"], input=done.stdout, text=True, check=True)
+    assert not Path("/shared/x y").exists()
+
+
+def test_without_slurm_it_says_so(env, tmp_path):
+    done = subprocess.run([*SLURM, *DIGITS], env=env | {"PATH": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "there is no sbatch on this machine" in done.stderr
+    assert not (tmp_path / "runs").exists()

@@ -44,8 +44,8 @@ class Job:
         return [sys.executable, "-m", self.module, *self.args]
 
 
-def parse(where: str, doc: str, options: Any, argv: Sequence[str]) -> Job:
-    """The job that a launcher's command line describes, checked.
+def parse_options(where: str, doc: str, options: Any, argv: Sequence[str]) -> tuple[str, list[str]]:
+    """Sets the launcher's options, in place, to what its flags say.
 
     Args:
       where: the launcher's name, as in `python -m launch.<where>`.
@@ -53,13 +53,16 @@ def parse(where: str, doc: str, options: Any, argv: Sequence[str]) -> Job:
       options: a dataclass of `research.config.option` fields with their defaults; each is a flag.
       argv: the arguments.
 
+    Returns:
+      `--workdir` ("" where it is not given), and the arguments that are not the launcher's.
+
     Raises:
-      UserError: there is no such experiment, or a flag is misspelt or impossible.
+      UserError: a value is impossible.
       SystemExit: after `--help`.
     """
     values = flags.FlagValues()
     flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
-    flags.DEFINE_string("workdir", None, "folder of the record", flag_values=values)
+    flags.DEFINE_string("workdir", "", "folder of the record", flag_values=values)
     for name, field, value in config_lib.walk(options):
         command.DEFINE[field.type](name, value, field.metadata["help"], flag_values=values)
     try:
@@ -72,14 +75,28 @@ def parse(where: str, doc: str, options: Any, argv: Sequence[str]) -> Job:
     for name, _, _ in config_lib.walk(options):
         config_lib.assign(options, name, values[name].value)
     config_lib.check_fields(options, "--")
+    return str(values["workdir"].value), rest
+
+
+def parse(where: str, doc: str, options: Any, argv: Sequence[str]) -> Job:
+    """The job that a launcher's command line describes, checked; the arguments are those of `parse_options`.
+
+    Raises:
+      UserError: there is no such experiment, or a flag is misspelt or impossible.
+      SystemExit: after `--help`.
+    """
+    workdir, rest = parse_options(where, doc, options, argv)
     modules = [arg for arg in rest if not arg.startswith("-")]
     if len(modules) != 1:
         raise UserError(f"name one experiment, as in `python -m launch.{where} experiments.cifar_cnn`")
     experiment = _experiment(modules[0])
-    workdir = values["workdir"].value or f"runs/{where}/{experiment.name}/{time.strftime('%Y-%m-%d-%H%M%S')}"
-    args = (*(arg for arg in rest if arg.startswith("-")), f"--workdir={workdir}")
-    command.parse(experiment, args)
-    return Job(modules[0], experiment, args, workdir, options)
+    workdir = workdir or f"runs/{where}/{experiment.name}/{time.strftime('%Y-%m-%d-%H%M%S')}"
+    args = [arg for arg in rest if arg.startswith("-")]
+    # What only the machines of the run can open is theirs to read.
+    remote = "://" in workdir
+    checked = [arg for arg in args if not arg.startswith("--mode")] if remote else [*args, f"--workdir={workdir}"]
+    command.parse(experiment, checked)
+    return Job(modules[0], experiment, (*args, f"--workdir={workdir}"), workdir, options)
 
 
 def _experiment(module: str) -> Experiment:

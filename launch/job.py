@@ -113,7 +113,10 @@ def _help(where: str, doc: str, options: Any) -> str:
     lines = [doc.strip(), "", f"  --workdir=DIR  folder of the record (default: runs/{where}/<what>/<date-time>)"]
     for name, field, value in config_lib.walk(options):
         shown = value if value or value == 0 else "empty"
-        lines += [f"  --{name}={field.type.__name__} (default: {shown})", f"      {field.metadata['help']}"]
+        lines += [
+            f"  --{name}={getattr(field.type, '__name__', field.type)} (default: {shown})",
+            f"      {field.metadata['help']}",
+        ]
     return "\n".join(
         [*lines, "", "All other flags are the experiment's: `python -m experiments.WHAT --help` lists them."]
     )

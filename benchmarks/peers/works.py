@@ -65,14 +65,14 @@ class Work:
 
 WORKS = {
     "cnn": (
-        Work("cnn", 32, 400),
-        Work("cnn", 128, 100),
-        Work("cnn", 512, 25),
+        Work("cnn", 32, 200),
+        Work("cnn", 128, 50),
+        Work("cnn", 512, 12),
     ),
     "cnn_bfloat16": (
         # Rounding differs from library to library, and 8 bits of mantissa let it be seen.
-        Work("cnn", 128, 100, "bfloat16", tolerance=0.03),
-        Work("cnn", 512, 25, "bfloat16", tolerance=0.03),
+        Work("cnn", 128, 50, "bfloat16", tolerance=0.03),
+        Work("cnn", 512, 12, "bfloat16", tolerance=0.03),
     ),
     "lstm": (Work("lstm", 64, 12, width=256), Work("lstm", 64, 6, width=512)),
     # Bits and latents are drawn by each library's own generator.

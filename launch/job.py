@@ -112,14 +112,9 @@ def _experiment(module: str) -> Experiment:
 def _help(where: str, doc: str, options: Any) -> str:
     lines = [doc.strip(), "", f"  --workdir=DIR  folder of the record (default: runs/{where}/<what>/<date-time>)"]
     for name, field, value in config_lib.walk(options):
-        shown = value if value or value == 0 else "empty"
-        lines += [
-            f"  --{name}={getattr(field.type, '__name__', field.type)} (default: {shown})",
-            f"      {field.metadata['help']}",
-        ]
-    return "\n".join(
-        [*lines, "", "All other flags are the experiment's: `python -m experiments.WHAT --help` lists them."]
-    )
+        lines += command.field_help(name, field, value)
+    lines += ["", "All other flags are the experiment's: `python -m experiments.WHAT --help` lists them."]
+    return "\n".join(lines)
 
 
 def main(run: Callable[[Sequence[str]], int]) -> None:

@@ -124,12 +124,17 @@ def help_text(experiment: Experiment) -> str:
     ]
     for prefix, options in _groups(experiment):
         for path, field, value in config_lib.walk(options, prefix):
-            kind = getattr(field.type, "__name__", "float")
-            default = {"": "empty", None: "see below"}.get(value, value)
-            choices = " | ".join(c or "''" for c in field.metadata["choices"])
-            lines.append(f"  --{path}={kind} (default: {default})" + ("" if prefix else ", with --mode=sample"))
-            lines.append(f"      {field.metadata['help']}" + (f": {choices}" if choices else ""))
+            lines += field_help(path, field, value, "" if prefix else ", with --mode=sample")
     return "\n".join(lines)
+
+
+def field_help(path: str, field: dataclasses.Field, value: Any, when: str = "") -> list[str]:
+    """The lines of `--help` for one flag: its type, default, meaning and choices, and `when` it is read."""
+    kind = getattr(field.type, "__name__", "float")
+    default = {"": "empty", None: "see below"}.get(value, value)
+    choices = " | ".join(c or "''" for c in field.metadata["choices"])
+    first = f"  --{path}={kind} (default: {default}){when}"
+    return [first, f"      {field.metadata['help']}" + (f": {choices}" if choices else "")]
 
 
 def _unknown(name: str, known: list[str]) -> str:

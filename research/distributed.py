@@ -24,7 +24,7 @@ _SECONDS_TO_LEAVE = 10  # how long a process that ends waits for the others to e
 _MOST_SECONDS_SILENT = 100  # after which a process is taken for dead
 
 _COUNTS = ("JAX_NUM_PROCESSES", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
-_INDICES = ("JAX_PROCESS_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
+_INDICES = ("JAX_PROCESS_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "JOB_COMPLETION_INDEX")
 
 
 def place(environment: Mapping[str, str]) -> tuple[str, int, int] | None:

@@ -1,0 +1,161 @@
+"""A run on Google Kubernetes Engine: a JobSet on TPU or GPU node pools, applied by kubectl; `--dry_run` prints it.
+
+python -m launch.gke experiments.cifar_cnn --image=IMAGE --tpu=v6e:4x4 --workdir=gs://BUCKET/DIR
+python -m launch.gke experiments.cifar_cnn --image=IMAGE --tpu=tpu7x:2x2x2 --slices=2 --workdir=gs://... --dry_run
+python -m launch.gke experiments.cifar_cnn --image=IMAGE --gpu=nvidia-h100-80gb --nodes=2 --workdir=gs://...
+
+`Dockerfile` makes the image. The cluster needs JobSet (`kubectl api-resources | grep jobset`). A failed or preempted
+node restarts all of them, which go on from the newest checkpoint.
+"""
+
+import dataclasses
+import math
+import re
+import subprocess
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from launch import job as job_lib
+from launch.job import Job
+from research.config import option
+from research.errors import UserError
+
+# https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus: node label, chips of a node in a slice of several.
+_TPUS = {
+    "v4": ("tpu-v4-podslice", 4),
+    "v5e": ("tpu-v5-lite-podslice", 4),
+    "v5p": ("tpu-v5p-slice", 4),
+    "v6e": ("tpu-v6e-slice", 4),
+    "tpu7x": ("tpu7x", 4),
+}
+_PORT = 8476  # of process 0; open within a cluster
+
+
+@dataclasses.dataclass
+class GkeOptions:
+    """What `launch.gke` can be told."""
+
+    image: str = option("", "container image that holds this project")
+    name: str = option("meshwork", "of the JobSet")
+    namespace: str = option("default", "Kubernetes namespace")
+    tpu: str = option("", "TPU and its topology: v4:2x2x4, v5e:4x4, v5p:2x2x2, v6e:4x4, tpu7x:2x2x2")
+    slices: int = option(1, "TPU slices", minimum=1)
+    gpu: str = option("", "GPU, by its GKE label, as in nvidia-h100-80gb")
+    nodes: int = option(1, "GPU machines", minimum=1)
+    gpus_per_node: int = option(8, "GPUs of each machine", minimum=1)
+    spot: bool = option(False, "on spot nodes")
+    service_account: str = option("default", "Kubernetes service account, which may write the workdir")
+    max_restarts: int = option(10, "times that all begin again where a node was lost", minimum=0)
+    dry_run: bool = option(False, "print the JobSet and apply nothing")
+
+
+def _check(options: GkeOptions) -> None:
+    if not options.image:
+        raise UserError("--image=IMAGE: name the container image (Dockerfile makes one)")
+    if bool(options.tpu) == bool(options.gpu):
+        raise UserError("give --tpu=TYPE:TOPOLOGY or --gpu=TYPE, one of them")
+    if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", options.name):
+        raise UserError(f"--name={options.name}: a JobSet has at most 40 of a-z, 0-9 and -, and begins with a letter")
+    if options.tpu and not re.fullmatch(rf"({'|'.join(_TPUS)}):\d+(x\d+){{1,2}}", options.tpu):
+        raise UserError(f"--tpu={options.tpu}: give one of {', '.join(_TPUS)} and a topology, as in v6e:4x4")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pool:
+    """The nodes that a run needs: their labels, how many in each slice, and what of each."""
+
+    labels: dict[str, str]
+    nodes: int
+    resource: str
+    count: int
+
+
+def _pool(options: GkeOptions) -> _Pool:
+    if options.gpu:
+        labels = {"cloud.google.com/gke-accelerator": options.gpu}
+        return _Pool(labels, options.nodes, "nvidia.com/gpu", options.gpus_per_node)
+    kind, _, topology = options.tpu.partition(":")
+    label, per_node = _TPUS[kind]
+    chips = math.prod(map(int, topology.split("x")))
+    count = chips if chips <= per_node else per_node
+    labels = {"cloud.google.com/gke-tpu-accelerator": label, "cloud.google.com/gke-tpu-topology": topology}
+    return _Pool(labels, chips // count, "google.com/tpu", count)
+
+
+def jobset(job: Job) -> dict[str, Any]:
+    """The JobSet (jobset.x-k8s.io/v1alpha2) that runs a job whose options are `GkeOptions`."""
+    options, pool = job.options, _pool(job.options)
+    args = [job.module, *job.args]
+    environment = []
+    if options.gpu:
+        # Kubernetes gives each pod its number (JOB_COMPLETION_INDEX); on TPUs, GKE tells jax everything.
+        address = f"{options.name}-workers-0-0.{options.name}:{_PORT}"
+        environment = [
+            {"name": "JAX_COORDINATOR_ADDRESS", "value": address},
+            {"name": "JAX_NUM_PROCESSES", "value": str(pool.nodes)},
+        ]
+    else:
+        args.append("--config.distributed.start=always")
+    container = {
+        "name": "meshwork",
+        "image": options.image,
+        "command": ["python", "-m", *args],
+        "env": environment,
+        "ports": [{"containerPort": _PORT}],
+        "resources": {"limits": {pool.resource: pool.count}},
+    }
+    spot = {"cloud.google.com/gke-spot": "true"} if options.spot else {}
+    pod = {
+        "restartPolicy": "Never",  # one lost node ends them all: the JobSet restarts them together
+        "serviceAccountName": options.service_account,
+        "terminationGracePeriodSeconds": 120,  # for the checkpoint after SIGTERM
+        "nodeSelector": pool.labels | spot,
+        "containers": [container],
+    }
+    job_spec = {
+        "parallelism": pool.nodes,
+        "completions": pool.nodes,
+        "completionMode": "Indexed",
+        "backoffLimit": 0,
+        "template": {"spec": pod},
+    }
+    replicas = {"name": "workers", "replicas": options.slices if options.tpu else 1, "template": {"spec": job_spec}}
+    # Each TPU slice is a node pool of its own.
+    exclusive = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
+    annotations = exclusive if options.tpu else {}
+    return {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2",
+        "kind": "JobSet",
+        "metadata": {"name": options.name, "namespace": options.namespace, "annotations": annotations},
+        "spec": {
+            "network": {"enableDNSHostnames": True, "subdomain": options.name},
+            "failurePolicy": {"maxRestarts": options.max_restarts},
+            "replicatedJobs": [replicas],
+        },
+    }
+
+
+def run(argv: Sequence[str]) -> int:
+    """Prints or applies what the command line describes; returns kubectl's exit code.
+
+    Raises:
+      UserError: bad input, found before anything is applied.
+    """
+    job = job_lib.parse("gke", str(__doc__), GkeOptions(), argv)
+    _check(job.options)
+    if "://" not in job.workdir:
+        raise UserError(f"--workdir={job.workdir}: the pods' own disks go with them; give gs://BUCKET/FOLDER")
+    text = yaml.safe_dump(jobset(job), sort_keys=False, width=120)
+    if job.options.dry_run:
+        print(text, end="")
+        return 0
+    try:
+        return subprocess.run(["kubectl", "apply", "-f", "-"], input=text, text=True).returncode
+    except FileNotFoundError:
+        raise UserError("there is no kubectl on this machine: install it, or look at --dry_run") from None
+
+
+if __name__ == "__main__":
+    job_lib.main(run)

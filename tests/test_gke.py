@@ -1,0 +1,86 @@
+"""`launch.gke` renders what GKE's documentation asks for, and hands it to kubectl."""
+
+import pytest
+import yaml
+
+from launch import gke
+from research.errors import UserError
+
+ARGS = ["experiments.cifar_cnn", "--image=i:1", "--workdir=gs://b/x", "--config.batch_size=512"]
+
+
+def _rendered(capsys, *args):
+    assert gke.run([*ARGS, *args, "--dry_run"]) == 0
+    spec = yaml.safe_load(capsys.readouterr().out)["spec"]
+    (workers,) = spec["replicatedJobs"]
+    job = workers["template"]["spec"]
+    assert job["parallelism"] == job["completions"]
+    return spec, workers, job, job["template"]["spec"]
+
+
+@pytest.mark.parametrize(
+    ("tpu", "label", "nodes", "chips"),
+    [
+        ("v5e:4x4", "tpu-v5-lite-podslice", 4, 4),
+        ("v6e:2x2", "tpu-v6e-slice", 1, 4),
+        ("v6e:16x16", "tpu-v6e-slice", 64, 4),
+        ("v4:2x2x4", "tpu-v4-podslice", 4, 4),
+        ("v5p:8x16x16", "tpu-v5p-slice", 512, 4),
+        ("tpu7x:2x2x2", "tpu7x", 2, 4),
+    ],
+)
+def test_a_tpu_slice_has_its_nodes_and_chips(tpu, label, nodes, chips, capsys):
+    _, workers, job, pod = _rendered(capsys, f"--tpu={tpu}", "--slices=3")
+    assert (workers["replicas"], job["parallelism"]) == (3, nodes)
+    topology = tpu.partition(":")[2]
+    assert pod["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator": label,
+        "cloud.google.com/gke-tpu-topology": topology,
+    }
+    (container,) = pod["containers"]
+    assert container["resources"] == {"limits": {"google.com/tpu": chips}}
+    assert container["command"] == [
+        *("python", "-m", "experiments.cifar_cnn", "--config.batch_size=512", "--workdir=gs://b/x"),
+        "--config.distributed.start=always",
+    ]
+
+
+def test_gpu_nodes_find_each_other_and_options_are_there(capsys):
+    more = ["--name=t", "--nodes=2", "--gpus_per_node=4", "--spot", "--service_account=sa", "--max_restarts=3"]
+    spec, _, job, pod = _rendered(capsys, "--gpu=nvidia-h100-80gb", "--namespace=ns", *more)
+    assert spec["failurePolicy"] == {"maxRestarts": 3}
+    assert spec["network"] == {"enableDNSHostnames": True, "subdomain": "t"}
+    assert (job["parallelism"], pod["serviceAccountName"]) == (2, "sa")
+    assert pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
+    (container,) = pod["containers"]
+    place = {entry["name"]: entry["value"] for entry in container["env"]}
+    assert place == {"JAX_COORDINATOR_ADDRESS": "t-workers-0-0.t:8476", "JAX_NUM_PROCESSES": "2"}
+    assert container["resources"] == {"limits": {"nvidia.com/gpu": 4}}
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ([], "give --tpu=TYPE:TOPOLOGY or --gpu=TYPE"),
+        (["--tpu=v6e:4x4", "--gpu=x"], "one of them"),
+        (["--tpu=v9:4x4"], "--tpu=v9:4x4: give one of v4, v5e"),
+        (["--tpu=v6e-16"], "as in v6e:4x4"),
+        (["--tpu=v6e:4x4", "--name=No_Name"], "at most 40 of a-z"),
+        (["--tpu=v6e:4x4", "--image="], "name the container image"),
+        (["--tpu=v6e:4x4", "--workdir=here"], "give gs://BUCKET/FOLDER"),
+    ],
+)
+def test_bad_input_is_named(args, words):
+    with pytest.raises(UserError, match=words):
+        gke.run([*ARGS, *args])
+
+
+def test_it_is_applied_by_kubectl(monkeypatch, tmp_path, capfd):
+    kubectl = tmp_path / "kubectl"
+    kubectl.write_text('#!/bin/sh\necho "$@"; cat\n')
+    kubectl.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert gke.run([*ARGS, "--tpu=v6e:4x4"]) == 0
+    first, _, rest = capfd.readouterr().out.partition("\n")
+    assert first == "apply -f -"
+    assert yaml.safe_load(rest)["kind"] == "JobSet"

@@ -116,7 +116,7 @@ def environments(count: int, port: int) -> list[dict[str, str]]:
     ]
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
@@ -124,7 +124,7 @@ def _free_port() -> int:
 
 def _run_once(job: Job, asked: list[int]) -> int:
     """Runs all processes to their end; returns the exit code, negative for a signal. `asked` are signals that came."""
-    processes = _Processes(job, environments(job.options.processes, _free_port()))
+    processes = _Processes(job, environments(job.options.processes, free_port()))
     try:
         while not (failed := processes.failed()) and processes.running() and not asked:
             time.sleep(0.1)
@@ -152,7 +152,7 @@ def run(argv: Sequence[str]) -> int:
     job = job_lib.parse("local", str(__doc__), LocalOptions(), argv)
     options = job.options
     if options.dry_run:
-        for environment in environments(options.processes, _free_port()):
+        for environment in environments(options.processes, free_port()):
             print(" ".join(f"{name}={value}" for name, value in environment.items()), shlex.join(job.command))
         return 0
     asked: list[int] = []

@@ -39,6 +39,28 @@ def curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
     return figure
 
 
+def scaling(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Speed and efficiency against the number of devices, from the rows of scaling.json; dotted: in proportion."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    devices = [row["devices"] for row in rows]
+    rates = [row["examples_per_second"] for row in rows]
+    left.plot(devices, rates, "o-")
+    left.plot(devices, [rates[0] * count / devices[0] for count in devices], "k:")
+    left.set(xlabel="devices", ylabel="examples a second")
+    low, high = ([row[f"efficiency_{end}"] for row in rows] for end in ("min", "max"))
+    right.plot(devices, [row["efficiency"] for row in rows], "o-")
+    right.fill_between(devices, low, high, alpha=0.2)
+    right.axhline(1.0, color="k", linestyle=":")
+    right.set(xlabel="devices", ylabel=f"efficiency, {rows[0]['mode']} scaling", ylim=(0, None))
+    for axes in (left, right):
+        axes.set_xticks(devices)
+        axes.grid(alpha=0.3)
+    return figure
+
+
 def confusion(labels: np.ndarray, predictions: np.ndarray, names: Sequence[str]) -> Any:
     """How many examples of each class (a row) were taken for each class (a column), coloured by their part of the row.
 

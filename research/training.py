@@ -156,6 +156,11 @@ class Training:
         }
         return time.monotonic() - start
 
+    @property
+    def steps_per_dispatch(self) -> int:
+        """How many steps the next call of the compiled program makes."""
+        return self._pace.steps
+
     def _eval_carry(self) -> Any:
         carry = self.task.initial_carry(self.config.examples_at_once)
         return jax.device_put(carry, sharding.batch_sharding(self.mesh, 0))

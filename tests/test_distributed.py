@@ -58,7 +58,7 @@ def _meet(port, count, index, timeout, errors):
 
 def _meeting(indices, count, timeout):
     errors: dict[int, str] = {}
-    port = local._free_port()
+    port = local.free_port()
     threads = [threading.Thread(target=_meet, args=(port, count, i, timeout, errors)) for i in indices]
     for thread in threads:
         thread.start()

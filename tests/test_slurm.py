@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from command import DIGITS
 
-from launch.local import _free_port
+from launch.local import free_port
 
 SLURM = [sys.executable, "-m", "launch.slurm", "experiments.cifar_cnn"]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
@@ -60,7 +60,7 @@ def slurm(tmp_path, env):
         pytest.skip("Slurm's daemons are started as root")
     folder = tmp_path / "slurm"
     folder.mkdir(mode=0o755)
-    ports = [_free_port() for _ in range(3)]
+    ports = [free_port() for _ in range(3)]
     (folder / "slurm.conf").write_text(CONFIG.format(host=socket.gethostname(), folder=folder, ports=ports))
     env = env | {"SLURM_CONF": str(folder / "slurm.conf")}
     nodes = [["slurmd", "-D", "-N", name] for name in ("n1", "n2")]

@@ -61,11 +61,11 @@ elif verb == "ssh":
 @pytest.fixture
 def gcloud(tmp_path, env):
     """The environment in which gcloud is the stand-in."""
-    from launch.local import _free_port
+    from launch.local import free_port
 
     path = tmp_path / "bin/gcloud"
     path.parent.mkdir()
-    path.write_text(GCLOUD.format(python=sys.executable, root=tmp_path, port=_free_port()))
+    path.write_text(GCLOUD.format(python=sys.executable, root=tmp_path, port=free_port()))
     path.chmod(0o755)
     return env | {"PATH": f"{path.parent}:{os.environ['PATH']}"}
 

@@ -1,0 +1,94 @@
+"""One process of `launch.scaling`: trains an experiment without a record, and prints its speed as JSON.
+
+python -m launch.measure experiments.cifar_cnn --dispatches=6 [flags of the experiment]
+"""
+
+import dataclasses
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from launch import job as job_lib
+from launch.job import Job
+from research.config import option
+
+_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+@dataclasses.dataclass
+class MeasureOptions:
+    """What `launch.measure` can be told."""
+
+    dispatches: int = option(6, "calls of the compiled program that are timed, after a first that is not", minimum=1)
+
+
+def _training(job: Job) -> Any:
+    """The experiment's run, not begun; joins the other processes."""
+    import jax
+
+    from research import command, compilation_cache, distributed, optimizers, sharding
+    from research.data import sources
+    from research.training import Training
+
+    config = command.parse(job.experiment, job.args).config
+    compilation_cache.enable()
+    optimizers.resolve(config.optimizer)
+    distributed.join(config.distributed)
+    mesh = sharding.make_mesh(config)
+    dataset = job.experiment.prepare(config, sources.load(config.dataset))
+    with jax.set_mesh(mesh):
+        return Training(config, job.experiment.make_task(config, dataset), dataset, mesh)
+
+
+@contextmanager
+def _collective_seconds() -> Iterator[list[float]]:
+    """Within it this process is profiled; the list then holds the seconds that its devices spent in collectives."""
+    import jax
+    from jax.profiler import ProfileData
+
+    seconds: list[float] = []
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            yield seconds
+        (path,) = Path(folder).rglob("*.xplane.pb")
+        for plane in ProfileData.from_file(str(path)).planes:
+            for line in plane.lines:
+                seconds += [e.duration_ns / 1e9 for e in line.events if e.name.startswith(_COLLECTIVES)]
+
+
+def measure(job: Job) -> dict[str, Any]:
+    """The seconds of a step (median over the dispatches), those in collectives, and the batch size."""
+    import jax
+
+    training = _training(job)
+    count = job.options.dispatches
+    with jax.set_mesh(training.mesh):
+        training.compile(train=True)
+        seconds, last = [], time.monotonic()
+        steps = training.steps_per_dispatch
+        for _ in training.dispatches(steps * (count + 1)):
+            seconds.append(time.monotonic() - last)
+            last = time.monotonic()
+        with _collective_seconds() as collectives:
+            for _ in training.dispatches(steps * (count + 2)):
+                pass
+    return {
+        "step_seconds": statistics.median(seconds[1:]) / steps,
+        "collective_seconds": sum(collectives) / steps,
+        "batch_size": training.config.batch_size,
+    }
+
+
+def run(argv: Sequence[str]) -> int:
+    """Measures what the command line says."""
+    print(json.dumps(measure(job_lib.parse("measure", str(__doc__), MeasureOptions(), argv))), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    job_lib.main(run)

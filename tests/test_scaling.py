@@ -1,0 +1,53 @@
+"""`launch.scaling`: efficiency is communicating over concurrent, and the report is left."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from command import DIGITS
+
+from launch import scaling
+from research.errors import UserError
+
+SCALING = [sys.executable, "-m", "launch.scaling", "experiments.cifar_cnn", *DIGITS]
+
+
+def _reports(batch_size, *seconds):
+    return [{"batch_size": batch_size, "step_seconds": s, "collective_seconds": 0.1} for s in seconds]
+
+
+def test_efficiency_is_the_speed_of_those_that_communicate_over_that_of_the_others():
+    together = [_reports(200, 1.0, 1.25), _reports(200, 2.0, 2.0), _reports(200, 1.0, 1.0)]
+    apart = [_reports(100, 1.0, 1.0), _reports(100, 2.0, 1.0), _reports(100, 1.0, 1.0)]
+    row = scaling.row(together, apart, "weak")
+    assert row["devices"] == 2
+    assert row["examples_per_second"] == pytest.approx(160)
+    assert row["examples_per_second_apart"] == pytest.approx(200)
+    assert (row["efficiency"], row["efficiency_min"], row["efficiency_max"]) == pytest.approx((0.8, 100 / 150, 1.0))
+
+
+@pytest.mark.parametrize(("text", "words"), [("1,x", "--devices=1,x"), ("0", "--devices=0"), ("", "--devices=")])
+def test_devices_that_are_no_numbers_are_named(text, words):
+    with pytest.raises(UserError, match=words):
+        scaling.counts(text)
+
+
+def test_a_batch_that_cannot_be_shared_is_named(env):
+    args = ["--mode=strong", "--devices=1,5"]
+    done = subprocess.run([*SCALING, *args], env=env, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "--config.batch_size=96 cannot be shared by 5 devices" in done.stderr
+
+
+def test_the_report_is_left(env, tmp_path):
+    args = ["--devices=1,2", "--rounds=1", "--steps_per_dispatch=2", "--workdir=x"]
+    done = subprocess.run([*SCALING, *args], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    one, two = json.loads((tmp_path / "x/scaling.json").read_text())
+    assert (one["devices"], one["batch_size"], one["efficiency"]) == (1, 96, 1.0)
+    assert (two["devices"], two["batch_size"], two["mode"]) == (2, 192, "weak")
+    assert one["collective_seconds"] == 0.0
+    assert 0 < two["collective_seconds"] < two["step_seconds"] * 5
+    assert (tmp_path / "x/scaling.png").stat().st_size > 1000
+    assert len([line for line in done.stdout.splitlines() if line.startswith("| 1 |") or line.startswith("| 2 |")]) == 2

@@ -94,6 +94,11 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda leaf: NamedSharding(mesh, partition_spec(leaf.shape, mesh)), tree)
 
 
+def bytes_per_device(tree: Any) -> int:
+    """How many bytes of a tree of sharded arrays one device holds."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
 def gather(params: Any, mesh: Mesh) -> Any:
     """The parameters whole along `fsdp`, as a layer needs them: inside jit, an all-gather.
 

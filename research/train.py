@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from research import plots
+from research import plots, sharding
 from research.checkpoint import Checkpoints
 from research.config import Config
 from research.data.sources import Dataset
@@ -59,6 +59,8 @@ def train_and_evaluate(
         writer.config(config)
         writer.resume(training.progress.step, training.progress.row)
         writer.message(f"{num_params(training.state):,} parameters; compiled in {compile_seconds:.1f} s")
+        if mesh.size > 1:
+            writer.message(_memory_line(training.state))
         if resumes:
             writer.message(f"resumed at step {training.progress.step:,} of {training.ends[-1]:,}")
         with training.signals.deferred():
@@ -74,6 +76,17 @@ def train_and_evaluate(
         writer.summary(summary)
         _draw(experiment, training, writer)
     return training.state, summary
+
+
+def _memory_line(state: TrainState) -> str:
+    """What one device holds of the state, and how much of it there is."""
+    parts = {"parameters": state.params, "optimiser state": state.opt_state, "average": state.ema_params}
+    shown = (
+        f"{sharding.bytes_per_device(tree) / 2**20:,.2f} of {sum(x.nbytes for x in leaves) / 2**20:,.2f} MiB of {name}"
+        for name, tree in parts.items()
+        if (leaves := jax.tree.leaves(tree))
+    )
+    return f"each device holds {', '.join(shown)}"
 
 
 def _draw(experiment: str, training: Training, writer: Writer) -> None:

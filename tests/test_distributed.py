@@ -111,6 +111,7 @@ def test_two_processes_learn_what_one_learns(two, env, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "[0] cifar_cnn: digits (1,437 train, 360 test), 2 cpu devices" in done.stdout
     assert "[1] cifar_cnn" not in done.stdout
+    assert re.search(r"\[0\] each device holds [\d.]+ of [\d.]+ MiB of parameters, [\d.]+ of ", done.stdout)
     summary = read_summary(folder)
     assert (summary["process_count"], summary["device_count"]) == (2, 2)
     command = [sys.executable, "-m", "experiments.cifar_cnn", *ARGS, "--config.log_every_steps=1"]

@@ -1,5 +1,6 @@
 """What README shows works as it stands there."""
 
+import importlib
 import json
 import os
 import re
@@ -39,3 +40,11 @@ def _takes(experiment, flag):
         return bool(app.parse(experiment, [flag]))
     except UserError:
         return False
+
+
+@pytest.mark.parametrize("line", re.findall(r"^python -m launch\.(.*?)(?:\s+#.*)?$", README, re.MULTILINE))
+def test_every_launch_is_understood(line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    where, *args = line.split()
+    assert importlib.import_module(f"launch.{where}").run([*args, "--dry_run"]) == 0
+    assert not list(tmp_path.iterdir())

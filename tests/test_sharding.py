@@ -71,6 +71,7 @@ def test_a_tree_is_laid_out_leaf_by_leaf():
     placed = jax.device_put(tree, sharding.tree_shardings(tree, mesh))
     assert placed["kernel"].addressable_shards[0].data.shape == (2, 3)
     assert placed["bias"].addressable_shards[0].data.shape == (3,)
+    assert sharding.bytes_per_device(placed) == 4 * (2 * 3 + 3)
 
 
 def test_batches_are_split_over_data_and_fsdp():

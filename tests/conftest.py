@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
-# Before jax starts, which the first test module that is imported may do.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-os.environ["JAX_PLATFORMS"] = "cpu"
-_CACHE = tempfile.TemporaryDirectory(prefix="meshwork-tests-")
-os.environ["MESHWORK_CACHE_DIR"] = _CACHE.name
-# Many tests compile the same program: half of the suite's time.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{_CACHE.name}/xla"
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+# Before jax starts, which the first test module that is imported may do; a worker has it from the process above it.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    _CACHE = tempfile.TemporaryDirectory(prefix="meshwork-tests-")
+    os.environ["MESHWORK_CACHE_DIR"] = _CACHE.name
+    # Many tests compile the same program: half of the suite's time.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{_CACHE.name}/xla"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 
 @pytest.fixture

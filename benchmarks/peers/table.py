@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,17 +70,31 @@ def merged(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The rows as a table for README."""
-    lines = [
-        "| work | batch | dtype | peer | this project | peer | ratio (spread) | first step, s | peak memory, MiB |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    """The rows as tables for README: speed, and its ratio to each peer's; then first step and memory.
+
+    A cell of the first has the median ratio and, in brackets, the least and the largest; of the second, seconds to the
+    first step and MiB at most.
+    """
+    peers = list(dict.fromkeys(r["peer"] for r in rows))
+    works: dict[str, list[dict[str, Any]]] = {}
     for r in rows:
-        mib = [f"{r[name] / 2**20:,.0f}" for name in ("peak_memory_bytes", "peer_peak_memory_bytes")]
-        lines.append(
-            f"| {r['work']} | {r['batch_size']} | {r['dtype']} | {r['peer']} | {r['examples_per_second']:,.0f} "
-            f"{r['unit']}/s | {r['peer_examples_per_second']:,.0f} | **{r['ratio']:.2f}** ({r['ratio_min']:.2f} to "
-            f"{r['ratio_max']:.2f}) | {r['first_step_seconds']:.1f}, {r['peer_first_step_seconds']:.1f} | "
-            f"{mib[0]}, {mib[1]} |"
-        )
-    return "\n".join(lines)
+        works.setdefault(f"{r['work']} | {r['batch_size']} | {r['dtype']}", []).append(r)
+
+    def table(ours: Callable[[dict[str, Any]], str], theirs: Callable[[dict[str, Any]], str]) -> list[str]:
+        names = ["work", "batch", "dtype", "this project", *peers]
+        lines = [f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}"]
+        for work, group in works.items():
+            cells = {r["peer"]: theirs(r) for r in group}
+            shown = " | ".join(cells.get(peer, "-") for peer in peers)
+            lines.append(f"| {work} | {ours(group[-1])} | {shown} |")
+        return lines
+
+    speeds = table(
+        lambda r: f"{r['examples_per_second']:,.0f} {r['unit']}/s",
+        lambda r: f"{r['ratio']:.2f} ({r['ratio_min']:.2f}, {r['ratio_max']:.2f})",
+    )
+    costs = table(
+        lambda r: f"{r['first_step_seconds']:.1f} s, {r['peak_memory_bytes'] / 2**20:,.0f}",
+        lambda r: f"{r['peer_first_step_seconds']:.1f} s, {r['peer_peak_memory_bytes'] / 2**20:,.0f}",
+    )
+    return "\n".join([*speeds, "", *costs])

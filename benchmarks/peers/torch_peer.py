@@ -101,6 +101,7 @@ def _load(network: nn.Module, weights: works.Arrays) -> None:
 
 def _program(work: works.Work, arrays: dict[str, np.ndarray]) -> tuple[nn.Module, list[torch.Tensor], Callable]:
     """The network, the examples, and the loss of a batch of them."""
+    torch.manual_seed(0)
     if work.network == "vae":
         greys = torch.from_numpy(arrays["image"].reshape(len(arrays["image"]), -1) / np.float32(255))
         return VAE(), [greys], lambda network, greys: network(greys)

@@ -76,7 +76,7 @@ WORKS = {
     ),
     "lstm": (Work("lstm", 64, 12, width=256), Work("lstm", 64, 6, width=512)),
     # Bits and latents are drawn by each library's own generator.
-    "vae": (Work("vae", 128, 300, tolerance=0.02),),
+    "vae": (Work("vae", 128, 300, tolerance=0.03),),
     "resnet": (Work("resnet", 128, 2, tolerance=0.02),),
     "evaluation": (Work("cnn", 512, 50, does="evaluate"),),
     "sampling": (Work("lstm", 64, 1, width=256, does="sample"),),

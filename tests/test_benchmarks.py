@@ -68,3 +68,13 @@ def test_growth_counts_the_turns_of_a_loop(monkeypatch):
     tokens, units = 32 * case.size, 128
     # Forward and twice backward: the recurrent product and the 64 logits; the rest is elementwise.
     assert row["gflop"] == pytest.approx(6 * tokens * units * (4 * units + 64) / 1e9, rel=0.15)
+
+
+def test_the_table_has_a_row_a_work_and_a_column_a_peer():
+    work, other = works.Work("cnn", 10, 10), works.Work("lstm", 8, 10, width=4)
+    rows = [table.row(work, peer, _reports(2.0, 1.0), _reports(2.0, 2.0)) for peer in ("torch", "flax")]
+    rows.append(table.row(other, "flax", _reports(2.0, 1.0), _reports(2.0, 4.0)))
+    lines = table.markdown(rows).splitlines()
+    assert lines[2] == "| cnn | 10 | float32 | 100 images/s | 2.00 (2.00, 2.00) | 2.00 (2.00, 2.00) |"
+    assert lines[3].endswith("| - | 4.00 (4.00, 4.00) |")
+    assert lines[7] == "| cnn | 10 | float32 | 1.0 s, 1 | 1.0 s, 1 | 1.0 s, 1 |"

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from experiments import char_rnn, cifar_cnn, mnist_vae
+from experiments import char_rnn, cifar_cnn, cifar_speedrun, mnist_vae
 from research import app
 from research.errors import UserError
 
+MODULES = (cifar_cnn, cifar_speedrun, char_rnn, mnist_vae)
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -32,7 +33,7 @@ def test_the_experiment_of_one_file_runs(tmp_path):
 def test_every_flag_exists_and_takes_its_value(flag):
     name, values = flag.split("=")
     for value in values.split("|"):
-        assert any(_takes(module.EXPERIMENT, f"{name}={value}") for module in (cifar_cnn, char_rnn, mnist_vae))
+        assert any(_takes(module.EXPERIMENT, f"{name}={value}") for module in MODULES)
 
 
 def _takes(experiment, flag):

@@ -1,0 +1,33 @@
+"""`experiments.cifar_speedrun`: many runs, one record, nothing of an earlier one lost."""
+
+import json
+
+import pytest
+
+from experiments import cifar_speedrun
+from research.errors import UserError
+from research.signals import Signals
+
+ARGS = ["--config=quick", "--config.dataset.name=digits", "--config.model.width=4", "--config.num_runs=2"]
+
+
+def test_every_run_has_another_seed_and_its_accuracy_is_recorded(tmp_path, capsys):
+    args = [*ARGS, f"--workdir={tmp_path / 'x'}", "--config.seed=5"]
+    summary = cifar_speedrun.run(cifar_speedrun.EXPERIMENT, args, Signals())
+    recorded = json.loads((tmp_path / "x/speedrun.json").read_text())
+    assert recorded == json.loads(json.dumps(summary))
+    assert [run["seed"] for run in recorded["runs"]] == [5, 6]
+    accuracies = [run["test_accuracy"] for run in recorded["runs"]]
+    assert recorded["accuracy_mean"] == pytest.approx(sum(accuracies) / 2)
+    assert accuracies[0] != accuracies[1]
+    assert all(run["seconds"] > 0 for run in recorded["runs"])
+    assert "2 runs: test accuracy " in capsys.readouterr().out
+    with pytest.raises(UserError, match="holds another run"):
+        cifar_speedrun.run(cifar_speedrun.EXPERIMENT, args, Signals())
+
+
+@pytest.mark.parametrize("flag", ["--mode=eval", "--reproduce=x"])
+def test_what_it_would_ignore_is_refused(flag, tmp_path):
+    with pytest.raises(UserError):
+        cifar_speedrun.run(cifar_speedrun.EXPERIMENT, [*ARGS, flag, f"--workdir={tmp_path / 'x'}"], Signals())
+    assert not (tmp_path / "x").exists()

@@ -150,7 +150,7 @@ def _started(env, *args):
 def test_one_that_is_told_to_stop_stops_all_with_a_checkpoint(env, tmp_path):
     process = _started(env, "--workdir=x")
     os.kill(_children(process)[1], signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 143, errors
     assert len(re.findall(r"stopped by SIGTERM at step [\d,]+ with a checkpoint", errors)) == 2
     assert len(set(re.findall(r"at step ([\d,]+) with", errors))) == 1
@@ -166,12 +166,12 @@ def test_a_killed_process_ends_all_or_all_start_again(env, tmp_path):
         if "resumed at step " in line:
             break
     os.kill(_children(process)[0], signal.SIGKILL)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 128 + signal.SIGKILL
     assert "error: process 1 was ended by SIGKILL, and the others with it" in errors
     assert "restart 1 of 1, from the newest checkpoint" in errors
     assert "error: process 0 was ended by SIGKILL" in errors
-    assert time.monotonic() - start < 120
+    assert time.monotonic() - start < 300
     steps = [line["step"] for line in _lines(tmp_path / "x")]
     assert steps == sorted(set(steps))
 

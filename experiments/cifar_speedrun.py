@@ -61,10 +61,6 @@ def run(experiment: app.Experiment, argv: Sequence[str], signals: Signals) -> di
       UserError: bad input, found before the first run.
       StoppedError: a signal came; speedrun.json has the runs that were finished.
     """
-    # Imported here so that --help and a misspelt flag answer at once.
-    from research import compilation_cache, optimizers, sharding
-    from research.data import sources
-
     command = app.parse(experiment, argv)
     config: Any = command.config
     path = command.workdir / "speedrun.json"
@@ -72,9 +68,14 @@ def run(experiment: app.Experiment, argv: Sequence[str], signals: Signals) -> di
         raise UserError("a speedrun always starts anew: leave out --mode and --reproduce")
     if path.exists() or command.earlier:
         raise UserError(f"--workdir={command.workdir} holds another run: give a folder of its own")
-    compilation_cache.enable()
-    optimizers.resolve(config.optimizer)
-    mesh = sharding.make_mesh(config)
+    mesh = app.start(config)
+    # Imported here so that --help and a misspelt flag answer at once.
+    import jax
+
+    from research.data import sources
+
+    if jax.process_count() > 1:
+        raise UserError("a speedrun is for one process: start it without a launcher")
     with Workdir(command.workdir):
         dataset = sources.load(config.dataset)
         config.dataset.name = dataset.name
@@ -100,7 +101,7 @@ def _run(config: SpeedrunConfig, dataset: Dataset, mesh: Any, workdir: Path, sig
     training = Training(config, cifar_cnn.make_task(config, dataset), dataset, mesh)
     training.signals = signals
     end = training.ends[-1]
-    with jax.set_mesh(mesh), Writer(workdir, end, active=jax.process_index() == 0) as writer:
+    with jax.set_mesh(mesh), Writer(workdir, end, active=True) as writer:
         compile_seconds = training.compile(train=True)
         with signals.deferred():
             start = time.monotonic()

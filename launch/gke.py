@@ -145,8 +145,7 @@ def run(argv: Sequence[str]) -> int:
     """
     job = job_lib.parse("gke", str(__doc__), GkeOptions(), argv)
     _check(job.options)
-    if "://" not in job.workdir:
-        raise UserError(f"--workdir={job.workdir}: the pods' own disks go with them; give gs://BUCKET/FOLDER")
+    job_lib.check_remote(job)
     text = yaml.safe_dump(jobset(job), sort_keys=False, width=120)
     if job.options.dry_run:
         print(text, end="")

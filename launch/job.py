@@ -17,7 +17,10 @@ from absl import flags
 from research import command
 from research import config as config_lib
 from research.command import Experiment
-from research.errors import UserError
+from research.errors import UserError, exit_with
+
+# Exit codes that another try would end with as well: bad input, a loss that is not finite, a full disk.
+LASTING = (2, 3, 4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Job:
       experiment: what it defines as `EXPERIMENT`.
       args: its flags, `--workdir` among them.
       workdir: the folder of the record.
+      config: the experiment's, as its flags have it.
       options: the launcher's own, of the dataclass that `parse` was given.
     """
 
@@ -36,6 +40,7 @@ class Job:
     experiment: Experiment
     args: tuple[str, ...]
     workdir: str
+    config: Any
     options: Any
 
     @property
@@ -95,8 +100,14 @@ def parse(where: str, doc: str, options: Any, argv: Sequence[str]) -> Job:
     # What only the machines of the run can open is theirs to read.
     remote = "://" in workdir
     checked = [arg for arg in args if not arg.startswith("--mode")] if remote else [*args, f"--workdir={workdir}"]
-    command.parse(experiment, checked)
-    return Job(modules[0], experiment, (*args, f"--workdir={workdir}"), workdir, options)
+    config = command.parse(experiment, checked).config
+    return Job(modules[0], experiment, (*args, f"--workdir={workdir}"), workdir, config, options)
+
+
+def check_remote(job: Job) -> None:
+    """Raises `UserError` where the workdir is on a disk of machines that go when the run ends."""
+    if "://" not in job.workdir:
+        raise UserError(f"--workdir={job.workdir}: the machines' own disks go with them; give gs://BUCKET/FOLDER")
 
 
 def _experiment(module: str) -> Experiment:
@@ -122,5 +133,4 @@ def main(run: Callable[[Sequence[str]], int]) -> None:
     try:
         sys.exit(run(sys.argv[1:]))
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        exit_with(error)

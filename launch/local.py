@@ -25,7 +25,6 @@ from research.config import option
 
 _SECONDS_TO_END = 60.0  # from a wish to stop until a process that has not is killed
 _SECONDS_AFTER_A_FAILURE = 5.0
-_NO_RESTART = (2, 3, 4)  # bad input, a loss that is not finite, a full disk: the next try would end alike
 
 
 @dataclasses.dataclass
@@ -160,7 +159,7 @@ def run(argv: Sequence[str]) -> int:
         signal.signal(number, lambda received, _: asked.append(received))
     for restart in range(options.max_restarts + 1):
         code = _run_once(job, asked)
-        if code == 0 or asked or code in _NO_RESTART or restart == options.max_restarts:
+        if code == 0 or asked or code in job_lib.LASTING or restart == options.max_restarts:
             break
         print(f"restart {restart + 1} of {options.max_restarts}, from the newest checkpoint", file=sys.stderr)
     return 128 - code if code < 0 else code

@@ -15,6 +15,7 @@ from typing import Any
 
 from launch import job as job_lib
 from launch.job import Job
+from research import app
 from research.config import option
 
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -31,15 +32,11 @@ def _training(job: Job) -> Any:
     """The experiment's run, not begun; joins the other processes."""
     import jax
 
-    from research import command, compilation_cache, distributed, optimizers, sharding
     from research.data import sources
     from research.training import Training
 
-    config = command.parse(job.experiment, job.args).config
-    compilation_cache.enable()
-    optimizers.resolve(config.optimizer)
-    distributed.join(config.distributed)
-    mesh = sharding.make_mesh(config)
+    config = job.config
+    mesh = app.start(config)
     dataset = job.experiment.prepare(config, sources.load(config.dataset))
     with jax.set_mesh(mesh):
         return Training(config, job.experiment.make_task(config, dataset), dataset, mesh)

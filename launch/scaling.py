@@ -54,9 +54,7 @@ def counts(text: str) -> list[int]:
 
 def _command(job: Job, devices: int, *, communicate: bool) -> list[str]:
     """What each of some processes runs."""
-    from research import command
-
-    config = command.parse(job.experiment, job.args).config
+    config = job.config
     # What a process of its own has is a device's share.
     factor = devices if job.options.mode == "weak" else 1
     if not communicate:
@@ -72,8 +70,8 @@ def _command(job: Job, devices: int, *, communicate: bool) -> list[str]:
     return [sys.executable, "-m", "launch.measure", job.module, *job.args, *changed, dispatch]
 
 
-def _measured(job: Job, devices: int, *, communicate: bool) -> list[dict[str, Any]]:
-    """What each of some processes that run at the same time reports."""
+def _measured(command: list[str], devices: int, *, communicate: bool) -> list[dict[str, Any]]:
+    """What each of some processes that run a command at the same time reports."""
     cores = sorted(os.sched_getaffinity(0))
     places = local.environments(devices, local.free_port())
     processes = []
@@ -81,7 +79,7 @@ def _measured(job: Job, devices: int, *, communicate: bool) -> list[dict[str, An
         if not communicate:
             place = {"JAX_LOCAL_DEVICE_IDS": str(index)}
         process = subprocess.Popen(
-            _command(job, devices, communicate=communicate),
+            command,
             env=os.environ | place,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -141,18 +139,20 @@ def run(argv: Sequence[str]) -> int:
     """
     job = job_lib.parse("scaling", str(__doc__), ScalingOptions(), argv)
     options, devices = job.options, counts(job.options.devices)
-    commands = [_command(job, count, communicate=communicate) for count in devices for communicate in (True, False)]
+    commands = {
+        count: [_command(job, count, communicate=communicate) for communicate in (True, False)] for count in devices
+    }
     if options.dry_run:
-        print("\n".join(map(shlex.join, commands)))
+        print("\n".join(shlex.join(command) for pair in commands.values() for command in pair))
         return 0
     rows = []
     print("| devices | batch | ms a step | ms in collectives | examples/s | the same apart | efficiency |")
     print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
-    for count in devices:
+    for count, (communicating, concurrent) in commands.items():
         together, apart = [], []
         for _ in range(options.rounds):
-            together.append(_measured(job, count, communicate=True))
-            apart.append(_measured(job, count, communicate=False) if count > 1 else together[-1])
+            together.append(_measured(communicating, count, communicate=True))
+            apart.append(_measured(concurrent, count, communicate=False) if count > 1 else together[-1])
         rows.append(row(together, apart, options.mode))
         print(line(rows[-1]), flush=True)
     workdir = Path(job.workdir)

@@ -24,7 +24,8 @@ from research.config import option
 from research.errors import UserError
 
 _SECONDS_BETWEEN_LOOKS = 10.0
-_NO_RESTART = (0, 2, 3, 4, 130, 143)  # done, or an end that another TPU would not change
+_NO_RESTART = (0, *job_lib.LASTING, 130, 143)  # done, or an end that another TPU would not change
+_THERE = ("READY", "ACTIVE")  # states of a TPU VM, of a queued resource
 
 _RUNTIMES = {  # https://cloud.google.com/tpu/docs/runtimes
     "v4": "tpu-ubuntu2204-base",
@@ -114,7 +115,7 @@ def _state(tpu: Tpu) -> str:
 def _wait(tpu: Tpu) -> None:
     """Returns when the TPU is there."""
     state = ""
-    while (now := _state(tpu)) not in ("READY", "ACTIVE"):
+    while (now := _state(tpu)) not in _THERE:
         if now in ("FAILED", "SUSPENDED"):
             raise UserError(f"the TPU is {now.lower()}: look at gcloud compute tpus queued-resources describe")
         if now != state:
@@ -183,7 +184,7 @@ def _up(tpu: Tpu, job: Job) -> int:
             _wait(tpu)
             _setup(tpu, options)
             code = _run(tpu, job)
-            if code in _NO_RESTART or _state(tpu) in ("READY", "ACTIVE"):
+            if code in _NO_RESTART or _state(tpu) in _THERE:
                 break
             print(f"the TPU was preempted: restart {restart + 1} of {options.max_restarts}", file=sys.stderr)
             _call(tpu.delete())
@@ -228,8 +229,7 @@ def run(argv: Sequence[str]) -> int:
     verb = argv[0] if argv else "--help"
     if verb in _EXPERIMENT_VERBS:
         job = job_lib.parse("tpu", str(__doc__), options, argv[1:])
-        if "://" not in job.workdir:
-            raise UserError(f"--workdir={job.workdir}: the hosts' own disks go with the TPU; give gs://BUCKET/FOLDER")
+        job_lib.check_remote(job)
     else:
         _, rest = job_lib.parse_options("tpu", str(__doc__), options, argv[verb in _VERBS :])
         if verb not in _VERBS or rest:

@@ -10,7 +10,7 @@ from research import config as config_lib
 from research.command import Command, Experiment, parse
 from research.config import Config
 from research.data import sources
-from research.errors import UserError
+from research.errors import UserError, exit_with
 from research.signals import Signals
 from research.tasks.task import Task
 from research.terminal import lasting_output
@@ -19,7 +19,7 @@ from research.workdir import Workdir, read_json
 if TYPE_CHECKING:
     from research.training import Training
 
-__all__ = ["Experiment", "main", "parse", "run"]
+__all__ = ["Experiment", "main", "parse", "run", "start"]
 
 
 def run(experiment: Experiment, argv: Sequence[str], signals: Signals | None = None) -> dict[str, Any]:
@@ -31,26 +31,25 @@ def run(experiment: Experiment, argv: Sequence[str], signals: Signals | None = N
     Raises:
       UserError: bad input, found before training starts; no folder is left behind.
     """
-    # Imported here so that --help and a misspelt flag answer at once.
-    from research import compilation_cache, distributed, optimizers, sharding, train
-
     command = parse(experiment, argv)
-    compilation_cache.enable()
     config, workdir = command.config, command.workdir
-    optimizers.resolve(config.optimizer)
-    distributed.join(config.distributed)
+    mesh = start(config)
+    # Imported here so that --help and a misspelt flag answer at once.
+    import jax
+
+    from research import distributed, train
+
     if signals:
-        signals.spreads = distributed.is_several()
-    if distributed.is_several() and not command.workdir_given:
+        signals.spreads = jax.process_count() > 1
+    if jax.process_count() > 1 and not command.workdir_given:
         raise UserError("several processes make one record: give all of them the same --workdir")
-    mesh = sharding.make_mesh(config)
     if command.mode == "eval":
         return _evaluate(experiment, command, mesh)
     if command.mode == "sample":
         return _sample(experiment, command, mesh)
     if command.earlier is None and (workdir / "metrics.jsonl").exists():
         raise UserError(f"--workdir={workdir} holds a metrics.jsonl without its config.json: give a folder of its own")
-    with Workdir(workdir) if distributed.is_first() else contextlib.nullcontext():
+    with Workdir(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
         distributed.wait("the first process has claimed the workdir")
         with distributed.first_process_first("the data set is on disk"):
             dataset, task = _load(experiment, config)
@@ -73,11 +72,31 @@ def run(experiment: Experiment, argv: Sequence[str], signals: Signals | None = N
     return summary
 
 
+def start(config: Config) -> Any:
+    """What comes before the data: finds the cache of compiled programs, and the run's other processes.
+
+    Args:
+      config: checked; what it leaves to the optimiser is filled in place.
+
+    Returns:
+      The mesh.
+
+    Raises:
+      UserError: the config contradicts itself or the devices, or a process is missing.
+    """
+    from research import compilation_cache, distributed, optimizers, sharding
+
+    compilation_cache.enable()
+    optimizers.resolve(config.optimizer)
+    distributed.join(config.distributed)
+    return sharding.make_mesh(config)
+
+
 def _say(text: str) -> None:
     """Prints it, once however many processes there are."""
-    from research import distributed
+    import jax
 
-    if distributed.is_first():
+    if jax.process_index() == 0:
         print(text, flush=True)
 
 
@@ -104,9 +123,9 @@ def _evaluate(experiment: Experiment, command: Command, mesh: Any) -> dict[str, 
 
 
 def _sample(experiment: Experiment, command: Command, mesh: Any) -> dict[str, Any]:
-    from research import distributed
+    import jax
 
-    if distributed.is_several():
+    if jax.process_count() > 1:
         raise UserError("--mode=sample is for one process: start it without a launcher")
     training = _restored(experiment, command, mesh)
     assert experiment.sample is not None
@@ -172,5 +191,4 @@ def main(
         with lasting_output(), signals.handled():
             run(experiment, sys.argv[1:] if argv is None else argv, signals)
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        exit_with(error)

@@ -146,19 +146,9 @@ class _Waiting:
             print(f"waiting for {what}: {now - self._start:.0f} s", file=sys.stderr, flush=True)
 
 
-def is_first() -> bool:
-    """Whether this is the process that writes and prints."""
-    return jax.process_index() == 0
-
-
-def is_several() -> bool:
-    """Whether the run has more processes than this one."""
-    return jax.process_count() > 1
-
-
 def wait(name: str) -> None:
     """Returns when all processes have come here."""
-    if is_several():
+    if jax.process_count() > 1:
         from orbax.checkpoint import multihost  # slow to import
 
         multihost.sync_global_processes(name)
@@ -167,16 +157,16 @@ def wait(name: str) -> None:
 @contextmanager
 def first_process_first(name: str) -> Iterator[None]:
     """The others enter when process 0 has left: what it prepared on disk is there for them."""
-    if not is_first():
+    if jax.process_index():
         wait(name)
     yield
-    if is_first():
+    if jax.process_index() == 0:
         wait(name)
 
 
 def from_first(value: float) -> float:
     """Process 0's value, in all of them."""
-    if not is_several():
+    if jax.process_count() == 1:
         return value
     from jax.experimental import multihost_utils
 
@@ -189,7 +179,7 @@ def asked_to_stop(call: int) -> bool:
     Each calls it with 1, 2, 3, ... at the same places. jax spreads the notice, and agrees on a call that none of the
     processes has reached yet.
     """
-    if not is_several():
+    if jax.process_count() == 1:
         return False
     from jax.experimental import multihost_utils
 

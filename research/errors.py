@@ -11,6 +11,9 @@
 | 143 | terminated (SIGTERM); while training, a checkpoint was saved |
 """
 
+import sys
+from typing import NoReturn
+
 
 class UserError(Exception):
     """Bad input. Its text is one line that says what was wrong and what to do; no traceback is shown."""
@@ -28,3 +31,9 @@ class RecordError(UserError):
     """A part of the record could not be written; the text names it. The last good checkpoint is intact."""
 
     exit_code = 4
+
+
+def exit_with(error: UserError) -> NoReturn:
+    """Ends the process with the error's one line and its exit code."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(error.exit_code)

@@ -39,7 +39,7 @@ class _Pace:
         self.steps = 1 if self._adapts else self.capacity
 
     def measured(self, num_steps: int, seconds: float) -> None:
-        if distributed.is_several():
+        if jax.process_count() > 1:
             # All processes must dispatch alike, so they go by the first one's clock; once it is known, nobody waits.
             self._adapts = self._adapts and self._agreements > 0
             self._agreements -= 1

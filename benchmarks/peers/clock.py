@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,14 @@ class Clock:
         """An epoch is done."""
         self.losses.append(loss)
         self.seconds.append(seconds)
+
+    def passes(self, count: int, once: Callable[[], float]) -> None:
+        """Calls `once`, which gives an epoch's figure to be compared, some times."""
+        for _ in range(count):
+            start = time.monotonic()
+            figure = once()
+            self.step()
+            self.epoch(figure, time.monotonic() - start)
 
     def report(self) -> dict[str, Any]:
         """All of it, as JSON can have it, and the process's largest resident memory in bytes."""

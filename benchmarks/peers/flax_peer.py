@@ -136,13 +136,12 @@ def evaluate(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epoc
     def eval_step(model: Any, inputs: Any, targets: Any) -> jax.Array:
         return optax.softmax_cross_entropy_with_integer_labels(model(inputs), targets).mean()
 
-    for _ in range(epochs):
-        losses, start = [], time.monotonic()
-        for first in range(0, len(examples[0]), work.batch_size):
-            losses.append(eval_step(model, *(x[first : first + work.batch_size] for x in examples)))
-        loss = float(jnp.stack(losses).mean())
-        clock.step()
-        clock.epoch(loss, time.monotonic() - start)
+    def once() -> float:
+        starts = range(0, len(examples[0]), work.batch_size)
+        batches = ([x[first : first + work.batch_size] for x in examples] for first in starts)
+        return float(jnp.stack([eval_step(model, *batch) for batch in batches]).mean())
+
+    clock.passes(epochs, once)
 
 
 def sample(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs: int, clock: Clock) -> None:
@@ -160,16 +159,15 @@ def sample(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs
         carry, output = model.lstm.cell(carry, model.embedding(token))
         return carry, model.logits(output).argmax(-1)
 
-    for _ in range(epochs):
-        start = time.monotonic()
+    def once() -> float:
         carry, token = prompt(model, inputs[:, : works.PROMPT])
         tokens = [token]
         while len(tokens) < works.SEQUENCE:
             carry, token = step(model, carry, token)
             tokens.append(token)
-        mean = float(jnp.stack(tokens).mean())
-        clock.step()
-        clock.epoch(mean, time.monotonic() - start)
+        return float(jnp.stack(tokens).mean())
+
+    clock.passes(epochs, once)
 
 
 def train(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs: int, clock: Clock) -> None:

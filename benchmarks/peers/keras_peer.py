@@ -133,11 +133,7 @@ def train(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs:
 def evaluate(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs: int, clock: Clock) -> None:
     """Evaluates the examples some times, and tells the clock."""
     model, examples = _compiled(work, arrays, variant)
-    for _ in range(epochs):
-        start = time.monotonic()
-        loss = model.evaluate(*examples, batch_size=work.batch_size, verbose=0)
-        clock.step()
-        clock.epoch(float(loss), time.monotonic() - start)
+    clock.passes(epochs, lambda: float(model.evaluate(*examples, batch_size=work.batch_size, verbose=0)))
 
 
 def _in_order(model: keras.Model, weights: works.Arrays) -> works.Arrays:

@@ -5,7 +5,6 @@ import dataclasses
 import io
 import json
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -123,11 +122,7 @@ def evaluate(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epoc
     training = _training(work, arrays, 1)
     with jax.set_mesh(training.mesh):
         training.compile(train=False)
-        for _ in range(epochs):
-            start = time.monotonic()
-            loss = training.evaluate()["test_loss"]
-            clock.step()
-            clock.epoch(loss, time.monotonic() - start)
+        clock.passes(epochs, lambda: training.evaluate()["test_loss"])
 
 
 def sample(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs: int, clock: Clock) -> None:
@@ -140,11 +135,8 @@ def sample(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs
         carry = rnn.initial_carry(model_config, work.batch_size)
         return generate(model, batch["prompt"], carry, key, length=works.SEQUENCE, temperature=0, top_p=1)
 
-    for _ in range(epochs):
-        start = time.monotonic()
-        tokens = predict(texts, {"prompt": arrays["tokens"][:, : works.PROMPT].astype(np.int32)})
-        clock.step()
-        clock.epoch(float(tokens.mean()), time.monotonic() - start)
+    prompt = {"prompt": arrays["tokens"][:, : works.PROMPT].astype(np.int32)}
+    clock.passes(epochs, lambda: float(predict(texts, prompt).mean()))
 
 
 def command(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs: int, clock: Clock) -> None:

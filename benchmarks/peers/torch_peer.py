@@ -124,13 +124,16 @@ def evaluate(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epoc
     network, examples, loss_of = _program(work, arrays)
     _load(network, works.weights(arrays))
     called = torch.compile(network.eval()) if variant == "compile" else network.eval()
-    for _ in range(epochs):
-        losses, start = [], time.monotonic()
-        with torch.inference_mode():
-            for batch in zip(*(x.split(work.batch_size) for x in examples)):
-                losses.append(loss_of(called, *batch))
-                clock.step()
-        clock.epoch(torch.stack(losses).mean().item(), time.monotonic() - start)
+
+    @torch.inference_mode()
+    def once():
+        losses = []
+        for batch in zip(*(x.split(work.batch_size) for x in examples)):
+            losses.append(loss_of(called, *batch))
+            clock.step()
+        return torch.stack(losses).mean().item()
+
+    clock.passes(epochs, once)
 
 
 def sample(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs: int, clock: Clock) -> None:
@@ -144,17 +147,17 @@ def sample(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs
         return network.logits(outputs[:, -1]).argmax(-1), state
 
     called = torch.compile(step) if variant == "compile" else step
-    for _ in range(epochs):
-        start = time.monotonic()
-        with torch.inference_mode():
-            token, state = step(examples[:, : works.PROMPT], None)
-            tokens = [token]
-            while len(tokens) < works.SEQUENCE:
-                token, state = called(token[:, None], state)
-                tokens.append(token)
-            mean = torch.stack(tokens).double().mean().item()
-        clock.step()
-        clock.epoch(mean, time.monotonic() - start)
+
+    @torch.inference_mode()
+    def once():
+        token, state = step(examples[:, : works.PROMPT], None)
+        tokens = [token]
+        while len(tokens) < works.SEQUENCE:
+            token, state = called(token[:, None], state)
+            tokens.append(token)
+        return torch.stack(tokens).double().mean().item()
+
+    clock.passes(epochs, once)
 
 
 def train(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs: int, clock: Clock) -> None:

@@ -101,9 +101,10 @@ def mistakes(images: np.ndarray, labels: np.ndarray, probabilities: np.ndarray, 
     predictions, confidence = probabilities.argmax(-1), probabilities.max(-1)
     wrong = np.flatnonzero(predictions != labels)
     wrong = wrong[np.argsort(-confidence[wrong], kind="stable")][:25]
-    figure = Figure(figsize=(9, 10), layout="constrained")
+    rows = max(-(-len(wrong) // 5), 1)
+    figure = Figure(figsize=(9, 2 * rows), layout="constrained")
     figure.suptitle(f"{(predictions != labels).sum():,} mistakes of {len(labels):,}: label, taken for (probability)")
-    for axes, i in zip(figure.subplots(5, 5).flat, wrong.tolist()):
+    for axes, i in zip(figure.subplots(rows, 5).flat, wrong.tolist()):
         axes.imshow(images[i].squeeze(), cmap="gray", vmin=0, vmax=255)
         label, taken = names[int(labels[i])], names[int(predictions[i])]
         axes.set_title(f"{label}, {taken} ({confidence[i]:.2f})", fontsize="x-small")

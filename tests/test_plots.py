@@ -26,6 +26,7 @@ def test_the_most_confident_mistakes_come_first():
     shown = [axes for axes in figure.axes if axes.images]
     assert [axes.get_title() for axes in shown] == ["ant, bee (0.70)", "bee, ant (0.40)"]
     assert [int(axes.images[0].get_array()[0, 0, 0]) for axes in shown] == [3, 1]
+    assert len(figure.axes) == 5  # no empty rows
 
 
 def test_a_grid_has_the_images_row_by_row_with_white_between():

@@ -18,7 +18,8 @@ from launch.job import Job
 from research import app
 from research.config import option
 
-_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+# The partitioner's names, and those of what the code itself asks for.
+_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "psum", "all_gather")
 
 
 @dataclasses.dataclass

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -54,6 +55,11 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
     """
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(config.mesh, len(devices))
+    if config.mesh.reduce_dtype != "float32" and shape[0] != len(devices):
+        raise UserError(
+            f"--config.mesh.reduce_dtype={config.mesh.reduce_dtype}: where the mesh has other axes than `data` the "
+            "compiler sums the gradients, in float32; leave it out"
+        )
     shards = shape[0] * shape[1]
     for name in ("batch_size", "microbatch_size"):
         size = getattr(config, name)
@@ -72,6 +78,24 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh, axis: int) -> NamedSharding:
     """Arrays whose axis number `axis` counts examples: split over `data` and `fsdp`."""
     return NamedSharding(mesh, P(*[None] * axis, BATCH_AXES))
+
+
+def batch_parts() -> tuple[str, ...] | None:
+    """The axes over which this code, within `jax.shard_map`, has a part of the batch; None: it has the whole."""
+    return tuple(axis for axis in jax.sharding.get_abstract_mesh().manual_axes if axis in BATCH_AXES) or None
+
+
+def example_keys(key: jax.Array, count: int) -> jax.Array:
+    """A key for each of the `count` examples here, by its place in the whole batch: the same on any devices."""
+    parts = batch_parts()
+    first = jax.lax.axis_index(parts) * count if parts else 0
+    return jax.vmap(lambda row: jax.random.fold_in(key, row))(first + jnp.arange(count))
+
+
+def batch_mean(x: jax.Array) -> jax.Array:
+    """The mean over the whole batch of what is [b, ...] here."""
+    parts = batch_parts()
+    return jax.lax.pmean(x.mean(0), parts) if parts else x.mean(0)
 
 
 def partition_spec(shape: tuple[int, ...], mesh: Mesh) -> P:

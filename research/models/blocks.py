@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from research import sharding
 from research.layers.bias import bias_add
 from research.layers.convolution import conv_general_dilated
+from research.layers.dropout import Dropout
 
 GLOROT = nnx.initializers.glorot_uniform()
 HE = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al. 2015, equation 14
@@ -51,6 +53,8 @@ class Norm(nnx.Module):
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         if isinstance(self.layer, nnx.BatchNorm):
+            # The statistics are the whole batch's, also where each device has its part.
+            self.layer.axis_name = sharding.batch_parts()  # pyright: ignore[reportAttributeAccessIssue]
             return self.layer(x, use_running_average=not train)
         return self.layer(x)
 
@@ -106,6 +110,6 @@ class Style:
         """The network's normalisation."""
         return Norm(self, features)
 
-    def dropout(self) -> nnx.Dropout:
-        """Dropout that is given its key at each call: no random state is stored."""
-        return nnx.Dropout(self.dropout_rate)
+    def dropout(self) -> Dropout:
+        """The network's dropout."""
+        return Dropout(self.dropout_rate)

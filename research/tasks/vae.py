@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from research import densities, plots
+from research import densities, plots, sharding
 from research.data.sources import Dataset
 from research.predictor import Predictor
 from research.tasks.task import Batch, Metrics, Task
@@ -104,7 +104,7 @@ class VAE(Task):
             return values | {"loss": -bound}
         # A latent whose mean over the batch is below the limit costs the limit in every example: the mean over the
         # batch is then max(limit, mean), and so is its gradient.
-        limited = jnp.where(kl.mean(0) < self.free_bits, self.free_bits, kl)
+        limited = jnp.where(sharding.batch_mean(kl) < self.free_bits, self.free_bits, kl)
         return values | {"loss": reconstruction + beta * limited.sum(-1)}
 
     def _log_weights(

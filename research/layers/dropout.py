@@ -1,0 +1,32 @@
+"""Dropout whose draws do not depend on how many devices share the batch."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from research import sharding
+
+
+class Dropout(nnx.Module):
+    """Sets each value to 0 with probability `rate`, and scales the others by 1 / (1 - rate) (Srivastava et al. 2014).
+
+    It is given its key at each call and stores no random state; `batch_axis` is the axis that counts examples.
+    """
+
+    def __init__(self, rate: float, batch_axis: int = 0):
+        self.rate, self.batch_axis = rate, batch_axis
+
+    def __call__(self, x: jax.Array, *, train: bool, key: jax.Array | None) -> jax.Array:
+        """x in evaluation.
+
+        Raises:
+          ValueError: in training there is no key.
+        """
+        if not train or not self.rate:
+            return x
+        if key is None:
+            raise ValueError("dropout needs a key in training")
+        keys = sharding.example_keys(key, x.shape[self.batch_axis])
+        shape = (*x.shape[: self.batch_axis], *x.shape[self.batch_axis + 1 :])
+        draw = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.rate, shape), out_axes=self.batch_axis)
+        return jnp.where(draw(keys), x / (1 - self.rate), 0)

@@ -54,7 +54,9 @@ def check_free(out: Path) -> None:
         raise ArtifactError(f"--out={out} exists and is not an empty folder: give a new one")
 
 
-def write(out: Path, manifest: Mapping[str, Any], weights: Mapping[str, np.ndarray], programs: Mapping[str, bytes]):
+def write(
+    out: Path, manifest: Mapping[str, Any], weights: Mapping[str, np.ndarray], programs: Mapping[str, bytes]
+) -> str:
     """Writes an artifact: the folder appears with all that is in it, or not at all.
 
     Args:
@@ -107,9 +109,12 @@ def read(folder: Path) -> Artifact:
     try:
         data = {name: _checked(folder, name, entry) for name, entry in manifest["files"].items()}
         programs = {name: data[function["file"]] for name, function in manifest["functions"].items()}
+        if not (isinstance(manifest["classes"], list) and isinstance(manifest["platforms"], list)):
+            raise TypeError("no lists of classes and platforms")
         return Artifact(manifest, _unpacked(data[WEIGHTS], manifest["weights"]), programs)
-    except (KeyError, TypeError, AttributeError, ValueError, zipfile.BadZipFile) as error:
-        # Its checksums are right, so it was written like this.
+    except ArtifactError:
+        raise
+    except Exception as error:  # the checksums are right, so it was written like this: anything may be in it
         raise _wrong(folder, f"its parts do not fit together ({type(error).__name__}: {error})") from None
 
 

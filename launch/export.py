@@ -20,7 +20,7 @@ from launch.artifact import ArtifactError
 from research import app, command
 from research.config import option
 from research.errors import RecordError, UserError
-from research.storage import is_local, open_path
+from research.storage import open_path
 
 if TYPE_CHECKING:
     from jax.export import Exported
@@ -75,9 +75,9 @@ def _out(job: job_lib.Job) -> Path:
             raise UserError(f"{name} is for the experiment itself: leave it out")
     if not job.options.out:
         raise UserError("--out=DIR must say where the artifact goes")
+    if "://" in job.options.out:
+        raise UserError(f"--out={job.options.out} is not on this machine: export to a local folder, and copy that")
     out = Path(job.options.out)
-    if not is_local(out):
-        raise UserError(f"--out={out} is not on this machine: export to a local folder, and copy that")
     try:
         artifact.check_free(out)
     except ArtifactError as error:
@@ -109,7 +109,10 @@ def contents(experiment: str, training: "Training") -> tuple[dict[str, Any], dic
     leaves, structure = jax.tree_util.tree_flatten_with_path(
         {"params": state.eval_params, "model_state": state.model_state}
     )
-    weights = {jax.tree_util.keystr(path, simple=True, separator="."): jax.device_get(leaf) for path, leaf in leaves}
+    weights = {
+        jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): jax.device_get(leaf)
+        for path, leaf in leaves
+    }
 
     def network(arrays: Mapping[str, Any]) -> nnx.Module:
         tree = jax.tree.unflatten(structure, [arrays[name] for name in weights])
@@ -149,20 +152,20 @@ def _export(name: str, function: "Function", network: Any, weights: Mapping[str,
     def program(weights: Mapping[str, Any], inputs: Any) -> dict[str, Any]:
         return function.call(network(weights), inputs)
 
-    with _without_source_paths(), _for_any_batch_size(name):
+    with _without_source_lines(), _for_any_batch_size(name):
         return export.export(jax.jit(program), platforms=PLATFORMS)(
             {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in weights.items()}, inputs
         )
 
 
 @contextlib.contextmanager
-def _without_source_paths() -> Iterator[None]:
-    """Programs traced in it do not hold the paths of this machine's source files."""
+def _without_source_lines() -> Iterator[None]:
+    """Programs traced in it do not name source files: they are the same whoever exports, and show nobody's folders."""
     import jax
 
-    name = "jax_hlo_source_file_canonicalization_regex"
+    name = "jax_traceback_in_locations_limit"
     before = getattr(jax.config, name)
-    jax.config.update(name, ".*")
+    jax.config.update(name, 0)
     try:
         yield
     finally:

@@ -93,8 +93,8 @@ class IreeRuntime(Runtime):
     def __init__(self, artifact: Artifact):
         super().__init__(artifact)
         try:
-            from iree import runtime
-            from iree.compiler import tools
+            from iree import runtime  # pyright: ignore[reportMissingImports]
+            from iree.compiler import tools  # pyright: ignore[reportMissingImports]
         except ImportError:
             raise ArtifactError('--runtime=iree needs IREE: pip install "meshwork[iree]"') from None
         self._compiler, self._runtime = tools, runtime

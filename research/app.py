@@ -105,7 +105,7 @@ def _load(experiment: Experiment, config: Config) -> tuple[sources.Dataset, Task
     return dataset, experiment.make_task(config, dataset)
 
 
-def _restored(experiment: Experiment, command: Command, mesh: Any) -> "Training":
+def restored(experiment: Experiment, command: Command, mesh: Any) -> "Training":
     """The run in the workdir, at its newest checkpoint."""
     from research import train
 
@@ -116,7 +116,7 @@ def _restored(experiment: Experiment, command: Command, mesh: Any) -> "Training"
 def _evaluate(experiment: Experiment, command: Command, mesh: Any) -> dict[str, Any]:
     from research import train
 
-    training = _restored(experiment, command, mesh)
+    training = restored(experiment, command, mesh)
     step, results = training.progress.step, train.evaluate(training)
     _say(f"{experiment.name} on {training.dataset.name}, step {step:,}: {_figures(results)}")
     return {"step": step, **results}
@@ -127,7 +127,7 @@ def _sample(experiment: Experiment, command: Command, mesh: Any) -> dict[str, An
 
     if jax.process_count() > 1:
         raise UserError("--mode=sample is for one process: start it without a launcher")
-    training = _restored(experiment, command, mesh)
+    training = restored(experiment, command, mesh)
     assert experiment.sample is not None
     experiment.sample(training.predictor(), command.config, training.dataset, command.options, command.workdir)
     return {"step": training.progress.step}

@@ -108,8 +108,8 @@ class Training:
         scaled = optimizers.scaled(config.optimizer, config.batch_size)
         tx = optimizers.make_optimizer(scaled, self.ends[-1])
         self._rates = optimizers.learning_rates(scaled, self.ends[-1])
-        self._graphdef, self.state = create_state(task, tx, config, mesh)
-        self._steps = Steps(task, self._graphdef, tx, config.optimizer.ema_decay, mesh, config.mesh.reduce_dtype)
+        self.graphdef, self.state = create_state(task, tx, config, mesh)
+        self._steps = Steps(task, self.graphdef, tx, config.optimizer.ema_decay, mesh, config.mesh.reduce_dtype)
         # On a CPU nothing is gained by running ahead of the devices, and several dispatches in flight over several
         # host devices can starve each other's threads in an all-reduce until the process aborts.
         self._overlap = mesh.devices.flat[0].platform != "cpu"
@@ -168,7 +168,7 @@ class Training:
     def predictor(self) -> Predictor:
         """The network as evaluation has it now, for pictures and further figures."""
         size = self.config.examples_at_once
-        return Predictor(self._graphdef, self.state.eval_params, self.state.model_state, self.mesh, size)
+        return Predictor(self.graphdef, self.state.eval_params, self.state.model_state, self.mesh, size)
 
     def dispatches(self, end: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """Trains up to step `end`, or to where a signal came; yields (step, metrics of the newest [k]) as they come.

@@ -150,7 +150,7 @@ class Simple(nnx.Module):
                 x = nnx.relu(norm(self.pool(x, 2), train=train))
             else:
                 x = self.pool(nnx.relu(norm(x, train=train)), 2)
-        x = nnx.relu(self.hidden(x.reshape(len(x), -1)))
+        x = nnx.relu(self.hidden(x.reshape(x.shape[0], -1)))
         return self.logits(self.dropout(x, train=train, key=key)).astype(jnp.float32)
 
 
@@ -258,5 +258,5 @@ class Airbench(nnx.Module):
             if i % 2 == 0:
                 x = max_pool(x, 2)
             x = nnx.gelu(norm(x, train=train))
-        x = max_pool(x, 3).reshape(len(x), -1)
+        x = max_pool(x, 3).reshape(x.shape[0], -1)
         return self.logits(self.dropout(x, train=train, key=key)).astype(jnp.float32) / 9

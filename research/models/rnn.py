@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.export import is_symbolic_dim
 from jax.sharding import PartitionSpec as P
 
 from research.config import RNNConfig
@@ -86,7 +87,7 @@ class RNN(nnx.Module):
             if isinstance(layer, Recurrent):
                 # What the first layer is driven by depends on the character alone, so where the vocabulary is smaller
                 # than the batch, it is the vocabulary that is projected: three of an LSTM's five large products less.
-                small = not after and len(table) < tokens.size
+                small = not after and not is_symbolic_dim(tokens.size) and len(table) < tokens.size
                 inputs = layer.inputs(table)[tokens.T] if small else layer.inputs(x)
                 x, state = layer(inputs, state, train=train, key=layer_key)
             else:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -61,7 +63,25 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
             raise UserError(
                 f"--config.{name}={size} cannot be split evenly over {shards} devices: use a multiple of {shards}"
             )
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return Mesh(_arranged(shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _arranged(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+    """The devices in the mesh's shape, neighbours near each other.
+
+    Of several TPU slices the first axis that can crosses the slower network between them. `jax.make_mesh` has no
+    slices, and splits a dimension of a torus over two axes on v5e only.
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    crossing = next((i for i, size in enumerate(shape) if size % slices == 0), None)
+    if crossing is None:
+        sizes = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, shape))
+        raise UserError(f"a mesh of {sizes} has no axis that {slices} slices can share: make one a multiple of it")
+    between = [slices if i == crossing else 1 for i in range(len(shape))]
+    within = [size // count for size, count in zip(shape, between)]
+    return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

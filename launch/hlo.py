@@ -1,6 +1,7 @@
-"""What a compiled program does, read from its HLO text: its collectives, and what it costs with its loops counted.
+"""What a step of a compiled program does, read from its HLO text: collectives, and costs with the loops counted.
 
-XLA's own cost analysis counts a loop's body once, whatever its number of turns.
+XLA's own cost analysis counts a loop's body once, whatever its number of turns. The program of `Steps.train_steps` is a
+loop over steps whose number is an input: its body is the step, and what is done once before it is no part of it.
 """
 
 import collections
@@ -35,7 +36,7 @@ class Collective:
 
 
 class Program:
-    """A compiled program.
+    """A compiled program, and the step that it repeats.
 
     Args:
       text: its optimised HLO, as `compiled.as_text()` gives it.
@@ -55,31 +56,44 @@ class Program:
                 self._entry = name if header[1] else self._entry
             elif name:
                 self._bodies[name].append(line)
+        self._root = self._step()
         self._turns = self._count_turns()
+
+    def _loops(self) -> Iterator[tuple[str, str, int | None]]:
+        """(computation it is in, its body, its turns) of each loop."""
+        for name, lines in self._bodies.items():
+            for line in lines:
+                body = re.search(r" while\(.*body=%?([\w.\-]+)", line)
+                if body:
+                    yield name, body[1], self._trips(line)
+
+    def _step(self) -> str:
+        """The computation that is one step: the body of the loop whose turns are an input, or the program."""
+        return next((body for _, body, trips in self._loops() if trips is None), self._entry)
 
     def _calls(self, name: str) -> Iterator[tuple[str, int]]:
         """(computation, times) that a computation calls at each of its own turns."""
         for line in self._bodies[name]:
             if re.search(r"-(done|update)\(", line):
                 continue  # of what its -start has called
-            times = self._trips(line) if " while(" in line else 1
+            times = (self._trips(line) or 1) if " while(" in line else 1
             for one, several in _CALLED.findall(line):
                 for called in [one] if one else re.findall(r"[\w.\-]+", several):
                     yield called, times
 
-    def _trips(self, line: str) -> int:
-        """Turns of a loop: as the compiler notes them, else the constant that its condition compares with."""
+    def _trips(self, line: str) -> int | None:
+        """Turns of a loop: as the compiler notes them, else the constant that its condition has; None: an input."""
         noted = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
         if noted:
             return int(noted[1])
         condition = re.search(r"condition=%?([\w.\-]+)", line)
         lines = self._bodies[condition[1]] if condition else []
         constants = [int(n) for line in lines for n in re.findall(r" = s32\[\]\S* constant\((\d+)\)", line)]
-        return max(constants, default=1)
+        return max(constants, default=None)
 
     def _count_turns(self) -> collections.Counter[str]:
-        """How often each computation runs in one run of the program."""
-        turns = collections.Counter({self._entry: 1})
+        """How often each computation runs in a step."""
+        turns = collections.Counter({self._root: 1})
         # HLO text has what is called before what calls it.
         for name in reversed(self._bodies):
             for called, times in self._calls(name):
@@ -87,14 +101,11 @@ class Program:
         return turns
 
     def cost(self) -> dict[str, float]:
-        """{"flops", "bytes accessed"} of one device, by XLA's analysis, each turn of each loop counted."""
-        total = self._analysed(self._entry)
-        for name, lines in self._bodies.items():
-            for line in lines:
-                body = re.search(r" while\(.*body=%?([\w.\-]+)", line)
-                if body and self._turns[name]:
-                    more = self._turns[name] * (self._trips(line) - 1)
-                    total = {key: value + more * self._analysed(body[1])[key] for key, value in total.items()}
+        """{"flops", "bytes accessed"} of a step of one device, by XLA's analysis, each turn of each loop counted."""
+        total = self._analysed(self._root)
+        for name, body, trips in self._loops():
+            if more := self._turns[name] * ((trips or 1) - 1):
+                total = {key: value + more * self._analysed(body)[key] for key, value in total.items()}
         return total
 
     def _analysed(self, name: str) -> dict[str, float]:
@@ -112,7 +123,7 @@ class Program:
         return self._costs[name]
 
     def collectives(self) -> list[Collective]:
-        """Those of the program, the largest first; equal ones are one entry."""
+        """Those of a step, the largest first; equal ones are one entry."""
         counts: collections.Counter[tuple[str, int, tuple[int, ...]]] = collections.Counter()
         chains = set()
         for name, lines in self._bodies.items():

@@ -1,4 +1,4 @@
-"""The train step of an experiment, lowered for devices that need not be there."""
+"""The train steps of an experiment, lowered for devices that need not be there."""
 
 import copy
 import dataclasses
@@ -17,6 +17,7 @@ from research.data.sources import Dataset
 from research.state import TrainState, abstract_state
 from research.steps import Steps
 from research.tasks.task import Task
+from research.training import most_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Subject:
 
     @functools.cached_property
     def num_train_steps(self) -> int:
+        """Of the config as it was given."""
         return epoch_ends(self.num_examples, self.config.batch_size, self.config.num_epochs)[-1]
 
     @property
@@ -66,7 +68,7 @@ def subject(job: Job, mesh: MeshConfig) -> Subject:
 
 
 def lower(what: Subject, config: Config, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Lowered, TrainState]:
-    """One train step on a mesh, not compiled yet, and the shapes of its state.
+    """The program of the train steps on a mesh, not compiled yet, and the shapes of its state.
 
     Args:
       what: the experiment.
@@ -77,17 +79,18 @@ def lower(what: Subject, config: Config, mesh: jax.sharding.Mesh) -> tuple[jax.s
     tx = optimizers.make_optimizer(scaled, what.num_train_steps)
     graphdef, _, state = abstract_state(what.task, tx, config, mesh)
     steps = Steps(what.task, graphdef, tx, config.optimizer.ema_decay, mesh)
-    size = config.examples_at_once
-    shape = config.batch_size // size, size
+    longest = max(1, what.num_examples // config.batch_size)
+    size, capacity = config.examples_at_once, most_steps(config, resident=what.resident, steps_per_epoch=longest)
+    shape = capacity, config.batch_size // size, size
 
     def placed(dims: tuple[int, ...], dtype: Any, where: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(dims, dtype, sharding=where)
 
-    whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh, 1)
+    whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh, 2)
     arrays = what.dataset.train
     resident = {n: placed(x.shape, x.dtype, whole) for n, x in arrays.items() if what.resident}
     streamed = {n: placed((*shape, *x.shape[1:]), x.dtype, rows) for n, x in arrays.items() if not what.resident}
     inputs = {name: placed(shape, np.int32, rows) for name in ("index", "epoch")} | streamed
+    scalars = placed((), np.int32, whole), placed((), np.uint32, whole)
     with jax.set_mesh(mesh):
-        lowered = steps.jit_train_step(state).lower(state, resident, inputs, placed((), np.uint32, whole))
-    return lowered, state
+        return steps.jit_train(state).lower(state, resident, inputs, *scalars), state

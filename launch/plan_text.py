@@ -9,13 +9,10 @@ _HEAD = "topology|mesh|batch|microbatch|GiB a chip|compute ms|memory ms|intercon
 
 def _bytes(count: float) -> str:
     """As in 1.5 MiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            break
-        count /= 1024
-    else:
-        unit = "TiB"
-    return f"{count:,.0f} B" if unit == "B" else f"{count:,.2f} {unit}"
+    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if count >= 1024**power:
+            return f"{count / 1024**power:,.2f} {unit}"
+    return f"{count:,.0f} B"
 
 
 def _seconds(seconds: float) -> str:

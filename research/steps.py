@@ -148,19 +148,11 @@ class Steps:
 
     def jit_train(self, state: TrainState) -> Any:
         """`train_steps` jitted with its shardings; the state's buffers are donated."""
-        return self._jit(self.train_steps, state, batch_axis=2, scalars=2)
-
-    def jit_train_step(self, state: TrainState) -> Any:
-        """`train_step` alone, jitted like `jit_train`: what one step costs can be read from its program."""
-        return self._jit(self.train_step, state, batch_axis=1, scalars=1)
-
-    def _jit(self, function: Any, state: TrainState, *, batch_axis: int, scalars: int) -> Any:
         whole = sharding.replicated(self._mesh)
         state_shardings = jax.tree.map(lambda x: x.sharding, state)
-        inputs = sharding.batch_sharding(self._mesh, batch_axis)
         return jax.jit(
-            function,
-            in_shardings=(state_shardings, whole, inputs, *[whole] * scalars),
+            self.train_steps,
+            in_shardings=(state_shardings, whole, sharding.batch_sharding(self._mesh, 2), whole, whole),
             out_shardings=(state_shardings, whole),
             donate_argnums=0,
         )

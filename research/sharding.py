@@ -4,6 +4,7 @@ Axes: `data` splits the batch, `fsdp` splits the batch and the parameters, `sequ
 parallel over time, `model` splits a layer's output features.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -126,9 +127,22 @@ def gather(params: Any, mesh: Mesh) -> Any:
     arXiv 2304.11277), and the partitioner of jaxlib 0.10.2 on the CPU gets a matrix product's gradient wrong, without
     a word, where the batch lies over (data, fsdp) and the kernel over (fsdp, model).
     """
+    return params if mesh.shape["fsdp"] == 1 else jax.tree.map(functools.partial(_gather, mesh), params)
 
-    def whole(leaf: jax.Array) -> jax.Array:
-        spec = (None if axis == "fsdp" else axis for axis in partition_spec(leaf.shape, mesh))
-        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, P(*spec)))
 
-    return params if mesh.shape["fsdp"] == 1 else jax.tree.map(whole, params)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gather(mesh: Mesh, leaf: jax.Array) -> jax.Array:
+    spec = (None if axis == "fsdp" else axis for axis in partition_spec(leaf.shape, mesh))
+    return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, P(*spec)))
+
+
+def _gather_forward(mesh: Mesh, leaf: jax.Array) -> tuple[jax.Array, None]:
+    return _gather(mesh, leaf), None
+
+
+def _gather_backward(mesh: Mesh, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+    # The constraint's own gradient would be whole on every device: an all-reduce, twice what a reduce-scatter sends.
+    return (jax.lax.with_sharding_constraint(gradient, NamedSharding(mesh, partition_spec(gradient.shape, mesh))),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)

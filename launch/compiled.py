@@ -58,7 +58,7 @@ class Planner:
             sharding.make_mesh(config, self._of(topology))
         one = len({str(config.mesh) for _, config in wanted}) == 1
         self.what: Subject = subject(job, wanted[0][1].mesh if one else MeshConfig(data=1))
-        self._baselines: dict[Any, Roofline | None] = {}
+        self._programs: dict[Any, Compiled] = {}
 
     def _of(self, topology: Topology) -> Sequence[Any]:
         if topology not in self._devices:
@@ -69,7 +69,7 @@ class Planner:
         """What plan.json says of one program."""
         config = self._resolved(config)
         mesh = sharding.make_mesh(config, self._of(topology))
-        compiled = self._compile(config, mesh)
+        compiled = self._compile(topology, config, mesh)
         chip = topology.chip
         held = {
             f"{name}_bytes_per_chip": sharding.bytes_per_device(tree) * chip.devices
@@ -112,8 +112,8 @@ class Planner:
             {
                 "kind": one.kind,
                 "bytes": one.bytes,
-                "axis": hlo.axes_of(one.group, shape),
-                "devices": len(one.group) if not one.kind.startswith("collective-permute") else mesh.size,
+                "axis": "slices" if one.slices else hlo.axes_of(one.group, shape),
+                "devices": one.slices or len(one.group),
                 "count": one.count,
             }
             for one in found
@@ -139,12 +139,9 @@ class Planner:
         alone.mesh = MeshConfig(data=1)
         alone.batch_size, alone.microbatch_size = config.batch_size // shards, config.microbatch_size // shards
         one = Topology(topology.chip, (1,) * len(topology.shape))
-        key = one, alone.batch_size, alone.microbatch_size
-        if key not in self._baselines:
-            single = sharding.make_mesh(alone, self._of(one)[:1])
-            program = self._compile(alone, single).program
-            self._baselines[key] = self._times(one, alone, single, program)[0] if program else None
-        return self._baselines[key]
+        single = sharding.make_mesh(alone, self._of(one)[:1])
+        program = self._compile(one, alone, single).program
+        return self._times(one, alone, single, program)[0] if program else None
 
     def _resolved(self, config: Any) -> Any:
         """With what the experiment's task has filled in."""
@@ -153,7 +150,13 @@ class Planner:
         resolved.microbatch_size = config.microbatch_size
         return resolved
 
-    def _compile(self, config: Any, mesh: jax.sharding.Mesh) -> Compiled:
+    def _compile(self, topology: Topology, config: Any, mesh: jax.sharding.Mesh) -> Compiled:
+        key = topology, *mesh.shape.values(), config.batch_size, config.microbatch_size
+        if key not in self._programs:
+            self._programs[key] = self._compile_anew(config, mesh)
+        return self._programs[key]
+
+    def _compile_anew(self, config: Any, mesh: jax.sharding.Mesh) -> Compiled:
         lowered, state = lower(self.what, config, mesh)
         began = time.monotonic()
         quiet = topologies.quiet() if mesh.devices.flat[0].platform == "tpu" else contextlib.nullcontext()
@@ -163,9 +166,9 @@ class Planner:
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            used = re.search(r"Used ([\d.]+)([KMGT]?) of", str(error))
-            wanted = round(float(used[1]) * _UNITS[used[2]]) if used else 0
-            return Compiled(state, None, wanted, time.monotonic() - began)
+            found = re.search(r"(?:temporaries \(|Used )([\d.]+)([KMGT]?)", str(error))
+            wanted = float(found[1]) * _UNITS[found[2]] if found else 0.0
+            return Compiled(state, None, round(wanted) + sharding.bytes_per_device(state), time.monotonic() - began)
         seconds = time.monotonic() - began
         memory: Any = compiled.memory_analysis()
         size = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes

@@ -14,6 +14,9 @@ import numpy as np
 
 _KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute|collective-broadcast"
 _COLLECTIVE = re.compile(rf" = (.*?) ({_KINDS})(-start)?\(")
+_BETWEEN_SLICES = re.compile(
+    r" = \((.*?), u32.* send\(.*_xla_megascale_target=\"\{([\d:,]+)\}.*_xla_megascale_transfer_type=\"(\w+)\""
+)
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
 _SHAPE = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 
@@ -24,15 +27,18 @@ class Collective:
 
     Attributes:
       kind: as XLA calls it, "all-reduce" and so on.
-      bytes: of the whole array that is reduced, gathered or scattered; of a permute what each device sends.
-      group: the first of the groups of devices that exchange, by their number in the mesh.
+      bytes: of the whole array that is reduced, gathered or scattered; of a permute what each device sends; between
+        slices what each device has of the array there.
+      group: the first of the groups of devices that exchange, by their number in the mesh; () between slices.
       count: how often a step does it.
+      slices: between how many slices of TPUs, through their hosts; 0: it is within them.
     """
 
     kind: str
     bytes: int
     group: tuple[int, ...]
     count: int
+    slices: int = 0
 
 
 class Program:
@@ -56,6 +62,8 @@ class Program:
                 self._entry = name if header[1] else self._entry
             elif name:
                 self._bodies[name].append(line)
+        partitions = re.search(r"num_partitions=(\d+)", text.partition("\n")[0])
+        self._num_devices = int(partitions[1]) if partitions else 1
         self._root = self._step()
         self._turns = self._count_turns()
 
@@ -124,19 +132,25 @@ class Program:
 
     def collectives(self) -> list[Collective]:
         """Those of a step, the largest first; equal ones are one entry."""
-        counts: collections.Counter[tuple[str, int, tuple[int, ...]]] = collections.Counter()
+        counts: collections.Counter[tuple[str, int, tuple[int, ...], int]] = collections.Counter()
         chains = set()
         for name, lines in self._bodies.items():
             for line in lines:
+                if not self._turns[name]:
+                    continue
+                between = _BETWEEN_SLICES.search(line)
+                if between:
+                    size = _bytes(between[1], "send", started=False)
+                    counts[between[3].lower().replace("_", "-"), size, (), _length(between[2])] += self._turns[name]
                 found = _COLLECTIVE.search(line)
-                if not found or not self._turns[name]:
+                if not found:
                     continue
                 # libtpu spreads one over several fusions, each of which has it.
                 chain = re.search(r'chain_id="(\d+)"', line)
                 if chain and (chain[1], found[2]) in chains:
                     continue
                 chains |= {(chain[1], found[2])} if chain else set()
-                group = _group(line)
+                group = _group(line) or tuple(range(self._num_devices))
                 if len(group) == 1:
                     continue
                 kind, size = found[2], _bytes(found[1], found[2], started=bool(found[3]))
@@ -144,8 +158,8 @@ class Program:
                     size *= len(group)
                 if name.startswith("all-reduce-scatter"):  # what libtpu makes a reduce-scatter of
                     kind = "reduce-scatter"
-                counts[kind, size, group] += self._turns[name]
-        rows = [Collective(kind, size, group, count) for (kind, size, group), count in counts.items()]
+                counts[kind, size, group, 0] += self._turns[name]
+        rows = [Collective(*what, count, slices) for (*what, slices), count in counts.items()]
         return sorted(rows, key=lambda row: -row.bytes * row.count)
 
 
@@ -162,8 +176,14 @@ def _bytes(shapes: str, kind: str, *, started: bool) -> int:
     return sum(sizes)
 
 
+def _length(numbers: str) -> int:
+    """How many numbers there are in a list of numbers and ranges, as in 1,2 or 1:4."""
+    ends = [list(map(int, part.split(":"))) for part in numbers.split(",")]
+    return sum(part[-1] - part[0] + 1 for part in ends)
+
+
 def _group(line: str) -> tuple[int, ...]:
-    """The first group of devices, in any of the ways that HLO writes groups."""
+    """The first group of devices, in any of the ways that HLO writes groups; () for all devices."""
     pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}(?:,\{(\d+),(\d+)\})?", line)
     if pairs:
         numbers = [int(n) for n in re.findall(r"\d+", re.search(r"source_target_pairs=\{(.*?)\}\}", line)[1])]  # pyright: ignore[reportOptionalSubscript]
@@ -178,7 +198,7 @@ def _group(line: str) -> tuple[int, ...]:
         order = list(map(int, iota[3].split(","))) if iota[3] else range(len(reshaped))
         numbers = np.arange(math.prod(reshaped)).reshape(reshaped).transpose(order).reshape(groups)
         return tuple(numbers[0].tolist())
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(?(\[.*?\])\)?)? \{([^}]*)\}", line)
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\S+)\))? \{([^}]*)\}", line)
     return _named_group(named) if named else ()
 
 

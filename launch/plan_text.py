@@ -100,13 +100,13 @@ def _facts(row: dict[str, Any]) -> list[str]:
         f"  FLOPs a step     {_count(row['flops_per_chip'])}FLOP a chip, "
         f"{_count(row['flops_per_chip'] * chips)}FLOP in all",
         f"  bytes a step     {_bytes(row['bytes_accessed_per_chip'])} a chip, "
-        f"{_bytes(row['bytes_accessed_per_chip'] * chips)} in all, those that stay in the chip's caches too",
+        f"{_bytes(row['bytes_accessed_per_chip'] * chips)} in all",
     ]
     for found in row["collectives"] or [None]:
         what = "no collectives"
         if found:
             times = f", {found['count']:,} times" if found["count"] > 1 else ""
-            over = f"{found['axis']} ({found['devices']:,} devices)"
+            over = f"{found['axis']} ({found['devices']:,})"
             what = f"{found['kind']} of {_bytes(found['bytes'])} over {over}{times}"
         lines.append(f"  collective       {what}")
     return lines
@@ -118,9 +118,10 @@ def _estimates(row: dict[str, Any]) -> list[str]:
         "unknown, as one chip cannot hold its share" if efficiency is None else f"{efficiency:.3f} of one chip's speed"
     )
     lines = [
-        f"estimated from the chip's published figures ({row['chip_source']}), so at best; no overlap:",
-        f"  compute {_seconds(row['compute_seconds'])}, memory {_seconds(row['memory_seconds'])} (the larger counts), "
-        f"interconnect {_seconds(row['interconnect_seconds'])}",
+        f"estimated, not measured: the chip's published speeds ({row['chip_source']}), nothing overlapping:",
+        f"  compute          {_seconds(row['compute_seconds'])}",
+        f"  memory           {_seconds(row['memory_seconds'])} if all arrays lie in it; the larger of these two",
+        f"  interconnect     {_seconds(row['interconnect_seconds'])}",
         f"  step             {_seconds(row['step_seconds'])}: {row['examples_per_second']:,.0f} examples/s, "
         f"{_seconds(row['epoch_seconds'])} an epoch",
         f"  efficiency       {known}, chip for chip",

@@ -55,6 +55,9 @@ def roofline(
 def collective_seconds(row: Collective, topology: Topology, devices: Sequence[Any]) -> float:
     """One collective: within the slices, and what is left of it between them."""
     chip = topology.chip
+    if row.slices:
+        bandwidth = chip.network_bandwidth / chip.devices
+        return _VOLUMES.get(row.kind, 1.0) * row.bytes * (row.slices - 1) / row.slices / bandwidth
     slices, chips, extents = spanned([topology.place(devices[number]) for number in row.group])
     volume = _VOLUMES.get(row.kind, 1.0) * row.bytes
     if row.kind.startswith("collective-"):

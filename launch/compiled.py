@@ -53,8 +53,8 @@ class Planner:
 
     def __init__(self, job: Job, wanted: Sequence[tuple[Topology, Any]]):
         self._devices: dict[Topology, Sequence[Any]] = {}
-        # The largest first: CPU devices that stand in for GPUs are made once.
-        for topology, config in sorted(wanted, key=lambda pair: -pair[0].num_devices):
+        # The CPU devices that stand in for GPUs are made once, so the most of them first.
+        for topology, config in sorted(wanted, key=lambda pair: (pair[0].is_tpu, -pair[0].num_devices)):
             sharding.make_mesh(config, self._of(topology))
         one = len({str(config.mesh) for _, config in wanted}) == 1
         self.what: Subject = subject(job, wanted[0][1].mesh if one else MeshConfig(data=1))

@@ -77,7 +77,8 @@ class Program:
 
     def _step(self) -> str:
         """The computation that is one step: the body of the loop whose turns are an input, or the program."""
-        return next((body for _, body, trips in self._loops() if trips is None), self._entry)
+        # The outermost comes last; there may be others within it, as in drawing random numbers.
+        return [self._entry, *(body for _, body, trips in self._loops() if trips is None)][-1]
 
     def _calls(self, name: str) -> Iterator[tuple[str, int]]:
         """(computation, times) that a computation calls at each of its own turns."""
@@ -96,7 +97,7 @@ class Program:
             return int(noted[1])
         condition = re.search(r"condition=%?([\w.\-]+)", line)
         lines = self._bodies[condition[1]] if condition else []
-        constants = [int(n) for line in lines for n in re.findall(r" = s32\[\]\S* constant\((\d+)\)", line)]
+        constants = [int(n) for line in lines for n in re.findall(r" = [su]\d+\[\]\S* constant\((\d+)\)", line)]
         return max(constants, default=None)
 
     def _count_turns(self) -> collections.Counter[str]:
@@ -159,7 +160,7 @@ class Program:
                 if name.startswith("all-reduce-scatter"):  # what libtpu makes a reduce-scatter of
                     kind = "reduce-scatter"
                 counts[kind, size, group, 0] += self._turns[name]
-        rows = [Collective(*what, count, slices) for (*what, slices), count in counts.items()]
+        rows = [Collective(kind, size, group, n, slices) for (kind, size, group, slices), n in counts.items()]
         return sorted(rows, key=lambda row: -row.bytes * row.count)
 
 

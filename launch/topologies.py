@@ -160,13 +160,17 @@ def devices(topology: Topology) -> Sequence[Any]:
 def _stand_ins(topology: Topology) -> Sequence[Any]:
     import jax
 
+    count = topology.num_devices
+    if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):  # JAX has started; there may be enough
+            jax.config.update("jax_num_cpu_devices", count)
     found = jax.devices("cpu")
-    if len(found) < topology.num_devices:
+    if len(found) < count:
         raise UserError(
-            f"{topology.name} has {topology.num_devices} GPUs, for which only {len(found)} CPU devices stand in: set "
-            f"XLA_FLAGS=--xla_force_host_platform_device_count={topology.num_devices}"
+            f"for the {count} GPUs of {topology.name} only {len(found)} CPU devices can stand in: leave "
+            "--xla_force_host_platform_device_count out of XLA_FLAGS"
         )
-    return found[: topology.num_devices]
+    return found[:count]
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ class MeasureOptions:
     dispatches: int = option(6, "calls of the compiled program that are timed, after a first that is not", minimum=1)
 
 
-def _training(job: Job) -> Any:
+def training(job: Job) -> Any:
     """The experiment's run, not begun; joins the other processes."""
     import jax
 
@@ -63,22 +63,22 @@ def measure(job: Job) -> dict[str, Any]:
     """The seconds of a step (median over the dispatches), those in collectives, and the batch size."""
     import jax
 
-    training = _training(job)
+    run = training(job)
     count = job.options.dispatches
-    with jax.set_mesh(training.mesh):
-        training.compile(train=True)
+    with jax.set_mesh(run.mesh):
+        run.compile(train=True)
         seconds, last = [], time.monotonic()
-        steps = training.steps_per_dispatch
-        for _ in training.dispatches(steps * (count + 1)):
+        steps = run.steps_per_dispatch
+        for _ in run.dispatches(steps * (count + 1)):
             seconds.append(time.monotonic() - last)
             last = time.monotonic()
         with _collective_seconds() as collectives:
-            for _ in training.dispatches(steps * (count + 2)):
+            for _ in run.dispatches(steps * (count + 2)):
                 pass
     return {
         "step_seconds": statistics.median(seconds[1:]) / steps,
         "collective_seconds": sum(collectives) / steps,
-        "batch_size": training.config.batch_size,
+        "batch_size": run.config.batch_size,
     }
 
 

@@ -1,6 +1,7 @@
 """The training state: one pytree, created already sharded."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -41,16 +42,14 @@ class TrainState:
         return self.params if self.ema_params is None else self.ema_params
 
 
-def create_state(
+def abstract_state(
     task: Task, tx: optax.GradientTransformation, config: Config, mesh: jax.sharding.Mesh
-) -> tuple[nnx.GraphDef, TrainState]:
-    """Builds the model and its optimiser's state on the mesh.
-
-    No device ever holds an array whole that the mesh splits: shapes are traced first, their shardings follow from the
-    rules, and the initialisation is jitted with them.
+) -> tuple[nnx.GraphDef, Callable[[jax.Array], TrainState], TrainState]:
+    """What `create_state` makes, without an array of it: the mesh's devices need not be there.
 
     Returns:
-      The model's static part (`nnx.merge` makes a module of it), and the state.
+      The model's static part, the function that makes the state from a key, and the state's `jax.ShapeDtypeStruct`s
+      with their shardings.
     """
     graphdef = nnx.split(nnx.eval_shape(lambda: task.create_model(nnx.Rngs(config.seed))))[0]
     size = config.examples_at_once
@@ -63,15 +62,32 @@ def create_state(
         carry = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), task.initial_carry(size))
         return TrainState(jnp.int32(0), params, model_state, carry, tx.init(params), ema_params)
 
-    key = jax.random.key(config.seed)
-    shapes = jax.eval_shape(init, key)
+    shapes = jax.eval_shape(init, jax.random.key(config.seed))
     placed = sharding.batch_sharding(mesh, 1)
     shardings = dataclasses.replace(
         sharding.tree_shardings(shapes, mesh), carry=jax.tree.map(lambda _: placed, shapes.carry)
     )
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    return graphdef, init, abstract
+
+
+def create_state(
+    task: Task, tx: optax.GradientTransformation, config: Config, mesh: jax.sharding.Mesh
+) -> tuple[nnx.GraphDef, TrainState]:
+    """Builds the model and its optimiser's state on the mesh.
+
+    No device ever holds an array whole that the mesh splits: shapes are traced first, their shardings follow from the
+    rules, and the initialisation is jitted with them.
+
+    Returns:
+      The model's static part (`nnx.merge` makes a module of it), and the state.
+    """
+    graphdef, init, abstract = abstract_state(task, tx, config, mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
     # Random numbers take XLA:CPU's optimiser long to compile (seconds) for a program that runs once.
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     options = {"xla_backend_optimization_level": 0} if on_cpu else None
+    key = jax.random.key(config.seed)
     return graphdef, jax.jit(init, out_shardings=shardings, compiler_options=options)(key)
 
 

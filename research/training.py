@@ -28,12 +28,16 @@ _MOST_AGREEMENTS = 8  # dispatches by which several processes find their pace
 _MOST_STEPS_PER_DISPATCH = {True: 512, False: 8}  # by whether the data set is resident: streamed batches take memory
 
 
+def most_steps(config: Config, *, resident: bool, steps_per_epoch: int) -> int:
+    """How many steps a dispatch can make: what the compiled program is made for."""
+    return min(config.steps_per_dispatch or _MOST_STEPS_PER_DISPATCH[resident], steps_per_epoch)
+
+
 class _Pace:
     """How many steps the next dispatch makes: as configured, or about half a second's worth."""
 
     def __init__(self, config: Config, *, resident: bool, steps_per_epoch: int):
-        most = config.steps_per_dispatch or _MOST_STEPS_PER_DISPATCH[resident]
-        self.capacity = min(most, steps_per_epoch)
+        self.capacity = most_steps(config, resident=resident, steps_per_epoch=steps_per_epoch)
         self._adapts = not config.steps_per_dispatch
         self._agreements = _MOST_AGREEMENTS
         self.steps = 1 if self._adapts else self.capacity

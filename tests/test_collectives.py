@@ -71,10 +71,13 @@ def test_gradients_travel_as_the_dtype_asked_for():
 
 def test_fsdp_gathers_each_split_parameter_once_and_reduces_the_gradients_once():
     state, found = _compiled("fsdp")
-    assert _kinds("fsdp") == {"all-gather": 9, "all-reduce": 1}  # XLA:CPU has no reduce-scatter of its own
+    assert _kinds("fsdp") == {"all-gather": 9, "all-reduce": 2}  # XLA:CPU has no reduce-scatter of its own
     split = [x.size for x in jax.tree.leaves(state.params) if not x.sharding.is_fully_replicated]
     gathered = [size for kind, sizes, _ in found if kind == "all-gather" for size in sizes]
     assert sorted(gathered) == sorted(split)
+    first, second = ([size for size in sizes if size > 1] for kind, sizes, _ in found if kind == "all-reduce")
+    assert sorted(first) == sorted(x.size for x in jax.tree.leaves(state.params))
+    assert not second  # each device's part of the gradient's norm
 
 
 def test_tensor_parallelism_gathers_and_reduces_activations():

@@ -104,8 +104,9 @@ class VAE(Task):
             return values | {"loss": -bound}
         # A latent whose mean over the batch is below the limit costs the limit in every example: the mean over the
         # batch is then max(limit, mean), and so is its gradient.
-        limited = jnp.where(sharding.batch_mean(kl) < self.free_bits, self.free_bits, kl)
-        return values | {"loss": reconstruction + beta * limited.sum(-1)}
+        if self.free_bits:
+            kl = jnp.where(sharding.batch_mean(kl) < self.free_bits, self.free_bits, kl)
+        return values | {"loss": reconstruction + beta * kl.sum(-1)}
 
     def _log_weights(
         self, model: Any, targets: jax.Array, mean: jax.Array, logvar: jax.Array, noise: jax.Array

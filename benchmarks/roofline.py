@@ -9,7 +9,6 @@ the ratio is that over the prediction.
 
 import json
 import os
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -66,12 +65,8 @@ def row(experiment: str, preset: str, machine: dict[str, float], args: tuple[str
     with jax.set_mesh(run.mesh):
         run.compile(train=True)
         cost = Program(run.train_program.as_text()).cost()
-        seconds, last = [], time.monotonic()
-        for _ in run.dispatches(_STEPS * (_DISPATCHES + 1)):
-            seconds.append(time.monotonic() - last)
-            last = time.monotonic()
+        measured = measure.step_seconds(run, _DISPATCHES)
     predicted = Roofline(cost["flops"] / machine["flops"], cost["bytes accessed"] / machine["bytes"], 0.0)
-    measured = statistics.median(seconds[1:]) / _STEPS
     return {
         "experiment": experiment,
         "preset": preset,

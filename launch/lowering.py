@@ -9,9 +9,8 @@ import jax
 import numpy as np
 
 from launch.job import Job
-from research import optimizers, sharding
+from research import app, optimizers, sharding
 from research.config import Config, MeshConfig
-from research.data import sources
 from research.data.pipeline import epoch_ends, is_resident
 from research.data.sources import Dataset
 from research.state import TrainState, abstract_state
@@ -63,8 +62,7 @@ def subject(job: Job, mesh: MeshConfig) -> Subject:
     config = copy.deepcopy(job.config)
     config.mesh = mesh
     optimizers.resolve(config.optimizer)
-    dataset = job.experiment.prepare(config, sources.load(config.dataset))
-    return Subject(config, dataset, job.experiment.make_task(config, dataset))
+    return Subject(config, *app.load(job.experiment, config))
 
 
 def lower(what: Subject, config: Config, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Lowered, TrainState]:
@@ -78,7 +76,7 @@ def lower(what: Subject, config: Config, mesh: jax.sharding.Mesh) -> tuple[jax.s
     scaled = optimizers.scaled(config.optimizer, config.batch_size)
     tx = optimizers.make_optimizer(scaled, what.num_train_steps)
     graphdef, _, state = abstract_state(what.task, tx, config, mesh)
-    steps = Steps(what.task, graphdef, tx, config.optimizer.ema_decay, mesh, config.mesh.reduce_dtype)
+    steps = Steps(what.task, graphdef, tx, config, mesh)
     longest = max(1, what.num_examples // config.batch_size)
     size, capacity = config.examples_at_once, most_steps(config, resident=what.resident, steps_per_epoch=longest)
     shape = capacity, config.batch_size // size, size

@@ -33,14 +33,23 @@ def training(job: Job) -> Any:
     """The experiment's run, not begun; joins the other processes."""
     import jax
 
-    from research.data import sources
     from research.training import Training
 
     config = job.config
     mesh = app.start(config)
-    dataset = job.experiment.prepare(config, sources.load(config.dataset))
+    dataset, task = app.load(job.experiment, config)
     with jax.set_mesh(mesh):
-        return Training(config, job.experiment.make_task(config, dataset), dataset, mesh)
+        return Training(config, task, dataset, mesh)
+
+
+def step_seconds(run: Any, count: int) -> float:
+    """Trains for a dispatch and then some more: the seconds of a step, in the median over those."""
+    seconds, last = [], time.monotonic()
+    steps = run.steps_per_dispatch
+    for _ in run.dispatches(steps * (count + 1)):
+        seconds.append(time.monotonic() - last)
+        last = time.monotonic()
+    return statistics.median(seconds[1:]) / steps
 
 
 @contextmanager
@@ -67,16 +76,13 @@ def measure(job: Job) -> dict[str, Any]:
     count = job.options.dispatches
     with jax.set_mesh(run.mesh):
         run.compile(train=True)
-        seconds, last = [], time.monotonic()
         steps = run.steps_per_dispatch
-        for _ in run.dispatches(steps * (count + 1)):
-            seconds.append(time.monotonic() - last)
-            last = time.monotonic()
+        seconds = step_seconds(run, count)
         with _collective_seconds() as collectives:
             for _ in run.dispatches(steps * (count + 2)):
                 pass
     return {
-        "step_seconds": statistics.median(seconds[1:]) / steps,
+        "step_seconds": seconds,
         "collective_seconds": sum(collectives) / steps,
         "batch_size": run.config.batch_size,
     }

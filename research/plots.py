@@ -74,7 +74,8 @@ def plan(rows: Sequence[Mapping[str, Any]]) -> Any:
         chips = [row["num_chips"] for row in line]
         left.plot(chips, [row["step_seconds"] * 1e3 for row in line], style, label=name)
         known = [(row["num_chips"], row["scaling_efficiency"]) for row in line if row["scaling_efficiency"] is not None]
-        right.plot(*zip(*known), style, label=name) if known else None
+        if known:
+            right.plot(*zip(*known), style, label=name)
     left.set(xlabel="chips", ylabel="milliseconds a step, estimated", yscale="log")
     right.set(xlabel="chips", ylabel="efficiency, estimated", ylim=(0, 1.1))
     right.axhline(1.0, color="k", linestyle=":")

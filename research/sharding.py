@@ -156,8 +156,11 @@ def gather(params: Any, mesh: Mesh) -> Any:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gather(mesh: Mesh, leaf: jax.Array) -> jax.Array:
-    spec = (None if axis == "fsdp" else axis for axis in partition_spec(leaf.shape, mesh))
-    return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, P(*spec)))
+    return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, _whole_along_fsdp(leaf.shape, mesh)))
+
+
+def _whole_along_fsdp(shape: tuple[int, ...], mesh: Mesh) -> P:
+    return P(*(None if axis == "fsdp" else axis for axis in partition_spec(shape, mesh)))
 
 
 def _gather_forward(mesh: Mesh, leaf: jax.Array) -> tuple[jax.Array, None]:
@@ -168,8 +171,7 @@ def _gather_backward(mesh: Mesh, _: None, gradient: jax.Array) -> tuple[jax.Arra
     # The constraint's own gradient would be whole on every device, by an all-reduce, which sends twice what a
     # reduce-scatter does. Not so a convolution's: libtpu 0.0.42 then convolves part by part, in a ring, with a third
     # more FLOPs and nearly twice the bytes (ResNet-18 over 16 chips of v5e, by launch.plan).
-    spec = partition_spec(gradient.shape, mesh)
-    spec = spec if gradient.ndim <= 2 else P(*(None if axis == "fsdp" else axis for axis in spec))
+    spec = (partition_spec if gradient.ndim <= 2 else _whole_along_fsdp)(gradient.shape, mesh)
     return (jax.lax.with_sharding_constraint(gradient, NamedSharding(mesh, spec)),)
 
 

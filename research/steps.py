@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from research import noise_scale, optimizers, sharding
+from research.config import Config
 from research.state import TrainState
 from research.tasks.task import Batch, Metrics, Task
 
@@ -34,26 +35,19 @@ class Steps:
       task: what is learned.
       graphdef: the model's static part.
       tx: the optimiser.
-      ema_decay: decay of the parameters' moving average; only read where the state has one.
+      config: of the run.
       mesh: the devices.
-      reduce_dtype: in which gradients travel where each device makes its own.
     """
 
     def __init__(
-        self,
-        task: Task,
-        graphdef: nnx.GraphDef,
-        tx: optax.GradientTransformation,
-        ema_decay: float,
-        mesh: Mesh,
-        reduce_dtype: str = "float32",
+        self, task: Task, graphdef: nnx.GraphDef, tx: optax.GradientTransformation, config: Config, mesh: Mesh
     ):
         self._task = task
         self._graphdef = graphdef
         self._tx = tx
-        self._ema_decay = ema_decay
+        self._ema_decay = config.optimizer.ema_decay
         self._mesh = mesh
-        self._reduce_dtype = reduce_dtype
+        self._reduce_dtype = config.mesh.reduce_dtype
         # The devices that each make a gradient of their own: with parameters split, the partitioner knows better.
         self._parts = mesh.shape["data"] if mesh.shape["data"] == mesh.size else 1
 

@@ -113,7 +113,7 @@ class Training:
         tx = optimizers.make_optimizer(scaled, self.ends[-1])
         self._rates = optimizers.learning_rates(scaled, self.ends[-1])
         self.graphdef, self.state = create_state(task, tx, config, mesh)
-        self._steps = Steps(task, self.graphdef, tx, config.optimizer.ema_decay, mesh, config.mesh.reduce_dtype)
+        self._steps = Steps(task, self.graphdef, tx, config, mesh)
         # On a CPU nothing is gained by running ahead of the devices, and several dispatches in flight over several
         # host devices can starve each other's threads in an all-reduce until the process aborts.
         self._overlap = mesh.devices.flat[0].platform != "cpu"

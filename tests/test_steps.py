@@ -50,11 +50,10 @@ class Build:
     def __init__(self, config, devices, task):
         dataset = _dataset()
         mesh = sharding.make_mesh(config, jax.devices()[:devices])
-        decay = config.optimizer.ema_decay
         tx = optimizers.make_optimizer(config.optimizer, 10)
         graphdef, state = create_state(task, tx, config, mesh)
         self.initial = jax.tree.map(np.array, state), jax.tree.map(lambda x: x.sharding, state)
-        steps = Steps(task, graphdef, tx, decay, mesh, config.mesh.reduce_dtype)
+        steps = Steps(task, graphdef, tx, config, mesh)
         self.train, self.eval = steps.jit_train(state), steps.jit_eval(state)
         self.train_batches = functools.partial(TrainBatches, dataset.train, config, mesh, resident=True, capacity=10)
         self.eval_batches = EvalBatches(dataset.test, config, mesh, resident=True)

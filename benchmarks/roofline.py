@@ -11,19 +11,17 @@ import json
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import app
 
+from benchmarks import output
 from launch import job as job_lib
 from launch import measure
 from launch.hlo import Program
 from launch.roofline import Roofline
-
-OUT = flags.DEFINE_string("out", str(Path(__file__).parent / "results"), "where roofline.json goes")
 
 _CASES = {
     "cifar_cnn": ("default", "paper", "airbench"),
@@ -93,9 +91,7 @@ def line(found: dict[str, Any]) -> str:
 
 
 def main(_: list[str]) -> None:
-    out = Path(OUT.value)
-    if not out.is_dir():
-        raise SystemExit(f"error: --out={out} is not a folder")
+    out = output.folder()
     machine = speeds()
     print(f"{os.cpu_count()} cores: {machine['flops'] / 1e9:,.0f} GFLOP/s, {machine['bytes'] / 1e9:,.1f} GB/s\n")
     print("| experiment | preset | batch | GFLOP | MB | compute | memory | predicted | measured ms | ratio | GPU |")

@@ -5,10 +5,11 @@ python -m launch.plan experiments.cifar_cnn --topology=v5e-256,v5p-512,v6e-256
 python -m launch.plan experiments.cifar_cnn --topology=v4-4096 --sweep_topology     from one chip to all of these
 python -m launch.plan experiments.cifar_cnn --topology=v5e:4x4 --search             the fastest mesh that fits
 
-The train step is compiled ahead of time, on any machine: by libtpu (extra "tpu") for TPUs; for GPUs by XLA's CPU
-compiler for as many devices. Memory, FLOPs and collectives are read from the compiled program; times are estimates from
-the vendors' figures (`launch/chips.py`). In a sweep `batch_size` and `microbatch_size` are a device's. `plan.json`, and
-`plan.png` where there are several, go to the workdir.
+The train step is compiled ahead of time, on any machine: for TPUs by libtpu (extra "tpu"), for GPUs by JAX's CUDA
+plugin (extra "cuda12" or "cuda13"), and without that by XLA's CPU compiler for as many devices. Memory, FLOPs and
+collectives are read from the compiled program; times are estimates from the vendors' figures (`launch/chips.py`). In a
+sweep `batch_size` and `microbatch_size` are a device's. `plan.json`, and `plan.png` where there are several, go to the
+workdir.
 """
 
 import copy

@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import io
 import json
+import os
 import subprocess
 import sys
 
@@ -136,6 +137,31 @@ def test_collectives_take_the_larger_of_bandwidth_and_latency():
     gpus = [dataclasses.make_dataclass("D", ["id"])(i) for i in range(16)]
     expected = 2 * 2**30 * (7 / 8 / 450e9 + 1 / 8 * 1 / 2 / 50e9)
     assert seconds("all-reduce", 2**30, tuple(range(16)), machines, gpus) == pytest.approx(expected)
+
+
+def test_cudnns_convolutions_are_counted():
+    """Forward, and of the kernel: each 2 * pixels out * kernel; XLA:GPU writes them as calls."""
+    text = """HloModule m, num_partitions=1
+
+ENTRY %main (x: f32[8,32,32,3], w: f32[16,3,3,3], dy: f32[8,30,30,16]) -> f32[16,3,3,3] {
+  %x = f32[8,32,32,3]{3,2,1,0} parameter(0)
+  %w = f32[16,3,3,3]{3,2,1,0} parameter(1)
+  %dy = f32[8,30,30,16]{3,2,1,0} parameter(2)
+  %y = (f32[8,30,30,16]{3,2,1,0}, u8[0]{0}) custom-call(%x, %w), window={size=3x3}, dim_labels=b01f_o01i->b01f, \
+custom_call_target="__cudnn$convForward"
+  %dw = (f32[16,3,3,3]{3,2,1,0}, u8[0]{0}) custom-call(%x, %dy), window={size=3x3}, dim_labels=b01f_o01i->b01f, \
+custom_call_target="__cudnn$convBackwardFilter"
+  ROOT %r = f32[16,3,3,3]{3,2,1,0} get-tuple-element(%dw), index=0
+}"""
+    assert hlo.Program(text).cost()["flops"] == pytest.approx(2 * 2 * (8 * 30 * 30 * 16) * (3 * 3 * 3), rel=1e-5)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_cuda_plugin():
+    """As in CI, CPU devices stand in for GPUs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(topologies, "has_cuda_plugin", lambda: False)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -317,3 +343,17 @@ def test_libtpu_says_what_a_program_wanted_and_nothing_else(tpu):
     assert "GiB of memory on each chip of v5e:2x2, which has 16.00 GiB" in errors[0]
     assert "libtpu knows no topology v5e:3x5" in errors[1]
     assert not done.stderr
+
+
+@pytest.mark.skipif(not topologies.has_cuda_plugin(), reason="neither the extra cuda12 nor cuda13 is installed")
+def test_gpus_are_compiled_for_without_one(tmp_path):
+    command = [*VAE, "--topology=h100-16", "--config.model.width=512", "--config.batch_size=1024", "--workdir=x"]
+    args = [sys.executable, "-c", SCRIPT, json.dumps([command])]
+    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run(args, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    row = json.loads((tmp_path / "x/plan.json").read_text())
+    assert row["compiler"].startswith("XLA:GPU")
+    assert row["flops_per_chip"] == pytest.approx(64 * (6 * sum(_kernels(512)) - 2 * PIXELS * 512), rel=0.1)
+    assert {(c["kind"], c["axis"], c["devices"]) for c in row["collectives"]} == {("all-reduce", "data", 16)}
+    assert 0 <= sum(c["bytes"] for c in row["collectives"]) - 4 * _num_params(512) <= 4 * 16

@@ -112,17 +112,16 @@ def _search(topology: Topology, config: Any) -> Iterator[Candidate]:
         )
 
 
-def answer(rows: Sequence[dict[str, Any]], *, search: bool) -> dict[str, Any]:
-    """The row that plan.json begins with: the fastest that fits of a search, else the last asked for."""
-    fitting = [row for row in rows if row["fits"]]
-    if search and fitting:
-        return min(fitting, key=lambda row: row["step_seconds"])
-    return rows[0] if len(rows) == 1 else (fitting or list(rows))[-1]
+def answer(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The row that plan.json begins with: of those that fit and have the most chips, the fastest."""
+    fitting = [row for row in rows if row["fits"]] or rows[-1:]
+    most = [row for row in fitting if row["num_chips"] == max(row["num_chips"] for row in fitting)]
+    return min(most, key=lambda row: row["step_seconds"] or 0.0)
 
 
 def _write(workdir: Path, rows: Sequence[dict[str, Any]], options: PlanOptions) -> dict[str, Any]:
     """Leaves plan.json and plan.png; returns the row that answers the question."""
-    chosen = answer(rows, search=options.search)
+    chosen = answer(rows)
     workdir.mkdir(parents=True, exist_ok=True)
     record = chosen | ({"plans": list(rows)} if len(rows) > 1 else {})
     storage.replace(workdir / "plan.json", (json.dumps(record, indent=2) + "\n").encode())

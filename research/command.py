@@ -31,7 +31,7 @@ class Experiment:
       name: as in `python -m experiments.<name>`, and the folder of its runs.
       doc: its docstring, which `--help` shows.
       presets: functions that make its configs, by name; the first is the default.
-      make_task: builds the task from the config and the data set; may raise `UserError`.
+      make_task: builds the task from the config and the data set, whatever the seed; may raise `UserError`.
       prepare: makes of the data set what the task learns from; may raise `UserError`.
       sample: what `--mode=sample` does with a trained network, given the options, of type `sample_options`, and the
         workdir; may raise `UserError`.

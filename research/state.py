@@ -1,6 +1,7 @@
 """The training state: one pytree, created already sharded."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ class TrainState:
       model_state: the model's other arrays (batch statistics, frozen kernels).
       carry: what each example of the newest batch left to the one that continues it, [microbatches, b, ...]; {} for a
         task without memory.
-      opt_state: the optimiser's state; the hyperparameters that a sweep varies are in it.
+      opt_state: the optimiser's state.
       ema_params: the parameters' moving average, or None.
     """
 
@@ -52,6 +53,14 @@ def create_state(
     Returns:
       The model's static part (`nnx.merge` makes a module of it), and the state.
     """
+    graphdef, init = make_init(task, tx, config, mesh)
+    return graphdef, init(jax.random.key(config.seed))
+
+
+def make_init(
+    task: Task, tx: optax.GradientTransformation, config: Config, mesh: jax.sharding.Mesh
+) -> tuple[nnx.GraphDef, Callable[[jax.Array], TrainState]]:
+    """The model's static part, and what makes the state of a seed's key: compiled once for all seeds."""
     graphdef = nnx.split(nnx.eval_shape(lambda: task.create_model(nnx.Rngs(config.seed))))[0]
     size = config.examples_at_once
     count = config.batch_size // size
@@ -63,8 +72,7 @@ def create_state(
         carry = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), task.initial_carry(size))
         return TrainState(jnp.int32(0), params, model_state, carry, tx.init(params), ema_params)
 
-    key = jax.random.key(config.seed)
-    shapes = jax.eval_shape(init, key)
+    shapes = jax.eval_shape(init, jax.random.key(config.seed))
     placed = sharding.batch_sharding(mesh, 1)
     shardings = dataclasses.replace(
         sharding.tree_shardings(shapes, mesh), carry=jax.tree.map(lambda _: placed, shapes.carry)
@@ -72,7 +80,7 @@ def create_state(
     # Random numbers take XLA:CPU's optimiser long to compile (seconds) for a program that runs once.
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     options = {"xla_backend_optimization_level": 0} if on_cpu else None
-    return graphdef, jax.jit(init, out_shardings=shardings, compiler_options=options)(key)
+    return graphdef, jax.jit(init, out_shardings=shardings, compiler_options=options)
 
 
 def num_params(state: TrainState) -> int:

@@ -10,6 +10,7 @@ A data set that fits lives on every device, and only example numbers travel; a l
 grain, in the same order.
 """
 
+import copy
 import functools
 from collections.abc import Iterator
 
@@ -131,21 +132,32 @@ class TrainBatches(_Split):
         steps = grain.MapDataset.range(start, 2**62).map(self.step_inputs)
         return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=2 * self._capacity)))
 
+    def of_seed(self, seed: int) -> "TrainBatches":
+        """The same examples from the first step on, in the order of another seed; on the devices they lie once."""
+        other = copy.copy(self)
+        other._seed = None if self._seed is None else seed
+        other._steps = other._iterate(0)
+        return other
+
     def take(self, num_steps: int) -> dict[str, jax.Array]:
         """The inputs of the next `num_steps` steps, padded with zeros to `capacity` steps: leaves [k, m, b, ...]."""
+        return self._to_devices(self.take_local(num_steps), 2, self._microbatch_size)
+
+    def take_local(self, num_steps: int) -> Arrays:
+        """This process's part of `take`, on the host."""
         return self._pack([next(self._steps) for _ in range(num_steps)])
 
     def sample(self) -> dict[str, jax.Array]:
         """Inputs like those of `take`, to compile for; nothing is taken."""
-        return self._pack([self.step_inputs(0)])
+        return self._to_devices(self._pack([self.step_inputs(0)]), 2, self._microbatch_size)
 
-    def _pack(self, steps: list[Arrays]) -> dict[str, jax.Array]:
+    def _pack(self, steps: list[Arrays]) -> Arrays:
         def pack(*arrays: np.ndarray) -> np.ndarray:
             packed = np.zeros((self._capacity, *arrays[0].shape), arrays[0].dtype)
             packed[: len(arrays)] = arrays
             return packed
 
-        return self._to_devices(jax.tree.map(pack, *steps), 2, self._microbatch_size)
+        return jax.tree.map(pack, *steps)
 
 
 class EvalBatches(_Split):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -106,6 +107,31 @@ class Style:
         """The network's normalisation."""
         return Norm(self, features)
 
-    def dropout(self) -> nnx.Dropout:
-        """Dropout that is given its key at each call: no random state is stored."""
-        return nnx.Dropout(self.dropout_rate)
+    def dropout(self) -> "Dropout":
+        """The network's dropout."""
+        return Dropout(self.dropout_rate)
+
+
+class Dropout(nnx.Module):
+    """Dropout at a rate that `set_dropout` may make a traced one.
+
+    It is given its key at each call: no random state is stored.
+    """
+
+    def __init__(self, rate: float):
+        self.rate: Any = rate
+
+    def __call__(self, x: jax.Array, *, deterministic: bool, rngs: jax.Array | None) -> jax.Array:
+        if deterministic or (isinstance(self.rate, float) and self.rate == 0.0):
+            return x
+        assert rngs is not None
+        kept = jnp.asarray(1.0 - self.rate, jnp.float32)
+        mask = jax.random.bernoulli(rngs, kept, x.shape)
+        return jnp.where(mask, x / kept.astype(x.dtype), 0)
+
+
+def set_dropout(model: nnx.Module, rate: Any) -> None:
+    """Sets the rate of every `Dropout` that drops anything; a traced one must be replaced before the model is split."""
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, Dropout) and not (isinstance(module.rate, float) and module.rate == 0.0):
+            module.rate = rate

@@ -25,7 +25,7 @@ from research.config import CNNConfig
 from research.errors import UserError
 from research.layers.convolution import conv2d
 from research.layers.pooling import avg_pool, max_pool
-from research.models.blocks import GLOROT, HE, LECUN_THIRD, Bias, Style
+from research.models.blocks import GLOROT, HE, LECUN_THIRD, Bias, Dropout, Style
 
 Pool = Callable[[jax.Array, int], jax.Array]
 
@@ -206,7 +206,7 @@ class ResNet(nnx.Module):
                 inputs = features
         self.norm = style.normalization(inputs if self.norm_last else stem)
         # A wide network drops out within its blocks.
-        self.dropout = nnx.Dropout(0.0) if self.norm_last else style.dropout()
+        self.dropout = Dropout(0.0) if self.norm_last else style.dropout()
         self.logits = style.linear(inputs, classes)
 
     def __call__(self, images: jax.Array, *, train: bool, key: jax.Array | None = None) -> jax.Array:

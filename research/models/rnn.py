@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 from research.config import RNNConfig
 from research.layers import recurrence
 from research.layers.linear_recurrence import SEQUENCE, linear_recurrence
-from research.models.blocks import Linear
+from research.models.blocks import Dropout, Linear
 from research.sharding import BATCH_AXES
 
 Carry = tuple[recurrence.State, ...]  # of every layer, float32 [b, units] each
@@ -125,7 +125,7 @@ class Recurrent(nnx.Module):
         if cell is recurrence.lstm:  # remember at first (Jozefowicz et al. 2015)
             bias = bias.at[width : 2 * width].set(1.0)
         self.bias = nnx.Param(bias)
-        self.dropout = nnx.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def __call__(
         self, x: jax.Array, state: recurrence.State, *, train: bool, key: jax.Array | None
@@ -149,7 +149,7 @@ class MinGRU(nnx.Module):
         self.inputs = _linear(width, 2 * width, config, rngs)
         self.outputs = _linear(width, width, config, rngs, use_bias=False)
         self.expand, self.contract = _linear(width, 4 * width, config, rngs), _linear(4 * width, width, config, rngs)
-        self.dropout = nnx.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def __call__(
         self, x: jax.Array, state: recurrence.State, *, train: bool, key: jax.Array | None
@@ -184,7 +184,7 @@ class LRU(nnx.Module):
         self.outputs = _linear(2 * width, width, config, rngs, use_bias=False)
         self.skip = nnx.Param(jax.random.normal(rngs.params(), (width,)))
         self.gate = _linear(width, 2 * width, config, rngs)
-        self.dropout = nnx.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def __call__(
         self, x: jax.Array, state: recurrence.State, *, train: bool, key: jax.Array | None

@@ -88,24 +88,36 @@ class Population:
       dataset: the examples; it has a validation split.
       devices: over which the members are spread evenly.
       size: the number of slots, a multiple of that of devices.
+      beside: a population on the same devices, whose data set is used where it is the same object.
 
     Raises:
       UserError: the batch size is larger than the training set.
     """
 
-    def __init__(self, config: Config, task: Task, dataset: Dataset, devices: Sequence[Any], size: int):
+    def __init__(
+        self,
+        config: Config,
+        task: Task,
+        dataset: Dataset,
+        devices: Sequence[Any],
+        size: int,
+        beside: "Population | None" = None,
+    ):
         assert dataset.validation is not None
         self.size = size
         self._task = task
-        self._mesh = make_mesh(devices)
+        self._dataset = dataset
+        self._mesh = make_mesh(devices) if beside is None else beside._mesh
+        shared = beside if beside and beside._dataset is dataset else None
         self._members: dict[int, _Member] = {}
         self._num_examples = len(next(iter(dataset.train.values())))
         ends = epoch_ends(self._num_examples, config.batch_size, config.num_epochs)
         resident = is_resident(config, dataset.train, dataset.validation)
-        self._pace = Pace(config, resident=resident, steps_per_epoch=max(np.diff([0, *ends])))
+        self._pace = Pace(config, resident=resident, steps_per_epoch=int(np.diff([0, *ends]).max()))
         options = {"resident": resident, "capacity": self._pace.capacity, "shuffle": dataset.shuffle}
-        self._batches = TrainBatches(dataset.train, config, self._mesh, **options)
-        self._validation = EvalBatches(dataset.validation, config, self._mesh, resident=resident)
+        data = (shared._batches.data, shared._validation.data) if shared else (None, None)
+        self._batches = TrainBatches(dataset.train, config, self._mesh, **options, data=data[0])
+        self._validation = EvalBatches(dataset.validation, config, self._mesh, resident=resident, data=data[1])
         self._given = hyperparams.inputs(config, ends[-1])
         self._zeros = jax.tree.map(np.zeros_like, self._batches.of_seed(0).take_local(1))
         tx = hyperparams.make_optimizer(config, self._given)
@@ -146,7 +158,7 @@ class Population:
         placed = NamedSharding(self._mesh, members)
         spread_train = spread(train, members, members, members, members, whole)
         spread_eval = spread(evaluate, members, members, members, members, whole, whole)
-        self._train = jax.jit(spread_train, donate_argnums=0, out_shardings=placed)
+        self._train: Any = jax.jit(spread_train, donate_argnums=0, out_shardings=placed)
         self._eval = jax.jit(spread_eval, out_shardings=placed)
         self._put = jax.jit(put, donate_argnums=0, out_shardings=placed)
         self._placed = placed

@@ -67,12 +67,12 @@ def is_resident(config: Config, *splits: Arrays | None) -> bool:
 class _Split:
     """A split's arrays, on the devices or on the host, and this process's part of what a step takes."""
 
-    def __init__(self, arrays: Arrays, mesh: Mesh, *, resident: bool):
+    def __init__(self, arrays: Arrays, mesh: Mesh, *, resident: bool, data: dict[str, jax.Array] | None = None):
         self.num_examples = len(next(iter(arrays.values())))
         self._mesh = mesh
         self._streamed = {} if resident else arrays
         whole = sharding.replicated(mesh)
-        self.data = {
+        self.data = data or {
             name: jax.make_array_from_process_local_data(whole, np.asarray(array), array.shape)
             for name, array in (arrays if resident else {}).items()
         }
@@ -96,7 +96,7 @@ class _Split:
 
 
 class TrainBatches(_Split):
-    """What the train steps take, dispatch by dispatch."""
+    """What the train steps take, dispatch by dispatch; `data` is that of others of the same arrays on the same mesh."""
 
     def __init__(
         self,
@@ -108,8 +108,9 @@ class TrainBatches(_Split):
         capacity: int,
         start: int = 0,
         shuffle: bool = True,
+        data: dict[str, jax.Array] | None = None,
     ):
-        super().__init__(arrays, mesh, resident=resident)
+        super().__init__(arrays, mesh, resident=resident, data=data)
         self._seed = config.seed if shuffle else None
         self._batch_size = config.batch_size
         self._microbatch_size = config.examples_at_once
@@ -163,8 +164,16 @@ class TrainBatches(_Split):
 class EvalBatches(_Split):
     """What evaluation takes: every example once, in order, the last batch padded and masked."""
 
-    def __init__(self, arrays: Arrays, config: Config, mesh: Mesh, *, resident: bool):
-        super().__init__(arrays, mesh, resident=resident)
+    def __init__(
+        self,
+        arrays: Arrays,
+        config: Config,
+        mesh: Mesh,
+        *,
+        resident: bool,
+        data: dict[str, jax.Array] | None = None,
+    ):
+        super().__init__(arrays, mesh, resident=resident, data=data)
         self._batch_size = config.examples_at_once
         self._batches_per_dispatch = -(-self.num_examples // self._batch_size) if resident else 1
 

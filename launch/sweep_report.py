@@ -98,21 +98,16 @@ def write(workdir: Path, study: Study, sweep: Sweep, figures: dict[str, Any]) ->
 def _csv(study: Study) -> str:
     trials = study.trials()
     params = sorted({name for trial in trials for name in trial.params})
+    noted = [DIVERGED_AT, REASON, RETRY_OF]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        ["number", "state", "value", "epochs", *params, "seed_values", DIVERGED_AT, REASON, RETRY_OF, "seconds"]
-    )
+    writer.writerow(["number", "state", "value", "epochs", *params, SEED_VALUES, *noted, "seconds"])
     for trial in trials:
-        known = trial.user_attrs
         seconds = trial.duration.total_seconds() if trial.duration else None
-        seeds = " ".join(map(str, known.get(SEED_VALUES, [])))
-        attributes = [known.get(name) for name in (DIVERGED_AT, REASON, RETRY_OF)]
-        values = [trial.params.get(name) for name in params]
+        seeds = " ".join(map(str, trial.user_attrs.get(SEED_VALUES, [])))
         last = max(trial.intermediate_values, default=None)
-        writer.writerow(
-            [trial.number, trial.state.name.lower(), trial.value, last, *values, seeds, *attributes, seconds]
-        )
+        row = [trial.number, trial.state.name.lower(), trial.value, last, *map(trial.params.get, params), seeds]
+        writer.writerow([*row, *map(trial.user_attrs.get, noted), seconds])
     return text.getvalue()
 
 
@@ -150,7 +145,7 @@ def _figures(study: Study, sweep: Sweep) -> Iterator[Any]:
         title="Learning curves of all trials", xaxis_title="epoch", yaxis_title=sweep.metric
     )
     if varied and len(study.trials(TrialState.COMPLETE)) > 1:
-        label = {"target_name": sweep.metric}
+        label: Any = {"target_name": sweep.metric}
         yield visualization.plot_optimization_history(study.optuna, **label)
         yield visualization.plot_parallel_coordinate(study.optuna, **label)
         yield visualization.plot_slice(study.optuna, **label)
@@ -160,9 +155,7 @@ def _figures(study: Study, sweep: Sweep) -> Iterator[Any]:
 
 def line(trial: FrozenTrial, metric: str) -> str:
     """One trial that ended, as a line."""
-    values = " ".join(
-        f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in trial.params.items()
-    )
+    values = " ".join(f"{n}={v:.4g}" if isinstance(v, float) else f"{n}={v}" for n, v in trial.params.items())
     what = {
         TrialState.COMPLETE: f"{metric} {trial.value:.4f}" if trial.value is not None else "",
         TrialState.PRUNED: f"pruned after epoch {max(trial.intermediate_values, default=0)}",

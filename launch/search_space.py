@@ -49,9 +49,16 @@ class SearchSpace:
     function: Callable[[optuna.Trial], dict[str, Any] | None] | None = None
 
     def suggest(self, trial: optuna.Trial) -> dict[str, Any]:
-        """The trial's value of each field."""
+        """The trial's value of each field.
+
+        Raises:
+          UserError: the Python file's function failed.
+        """
         if self.function:
-            return dict(self.function(trial) or trial.params)
+            try:
+                return dict(self.function(trial) or trial.params)
+            except Exception as error:  # whatever the user's function does
+                raise UserError(f"`search(trial)` failed: {error!r}") from None
         return {path: _suggest(trial, path, distribution) for path, distribution in self.distributions.items()}
 
     def grid(self) -> list[dict[str, Any]]:
@@ -199,9 +206,9 @@ def _from_file(name: str, config: Config) -> SearchSpace:
         function = module.search
         space = SearchSpace((path.read_text(),), {}, function)
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-        draws = [space.suggest(study.ask()) for _ in range(_TRIED)]
     except Exception as error:  # whatever the user's file does
-        raise UserError(f"--search={name}: `search(trial)` of that file failed: {error!r}") from None
+        raise UserError(f"--search={name} has no `def search(trial)` that can be run: {error!r}") from None
+    draws = [space.suggest(study.ask()) for _ in range(_TRIED)]
     for field, value in {(field, value) for draw in draws for field, value in draw.items()}:
         check_value(field, value, config)
     return space

@@ -7,9 +7,11 @@ says every few seconds that it is alive; the trials of one that is not are plann
 import contextlib
 import json
 import os
+import re
 import socket
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +20,6 @@ import optuna
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from launch.search_space import SearchSpace
 from research.errors import UserError
 
 SAMPLERS = ("tpe", "random", "grid", "halton", "cmaes")
@@ -36,6 +37,7 @@ def open_storage(text: str, workdir: Path) -> optuna.storages.BaseStorage:
       UserError: it cannot be reached.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     try:
         if "://" in text:
             return optuna.storages.get_storage(text)
@@ -43,7 +45,12 @@ def open_storage(text: str, workdir: Path) -> optuna.storages.BaseStorage:
         path.parent.mkdir(parents=True, exist_ok=True)
         return optuna.storages.JournalStorage(JournalFileBackend(str(path)))
     except Exception as error:  # each database driver raises its own
-        raise UserError(f"--storage={text} cannot be reached: {' '.join(str(error).split())[:200]}") from None
+        raise _unreachable(text, error) from None
+
+
+def _unreachable(text: str, error: Exception) -> UserError:
+    shown = re.sub(r"//[^@/]*@", "//***@", text)  # a password may be in it
+    return UserError(f"--storage={shown} cannot be reached: {' '.join(str(error).split())[:200]}")
 
 
 class Study:
@@ -73,13 +80,16 @@ class Study:
     ):
         self._sampler, self._seed = sampler, seed
         self._worker = f"{socket.gethostname()}:{os.getpid()}"
-        self.optuna = optuna.create_study(
-            storage=storage, study_name=name, direction=direction, pruner=_pruner(pruner), load_if_exists=True
-        )
         self._storage = storage
-        known = self.optuna.user_attrs.get("identity")
+        try:
+            self.optuna = optuna.create_study(
+                storage=storage, study_name=name, direction=direction, pruner=_pruner(pruner), load_if_exists=True
+            )
+        except Exception as error:  # each database driver raises its own
+            raise _unreachable("...", error) from None
+        known = self.optuna.user_attrs.get("identity", {})
         now = json.loads(json.dumps(identity))
-        if known is None:
+        if not known and not self.trials():
             self.optuna.set_user_attr("identity", now)
         elif known != now:
             differing = ", ".join(key for key in now if now[key] != known.get(key))
@@ -114,16 +124,15 @@ class Study:
         for number in range(self.planned(), count):
             self.optuna.enqueue_trial(points[number] if points else {})
 
-    def claim(self, space: SearchSpace, count: int) -> tuple[optuna.Trial, dict[str, Any]] | None:
-        """The next of the first `count` planned trials, now this worker's, and its values; None: there is none."""
+    def claim(self, count: int) -> optuna.Trial | None:
+        """The next of the first `count` planned trials, now this worker's; None: there is none."""
         for waiting in self._left(count):
             with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
                 # As in `Study.ask`, which would make a new trial where there is none.
                 if self._storage.set_trial_state_values(waiting._trial_id, state=TrialState.RUNNING):
                     self._storage.set_trial_user_attr(waiting._trial_id, WORKER, self._worker)
                     self.optuna.sampler = _make_sampler(self._sampler, self._seed, waiting.number)
-                    trial = optuna.Trial(self.optuna, waiting._trial_id)
-                    return trial, space.suggest(trial)
+                    return optuna.Trial(self.optuna, waiting._trial_id)
         return None
 
     def finish(self, trial: optuna.Trial, value: float | None, state: TrialState, **attributes: Any) -> None:

@@ -6,8 +6,9 @@ python -m launch.sweep experiments.cifar_cnn --trials=64 --search='optimizer.lea
 Any field of the experiment's Config is varied by --search=FIELD=log(low,high), float(low,high), int(low,high,step=n) or
 [a,b,c], or by a Python file with `def search(trial)`. Trials are judged on a validation split; the best one's command
 is printed, and run, which gives its test figures. The same command again goes on with a sweep that was stopped; more
-workers, on any machine that reaches the --storage, join it by the same command with --processes=0. The record in
---workdir: sweep.json, trials.csv, sweep.html, journal.log, and the run of the best trial.
+workers, on any machine that reaches the --storage, join it by the same command with --processes=0, or by
+`python -m launch.slurm launch.sweep experiments.cifar_cnn ...` (or another launcher). The record in --workdir:
+sweep.json, trials.csv, sweep.html, journal.log, and the run of the best trial.
 """
 
 import copy
@@ -73,8 +74,11 @@ def run(argv: Sequence[str]) -> int:
     for package in ("optuna", "plotly", "cmaes"):
         if importlib.util.find_spec(package) is None:
             raise UserError(f'sweeps need {package}: pip install -e ".[sweep]"')
-    if "://" in job.workdir:
-        raise UserError(f"--workdir={job.workdir}: a sweep's record is on a local disk; share the study by --storage")
+    if "://" in job.workdir and (options.processes or not options.storage):
+        raise UserError(
+            f"--workdir={job.workdir}: a sweep's record is on a local disk; workers elsewhere (--processes=0) need "
+            "nothing but the --storage"
+        )
     if job.config.mesh != MeshConfig():
         raise UserError("--config.mesh: in a sweep each trial has one device, and trials are spread over all devices")
     signals = Signals()
@@ -179,7 +183,7 @@ def _sweep(job: Job) -> tuple["Sweep", list[dict[str, Any]]]:
 def _identity(job: Job, sweep: "Sweep") -> dict[str, Any]:
     """What a study is of; all else may differ between its workers."""
     config = dataclasses.asdict(sweep.config)
-    del config["dataset"]["data_dir"]
+    del config["dataset"]["data_dir"], config["distributed"]
     return {
         "experiment": job.module,
         "config": config,

@@ -123,12 +123,11 @@ class Worker:
     def _claim(self) -> bool:
         """Claims one trial and lets it wait with those of its signature; False: there is none."""
         self._study.retry_lost()
-        claimed = self._study.claim(self._sweep.space, self._sweep.trials)
-        if claimed is None:
+        trial = self._study.claim(self._sweep.trials)
+        if trial is None:
             return False
-        trial, values = claimed
         try:
-            config = self._sweep.trial_config(values)
+            config = self._sweep.trial_config(self._sweep.space.suggest(trial))
         except UserError as error:
             self._fail(trial, str(error))
         else:

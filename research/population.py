@@ -1,7 +1,8 @@
 """A population: trials whose configs have one signature (`research.hyperparams`), trained together in one program.
 
 Each slot of it holds the state of one member. What lies on the devices for all of them, the data set, lies there once.
-A member's result is that of the same config trained alone: the same steps, the same order of examples, the same draws.
+A member's result is that of the same config trained alone, to float tolerance: the same steps, the same order of
+examples, the same draws.
 """
 
 import dataclasses
@@ -139,7 +140,7 @@ class Population:
         def train(states: Any, inputs: Any, counts: Any, given: Any, data: Any) -> Any:
             def one(state: Any, inputs: Any, count: Any, given: Any) -> Any:
                 state, metrics = steps.train_steps(state, data, inputs, count, given)
-                return state, metrics
+                return state, metrics["loss"]
 
             return _each(platform, one)(states, inputs, counts, given)
 
@@ -175,7 +176,9 @@ class Population:
 
     def figure_names(self) -> list[str]:
         """The names of what a report's `figures` has."""
-        shapes = jax.eval_shape(self._eval, *self._eval_arrays(self._all_states()), next(iter(self._validation)))[1]
+        with jax.set_mesh(self._mesh):
+            arrays = *self._eval_arrays(self._all_states()), next(iter(self._validation))
+            shapes = jax.eval_shape(self._eval, *arrays)[1]
         sums = {name: np.ones(x.shape[2:]) for name, x in shapes.items()}
         return list(figures(self._task, "validation", sums))
 
@@ -184,8 +187,9 @@ class Population:
         ends = epoch_ends(self._num_examples, config.batch_size, config.num_epochs)
         given = hyperparams.inputs(config, ends[-1])
         self._members[slot] = _Member(given, self._batches.of_seed(config.seed), ends)
-        state = self._init(jax.random.key(config.seed))
-        self._states = self._put(self._all_states(), np.int32(slot), state)
+        with jax.set_mesh(self._mesh):
+            state = self._init(jax.random.key(config.seed))
+            self._states = self._put(self._all_states(), np.int32(slot), state)
 
     def stop(self, slot: int) -> None:
         """Frees a slot; without members the population takes no memory for states."""
@@ -204,10 +208,12 @@ class Population:
         while pending := {s: m for s, m in self._members.items() if self._left(m)}:
             if stops():
                 return {}
-            self._dispatch({slot: min(self._pace.steps, self._left(member)) for slot, member in pending.items()})
+            with jax.set_mesh(self._mesh):
+                self._dispatch({slot: min(self._pace.steps, self._left(member)) for slot, member in pending.items()})
         for member in self._members.values():
             member.epoch += member.diverged_at is None
-        return self._reports()
+        with jax.set_mesh(self._mesh):
+            return self._reports()
 
     def _left(self, member: _Member) -> int:
         """Steps to the end of the epoch under way."""
@@ -219,8 +225,8 @@ class Population:
         inputs = self._stack(taken, self._zeros)
         given = self._stack({slot: member.given for slot, member in self._members.items()}, self._given)
         numbers = np.array([counts.get(slot, 0) for slot in range(self.size)], np.int32)
-        self._states, metrics = self._train(self._states, inputs, numbers, given, self._batches.data)
-        losses = jax.device_get(metrics["loss"])
+        self._states, losses = self._train(self._states, inputs, numbers, given, self._batches.data)
+        losses = jax.device_get(losses)
         self._pace.measured(max(counts.values()), time.monotonic() - began)
         for slot, count in counts.items():
             member = self._members[slot]

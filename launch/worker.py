@@ -226,7 +226,7 @@ class Worker:
             return
         diverged = [reason for reason in self._failures if reason.startswith("the loss became")]
         ((common, count),) = Counter(self._failures).most_common(1)
-        if len(diverged) > count:
+        if len(diverged) >= count:
             raise NonFiniteLossError(
                 f"{len(self._failures)} trials in a row failed, of {len(diverged)} the loss became NaN or infinite "
                 f"(the last: {diverged[-1].rpartition('at ')[2]}): search lower learning rates, or give "

@@ -8,10 +8,10 @@ import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from linear import LinearConfig, ModelConfig, make_task
 
-from experiments.cifar_cnn import CifarConfig, make_task
 from research import hyperparams, optimizers, population, sharding
-from research.config import CNNConfig, OptimizerConfig
+from research.config import OptimizerConfig
 from research.data.sources import Dataset
 from research.models.blocks import Dropout
 from research.population import Population
@@ -23,18 +23,18 @@ def _dataset():
 
     def split(count):
         label = rng.integers(0, 3, count).astype(np.int32)
-        images = rng.integers(0, 160, (count, 18, 18, 1)) + 40 * label[:, None, None, None]
+        images = rng.integers(0, 160, (count, 4, 4, 1)) + 40 * label[:, None, None, None]
         return {"image": images.astype(np.uint8), "label": label}
 
     return Dataset("drawn", ("a", "b", "c"), split(70), split(20), split(5))
 
 
 DATASET = _dataset()
-BASE = CifarConfig(
+BASE = LinearConfig(
     num_epochs=2,
     batch_size=16,  # does not divide the training set: epochs of 4 and 4 steps, and a last batch that is padded
     label_smoothing=0.1,
-    model=CNNConfig(width=2, dropout=0.2),
+    model=ModelConfig(dropout=0.2),
     optimizer=OptimizerConfig(name="momentum", learning_rate=0.05, schedule="cosine", warmup=0.2),
 )
 optimizers.resolve(BASE.optimizer)
@@ -134,7 +134,7 @@ def test_what_is_an_input_does_not_change_the_signature_and_all_else_does():
     others = [
         _config(0.05, 0, dropout=0.0),  # off: not in the program
         dataclasses.replace(BASE, batch_size=8),
-        dataclasses.replace(BASE, model=CNNConfig(width=4, dropout=0.2)),
+        dataclasses.replace(BASE, model=ModelConfig(width=4, dropout=0.2)),
         dataclasses.replace(BASE, optimizer=dataclasses.replace(BASE.optimizer, name="nesterov")),
         dataclasses.replace(BASE, optimizer=dataclasses.replace(BASE.optimizer, clip_norm=1.0)),
     ]

@@ -92,7 +92,9 @@ def make_task(config: CharRNNConfig, dataset: Dataset) -> LanguageModel:
     """
     if config.model.name not in rnn.PARALLEL:
         sharding.refuse_sequence(config.mesh, f"--config.model.name={config.model.name}")
-    shards = sharding.mesh_shape(config.mesh, jax.device_count())[sharding.AXES.index("sequence")]
+    shards = config.mesh.sequence
+    if shards == -1:
+        shards = sharding.mesh_shape(config.mesh, jax.device_count())[sharding.AXES.index("sequence")]
     if config.sequence_length % shards:
         raise UserError(
             f"--config.sequence_length={config.sequence_length} cannot be split evenly over the {shards} devices of "

@@ -18,7 +18,8 @@ from launch.job import Job
 from research import app
 from research.config import option
 
-_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+# The partitioner's names, and those of what the code itself asks for.
+_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "psum", "all_gather")
 
 
 @dataclasses.dataclass
@@ -28,18 +29,27 @@ class MeasureOptions:
     dispatches: int = option(6, "calls of the compiled program that are timed, after a first that is not", minimum=1)
 
 
-def _training(job: Job) -> Any:
+def training(job: Job) -> Any:
     """The experiment's run, not begun; joins the other processes."""
     import jax
 
-    from research.data import sources
     from research.training import Training
 
     config = job.config
     mesh = app.start(config)
-    dataset = job.experiment.prepare(config, sources.load(config.dataset))
+    dataset, task = app.load(job.experiment, config)
     with jax.set_mesh(mesh):
-        return Training(config, job.experiment.make_task(config, dataset), dataset, mesh)
+        return Training(config, task, dataset, mesh)
+
+
+def step_seconds(run: Any, count: int) -> float:
+    """Trains for a dispatch and then some more: the seconds of a step, in the median over those."""
+    seconds, last = [], time.monotonic()
+    steps = run.steps_per_dispatch
+    for _ in run.dispatches(steps * (count + 1)):
+        seconds.append(time.monotonic() - last)
+        last = time.monotonic()
+    return statistics.median(seconds[1:]) / steps
 
 
 @contextmanager
@@ -62,22 +72,19 @@ def measure(job: Job) -> dict[str, Any]:
     """The seconds of a step (median over the dispatches), those in collectives, and the batch size."""
     import jax
 
-    training = _training(job)
+    run = training(job)
     count = job.options.dispatches
-    with jax.set_mesh(training.mesh):
-        training.compile(train=True)
-        seconds, last = [], time.monotonic()
-        steps = training.steps_per_dispatch
-        for _ in training.dispatches(steps * (count + 1)):
-            seconds.append(time.monotonic() - last)
-            last = time.monotonic()
+    with jax.set_mesh(run.mesh):
+        run.compile(train=True)
+        steps = run.steps_per_dispatch
+        seconds = step_seconds(run, count)
         with _collective_seconds() as collectives:
-            for _ in training.dispatches(steps * (count + 2)):
+            for _ in run.dispatches(steps * (count + 2)):
                 pass
     return {
-        "step_seconds": statistics.median(seconds[1:]) / steps,
+        "step_seconds": seconds,
         "collective_seconds": sum(collectives) / steps,
-        "batch_size": training.config.batch_size,
+        "batch_size": run.config.batch_size,
     }
 
 

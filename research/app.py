@@ -19,7 +19,7 @@ from research.workdir import Workdir, read_json
 if TYPE_CHECKING:
     from research.training import Training
 
-__all__ = ["Experiment", "main", "parse", "run", "start"]
+__all__ = ["Experiment", "load", "main", "parse", "restored", "run", "start"]
 
 
 def run(experiment: Experiment, argv: Sequence[str], signals: Signals | None = None) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def run(experiment: Experiment, argv: Sequence[str], signals: Signals | None = N
     with Workdir(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
         distributed.wait("the first process has claimed the workdir")
         with distributed.first_process_first("the data set is on disk"):
-            dataset, task = _load(experiment, config)
+            dataset, task = load(experiment, config)
         config.dataset.name = dataset.name
         if command.earlier:
             config_lib.check_resumes(config, command.earlier, str(workdir))
@@ -100,23 +100,24 @@ def _say(text: str) -> None:
         print(text, flush=True)
 
 
-def _load(experiment: Experiment, config: Config) -> tuple[sources.Dataset, Task]:
+def load(experiment: Experiment, config: Config) -> tuple[sources.Dataset, Task]:
+    """The data set, as the experiment prepares it, and what is learned of it."""
     dataset = experiment.prepare(config, sources.load(config.dataset))
     return dataset, experiment.make_task(config, dataset)
 
 
-def _restored(experiment: Experiment, command: Command, mesh: Any) -> "Training":
+def restored(experiment: Experiment, command: Command, mesh: Any) -> "Training":
     """The run in the workdir, at its newest checkpoint."""
     from research import train
 
-    dataset, task = _load(experiment, command.config)
+    dataset, task = load(experiment, command.config)
     return train.restore(command.config, task, dataset, mesh, command.workdir)
 
 
 def _evaluate(experiment: Experiment, command: Command, mesh: Any) -> dict[str, Any]:
     from research import train
 
-    training = _restored(experiment, command, mesh)
+    training = restored(experiment, command, mesh)
     step, results = training.progress.step, train.evaluate(training)
     _say(f"{experiment.name} on {training.dataset.name}, step {step:,}: {_figures(results)}")
     return {"step": step, **results}
@@ -127,7 +128,7 @@ def _sample(experiment: Experiment, command: Command, mesh: Any) -> dict[str, An
 
     if jax.process_count() > 1:
         raise UserError("--mode=sample is for one process: start it without a launcher")
-    training = _restored(experiment, command, mesh)
+    training = restored(experiment, command, mesh)
     assert experiment.sample is not None
     experiment.sample(training.predictor(), command.config, training.dataset, command.options, command.workdir)
     return {"step": training.progress.step}

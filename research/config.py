@@ -144,6 +144,9 @@ class MeshConfig:
     )
     sequence: int = option(1, "devices that share the time axis of a parallel recurrence; -1: the rest", minimum=-1)
     model: int = option(1, "devices that share a layer's output features; -1: the rest", minimum=-1)
+    reduce_dtype: str = option(
+        "float32", "in which gradients travel where `data` is the only axis", choices=("float32", "bfloat16")
+    )
 
 
 @dataclasses.dataclass

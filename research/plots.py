@@ -61,6 +61,31 @@ def scaling(rows: Sequence[Mapping[str, Any]]) -> Any:
     return figure
 
 
+def plan(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Estimated step time and efficiency against the number of chips, from the rows of plan.json that fit."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    fitting = [row for row in rows if row["fits"]]
+    for name in dict.fromkeys(row.get("strategy", "plan") for row in fitting):
+        line = [row for row in fitting if row.get("strategy", "plan") == name]
+        style = "o-" if "strategy" in line[0] else "o"
+        chips = [row["num_chips"] for row in line]
+        left.plot(chips, [row["step_seconds"] * 1e3 for row in line], style, label=name)
+        known = [(row["num_chips"], row["scaling_efficiency"]) for row in line if row["scaling_efficiency"] is not None]
+        if known:
+            right.plot(*zip(*known), style, label=name)
+    left.set(xlabel="chips", ylabel="milliseconds a step, estimated", yscale="log")
+    right.set(xlabel="chips", ylabel="efficiency, estimated", ylim=(0, 1.1))
+    right.axhline(1.0, color="k", linestyle=":")
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    return figure
+
+
 def confusion(labels: np.ndarray, predictions: np.ndarray, names: Sequence[str]) -> Any:
     """How many examples of each class (a row) were taken for each class (a column), coloured by their part of the row.
 

@@ -21,10 +21,11 @@ from research import hyperparams, sharding
 from research.config import Config
 from research.data.pipeline import EvalBatches, TrainBatches, epoch_ends, is_resident
 from research.data.sources import Dataset
+from research.pace import Pace
 from research.state import TrainState, make_init
 from research.steps import Steps
 from research.tasks.task import Task
-from research.training import Pace, figures
+from research.training import figures
 
 AXIS = "population"
 

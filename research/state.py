@@ -42,6 +42,35 @@ class TrainState:
         return self.params if self.ema_params is None else self.ema_params
 
 
+def abstract_state(
+    task: Task, tx: optax.GradientTransformation, config: Config, mesh: jax.sharding.Mesh
+) -> tuple[nnx.GraphDef, Callable[[jax.Array], TrainState], TrainState]:
+    """What `create_state` makes, without an array of it: the mesh's devices need not be there.
+
+    Returns:
+      The model's static part, the function that makes the state from a key, and the state's `jax.ShapeDtypeStruct`s
+      with their shardings.
+    """
+    graphdef = nnx.split(nnx.eval_shape(lambda: task.create_model(nnx.Rngs(config.seed))))[0]
+    size = config.examples_at_once
+    count = config.batch_size // size
+
+    def init(key: jax.Array) -> TrainState:
+        _, params, model_state = nnx.split(task.create_model(nnx.Rngs(key)), nnx.Param, ...)
+        # A copy: state is donated, and two leaves of it must not share a buffer.
+        ema_params = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else None
+        carry = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), task.initial_carry(size))
+        return TrainState(jnp.int32(0), params, model_state, carry, tx.init(params), ema_params)
+
+    shapes = jax.eval_shape(init, jax.random.key(config.seed))
+    placed = sharding.batch_sharding(mesh, 1)
+    shardings = dataclasses.replace(
+        sharding.tree_shardings(shapes, mesh), carry=jax.tree.map(lambda _: placed, shapes.carry)
+    )
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    return graphdef, init, abstract
+
+
 def create_state(
     task: Task, tx: optax.GradientTransformation, config: Config, mesh: jax.sharding.Mesh
 ) -> tuple[nnx.GraphDef, TrainState]:
@@ -60,23 +89,9 @@ def create_state(
 def make_init(
     task: Task, tx: optax.GradientTransformation, config: Config, mesh: jax.sharding.Mesh
 ) -> tuple[nnx.GraphDef, Callable[[jax.Array], TrainState]]:
-    """The model's static part, and what makes the state of a seed's key: compiled once for all seeds."""
-    graphdef = nnx.split(nnx.eval_shape(lambda: task.create_model(nnx.Rngs(config.seed))))[0]
-    size = config.examples_at_once
-    count = config.batch_size // size
-
-    def init(key: jax.Array) -> TrainState:
-        _, params, model_state = nnx.split(task.create_model(nnx.Rngs(key)), nnx.Param, ...)
-        # A copy: state is donated, and two leaves of it must not share a buffer.
-        ema_params = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else None
-        carry = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), task.initial_carry(size))
-        return TrainState(jnp.int32(0), params, model_state, carry, tx.init(params), ema_params)
-
-    shapes = jax.eval_shape(init, jax.random.key(config.seed))
-    placed = sharding.batch_sharding(mesh, 1)
-    shardings = dataclasses.replace(
-        sharding.tree_shardings(shapes, mesh), carry=jax.tree.map(lambda _: placed, shapes.carry)
-    )
+    """The model's static part, and what makes the state from a seed's key: compiled once for all seeds."""
+    graphdef, init, abstract = abstract_state(task, tx, config, mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
     # Random numbers take XLA:CPU's optimiser long to compile (seconds) for a program that runs once.
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     options = {"xla_backend_optimization_level": 0} if on_cpu else None

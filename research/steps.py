@@ -7,18 +7,21 @@
 `given` are the hyperparameters that are not part of the program (`research.hyperparams`).
 """
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from research import hyperparams, noise_scale, optimizers, sharding
 from research.config import Config
 from research.hyperparams import DROPOUT, SEED, Inputs
-from research.models.blocks import set_dropout
+from research.layers.dropout import set_rate
 from research.state import TrainState
 from research.tasks.task import Batch, Metrics, Task
 
@@ -43,6 +46,9 @@ class Steps:
         self._graphdef = graphdef
         self._config = config
         self._mesh = mesh
+        self._reduce_dtype = config.mesh.reduce_dtype
+        # The devices that each make a gradient of their own: with parameters split, the partitioner knows better.
+        self._parts = mesh.shape["data"] if mesh.shape["data"] == mesh.size else 1
 
     def _loss(
         self, params: Any, model_state: Any, carry: Any, batch: Batch, given: Inputs, key: jax.Array
@@ -50,19 +56,59 @@ class Steps:
         model = nnx.merge(self._graphdef, sharding.gather(params, self._mesh), model_state, copy=True)
         task = self._task.with_inputs(given)
         if DROPOUT in given:
-            set_dropout(model, given[DROPOUT])
+            set_rate(model, given[DROPOUT])
         values, carry = task.advance(model, batch, carry, key=key, train=True)
         if DROPOUT in given:
-            set_dropout(model, 1.0)  # no array, or it would be part of the model's state
+            set_rate(model, 1.0)  # no array, or it would be part of the model's state
         metrics = {name: jnp.mean(value) for name, value in values.items() if name != "weight"}
         return metrics["loss"], (nnx.split(model, nnx.Param, ...)[2], carry, metrics)
 
     def _gradients(
         self, state: TrainState, data: Batch, inputs: Batch, given: Inputs, key: jax.Array
     ) -> tuple[Any, Any, tuple[Any, Metrics]]:
+        """(model_state, carry, (gradient, metrics)): means over the batch.
+
+        Under data parallelism each device takes its part of every microbatch, adds up its own gradients, and only their
+        sums travel: the partitioner would send each microbatch's.
+        """
+        if self._parts == 1:
+            return self._accumulate(state, data, inputs, given, key)
+        part = P(None, sharding.BATCH_AXES)
+
+        def on_device(*args: Any) -> tuple[Any, Any, tuple[Any, Metrics]]:
+            model_state, carry, means = self._accumulate(*args)
+            return model_state, carry, self._mean_over_devices(*means)
+
+        in_specs = (dataclasses.replace(jax.tree.map(lambda _: P(), state), carry=part), P(), part, P(), P())
+        # What check_vma guards is differentiation through shard_map; here it is within.
+        return jax.shard_map(
+            on_device, mesh=self._mesh, in_specs=in_specs, out_specs=(P(), part, P()), check_vma=False
+        )(state, data, inputs, given, key)
+
+    def _mean_over_devices(self, grads: Any, metrics: Metrics) -> tuple[Any, Metrics]:
+        """One all-reduce, of the gradients as `reduce_dtype`.
+
+        XLA joins the all-reduces of a tree. But on the CPU it still hands them to the network one by one, at a few
+        milliseconds each however small they are, so there they are made one vector.
+        """
+
+        def mean(tree: Any) -> Any:
+            if self._mesh.devices.flat[0].platform != "cpu":
+                return jax.lax.pmean(tree, sharding.BATCH_AXES)
+            flat, unflatten = ravel_pytree(tree)
+            return unflatten(jax.lax.pmean(flat, sharding.BATCH_AXES))
+
+        if self._reduce_dtype == "float32":
+            return mean((grads, metrics))
+        rounded = mean(jax.tree.map(lambda x: x.astype(self._reduce_dtype), grads))
+        return jax.tree.map(lambda x, like: x.astype(like.dtype), rounded, grads), mean(metrics)
+
+    def _accumulate(
+        self, state: TrainState, data: Batch, inputs: Batch, given: Inputs, key: jax.Array
+    ) -> tuple[Any, Any, tuple[Any, Metrics]]:
         """(model_state, carry, (gradient, metrics)): the means over the microbatches, the leading axis of `inputs`.
 
-        Where there are several, "grad_square" is among the metrics: the squared norm of a microbatch's gradient.
+        Where a batch has several parts, "grad_square" is among the metrics: the squared norm of a part's gradient.
         """
         count = inputs["index"].shape[0]
 
@@ -70,7 +116,7 @@ class Steps:
             batch = {**fetch(data, batch_inputs), "step": state.step}
             gradient = jax.grad(self._loss, has_aux=True)
             grads, (model_state, carry, metrics) = gradient(state.params, model_state, carry, batch, given, key)
-            if count > 1:
+            if count * self._parts > 1:
                 metrics["grad_square"] = jnp.square(optimizers.global_norm(grads))
             return model_state, carry, (grads, metrics)
 
@@ -104,9 +150,9 @@ class Steps:
             ema_params = optimizers.update_ema(ema_params, params, given["optimizer.ema_decay"], state.step)
         metrics["grad_norm"] = optimizers.global_norm(grads)
         if "grad_square" in metrics:
-            count, size = inputs["index"].shape
             squares = metrics.pop("grad_square"), jnp.square(metrics["grad_norm"])
-            metrics |= noise_scale.moments(*squares, size, count * size)
+            count, size = inputs["index"].shape
+            metrics |= noise_scale.moments(*squares, size // self._parts, count * size)
         return TrainState(state.step + 1, params, model_state, carry, opt_state, ema_params), metrics
 
     def train_steps(

@@ -16,36 +16,13 @@ from research.config import Config
 from research.data.pipeline import EvalBatches, TrainBatches, epoch_ends, is_resident
 from research.data.sources import Dataset
 from research.errors import NonFiniteLossError
+from research.pace import Pace
 from research.predictor import Predictor
 from research.signals import Signals, StoppedError
 from research.state import create_state
 from research.steps import Steps
 from research.tasks.task import Task
 from research.writer import Writer
-
-_SECONDS_PER_DISPATCH = 0.5
-_MOST_AGREEMENTS = 8  # dispatches by which several processes find their pace
-_MOST_STEPS_PER_DISPATCH = {True: 512, False: 8}  # by whether the data set is resident: streamed batches take memory
-
-
-class Pace:
-    """How many steps the next dispatch makes: as configured, or about half a second's worth."""
-
-    def __init__(self, config: Config, *, resident: bool, steps_per_epoch: int):
-        most = config.steps_per_dispatch or _MOST_STEPS_PER_DISPATCH[resident]
-        self.capacity = min(most, steps_per_epoch)
-        self._adapts = not config.steps_per_dispatch
-        self._agreements = _MOST_AGREEMENTS
-        self.steps = 1 if self._adapts else self.capacity
-
-    def measured(self, num_steps: int, seconds: float) -> None:
-        if jax.process_count() > 1:
-            # All processes must dispatch alike, so they go by the first one's clock; once it is known, nobody waits.
-            self._adapts = self._adapts and self._agreements > 0
-            self._agreements -= 1
-            seconds = distributed.from_first(seconds) if self._adapts else seconds
-        if self._adapts:
-            self.steps = max(1, min(self.capacity, int(_SECONDS_PER_DISPATCH * num_steps / seconds)))
 
 
 @dataclasses.dataclass
@@ -114,8 +91,8 @@ class Training:
         self._given = hyperparams.inputs(config, self.ends[-1])
         self._rates = optimizers.learning_rates(optimizers.scaled(config.optimizer, config.batch_size), self.ends[-1])
         tx = hyperparams.make_optimizer(config, self._given)
-        self._graphdef, self.state = create_state(task, tx, config, mesh)
-        self._steps = Steps(task, self._graphdef, config, mesh)
+        self.graphdef, self.state = create_state(task, tx, config, mesh)
+        self._steps = Steps(task, self.graphdef, config, mesh)
         # On a CPU nothing is gained by running ahead of the devices, and several dispatches in flight over several
         # host devices can starve each other's threads in an all-reduce until the process aborts.
         self._overlap = mesh.devices.flat[0].platform != "cpu"
@@ -173,7 +150,7 @@ class Training:
     def predictor(self) -> Predictor:
         """The network as evaluation has it now, for pictures and further figures."""
         size = self.config.examples_at_once
-        return Predictor(self._graphdef, self.state.eval_params, self.state.model_state, self.mesh, size)
+        return Predictor(self.graphdef, self.state.eval_params, self.state.model_state, self.mesh, size)
 
     def dispatches(self, end: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """Trains up to step `end`, or to where a signal came; yields (step, metrics of the newest [k]) as they come.

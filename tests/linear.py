@@ -8,7 +8,7 @@ from flax import nnx
 from research import app
 from research.config import Config, DatasetConfig, OptimizerConfig, option
 from research.data import images
-from research.models.blocks import Dropout
+from research.layers.dropout import Dropout
 from research.tasks.classification import Classification
 
 
@@ -37,8 +37,8 @@ class Network(nnx.Module):
         self.second = nnx.Linear(config.width, classes, rngs=rngs)
 
     def __call__(self, images: jax.Array, *, train: bool, key: jax.Array | None = None) -> jax.Array:
-        x = self.first(images.reshape(len(images), -1))
-        return self.second(self.dropout(x, deterministic=not train, rngs=key))
+        x = self.first(images.reshape(images.shape[0], -1))
+        return self.second(self.dropout(x, train=train, key=key))
 
 
 def get_config() -> LinearConfig:

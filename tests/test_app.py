@@ -132,6 +132,7 @@ OTHER = {
     "mesh.data": 1,
     "mesh.fsdp": 2,
     "mesh.model": 2,
+    "mesh.reduce_dtype": "bfloat16",
     "model.name": "airbench",
     "model.width": 6,
     "model.depth": 16,

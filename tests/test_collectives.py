@@ -23,43 +23,61 @@ KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|coll
 
 
 @functools.cache
-def _compiled(name):
-    """The state, and the compiled step's collectives: (kind, the elements of each of its results)."""
-    run = Run(_config(mesh=MESHES[name], model=CNNConfig(width=16)), devices=1 if name == "one" else 8)
-    lowered = run.train.lower(run.state, run.batches.data, run.batches.sample(), np.int32(1), run.seed)
-    found = re.findall(rf" = (.*?) ({KINDS})(?:-start)?\(", lowered.compile().as_text())
+def _compiled(name, microbatch_size=0):
+    """The state, and the compiled step's collectives: (kind, the elements of each of its results, loops around it)."""
+    config = _config(mesh=MESHES[name], model=CNNConfig(width=16), microbatch_size=microbatch_size)
+    run = Run(config, devices=1 if name == "one" else 8)
+    lowered = run.train.lower(run.state, run.batches.data, run.batches.sample(), np.int32(1), run.given)
+    found = re.findall(rf' = (.*?) ({KINDS})(?:-start)?\(.*?op_name="(.*?)"', lowered.compile().as_text())
     return run.state, [
         (
             kind,
             [math.prod(map(int, filter(None, sizes.split(",")))) for sizes in re.findall(r"f32\[([\d,]*)\]", shapes)],
+            name.count("while/body"),
         )
-        for shapes, kind in found
+        for shapes, kind, name in found
     ]
 
 
 def _kinds(name):
-    return collections.Counter(kind for kind, _ in _compiled(name)[1])
+    return collections.Counter(kind for kind, *_ in _compiled(name)[1])
 
 
 def test_one_device_sends_nothing():
     assert not _kinds("one")
 
 
-def test_data_parallelism_is_one_all_reduce_of_the_gradients():
-    state, found = _compiled("data")
-    ((kind, sizes),) = found
+@pytest.mark.parametrize("microbatch_size", [0, 8])
+def test_data_parallelism_is_one_all_reduce_a_step_of_one_vector(microbatch_size):
+    state, found = _compiled("data", microbatch_size)
+    ((kind, sizes, loops),) = found
     assert kind == "all-reduce"
-    gradients = [x.size for x in jax.tree.leaves(state.params)]
-    scalars = len(sizes) - len(gradients)
-    assert sorted(sizes) == sorted([*gradients, *[1] * scalars])  # beside them the metrics: loss, accuracy
+    metrics = 3  # loss, accuracy, the squared norm of a device's gradient
+    assert sizes == [sum(x.size for x in jax.tree.leaves(state.params)) + metrics]
+    assert loops == 1  # over steps, not over microbatches
+
+
+def test_gradients_travel_as_the_dtype_asked_for():
+    mesh = MeshConfig(reduce_dtype="bfloat16")
+    run = Run(_config(mesh=mesh, model=CNNConfig(width=16)), devices=8)
+    lowered = run.train.lower(run.state, run.batches.data, run.batches.sample(), np.int32(1), run.given)
+    count = sum(x.size for x in jax.tree.leaves(run.state.params))
+    reduced = re.findall(r"stablehlo.all_reduce.*?\(tensor<(.*?)>\)", lowered.as_text(), re.DOTALL)
+    assert sorted(reduced) == sorted([f"{count}xbf16", "3xf32"])
+    whole, rounded = Run(_config(model=CNNConfig(width=16)), devices=8).steps(5), run.steps(5)
+    np.testing.assert_allclose(rounded, whole, rtol=2e-2)
+    assert not np.array_equal(rounded, whole)
 
 
 def test_fsdp_gathers_each_split_parameter_once_and_reduces_the_gradients_once():
     state, found = _compiled("fsdp")
-    assert _kinds("fsdp") == {"all-gather": 9, "all-reduce": 1}  # XLA:CPU has no reduce-scatter of its own
+    assert _kinds("fsdp") == {"all-gather": 9, "all-reduce": 2}  # XLA:CPU has no reduce-scatter of its own
     split = [x.size for x in jax.tree.leaves(state.params) if not x.sharding.is_fully_replicated]
-    gathered = [size for kind, sizes in found if kind == "all-gather" for size in sizes]
+    gathered = [size for kind, sizes, _ in found if kind == "all-gather" for size in sizes]
     assert sorted(gathered) == sorted(split)
+    first, second = ([size for size in sizes if size > 1] for kind, sizes, _ in found if kind == "all-reduce")
+    assert sorted(first) == sorted(x.size for x in jax.tree.leaves(state.params))
+    assert not second  # each device's part of the gradient's norm
 
 
 def test_tensor_parallelism_gathers_and_reduces_activations():

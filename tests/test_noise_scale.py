@@ -28,20 +28,21 @@ class Quadratic(Task):
         return {"loss": 0.5 * jnp.square(model.at[...] - batch["x"]).sum(-1)}
 
 
-def _trained(workdir, **fields):
+def _trained(workdir, devices=1, **fields):
     x = np.random.default_rng(0).normal([0.0, 0.5, 0.0, 0.0], [1.0, 2.0, 0.5, 0.1], (4096, 4)).astype(np.float32)
     dataset = Dataset("drawn", (), {"x": x}, None, {"x": x[:64]})
     config = Config(num_epochs=4, batch_size=64, optimizer=OptimizerConfig(name="sgd", learning_rate=0.0), **fields)
     optimizers.resolve(config.optimizer)
-    mesh = sharding.make_mesh(config, jax.devices()[:2])
+    mesh = sharding.make_mesh(config, jax.devices()[:devices])
     workdir.mkdir()
     _, summary = train.train_and_evaluate("quadratic", config, Quadratic(), dataset, mesh, workdir)
     gradients = np.array([1.0, -0.5, 0.25, 0.0]) - x.astype(np.float64)
     return summary, np.square(gradients.mean(0)).sum(), gradients.var(0).sum()
 
 
-def test_it_is_the_closed_form_and_is_recorded(tmp_path):
-    summary, signal, noise = _trained(tmp_path / "x", microbatch_size=8)
+@pytest.mark.parametrize(("devices", "microbatch_size"), [(1, 8), (2, 16), (8, 0)])
+def test_it_is_the_closed_form_and_is_recorded(tmp_path, devices, microbatch_size):
+    summary, signal, noise = _trained(tmp_path / "x", devices, microbatch_size=microbatch_size)
     assert summary["critical_batch_size"] == pytest.approx(noise / signal, rel=0.1)
     lines = [line for line in read_lines(tmp_path / "x") if noise_scale.NOISE in line]
     assert np.mean([line[noise_scale.NOISE] for line in lines]) == pytest.approx(noise, rel=0.3)
@@ -62,6 +63,6 @@ def test_the_estimates_have_no_bias():
     assert np.mean(noises) == pytest.approx(5.0, abs=0.1)
 
 
-def test_without_microbatches_there_is_none(tmp_path):
+def test_of_one_gradient_there_is_none(tmp_path):
     assert "critical_batch_size" not in _trained(tmp_path / "x")[0]
     assert noise_scale.critical_batch_size({noise_scale.SIGNAL: -1.0, noise_scale.NOISE: 1.0}) == {}

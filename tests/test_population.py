@@ -13,7 +13,7 @@ from linear import LinearConfig, ModelConfig, make_task
 from research import hyperparams, optimizers, population, sharding
 from research.config import OptimizerConfig
 from research.data.sources import Dataset
-from research.models.blocks import Dropout
+from research.layers.dropout import Dropout
 from research.population import Population
 from research.training import Training
 
@@ -147,7 +147,7 @@ def test_dropout_drops_at_the_traced_rate_and_keeps_the_mean(rate):
     def drop(rate, x):
         layer = Dropout(0.5)
         layer.rate = rate
-        return layer(x, deterministic=False, rngs=jax.random.key(0))
+        return layer(x, train=True, key=jax.random.key(0))
 
     dropped = drop(jnp.float32(rate), jnp.ones(20_000))
     assert float((dropped == 0).mean()) == pytest.approx(rate, abs=0.015)

@@ -52,6 +52,11 @@ def test_a_batch_that_cannot_be_shared_evenly_is_an_error(fields, name):
     sharding.make_mesh(Config(**{"batch_size": 64, **fields}, mesh=MeshConfig(model=2)))  # model shares no batch
 
 
+def test_gradients_that_the_compiler_sums_are_not_rounded():
+    with pytest.raises(UserError, match="reduce_dtype=bfloat16"):
+        sharding.make_mesh(Config(batch_size=64, mesh=MeshConfig(fsdp=2, reduce_dtype="bfloat16")))
+
+
 def test_parameters_are_split_by_their_shapes():
     mesh = sharding.make_mesh(Config(mesh=MeshConfig(data=2, fsdp=2, model=2)))
     for shape, expected in {

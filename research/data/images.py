@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from research import sharding
 from research.config import AugmentConfig
 from research.errors import UserError
 
@@ -79,8 +80,9 @@ def augment(
     if config.flip != "none":
         columns = jnp.where(_flipped(config.flip, flip_key, index, epoch)[:, None], columns[:, ::-1], columns)
     if config.crop:
-        shifts = jax.random.randint(crop_key, (2, count, 1), -config.crop, config.crop + 1)
-        rows, columns = _reflect(rows + shifts[0], height), _reflect(columns + shifts[1], width)
+        draw = jax.vmap(lambda key: jax.random.randint(key, (2, 1), -config.crop, config.crop + 1), out_axes=1)
+        down, right = draw(sharding.example_keys(crop_key, count))
+        rows, columns = _reflect(rows + down, height), _reflect(columns + right, width)
     if config.crop or config.flip != "none":
         # One gather for both: on XLA:CPU 5 times faster than slicing padded images, 15 times than one-hot matmuls.
         images = jax.vmap(lambda image, row, column: image[row[:, None], column])(images, rows, columns)
@@ -100,7 +102,7 @@ def _flipped(kind: str, key: jax.Array, index: jax.Array, epoch: jax.Array) -> j
     other epoch. The half is a hash of the image's number, the same in every run, as in that paper.
     """
     if kind == "random":
-        return jax.random.bernoulli(key, shape=index.shape)
+        return jax.vmap(jax.random.bernoulli)(sharding.example_keys(key, len(index)))
     half = jax.vmap(lambda number: jax.random.bits(jax.random.fold_in(jax.random.key(0), number)))(index)
     return (half + epoch.astype(half.dtype)) % 2 == 1
 
@@ -110,7 +112,8 @@ def _cutout(images: jax.Array, key: jax.Array, side: int) -> jax.Array:
     count, height, width, _ = images.shape
 
     def inside(key: jax.Array, size: int) -> jax.Array:
-        start = jax.random.randint(key, (count, 1), 0, size) - side // 2
+        draw = jax.vmap(lambda key: jax.random.randint(key, (1,), 0, size))
+        start = draw(sharding.example_keys(key, count)) - side // 2
         offset = jnp.arange(size) - start
         return (offset >= 0) & (offset < side)
 

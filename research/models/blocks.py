@@ -2,14 +2,15 @@
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from research import sharding
 from research.layers.bias import bias_add
 from research.layers.convolution import conv_general_dilated
+from research.layers.dropout import Dropout
 
 GLOROT = nnx.initializers.glorot_uniform()
 HE = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al. 2015, equation 14
@@ -52,6 +53,8 @@ class Norm(nnx.Module):
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         if isinstance(self.layer, nnx.BatchNorm):
+            # The statistics are the whole batch's, also where each device has its part.
+            self.layer.axis_name = sharding.batch_parts()  # pyright: ignore[reportAttributeAccessIssue]
             return self.layer(x, use_running_average=not train)
         return self.layer(x)
 
@@ -107,31 +110,6 @@ class Style:
         """The network's normalisation."""
         return Norm(self, features)
 
-    def dropout(self) -> "Dropout":
+    def dropout(self) -> Dropout:
         """The network's dropout."""
         return Dropout(self.dropout_rate)
-
-
-class Dropout(nnx.Module):
-    """Dropout at a rate that `set_dropout` may make a traced one.
-
-    It is given its key at each call: no random state is stored.
-    """
-
-    def __init__(self, rate: float):
-        self.rate: Any = rate
-
-    def __call__(self, x: jax.Array, *, deterministic: bool, rngs: jax.Array | None) -> jax.Array:
-        if deterministic or (isinstance(self.rate, float) and self.rate == 0.0):
-            return x
-        assert rngs is not None
-        kept = jnp.asarray(1.0 - self.rate, jnp.float32)
-        mask = jax.random.bernoulli(rngs, kept, x.shape)
-        return jnp.where(mask, x / kept.astype(x.dtype), 0)
-
-
-def set_dropout(model: nnx.Module, rate: Any) -> None:
-    """Sets the rate of every `Dropout` that drops anything; a traced one must be replaced before the model is split."""
-    for _, module in nnx.iter_modules(model):
-        if isinstance(module, Dropout) and not (isinstance(module.rate, float) and module.rate == 0.0):
-            module.rate = rate

@@ -24,8 +24,9 @@ from flax import nnx
 from research.config import CNNConfig
 from research.errors import UserError
 from research.layers.convolution import conv2d
+from research.layers.dropout import Dropout
 from research.layers.pooling import avg_pool, max_pool
-from research.models.blocks import GLOROT, HE, LECUN_THIRD, Bias, Dropout, Style
+from research.models.blocks import GLOROT, HE, LECUN_THIRD, Bias, Style
 
 Pool = Callable[[jax.Array, int], jax.Array]
 
@@ -149,8 +150,8 @@ class Simple(nnx.Module):
                 x = nnx.relu(norm(self.pool(x, 2), train=train))
             else:
                 x = self.pool(nnx.relu(norm(x, train=train)), 2)
-        x = nnx.relu(self.hidden(x.reshape(len(x), -1)))
-        return self.logits(self.dropout(x, deterministic=not train, rngs=key)).astype(jnp.float32)
+        x = nnx.relu(self.hidden(x.reshape(x.shape[0], -1)))
+        return self.logits(self.dropout(x, train=train, key=key)).astype(jnp.float32)
 
 
 class BasicBlock(nnx.Module):
@@ -185,7 +186,7 @@ class WideBlock(nnx.Module):
         y = nnx.relu(self.norm1(x, train=train))
         shortcut = x if self.shortcut is None else self.shortcut(y)
         y = nnx.relu(self.norm2(self.conv1(y), train=train))
-        return shortcut + self.conv2(self.dropout(y, deterministic=not train, rngs=key))
+        return shortcut + self.conv2(self.dropout(y, train=train, key=key))
 
 
 class ResNet(nnx.Module):
@@ -218,7 +219,7 @@ class ResNet(nnx.Module):
             x = block(x, train=train, key=block_key)
         if self.norm_last:
             x = nnx.relu(self.norm(x, train=train))
-        x = self.dropout(x.mean((1, 2)), deterministic=not train, rngs=keys[-1])
+        x = self.dropout(x.mean((1, 2)), train=train, key=keys[-1])
         return self.logits(x).astype(jnp.float32)
 
 
@@ -257,5 +258,5 @@ class Airbench(nnx.Module):
             if i % 2 == 0:
                 x = max_pool(x, 2)
             x = nnx.gelu(norm(x, train=train))
-        x = max_pool(x, 3).reshape(len(x), -1)
-        return self.logits(self.dropout(x, deterministic=not train, rngs=key)).astype(jnp.float32) / 9
+        x = max_pool(x, 3).reshape(x.shape[0], -1)
+        return self.logits(self.dropout(x, train=train, key=key)).astype(jnp.float32) / 9

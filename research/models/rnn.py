@@ -19,12 +19,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.export import is_symbolic_dim
 from jax.sharding import PartitionSpec as P
 
 from research.config import RNNConfig
 from research.layers import recurrence
+from research.layers.dropout import Dropout
 from research.layers.linear_recurrence import SEQUENCE, linear_recurrence
-from research.models.blocks import Dropout, Linear
+from research.models.blocks import Linear
 from research.sharding import BATCH_AXES
 
 Carry = tuple[recurrence.State, ...]  # of every layer, float32 [b, units] each
@@ -85,7 +87,7 @@ class RNN(nnx.Module):
             if isinstance(layer, Recurrent):
                 # What the first layer is driven by depends on the character alone, so where the vocabulary is smaller
                 # than the batch, it is the vocabulary that is projected: three of an LSTM's five large products less.
-                small = not after and len(table) < tokens.size
+                small = not after and not is_symbolic_dim(tokens.size) and len(table) < tokens.size
                 inputs = layer.inputs(table)[tokens.T] if small else layer.inputs(x)
                 x, state = layer(inputs, state, train=train, key=layer_key)
             else:
@@ -125,14 +127,14 @@ class Recurrent(nnx.Module):
         if cell is recurrence.lstm:  # remember at first (Jozefowicz et al. 2015)
             bias = bias.at[width : 2 * width].set(1.0)
         self.bias = nnx.Param(bias)
-        self.dropout = Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout, batch_axis=1)
 
     def __call__(
         self, x: jax.Array, state: recurrence.State, *, train: bool, key: jax.Array | None
     ) -> tuple[jax.Array, recurrence.State]:
         kernel = self.kernel[...].astype(self.dtype)
         x, state = self.cell(x, state, kernel, self.bias[...])
-        return self.dropout(x, deterministic=not train, rngs=key), state
+        return self.dropout(x, train=train, key=key), state
 
 
 class MinGRU(nnx.Module):
@@ -149,7 +151,7 @@ class MinGRU(nnx.Module):
         self.inputs = _linear(width, 2 * width, config, rngs)
         self.outputs = _linear(width, width, config, rngs, use_bias=False)
         self.expand, self.contract = _linear(width, 4 * width, config, rngs), _linear(4 * width, width, config, rngs)
-        self.dropout = Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout, batch_axis=1)
 
     def __call__(
         self, x: jax.Array, state: recurrence.State, *, train: bool, key: jax.Array | None
@@ -158,9 +160,9 @@ class MinGRU(nnx.Module):
         z, n = jnp.split(self.inputs(self.norm(x)).astype(jnp.float32), 2, axis=-1)
         z = jax.nn.sigmoid(z)
         hidden = linear_recurrence(1 - z, z * n, state[0])
-        x = x + self.dropout(self.outputs(hidden), deterministic=not train, rngs=keys[0])
+        x = x + self.dropout(self.outputs(hidden), train=train, key=keys[0])
         y = self.contract(nnx.gelu(self.expand(self.mlp_norm(x))))
-        return x + self.dropout(y, deterministic=not train, rngs=keys[1]), (hidden[-1],)
+        return x + self.dropout(y, train=train, key=keys[1]), (hidden[-1],)
 
 
 class LRU(nnx.Module):
@@ -184,7 +186,7 @@ class LRU(nnx.Module):
         self.outputs = _linear(2 * width, width, config, rngs, use_bias=False)
         self.skip = nnx.Param(jax.random.normal(rngs.params(), (width,)))
         self.gate = _linear(width, 2 * width, config, rngs)
-        self.dropout = Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout, batch_axis=1)
 
     def __call__(
         self, x: jax.Array, state: recurrence.State, *, train: bool, key: jax.Array | None
@@ -196,8 +198,8 @@ class LRU(nnx.Module):
         hidden = linear_recurrence(jnp.broadcast_to(decay, driven.shape), driven, _complex(state[0]))
         hidden = jnp.concatenate([hidden.real, hidden.imag], -1)
         y = nnx.gelu(self.outputs(hidden) + self.skip[...] * inputs)
-        y = nnx.glu(self.gate(self.dropout(y, deterministic=not train, rngs=keys[0])))
-        return x + self.dropout(y, deterministic=not train, rngs=keys[1]), (hidden[-1],)
+        y = nnx.glu(self.gate(self.dropout(y, train=train, key=keys[0])))
+        return x + self.dropout(y, train=train, key=keys[1]), (hidden[-1],)
 
 
 def _complex(x: jax.Array) -> jax.Array:

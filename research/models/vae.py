@@ -84,7 +84,7 @@ class _DenseEncoder(nnx.Module):
         self.out = style.linear(config.width, 2 * config.latents)
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        x = images.reshape(len(images), -1)
+        x = images.reshape(images.shape[0], -1)
         for layer in self.hidden:
             x = self.activation(layer(x))
         return self.out(x)
@@ -130,7 +130,7 @@ class _ConvEncoder(nnx.Module):
         x = images.astype(self.out.dtype)
         for conv, norm in zip(self.convs, self.norms):
             x = self.activation(norm(conv(x), train=False))
-        return self.out(x.reshape(len(x), -1))
+        return self.out(x.reshape(x.shape[0], -1))
 
 
 class _ConvDecoder(nnx.Module):
@@ -157,4 +157,4 @@ class _ConvDecoder(nnx.Module):
         x = self.out(x)
         # Channels are grouped by parameter: all the means before all the log variances.
         x = x.reshape(*x.shape[:-1], self.parameters, -1)
-        return jnp.moveaxis(x, -2, 1).reshape(len(x), -1)
+        return jnp.moveaxis(x, -2, 1).reshape(x.shape[0], -1)

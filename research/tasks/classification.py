@@ -14,7 +14,7 @@ from research.config import AugmentConfig
 from research.data import images
 from research.data.sources import Dataset
 from research.predictor import Predictor
-from research.tasks.task import Batch, Metrics, Task
+from research.tasks.task import Batch, Function, Metrics, Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +73,19 @@ class Classification(Task):
 
     def probabilities(self, model: nnx.Module, batch: Batch, _: jax.Array) -> jax.Array:
         """What evaluation makes of "image" uint8 [b, h, w, c]: float32 [b, classes]."""
-        inputs = images.normalize(batch["image"], self.mean, self.std)
-        return jax.nn.softmax(self._logits(model, inputs, train=False, key=None))
+        return jax.nn.softmax(self._classify(model, batch)["logits"])
+
+    def functions(self, model: nnx.Module, dataset: Dataset) -> dict[str, Function]:
+        """`classify`: "image" uint8 [b, h, w, c] to "logits" float32 [b, classes], those of evaluation."""
+        shape = ", ".join(map(str, dataset.test["image"].shape[1:]))
+        done = f"(image / 255 - mean) / std by channel, mean {self.mean}, std {self.std}"
+        if self.mirror:
+            done += "; logits are the mean of those of the image and of its mirror image"
+        return {"classify": Function(self._classify, {"image": (f"b, {shape}", "uint8")}, done)}
+
+    def _classify(self, model: nnx.Module, inputs: Batch) -> dict[str, jax.Array]:
+        normalized = images.normalize(inputs["image"], self.mean, self.std)
+        return {"logits": self._logits(model, normalized, train=False, key=None)}
 
     def pictures(self, predict: Predictor, dataset: Dataset) -> dict[str, Callable[[], Any]]:
         """The confusion matrix of the test set, and the most confident of its mistakes."""

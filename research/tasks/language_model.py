@@ -10,7 +10,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from research.tasks.task import Batch, Metrics, Task
+from research.data.sources import Dataset
+from research.tasks.task import Batch, Function, Metrics, Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,3 +73,19 @@ class LanguageModel(Task):
         figures = super().summarize(means)
         bits, perplexity = figures["loss"] / np.log(2), np.exp(figures["loss"])
         return {**figures, "bits_per_character": float(bits), "perplexity": float(perplexity)}
+
+    def functions(self, model: nnx.Module, dataset: Dataset) -> dict[str, Function]:
+        """`step`: "token" int32 [b] and the memory, "carry.<i>" float32 [b, units] each, to "logits" float32 [b,
+        characters] of the next character, and the memory under the same names. That of nothing is zeros."""
+        del model, dataset
+        leaves, structure = jax.tree.flatten(self.initial_carry(1))
+        names = [f"carry.{i}" for i in range(len(leaves))]
+
+        def step(model: Any, inputs: Batch) -> dict[str, jax.Array]:
+            carry = jax.tree.unflatten(structure, [inputs[name] for name in names])
+            token = inputs["token"][:, None]
+            logits, carry = model(token, carry, jnp.zeros(token.shape[0], bool), train=False)
+            return {"logits": logits[:, 0]} | dict(zip(names, jax.tree.leaves(carry)))
+
+        memory = {name: (f"b, {leaf.shape[1]}", str(leaf.dtype)) for name, leaf in zip(names, leaves)}
+        return {"step": Function(step, {"token": ("b", "int32"), **memory}, "a token is the number of its class")}

@@ -1,5 +1,6 @@
 """What the loop asks of a task: the base class of all of them."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,21 @@ if TYPE_CHECKING:
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Function:
+    """One thing that a trained network can be asked, as `launch.export` makes a program of it.
+
+    Attributes:
+      call: `call(network, inputs)` gives the outputs; both are arrays by name, and all outputs are arrays.
+      inputs: shape and dtype by name. Shapes are written as in "b, 32, 32, 3"; b is any number of examples.
+      preprocessing: what `call` does to the inputs before the network sees them, so that nobody does it twice.
+    """
+
+    call: Callable[[Any, Batch], dict[str, jax.Array]]
+    inputs: Mapping[str, tuple[str, str]]
+    preprocessing: str
 
 
 class Task:
@@ -71,6 +87,11 @@ class Task:
     def final_metrics(self, predict: "Predictor", dataset: "Dataset") -> dict[str, float]:
         """Figures that are too costly to have after every epoch; names begin with their split, as in "test_nll"."""
         del predict, dataset
+        return {}
+
+    def functions(self, model: nnx.Module, dataset: "Dataset") -> dict[str, Function]:
+        """What `launch.export` makes of the network, by name; empty: it cannot be exported."""
+        del model, dataset
         return {}
 
     def pictures(self, predict: "Predictor", dataset: "Dataset") -> "dict[str, Callable[[], Figure]]":

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from research import densities, plots
+from research import densities, plots, sharding
 from research.data.sources import Dataset
 from research.predictor import Predictor
-from research.tasks.task import Batch, Metrics, Task
+from research.tasks.task import Batch, Function, Metrics, Task
 
 _ACTIVE = 0.01  # Burda et al. 2016, section 5.2
 _EVAL_BATCH = 1000  # examples whose log-likelihood is estimated together
@@ -108,8 +108,9 @@ class VAE(Task):
             return values | {"loss": -bound}
         # A latent whose mean over the batch is below the limit costs the limit in every example: the mean over the
         # batch is then max(limit, mean), and so is its gradient.
-        limited = jnp.where(kl.mean(0) < self.free_bits, self.free_bits, kl)
-        return values | {"loss": reconstruction + beta * limited.sum(-1)}
+        if self.free_bits:
+            kl = jnp.where(sharding.batch_mean(kl) < self.free_bits, self.free_bits, kl)
+        return values | {"loss": reconstruction + beta * kl.sum(-1)}
 
     def _log_weights(
         self, model: Any, targets: jax.Array, mean: jax.Array, logvar: jax.Array, noise: jax.Array
@@ -190,12 +191,52 @@ class VAE(Task):
 
     def decoded(self, model: Any, batch: Batch, _: jax.Array) -> jax.Array:
         """The expected images given "latents" [b, latents]: float32 [b, h, w, c] in 0..1."""
-        parameters = model.decode(batch["latents"])
+        return self._expected(model.decode(batch["latents"]))
+
+    def _expected(self, parameters: jax.Array) -> jax.Array:
         if self.likelihood == "bernoulli":
             expected = jax.nn.sigmoid(parameters)
         else:
             expected = jnp.clip(jnp.split(parameters, 2, -1)[0], 0, 1)
         return expected.reshape(-1, *self.image_shape)
+
+    def functions(self, model: Any, dataset: Dataset) -> dict[str, Function]:
+        """`encode`, `decode` and `sample`.
+
+        encode: "image" uint8 [b, h, w, c] and "index" int32 [b] to "targets" float32 [b, h, w, c], which the network
+          saw, and "mean" and "logvar" of q(z|x), float32 [b, latents]; the draws of evaluation.
+        decode: "latents" float32 [b, latents] to the expected "image" float32 [b, h, w, c] in 0..1, and "parameters" of
+          p(x|z).
+        sample: "seed" uint32 scalar and "index" int32 [b] to "image", as `decode` gives it, of draws of the prior.
+        """
+        probe = jax.ShapeDtypeStruct((1, *self.image_shape), jnp.float32)
+        latents = jax.eval_shape(model.encode, probe)[0].shape[1]
+
+        def encode(model: Any, inputs: Batch) -> dict[str, jax.Array]:
+            targets = self.targets(inputs, jax.random.key(0))
+            mean, logvar = model.encode(targets)
+            return {"targets": targets, "mean": mean, "logvar": logvar}
+
+        def decode(model: Any, inputs: Batch) -> dict[str, jax.Array]:
+            parameters = model.decode(inputs["latents"])
+            return {"image": self._expected(parameters), "parameters": parameters}
+
+        def sample(model: Any, inputs: Batch) -> dict[str, jax.Array]:
+            keys = _keys(jax.random.key(inputs["seed"]), inputs, _LATENTS)
+            drawn = jax.vmap(lambda key: jax.random.normal(key, (latents,)))(keys)
+            return {"image": self._expected(model.decode(drawn))}
+
+        image, index = ", ".join(map(str, ("b", *self.image_shape))), ("b", "int32")
+        bits = "a pixel is 1 with the probability image / 255, else 0" if self.binarize else "(image + noise) / 256"
+        return {
+            "encode": Function(
+                encode, {"image": (image, "uint8"), "index": index}, f"{bits}, by a draw that `index` decides"
+            ),
+            "decode": Function(decode, {"latents": (f"b, {latents}", "float32")}, "none"),
+            "sample": Function(
+                sample, {"seed": ("", "uint32"), "index": index}, "`seed` and `index` decide the latents of an image"
+            ),
+        }
 
     def draw_prior(self, predict: Predictor, latents: int, count: int, seed: int = 0) -> np.ndarray:
         """The expected images given `count` draws of the prior: float32 [count, h, w, c] in 0..1."""

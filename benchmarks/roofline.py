@@ -1,0 +1,109 @@
+"""How far the roofline of `launch.plan` is from the truth, where it can be measured: every experiment, on this machine.
+
+python -m benchmarks.roofline [--out=benchmarks/results]
+
+The same reading of the compiled program, with this machine's own speeds in place of a vendor's: the best of a matrix
+product, and of adding one to an array that no cache holds. What is measured is the median of some dispatches of a run;
+the ratio is that over the prediction.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import app
+
+from benchmarks import output
+from launch import job as job_lib
+from launch import measure
+from launch.hlo import Program
+from launch.roofline import Roofline
+
+_CASES = {
+    "cifar_cnn": ("default", "paper", "airbench"),
+    "char_rnn": ("default", "lru", "lstm", "gru", "simple"),
+    "mnist_vae": ("default", "iwae", "burda", "conv"),
+}
+_STEPS, _DISPATCHES, _TRIES = 8, 5, 7
+
+
+def _best_seconds(function: Callable[[], Any]) -> float:
+    jax.block_until_ready(function())
+    seconds = []
+    for _ in range(_TRIES):
+        start = time.monotonic()
+        jax.block_until_ready(function())
+        seconds.append(time.monotonic() - start)
+    return min(seconds)
+
+
+def speeds(size: int = 2048, count: int = 2**26) -> dict[str, float]:
+    """Of this machine: float32 operations a second of a product, and bytes a second to and from memory."""
+    square, held = jnp.ones((size, size)), [jnp.ones(count)]
+    product, add = jax.jit(jnp.dot), jax.jit(lambda x: x + 1, donate_argnums=0)
+
+    def add_in_place() -> jax.Array:  # memory that is new to the process would cost more than to write it
+        held[0] = add(held[0])
+        return held[0]
+
+    return {
+        "flops": 2 * size**3 / _best_seconds(lambda: product(square, square)),
+        "bytes": 2 * held[0].nbytes / _best_seconds(add_in_place),
+    }
+
+
+def row(experiment: str, preset: str, machine: dict[str, float], args: tuple[str, ...] = ()) -> dict[str, Any]:
+    """One experiment: what the roofline predicts of a step, and what it takes."""
+    argv = [f"experiments.{experiment}", f"--config={preset}", f"--config.steps_per_dispatch={_STEPS}", *args]
+    run = measure.training(job_lib.parse("measure", "", measure.MeasureOptions(), argv))
+    with jax.set_mesh(run.mesh):
+        run.compile(train=True)
+        cost = Program(run.train_program.as_text()).cost()
+        measured = measure.step_seconds(run, _DISPATCHES)
+    predicted = Roofline(cost["flops"] / machine["flops"], cost["bytes accessed"] / machine["bytes"], 0.0)
+    return {
+        "experiment": experiment,
+        "preset": preset,
+        "batch_size": run.config.batch_size,
+        "gflop": cost["flops"] / 1e9,
+        "megabytes": cost["bytes accessed"] / 1e6,
+        "compute_seconds": predicted.compute,
+        "memory_seconds": predicted.memory,
+        "predicted_seconds": predicted.step,
+        "measured_seconds": measured,
+        "ratio": measured / predicted.step,
+        "gpu": "not measured",
+    }
+
+
+def line(found: dict[str, Any]) -> str:
+    """One row as Markdown."""
+    terms = (found[f"{name}_seconds"] * 1e3 for name in ("compute", "memory", "predicted", "measured"))
+    return (
+        f"| {found['experiment']} | {found['preset']} | {found['batch_size']} | {found['gflop']:.3f} | "
+        f"{found['megabytes']:,.0f} | {' | '.join(f'{term:,.2f}' for term in terms)} | {found['ratio']:.2f} | "
+        f"{found['gpu']} |"
+    )
+
+
+def main(_: list[str]) -> None:
+    out = output.folder()
+    machine = speeds()
+    print(f"{os.cpu_count()} cores: {machine['flops'] / 1e9:,.0f} GFLOP/s, {machine['bytes'] / 1e9:,.1f} GB/s\n")
+    print("| experiment | preset | batch | GFLOP | MB | compute | memory | predicted | measured ms | ratio | GPU |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    rows = []
+    for experiment, presets in _CASES.items():
+        for preset in presets:
+            rows.append(row(experiment, preset, machine))
+            print(line(rows[-1]), flush=True)
+    record = {"cores": os.cpu_count(), "jax": jax.__version__, "speeds": machine, "rows": rows}
+    (out / "roofline.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,208 @@
+"""A trained network as an artifact that runs without this project: programs, weights, and what they mean.
+
+python -m launch.export experiments.cifar_cnn --workdir=DIR --out=DIR [flags of the experiment]
+
+`--workdir` is that of a run; its newest checkpoint is exported, with the averaged parameters where training kept an
+average, as evaluation uses them. `launch.predict` runs the artifact. Its programs are StableHLO for CPUs, CUDA and ROCm
+GPUs and TPUs, for any number of examples at once. Where `research.layers` has another form for a CPU than elsewhere,
+the program has both, and the device that it is compiled for decides (`jax.lax.platform_dependent`).
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch import artifact
+from launch import job as job_lib
+from launch.artifact import ArtifactError
+from research import app, command
+from research.config import option
+from research.errors import RecordError, UserError
+from research.storage import open_path
+
+if TYPE_CHECKING:
+    from jax.export import Exported
+
+    from research.tasks.task import Function
+    from research.training import Training
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+
+@dataclasses.dataclass
+class ExportOptions:
+    """What `launch.export` can be told."""
+
+    out: str = option("", "folder of the artifact, a new one or empty; it must be given")
+
+
+def run(argv: Sequence[str]) -> int:
+    """Exports what the command line says.
+
+    Raises:
+      UserError: bad input, or a network that cannot be exported; nothing is written.
+      RecordError: the artifact could not be written; nothing is left.
+    """
+    job = job_lib.parse("export", str(__doc__), ExportOptions(), argv)
+    out = _out(job)
+    if not (open_path(job.workdir) / "config.json").exists():
+        raise UserError(f"--workdir={job.workdir} holds no run: name the folder of the run to export")
+    asked = command.parse(job.experiment, [*job.args, "--mode=eval"])
+    mesh = app.start(asked.config)
+    import jax
+
+    if jax.process_count() > 1:
+        raise UserError("launch.export is for one process: start it without a launcher")
+    training = app.restored(job.experiment, asked, mesh)
+    manifest, weights, programs = contents(job.experiment.name, training)
+    try:
+        checksum = artifact.write(out, manifest, weights, programs)
+    except OSError as error:
+        raise RecordError(f"--out={out} could not be written ({error.strerror}): nothing is left there") from None
+    mebibytes = sum(file.stat().st_size for file in out.iterdir()) / 2**20
+    print(
+        f"{job.experiment.name}, step {training.progress.step:,}: {', '.join(programs)} for {', '.join(PLATFORMS)}\n"
+        f"  artifact: {out} ({mebibytes:.2f} MiB, sha256 {checksum})"
+    )
+    return 0
+
+
+def _out(job: job_lib.Job) -> Path:
+    for name in ("--mode", "--reproduce"):
+        if any(arg.partition("=")[0] == name for arg in job.args):
+            raise UserError(f"{name} is for the experiment itself: leave it out")
+    if not job.options.out:
+        raise UserError("--out=DIR must say where the artifact goes")
+    if "://" in job.options.out:
+        raise UserError(f"--out={job.options.out} is not on this machine: export to a local folder, and copy that")
+    out = Path(job.options.out)
+    try:
+        artifact.check_free(out)
+    except ArtifactError as error:
+        raise UserError(str(error)) from None
+    return out
+
+
+def contents(experiment: str, training: "Training") -> tuple[dict[str, Any], dict[str, Any], dict[str, bytes]]:
+    """What `artifact.write` is given: the manifest, the weights by name, and the programs.
+
+    Args:
+      experiment: its name.
+      training: at the checkpoint.
+
+    Raises:
+      UserError: the task or the network cannot be exported.
+    """
+    import jax
+    from flax import nnx
+
+    from research import train
+    from research.state import num_params
+
+    state, task, dataset = training.state, training.task, training.dataset
+    model = nnx.merge(training.graphdef, state.eval_params, state.model_state, copy=True)
+    functions = task.functions(model, dataset)
+    if not functions:
+        raise UserError(f"{experiment} cannot be exported: {type(task).__name__} defines no `functions`")
+    leaves, structure = jax.tree_util.tree_flatten_with_path(
+        {"params": state.eval_params, "model_state": state.model_state}
+    )
+    weights = {
+        jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): jax.device_get(leaf)
+        for path, leaf in leaves
+    }
+
+    def network(arrays: Mapping[str, Any]) -> nnx.Module:
+        tree = jax.tree.unflatten(structure, [arrays[name] for name in weights])
+        return nnx.merge(training.graphdef, tree["params"], tree["model_state"])
+
+    exported = {name: _export(name, function, network, weights) for name, function in functions.items()}
+    manifest = {
+        "experiment": experiment,
+        "dataset": dataset.name,
+        "step": training.progress.step,
+        "num_params": num_params(state),
+        "results": training.progress.results,
+        "config": dataclasses.asdict(training.config),
+        "classes": list(dataset.label_names),
+        "platforms": list(PLATFORMS),
+        "functions": {
+            name: _described(exported[name]) | {"preprocessing": function.preprocessing}
+            for name, function in functions.items()
+        },
+        "weights": {name: {"shape": list(x.shape), "dtype": str(x.dtype)} for name, x in weights.items()},
+        "versions": train.versions()
+        | {"calling_convention": max(e.calling_convention_version for e in exported.values())},
+    }
+    return manifest, weights, {name: bytes(e.serialize()) for name, e in exported.items()}
+
+
+def _export(name: str, function: "Function", network: Any, weights: Mapping[str, Any]) -> "Exported":
+    import jax
+    from jax import export
+
+    scope = export.SymbolicScope()
+    inputs = {
+        name: jax.ShapeDtypeStruct(export.symbolic_shape(shape, scope=scope), dtype)
+        for name, (shape, dtype) in function.inputs.items()
+    }
+
+    def program(weights: Mapping[str, Any], inputs: Any) -> dict[str, Any]:
+        return function.call(network(weights), inputs)
+
+    with _without_source_lines(), _for_any_batch_size(name):
+        return export.export(jax.jit(program), platforms=PLATFORMS)(
+            {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in weights.items()}, inputs
+        )
+
+
+@contextlib.contextmanager
+def _without_source_lines() -> Iterator[None]:
+    """Programs traced in it do not name source files: they are the same whoever exports, and show nobody's folders."""
+    import jax
+
+    name = "jax_traceback_in_locations_limit"
+    before = getattr(jax.config, name)
+    jax.config.update(name, 0)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
+
+
+@contextlib.contextmanager
+def _for_any_batch_size(name: str) -> Iterator[None]:
+    """What JAX says where a network asks for its batch size as a number, in the words of whoever wrote the network."""
+    from jax.errors import InconclusiveDimensionOperation
+
+    try:
+        yield
+    except (TypeError, InconclusiveDimensionOperation) as error:
+        if isinstance(error, TypeError) and "_DimExpr" not in str(error):
+            raise
+        first = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{name} cannot be exported for any number of examples ({first}): the network must write x.shape[0] where "
+            "it has len(x), and decide nothing by it"
+        ) from error
+
+
+def _described(exported: "Exported") -> dict[str, Any]:
+    """The inputs and outputs of a program, each with its shape, in which "b" is any number of examples, and dtype."""
+    import jax
+
+    _, inputs = jax.tree.unflatten(exported.in_tree, exported.in_avals)[0]
+    outputs = jax.tree.unflatten(exported.out_tree, exported.out_avals)
+    return {
+        kind: {
+            name: {"shape": [d if isinstance(d, int) else str(d) for d in aval.shape], "dtype": str(aval.dtype)}
+            for name, aval in avals.items()
+        }
+        for kind, avals in (("inputs", inputs), ("outputs", outputs))
+    }
+
+
+if __name__ == "__main__":
+    job_lib.main(run)

@@ -1,0 +1,319 @@
+"""`launch.plan`: what is read from compiled programs equals hand counts; names, estimates and the record."""
+
+import contextlib
+import dataclasses
+import importlib.util
+import io
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import roofline as benchmark
+from launch import chips, hlo, plan, roofline, topologies
+from launch.hlo import Collective
+from research.errors import UserError
+from research.sharding import AXES
+
+DIGITS = ["--config.dataset.name=digits", "--config.model.depth=1", "--config.model.latents=8"]
+VAE = [
+    "experiments.mnist_vae",
+    *DIGITS,
+    "--config.optimizer.name=momentum",
+    "--config.optimizer.ema_decay=0",
+    "--config.binarize=fixed",
+]
+PIXELS, LATENTS = 32 * 32, 8
+
+
+def _kernels(width):
+    """Elements of the VAE's kernels: encoder, mean and variance, decoder, pixels."""
+    return [PIXELS * width, width * LATENTS, width * LATENTS, LATENTS * width, width * PIXELS]
+
+
+def _num_params(width):
+    return sum(_kernels(width)) + 2 * width + 2 * LATENTS + PIXELS
+
+
+def _plan(tmp_path, *args):
+    assert plan.run([*VAE, *args, f"--workdir={tmp_path}"]) == 0
+    return json.loads((tmp_path / "plan.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "num_chips", "num_devices"),
+    [
+        ("v5e-256", (16, 16), 256, 256),
+        ("v6e-8", (2, 4), 8, 8),
+        ("v5p-2048", (8, 8, 16), 1024, 1024),
+        ("v4-4096", (8, 16, 16), 2048, 2048),
+        ("v4-8", (2, 2, 1), 4, 4),
+        ("tpu7x-16", (2, 2, 2), 8, 16),
+        ("v5e:4x8", (4, 8), 32, 32),
+        ("h100-64", (8,), 64, 64),
+        ("a100-2", (2,), 2, 2),
+    ],
+)
+def test_names_are_what_the_vendor_means_by_them(name, shape, num_chips, num_devices):
+    found = topologies.parse(name)
+    assert (found.shape, found.num_chips, found.num_devices) == (shape, num_chips, num_devices)
+    assert topologies.parse(name, slices=3).num_chips == 3 * num_chips
+
+
+@pytest.mark.parametrize("name", ["v5e-3", "v9-8", "v5e", "v5e:4x4x4", "v5e:32x32", "v5e:0x4", "h100-12", "h100-0"])
+def test_an_unknown_topology_is_refused_with_what_there_is(name):
+    with pytest.raises(UserError, match=rf"--topology={name}.*(known are v4-2\||at most|multiple)"):
+        topologies.parse(name)
+
+
+def test_a_sweep_goes_from_one_chip_to_all():
+    names = [topology.name for topology in topologies.parse("v5e:8x8", slices=4).smaller()]
+    assert names == ["v5e:1x1", "v5e:2x2", "v5e:4x4", "v5e:8x8", "2 x v5e:8x8", "4 x v5e:8x8"]
+
+
+@pytest.mark.parametrize(
+    ("groups", "first"),
+    [
+        ("{{0,2},{1,3}}", (0, 2)),
+        ("[4,2]<=[8]", (0, 1)),
+        ("[2,4]<=[4,2]T(1,0)", (0, 2, 4, 6)),
+        ("mesh['a'=4,'b'=2] {'a'}", (0, 2, 4, 6)),
+        ("mesh['a'=4,'b'=2] {'b'}", (0, 1)),
+        ("mesh['a'=4,'b'=2] {'a','b'}", tuple(range(8))),
+        ("mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}", (0, 1)),
+        ("mesh['a'=8] {'a':(2)4}", (0, 1, 2, 3)),
+        ("mesh['a'=8] {'a':(1)2}", (0, 4)),
+        ("{}", tuple(range(8))),
+    ],
+)
+def test_groups_of_devices_are_read_in_every_notation(groups, first):
+    text = f"""HloModule m, num_partitions=8
+
+ENTRY %main (p: f32[6]) -> f32[6] {{
+  %p = f32[6]{{0}} parameter(0)
+  ROOT %r = f32[6]{{0}} all-reduce(%p), channel_id=1, replica_groups={groups}, to_apply=%add
+}}"""
+    assert hlo.Program(text).collectives() == [Collective("all-reduce", 24, first, 1)]
+
+
+def test_a_group_differs_along_mesh_axes():
+    shape = dict(zip(AXES, (2, 4, 1, 2)))
+    assert hlo.axes_of((0, 8), shape) == "data"
+    assert hlo.axes_of((0, 2, 4, 6), shape) == "fsdp"
+    assert hlo.axes_of((0, 2, 8, 10), shape) == "data+fsdp"
+
+
+def test_every_turn_of_a_loop_is_counted_but_those_of_the_steps():
+    """Steps whose number is an input, of 3 turns of 5 products each."""
+
+    def turns(x, count, body):
+        return jax.lax.scan(lambda x, _: (body(x), None), x, None, length=count)[0]
+
+    def steps(x, num_steps):
+        return jax.lax.fori_loop(0, num_steps, lambda _, x: turns(x, 3, lambda x: turns(x, 5, lambda x: x @ x)), x)
+
+    text = jax.jit(steps).lower(jnp.ones((64, 64)), jnp.int32(1)).compile().as_text()
+    assert hlo.Program(text).cost()["flops"] == pytest.approx(3 * 5 * 2 * 64**3, rel=0.01)
+
+
+def test_collectives_take_the_larger_of_bandwidth_and_latency():
+    pod = topologies.parse("v5e:16x16")
+    grid = [dataclasses.make_dataclass("D", ["coords", "slice_index"])((i // 16, i % 16, 0), 0) for i in range(256)]
+    everyone = tuple(range(256))
+
+    def seconds(kind, size, group=everyone, topology=pod, devices=grid):
+        return roofline.collective_seconds(Collective(kind, size, group, 1), topology, devices)
+
+    assert seconds("all-reduce", 2**30) == pytest.approx(2 * 2**30 * 255 / 256 / (4 * 50e9))
+    assert seconds("all-gather", 2**30) == pytest.approx(2**30 * 255 / 256 / (4 * 50e9))
+    assert seconds("all-gather", 2**30, tuple(range(16))) == pytest.approx(2**30 * 15 / 16 / (2 * 50e9))
+    assert seconds("all-gather", 2**30, tuple(range(4))) == pytest.approx(2**30 * 3 / 4 / 50e9)  # no ring
+    assert seconds("all-reduce", 1) == pytest.approx(2 * (8 + 8) * 1e-6)
+    machines = topologies.parse("h100-16")
+    gpus = [dataclasses.make_dataclass("D", ["id"])(i) for i in range(16)]
+    expected = 2 * 2**30 * (7 / 8 / 450e9 + 1 / 8 * 1 / 2 / 50e9)
+    assert seconds("all-reduce", 2**30, tuple(range(16)), machines, gpus) == pytest.approx(expected)
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """A sweep over CPU devices that stand in for GPUs, of 64 images a device in two microbatches: (folder, words)."""
+    folder, words = tmp_path_factory.mktemp("sweep"), io.StringIO()
+    args = ["--topology=h100-2", "--sweep_topology", "--config.model.width=512", "--config.num_epochs=3"]
+    sizes = ["--config.batch_size=64", "--config.microbatch_size=32"]
+    with contextlib.redirect_stdout(words):
+        assert plan.run([*VAE, *args, *sizes, "--price_per_chip_hour=2", f"--workdir={folder}"]) == 0
+    return folder, words.getvalue()
+
+
+def test_a_plan_says_what_the_step_is_made_of(sweep):
+    row = json.loads((sweep[0] / "plan.json").read_text())["plans"][2]
+    assert (row["topology"], row["num_chips"], row["mesh"]["data"]) == ("h100:2", 2, 2)
+    assert row["num_params"] == _num_params(512)
+    assert row["parameter_bytes_per_chip"] == 4 * _num_params(512)
+    assert 0 <= row["optimizer_bytes_per_chip"] - 4 * _num_params(512) < 64  # the momentum, and some scalars
+    # Forward and twice backward, but for the gradient of the pixels.
+    products = 64 * (6 * sum(_kernels(512)) - 2 * PIXELS * 512)
+    assert products < row["flops_per_chip"] < 1.2 * products  # the rest: draws, norms, the optimiser
+    assert {(c["kind"], c["axis"], c["devices"], c["count"]) for c in row["collectives"]} == {
+        ("all-reduce", "data", 2, 1)  # for both microbatches
+    }
+    sent = sum(c["bytes"] for c in row["collectives"])
+    assert 0 <= sent - 4 * _num_params(512) <= 4 * 16  # and some scalars
+    assert row["fits"]
+    assert 1437 * PIXELS < row["bytes_per_chip"] < row["chip_memory_bytes"] == 80 * 10**9
+
+
+def test_its_times_are_the_terms_of_the_roofline(sweep):
+    rows = json.loads((sweep[0] / "plan.json").read_text())["plans"]
+    for row in rows:
+        assert row["compute_seconds"] == pytest.approx(row["flops_per_chip"] / 494.7e12)
+        assert row["memory_seconds"] == pytest.approx(row["bytes_accessed_per_chip"] / 3350e9)
+        larger = max(row["compute_seconds"], row["memory_seconds"])
+        assert row["step_seconds"] == pytest.approx(larger + row["interconnect_seconds"])
+        assert row["examples_per_second"] == pytest.approx(row["batch_size"] / row["step_seconds"])
+        assert row["epoch_seconds"] == pytest.approx(1437 / row["examples_per_second"])
+        assert row["training_cost"] == pytest.approx(3 * row["epoch_seconds"] / 3600 * row["num_chips"] * 2)
+        assert row["scaling_efficiency"] == pytest.approx(rows[0]["step_seconds"] / row["step_seconds"])
+    assert rows[0]["collectives"] == []
+    assert rows[2]["interconnect_seconds"] > 0
+
+
+def test_a_sweep_leaves_every_plan_and_a_picture(sweep):
+    folder, words = sweep
+    record = json.loads((folder / "plan.json").read_text())
+    rows = record.pop("plans")
+    shown = [(row["num_chips"], row["strategy"], row["batch_size"], row["microbatch_size"]) for row in rows]
+    assert shown == [(1, "data", 64, 32), (1, "fsdp", 64, 32), (2, "data", 128, 64), (2, "fsdp", 128, 64)]
+    assert record == rows[3]
+    assert rows[3]["parameter_bytes_per_chip"] == pytest.approx(rows[2]["parameter_bytes_per_chip"] / 2, rel=0.01)
+    assert {c["kind"] for c in rows[3]["collectives"]} == {"all-gather", "all-reduce"}
+    assert (folder / "plan.png").stat().st_size > 1000
+    assert len([line for line in words.splitlines() if line.startswith("| h100:")]) == 4
+    assert "compiled by XLA:CPU" in words
+    assert "stand in for the GPUs" in words
+    assert "estimated, not measured" in words
+
+
+def test_a_search_tries_meshes_and_microbatches_and_takes_the_fastest_that_fits():
+    job = plan.job_lib.parse("plan", "", plan.PlanOptions(), [*VAE, "--topology=v5e:2x2", "--search"])
+    tried = {
+        (c.config.mesh.data, c.config.mesh.fsdp, c.config.mesh.model, c.config.microbatch_size)
+        for c in plan.candidates(job)
+    }
+    meshes = [(4, 1, 1), (1, 4, 1), (2, 1, 2), (1, 1, 4)]
+    assert tried == {(*mesh, size) for mesh in meshes for size in (0, 64, 16)}
+    rows = [{"fits": fits, "step_seconds": seconds} for fits, seconds in ((True, 3.0), (False, 1.0), (True, 2.0))]
+    assert plan.answer(rows, search=True)["step_seconds"] == 2.0
+
+
+def test_what_does_not_fit_is_said_in_one_line_and_recorded(tmp_path, monkeypatch):
+    small = dataclasses.replace(chips.CHIPS["h100"], memory_bytes=100_000)
+    monkeypatch.setitem(chips.CHIPS, "h100", small)
+    with pytest.raises(UserError, match=r"wants .* MiB .* h100:1, which has 97.66 KiB: try a smaller --config.micro"):
+        _plan(tmp_path, "--topology=h100-1", "--config.model.width=16", "--config.batch_size=32")
+    assert json.loads((tmp_path / "plan.json").read_text())["fits"] is False
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ([], "give --topology=NAME; known are"),
+        (["--topology=h100-8", "--config.batch_size=12"], "batch_size=12 cannot be split evenly over 8 devices"),
+        (["--topology=h100-8", "--config.mesh.fsdp=3"], "must multiply to the 8 devices"),
+        (["--topology=h100-8,h100-4", "--search"], "--search: give one topology"),
+        (["--topology=h100-8", "--sweep_topology", "--search"], "give one of them"),
+        (["--topology=h100-8", "--sweep_topology", "--config.mesh.fsdp=2"], "leave --config.mesh out"),
+        (["--topology=h100-8", "--search", "--config.batch_size=12"], "use a multiple of 8"),
+        (["--topology=h100-64", "--config.batch_size=64"], "only 8 CPU devices"),
+    ],
+)
+def test_impossible_flags_are_named_before_anything_is_compiled(args, words, tmp_path, monkeypatch):
+    monkeypatch.setattr("launch.compiled.subject", None)  # no data is loaded
+    with pytest.raises(UserError, match=words):
+        plan.run([*VAE, *args, f"--workdir={tmp_path / 'x'}"])
+    assert not (tmp_path / "x").exists()
+
+
+def test_without_libtpu_it_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(UserError, match=r'pip install -e "\.\[tpu\]"'):
+        plan.run([*VAE, "--topology=v5e-4", f"--workdir={tmp_path}"])
+
+
+def test_the_benchmark_compares_a_prediction_with_a_measurement():
+    machine = benchmark.speeds(size=128, count=2**16)
+    assert min(machine.values()) > 0
+    args = (*DIGITS, "--config.model.width=16", "--config.batch_size=64")
+    row = benchmark.row("mnist_vae", "default", {"flops": 1e9, "bytes": 1e9}, args)
+    assert row["predicted_seconds"] == pytest.approx(max(row["gflop"], row["megabytes"] / 1e3))
+    assert row["ratio"] == row["measured_seconds"] / row["predicted_seconds"]
+
+
+# libtpu is loaded in a process of its own, by one command after the other.
+SCRIPT = """
+import json, sys
+from launch import plan
+from research.errors import UserError
+for args in json.loads(sys.argv[1]):
+    try:
+        plan.run(args)
+    except UserError as error:
+        print("error:", error)
+"""
+
+
+@pytest.fixture(scope="module")
+def tpu(tmp_path_factory):
+    """What libtpu's compiler makes of the VAE: (plan.json of a sweep, all that was said on both streams)."""
+    pytest.importorskip("libtpu", reason="the extra tpu is not installed")
+    folder = tmp_path_factory.mktemp("tpu")
+    sweep = ["--topology=v5e:2x2", "--sweep_topology", "--config.model.width=1024", "--config.batch_size=64"]
+    commands = [
+        [*VAE, *sweep, f"--workdir={folder}/sweep"],
+        [*VAE, "--topology=v5e:2x2", "--config.model.width=3000000", "--config.batch_size=64", f"--workdir={folder}/x"],
+        [*VAE, "--topology=v5e:3x5", "--config.batch_size=60", f"--workdir={folder}/y"],
+    ]
+    args = [sys.executable, "-c", SCRIPT, json.dumps(commands)]
+    done = subprocess.run(args, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "sweep/plan.json").read_text()), done
+
+
+def test_libtpu_makes_one_all_reduce_of_data_parallelism(tpu):
+    row = tpu[0]["plans"][2]
+    assert (row["topology"], row["mesh"]["data"], row["batch_size"]) == ("v5e:2x2", 4, 256)
+    gradients, *others = row["collectives"]
+    assert (gradients["kind"], gradients["axis"], gradients["devices"], gradients["count"]) == (
+        "all-reduce",
+        "data",
+        4,
+        1,
+    )
+    assert 0 <= gradients["bytes"] - 4 * _num_params(1024) <= 4 * 16
+    assert sum(c["bytes"] for c in others) <= 4 * 16  # scalars: the metrics
+    assert row["flops_per_chip"] == pytest.approx(64 * (6 * sum(_kernels(1024)) - 2 * PIXELS * 1024), rel=0.1)
+
+
+def test_libtpu_gathers_and_scatters_for_fsdp(tpu):
+    row = tpu[0]["plans"][3]
+    assert row["mesh"]["fsdp"] == 4
+    assert row["parameter_bytes_per_chip"] == pytest.approx(_num_params(1024), rel=0.01)  # a quarter, of 4 bytes each
+    by_kind = {kind: [c for c in row["collectives"] if c["kind"] == kind] for kind in ("reduce-scatter", "all-reduce")}
+    scattered = sum(c["bytes"] for c in by_kind["reduce-scatter"])
+    assert scattered == pytest.approx(4 * sum(_kernels(1024)), rel=0.02)
+    assert sum(c["bytes"] for c in by_kind["all-reduce"]) < 0.05 * scattered
+    gathered = sum(c["bytes"] * c["count"] for c in row["collectives"] if c["kind"] == "all-gather")
+    assert gathered == pytest.approx(4 * sum(_kernels(1024)), rel=0.05)  # the biases are small
+
+
+def test_libtpu_says_what_a_program_wanted_and_nothing_else(tpu):
+    done = tpu[1]
+    errors = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
+    assert "wants" in errors[0]
+    assert "GiB of memory on each chip of v5e:2x2, which has 16.00 GiB" in errors[0]
+    assert "libtpu knows no topology v5e:3x5" in errors[1]
+    assert not done.stderr

@@ -1,0 +1,246 @@
+"""`launch.predict`: answers without `research`, and one clear line for whatever is wrong with what it is given."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from experiments import char_rnn
+from launch import artifact, predict
+from launch.artifact import ArtifactError
+from launch.export import _described, _export
+from research.config import RNNConfig
+from research.models import rnn
+from research.tasks.generation import generate
+from research.tasks.language_model import LanguageModel
+from research.tasks.task import Function
+
+SHAPE = (4, 6, 3)  # h, w, c
+CHARACTERS = "\nabcdefg"
+
+
+def _write(out, classes, functions):
+    """An artifact of functions of no weights but those in their code."""
+    weights = {"w": np.ones(2, np.float32)}
+    exported = {name: _export(name, function, lambda _: None, weights) for name, function in functions.items()}
+    manifest = {
+        "classes": list(classes),
+        "platforms": ["cpu"],
+        "weights": {"w": {"shape": [2], "dtype": "float32"}},
+        "functions": {name: _described(e) for name, e in exported.items()},
+    }
+    programs = {name: bytes(e.serialize()) for name, e in exported.items()}
+    artifact.write(out, manifest, weights, programs)
+    return out
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    """Its logits are the sums of the channels, times 2e-4: red, green or blue."""
+
+    def classify(_, inputs):
+        return {"logits": inputs["image"].astype("float32").sum((1, 2)) * 2e-4}
+
+    functions = {"classify": Function(classify, {"image": ("b, 4, 6, 3", "uint8")}, "")}
+    return _write(tmp_path_factory.mktemp("classifier") / "a", ("red", "green", "blue"), functions)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return rnn.RNN(RNNConfig(name="gru", width=8, layers=1), len(CHARACTERS), nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def language_model(model, tmp_path_factory):
+    config = char_rnn.gru()
+    config.model = RNNConfig(name="gru", width=8, layers=1)
+    task = LanguageModel(lambda _: model, lambda size: rnn.initial_carry(config.model, size), 8)
+    functions = {
+        name: Function(lambda _, inputs, f=f: f.call(model, inputs), f.inputs, f.preprocessing)
+        for name, f in task.functions(model, None).items()  # pyright: ignore[reportArgumentType]
+    }
+    return _write(tmp_path_factory.mktemp("rnn") / "a", CHARACTERS, functions)
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory):
+    """Its latent is the mean; a sample is as bright as its seed and number say."""
+
+    def encode(_, inputs):
+        return {"mean": inputs["image"].astype("float32").mean((1, 2, 3))[:, None] / 255 + 0 * inputs["index"][:, None]}
+
+    def decode(_, inputs):
+        grey = inputs["latents"][:, :, None, None]
+        return {"image": jax.numpy.broadcast_to(grey, (grey.shape[0], 4, 6, 1))}
+
+    def sample(_, inputs):
+        grey = (inputs["seed"].astype("float32") + inputs["index"]) / 255
+        return {"image": jax.numpy.broadcast_to(grey[:, None, None, None], (*grey.shape, 4, 6, 1))}
+
+    functions = {
+        "encode": Function(encode, {"image": ("b, 4, 6, 1", "uint8"), "index": ("b", "int32")}, ""),
+        "decode": Function(decode, {"latents": ("b, 1", "float32")}, ""),
+        "sample": Function(sample, {"seed": ("", "uint32"), "index": ("b", "int32")}, ""),
+    }
+    return _write(tmp_path_factory.mktemp("vae") / "a", (), functions)
+
+
+def _save(path, array, **options):
+    Image.fromarray(np.asarray(array)).save(path, **options)
+    return str(path)
+
+
+def _colours(tmp_path, count=3):
+    """Files that are red, green, blue, and so on."""
+    return [
+        _save(tmp_path / f"{i}.png", np.full(SHAPE, np.uint8(80)) + np.eye(3, dtype="u1")[i % 3] * 100)
+        for i in range(count)
+    ]
+
+
+def test_nothing_of_research_is_imported(classifier, tmp_path, env):
+    code = (
+        "import sys; sys.modules |= dict.fromkeys(('research', 'experiments', 'flax', 'optax')); "
+        "from launch import predict; predict.main(sys.argv[1:])"
+    )
+    args = [sys.executable, "-c", code, f"--artifact={classifier}", *_colours(tmp_path)]
+    done = subprocess.run(args, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [line.split("  ")[1].split(" ")[0] for line in done.stdout.splitlines()] == ["red", "green", "blue"]
+    assert "3 images" in done.stderr
+
+
+@pytest.mark.parametrize("count", [1, predict._AT_ONCE + 1])
+def test_classes_and_their_probabilities(classifier, tmp_path, capsys, count):
+    paths = _colours(tmp_path, count)
+    predict.run([f"--artifact={classifier}", *paths])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == count
+    high, low = np.exp(24 * 180 * 2e-4), np.exp(24 * 80 * 2e-4)
+    for i, line in enumerate(lines):
+        path, first, second, _ = line.split("  ")
+        assert (path, first) == (paths[i], f"{('red', 'green', 'blue')[i % 3]} {high / (high + 2 * low):.3f}")
+        assert second.endswith(f" {low / (high + 2 * low):.3f}")
+
+
+def test_one_odd_image_of_several_ends_it_before_anything_is_said(classifier, tmp_path, capsys):
+    (tmp_path / "odd.png").write_text("no image")
+    with pytest.raises(SystemExit) as exit_:
+        predict.main([f"--artifact={classifier}", *_colours(tmp_path), str(tmp_path / "odd.png")])
+    output = capsys.readouterr()
+    assert (exit_.value.code, output.out) == (2, "")
+    (line,) = output.err.splitlines()
+    assert line.startswith(f"error: {tmp_path / 'odd.png'} is not an intact image")
+
+
+def test_a_text_goes_on_as_the_network_would(language_model, model, capsys):
+    args = [f"--artifact={language_model}", "--prompt=abc", "--length=12"]
+    predict.run([*args, "--temperature=0"])
+    text = capsys.readouterr().out.partition("\n")[2].removesuffix("\n")
+    carry = rnn.initial_carry(RNNConfig(name="gru", width=8, layers=1), 1)
+    options = {"length": 12, "temperature": 0, "top_p": 1.0}
+    expected = generate(model, np.array([[1, 2, 3]]), carry, jax.random.key(0), **options)
+    assert text == "abc" + "".join(CHARACTERS[i] for i in np.asarray(expected)[0])
+
+    def drawn(*more):
+        predict.run([*args, "--temperature=1", "--num_samples=2", *more])
+        return capsys.readouterr().out
+
+    assert drawn() == drawn("--sample_seed=0") != drawn("--sample_seed=1")
+    assert drawn().count("--- sample") == 2
+    assert drawn("--top_p=0.01") == drawn("--top_p=0.01", "--sample_seed=1")  # the likeliest, whatever is drawn
+    predict.run([f"--artifact={language_model}"])
+    assert len(capsys.readouterr().out.removesuffix("\n").split("\n", 1)[1]) == 501  # from a new line
+
+
+def test_draws_follow_their_probabilities():
+    logits = np.log(np.tile([0.5, 0.1, 0.3, 0.1], (20000, 1)))
+    for temperature, top_p, expected in (
+        (1.0, 1.0, [0.5, 0.1, 0.3, 0.1]),
+        (1.0, 0.7, [0.625, 0, 0.375, 0]),
+        (0.5, 1.0, [25 / 36, 1 / 36, 9 / 36, 1 / 36]),
+        (0.0, 1.0, [1, 0, 0, 0]),
+    ):
+        drawn = predict.draw(logits, np.random.default_rng(0), temperature, top_p)
+        np.testing.assert_allclose(np.bincount(drawn, minlength=4) / 20000, expected, atol=0.015)
+
+
+def test_an_autoencoder_writes_what_it_makes(autoencoder, tmp_path, capsys):
+    source = _save(tmp_path / "x.png", np.uint8([[0] * 6, [50] * 6, [100] * 6, [250] * 6]))
+    predict.run([f"--artifact={autoencoder}", f"--out={tmp_path / 'o'}", source, source])
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == [str(tmp_path / "o" / f"000{i}-x.png") for i in range(2)]
+    np.testing.assert_array_equal(np.asarray(Image.open(printed[1])), np.full((4, 6), 100))
+    predict.run([f"--artifact={autoencoder}", f"--out={tmp_path / 's'}", "--num_samples=3", "--sample_seed=7"])
+    greys = [int(np.asarray(Image.open(path))[0, 0]) for path in capsys.readouterr().out.splitlines()]
+    assert greys == [7, 8, 9]
+
+
+def _changed(classifier, folder, change):
+    """A copy whose manifest is changed, with the checksum of the new text."""
+    shutil.copytree(classifier, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest, folder)
+    manifest["sha256"] = artifact._checksum(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def _no_program(manifest, folder):
+    data = b"no program"
+    (folder / "classify.jaxexport").write_bytes(data)
+    entry = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    manifest["files"]["classify.jaxexport"] = entry
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda m, _: m["files"]["weights.npz"].update(sha256="0"), "weights.npz does not have its checksum"),
+        (lambda m, _: m.update(functions={"f": m["functions"]["classify"]}), "has f, which launch.predict has no use"),
+        (lambda m, _: m.update(platforms=["tpu"]), "is for tpu, and jax runs on cpu here"),
+        (_no_program, "programs cannot be read by jax"),
+    ],
+)
+def test_an_artifact_that_is_not_right_gets_one_line(classifier, tmp_path, capsys, change, words):
+    _changed(classifier, tmp_path / "a", change)
+    with pytest.raises(SystemExit) as exit_:
+        predict.main([f"--artifact={tmp_path / 'a'}", *_colours(tmp_path, 1)])
+    output = capsys.readouterr()
+    assert (exit_.value.code, output.out) == (2, "")
+    (line,) = output.err.splitlines()
+    assert line.startswith("error: ")
+    assert words in line
+
+
+@pytest.mark.parametrize(
+    ("kind", "args", "words"),
+    [
+        ("classifier", [], "give images to classify"),
+        ("classifier", ["--prompt=a"], "--prompt: of no use to this artifact, which has classify"),
+        ("classifier", ["--runtme=jax"], "unrecognized arguments: --runtme=jax"),
+        ("classifier", ["--runtime=tvm"], "invalid choice: 'tvm'"),
+        ("classifier", ["--num_samples=0"], "'0' is not a number of 1 or more"),
+        ("language_model", ["x.png"], "images: of no use to this artifact, which has step"),
+        ("language_model", ["--prompt=aZ"], "has never seen the character 'Z'"),
+        ("language_model", ["--top_p=2"], "'2' is not a number of 0 to 1"),
+        ("language_model", ["--temperature=nan"], "'nan' is not a number of 0 or more"),
+        ("language_model", ["--length=x"], "'x' is not a number of 1 or more"),
+        ("autoencoder", ["--out=o"], "give either images to reconstruct, or --num_samples"),
+        ("autoencoder", ["--num_samples=2"], "--out=DIR must say where the images go"),
+        ("autoencoder", ["--out=o", "--sample_seed=1", "x.png"], "--sample_seed is for --num_samples"),
+        ("autoencoder", ["--out=.", "--num_samples=2"], "--out=. exists and is not an empty folder"),
+    ],
+)
+def test_options_that_do_not_apply_are_refused(request, tmp_path, monkeypatch, kind, args, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(ArtifactError) as error:
+        predict.run([f"--artifact={request.getfixturevalue(kind)}", *args])
+    assert words in str(error.value)

@@ -51,7 +51,7 @@ class Build:
         dataset = _dataset()
         mesh = sharding.make_mesh(config, jax.devices()[:devices])
         self.given = hyperparams.inputs(config, 10)
-        graphdef, state = create_state(task, hyperparams.make_optimizer(config, self.given), config, mesh)
+        graphdef, state = create_state(task, hyperparams.make_optimizer(config, self.given, task.widths), config, mesh)
         self.initial = jax.tree.map(np.array, state), jax.tree.map(lambda x: x.sharding, state)
         steps = Steps(task, graphdef, config, mesh)
         self.train, self.eval = steps.jit_train(state), steps.jit_eval(state)

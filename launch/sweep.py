@@ -59,6 +59,11 @@ class SweepOptions:
     )
     processes: int = option(1, "workers here; 0: one that joins the study, and leaves the record to others", minimum=0)
     storage: str = option("", "a storage URL of Optuna's, or a journal file; empty: journal.log in the workdir")
+    fit: str = option(
+        "",
+        "a power law through the metric of several sizes; by what they are measured",
+        choices=("", "parameters", "flops", "examples"),
+    )
     study: str = option("", "the study's name in the storage; empty: the experiment's")
 
 
@@ -140,7 +145,7 @@ def _sweep(job: Job) -> tuple["Sweep", list[dict[str, Any]]]:
       UserError: something is impossible.
     """
     options, config = job.options, job.config
-    from launch import search_space
+    from launch import search_space, sweep_fit
     from launch.worker import Sweep, load
 
     if not options.search and options.seeds == 1:
@@ -148,6 +153,8 @@ def _sweep(job: Job) -> tuple["Sweep", list[dict[str, Any]]]:
     space = search_space.parse(options.search, config)
     if options.seeds > 1 and "seed" in space.distributions:
         raise UserError("--seeds and --search=seed=... exclude each other")
+    if options.fit and not space.function:
+        sweep_fit.check(options.fit, list(space.distributions))
     grid = options.sampler == "grid" or not options.search
     points = space.grid() if grid else []
     if grid and options.trials not in (0, len(points)):
@@ -254,12 +261,27 @@ def _finish(job: Job, sweep: "Sweep", study: "Study") -> None:
                 figures[f"{name}_std"] = statistics.stdev(values)
     figures["best_command_value"] = statistics.mean(run[sweep.metric] for run in runs)
     report.write(workdir, study, sweep, figures)
+    if job.options.fit:
+        figures["fit"] = _fit(job.options.fit, sweep, ranked, workdir)
+        report.write(workdir, study, sweep, figures)
     found = report.summary(study, sweep)
     print(
         f"{found['num_trials']} trials ({found['num_pruned']} pruned, {found['num_failed']} failed), "
         f"{found['num_compilations']} compilations, {found['wall_seconds']:.1f} s, "
         f"{found['trials_per_minute']:.1f} trials a minute\n  record: {workdir}/sweep.html"
     )
+
+
+def _fit(by: str, sweep: "Sweep", ranked: Sequence[Any], workdir: Path) -> dict[str, Any]:
+    """The power law through the best trials, drawn as fit.png and printed."""
+    from launch import sweep_fit
+    from research import plots
+
+    points = sweep_fit.measurements(by, sweep, ranked)
+    found = sweep_fit.fitted(by, "error" if sweep.maximizes else sweep.metric, points)
+    plots.scaling_law(found).savefig(workdir / "fit.png", dpi=120)
+    print(sweep_fit.lines(found), flush=True)
+    return found
 
 
 if __name__ == "__main__":

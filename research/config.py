@@ -43,6 +43,9 @@ class DatasetConfig:
     name: str = option("cifar10|digits", "data set (a TFDS name, digits or pydoc); of a|b the first that can be had")
     data_dir: str = option("", "folder of prepared TFDS sets and archives; empty: TFDS_DATA_DIR, else TFDS's default")
     validation_fraction: float = option(0.0, "part of the training set held out for validation", minimum=0, below=1)
+    train_fraction: float = option(
+        1.0, "part of the training set that is trained on, after holding out", above=0, maximum=1
+    )
     max_device_gib: float = option(
         2.0, "data sets up to this size (GiB) live on the device, larger ones stream", minimum=0
     )

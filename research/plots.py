@@ -180,3 +180,26 @@ def scatter(points: np.ndarray, labels: np.ndarray, names: Sequence[str], title:
     axes.set_title(title, fontsize="medium")
     axes.legend(markerscale=4, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
+
+
+def scaling_law(found: Mapping[str, Any]) -> Any:
+    """Measurements of several sizes, the power law through them, and what it expects beyond; of `launch.sweep_fit`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    sizes, values = zip(*found["points"])
+    beyond = found["beyond"]
+    line = np.geomspace(min(sizes), beyond[-1]["size"], 200)
+    axes.plot(line, found["floor"] + found["factor"] * line ** -found["exponent"], "k-", linewidth=1, label="law")
+    axes.plot(sizes, values, "o", label="measured")
+    for row, colour, label in [*((row, "C1", "expected, 95%") for row in beyond), (found.get("largest"), "C2", None)]:
+        if row:
+            bars = [[row["expected"] - row["low"]], [row["high"] - row["expected"]]]
+            name = label or "largest, from the smaller ones"
+            axes.errorbar([row["size"]], [row["expected"]], bars, fmt="s", capsize=4, color=colour, label=name)
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(*zip(*dict(zip(labels, zip(handles, labels))).values()), fontsize="small")
+    axes.set(xlabel=found["by"], ylabel=found["figure"], xscale="log")
+    axes.grid(alpha=0.3)
+    return figure

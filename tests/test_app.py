@@ -155,6 +155,9 @@ ELSEWHERE = {  # and the fields whose effect another test shows
     "keep_checkpoints": "test_checkpoint.py::test_the_newest_and_the_best_are_kept",
     "dataset.name": "data/test_sources.py::test_the_first_that_can_be_had_with_one_line_for_each_other",
     "dataset.data_dir": "data/test_sources.py::test_a_set_is_prepared_once_then_cached_and_follows_its_source",
+    "dataset.train_fraction": "data/test_sources.py::test_a_part_of_train_is_the_same_whatever_the_seed",
+    "model.parametrization": "test_parametrization.py::test_what_updates_change_does_not_depend_on_the_width",
+    "model.base_width": "test_parametrization.py::test_initial_kernels_and_rates_are_those_of_the_table",
     "dataset.validation_fraction": "data/test_sources.py::test_validation_is_a_fixed_part_of_train",
 }
 
@@ -186,7 +189,7 @@ def _before_training(base, path=None):
         dataset = _drawn()
         run = training.Training(config, EXPERIMENT.make_task(config, dataset), dataset, mesh)
         run.compile(train=True)
-    arrays = jax.tree.leaves(jax.tree.map(np.asarray, (run.state, run._batches.sample())))
+    arrays = jax.tree.leaves(jax.tree.map(np.asarray, (run.state, run._batches.sample(), run._given)))
     return texts, [array.tobytes() for array in arrays], run.ends, run._pace.capacity
 
 

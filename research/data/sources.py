@@ -43,7 +43,7 @@ def load(config: DatasetConfig) -> Dataset:
     Of `a|b` the first that can be had; each one passed over is reported in a line on stderr. A set that is not prepared
     yet is prepared where `research.data.prepare` can. With `validation_fraction` > 0 that part of train is held out for
     validation: the same examples whatever the seed. Otherwise validation is the set's own split of that name; where a
-    set has no test split, its validation split takes that place.
+    set has no test split, its validation split takes that place. Of what is left of train, `train_fraction` is kept.
 
     Raises:
       UserError: none of the names can be had, a name or a folder does not exist, the data is damaged or unsuitable, or
@@ -72,6 +72,8 @@ def _load(name: str, config: DatasetConfig) -> Dataset:
     train, validation = splits["train"], splits.get("validation")
     if config.validation_fraction:
         train, validation = _hold_out(train, config.validation_fraction)
+    if config.train_fraction < 1:
+        train = _part(train, config.train_fraction)
     return Dataset(name, label_names, train, validation, splits["test"])
 
 
@@ -112,3 +114,15 @@ def _hold_out(train: Arrays, fraction: float) -> tuple[Arrays, Arrays]:
     parts = np.sort(order[held_out:]), np.sort(order[:held_out])
     kept, taken = ({name: array[part] for name, array in train.items()} for part in parts)
     return kept, taken
+
+
+def _part(train: Arrays, fraction: float) -> Arrays:
+    """A part of the examples, by a fixed shuffle, or the beginning of a text; a smaller part is within a larger one."""
+    count = len(next(iter(train.values())))
+    kept = round(fraction * count)
+    if not kept:
+        raise UserError(f"--config.dataset.train_fraction={fraction} leaves no example of {count}")
+    if "text" in train:
+        return {"text": train["text"][:kept]}
+    part = np.sort(np.random.default_rng(1).permutation(count)[:kept])
+    return {name: array[part] for name, array in train.items()}

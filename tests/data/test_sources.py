@@ -42,8 +42,9 @@ def mnist_dir(data_dir):
     return data_dir
 
 
-def load(name, data_dir="", fraction=0.0):
-    return sources.load(DatasetConfig(name=name, data_dir=str(data_dir), validation_fraction=fraction))
+def load(name, data_dir="", fraction=0.0, part=1.0):
+    config = DatasetConfig(name=name, data_dir=str(data_dir), validation_fraction=fraction, train_fraction=part)
+    return sources.load(config)
 
 
 def make_set(folder, name, features, splits):
@@ -133,10 +134,21 @@ def test_neither_part_may_be_empty(mnist_dir, fraction):
         load("mnist", mnist_dir, fraction)
 
 
+def test_a_part_of_train_is_the_same_whatever_the_seed(mnist_dir):
+    whole, half, third = (load("mnist", mnist_dir, 0.25, part) for part in (1.0, 0.5, 1 / 3))
+    images = [{image.tobytes() for image in dataset.train["image"]} for dataset in (whole, half, third)]
+    assert [len(found) for found in images] == [30, 15, 10]
+    assert images[0] > images[1] > images[2]
+    np.testing.assert_array_equal(half.validation["image"], whole.validation["image"])
+    with pytest.raises(UserError, match=r"train_fraction=0\.001 leaves no example of 30"):
+        load("mnist", mnist_dir, 0.25, 0.001)
+
+
 def test_text_comes_as_bytes_and_validation_is_its_own_or_its_end(data_dir):
     text = bytes(range(32, 127)) * 4
     (data_dir / "input.txt").write_bytes(text)
     own = load("tiny_shakespeare", data_dir)
+    assert load("tiny_shakespeare", data_dir, part=0.5).train["text"].tobytes() == text[: len(own.train["text"]) // 2]
     assert own.label_names == ()
     assert own.validation is not None
     assert b"".join(part["text"].tobytes() for part in (own.train, own.validation, own.test)) == text

@@ -1,0 +1,110 @@
+"""How far a network scales, from a sweep over its size or its data: a power law, and what it expects beyond.
+
+Of each size the best trial counts, and each of its seeds is a measurement. An accuracy is fitted as the error, 1 minus
+it.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from optuna.trial import FrozenTrial
+
+from launch import hlo, lowering, scaling_law
+from launch.worker import SEED_VALUES, Sweep, load
+from research import sharding
+from research.config import MeshConfig
+from research.errors import UserError
+
+BY = ("parameters", "flops", "examples")
+_BEYOND = (2, 4, 10)  # times the largest size
+
+
+def check(by: str, searched: Sequence[str]) -> None:
+    """Raises `UserError` where nothing that is searched changes what is fitted against."""
+    fields = {"examples": ["dataset.train_fraction"]}.get(by, ["model.width", "model.depth", "model.layers"])
+    if not set(fields) & set(searched):
+        flags = " or ".join(f"--search='{field}=[...]'" for field in fields)
+        raise UserError(f"--fit={by} needs trials of several sizes: give {flags}")
+
+
+def size_of(by: str, sweep: Sweep, params: Mapping[str, Any]) -> int:
+    """The parameters of a trial's network, the FLOPs of its training, or its training examples."""
+    config: Any = sweep.trial_config(dict(params))
+    config.mesh = MeshConfig(data=1)
+    dataset = sweep.experiment.prepare(config, load(config.dataset))
+    what = lowering.Subject(config, dataset, sweep.experiment.make_task(config, dataset))
+    if by == "examples":
+        return what.num_examples
+    lowered, state = lowering.lower(what, config, sharding.make_mesh(config, jax.devices()[:1]))
+    if by == "parameters":
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
+    return round(hlo.Program(lowered.compile().as_text() or "").cost()["flops"]) * what.num_train_steps
+
+
+def measurements(by: str, sweep: Sweep, ranked: Sequence[FrozenTrial]) -> list[tuple[int, float]]:
+    """(size, loss or error) of every seed of the best trial of each size, the smallest first.
+
+    Args:
+      by: of `BY`.
+      sweep: what was swept.
+      ranked: the trials that were trained to their end, the best first.
+    """
+    sizes: dict[int, FrozenTrial] = {}
+    for trial in ranked:
+        sizes.setdefault(size_of(by, sweep, trial.params), trial)
+    values = ((size, value) for size, trial in sizes.items() for value in trial.user_attrs[SEED_VALUES])
+    return sorted((size, 1 - value if sweep.maximizes else value) for size, value in values)
+
+
+def fitted(by: str, what: str, points: Sequence[tuple[int, float]]) -> dict[str, Any]:
+    """What sweep.json says of the law.
+
+    Args:
+      by: what the sizes are.
+      what: the figure, as in "validation_loss".
+      points: of `measurements`.
+
+    Raises:
+      UserError: there are too few of them.
+    """
+    sizes, values = (np.array(column, np.float64) for column in zip(*points))
+    try:
+        law = scaling_law.fit(sizes, values)
+    except ValueError as error:
+        raise UserError(f"--fit={by}: {error}; search more sizes, or give --seeds=3") from None
+    found = {
+        "by": by,
+        "figure": what,
+        "floor": law.floor,
+        "factor": law.at_scale * law.scale**law.exponent,
+        "exponent": law.exponent,
+        "points": [list(point) for point in points],
+        "beyond": [_expected(law, times * sizes.max()) for times in _BEYOND],
+    }
+    smaller = sizes < sizes.max()
+    if smaller.sum() >= 4 and len(np.unique(sizes[smaller])) >= 3:
+        without = scaling_law.fit(sizes[smaller], values[smaller])
+        found["largest"] = _expected(without, sizes.max()) | {"measured": float(values[~smaller].mean())}
+    return found
+
+
+def _expected(law: scaling_law.ScalingLaw, size: float) -> dict[str, float]:
+    low, high = law.interval(size)
+    return {"size": float(size), "expected": float(law(size)), "low": float(low), "high": float(high)}
+
+
+def lines(found: Mapping[str, Any]) -> str:
+    """What the command prints of the law."""
+    power = f"{found['factor']:.4g} * {found['by']}^-{found['exponent']:.3f}"
+    text = [f"fit: {found['figure']} = {found['floor']:.4g} + {power}"]
+    text += [f"  expected at {_interval(row)}" for row in found["beyond"]]
+    if largest := found.get("largest"):
+        text.append(f"  without the largest it expects at {_interval(largest)}; measured {largest['measured']:.4f}")
+    return "\n".join(text)
+
+
+def _interval(row: Mapping[str, float]) -> str:
+    return f"{row['size']:.4g}: {row['expected']:.4f} (95% of runs: {row['low']:.4f} to {row['high']:.4f})"

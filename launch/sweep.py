@@ -253,7 +253,7 @@ def _finish(job: Job, sweep: "Sweep", study: "Study") -> None:
             if len(values) > 1:
                 figures[f"{name}_std"] = statistics.stdev(values)
     figures["best_command_value"] = statistics.mean(run[sweep.metric] for run in runs)
-    report.write(workdir, study, sweep, figures)
+    report.write_summary(workdir, study, sweep, figures)
     found = report.summary(study, sweep)
     print(
         f"{found['num_trials']} trials ({found['num_pruned']} pruned, {found['num_failed']} failed), "

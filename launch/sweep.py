@@ -105,8 +105,11 @@ def _run(job: Job, argv: Sequence[str], signals: Signals) -> int:
     if study.complete(sweep.trials):
         print(f"the sweep in {workdir} is finished: a larger --trials goes on with it")
         if options.processes and not (workdir / "sweep.json").exists():
+            _make_folder(workdir)
             _finish(job, sweep, study)
         return 0
+    if options.processes:
+        _make_folder(workdir)
     study.plan(sweep.trials, points)
     print(
         f"{name}: {sweep.trials} trials of {sweep.metric}, {sweep.size} runs at once on {_devices(sweep)}", flush=True
@@ -124,6 +127,14 @@ def _run(job: Job, argv: Sequence[str], signals: Signals) -> int:
     else:
         print(f"no trial is left: {summary(study, sweep)['num_trials']} ended")
     return 0
+
+
+def _make_folder(path: Path) -> None:
+    """Makes the record's folder before there is anything to record, so that one that cannot be made costs nothing."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir={path} cannot be made: {error.strerror}") from None
 
 
 def _work(sweep: "Sweep", study: "Study", signals: Signals, display: Any) -> None:
@@ -260,10 +271,9 @@ def _finish(job: Job, sweep: "Sweep", study: "Study") -> None:
             if len(values) > 1:
                 figures[f"{name}_std"] = statistics.stdev(values)
     figures["best_command_value"] = statistics.mean(run[sweep.metric] for run in runs)
-    report.write(workdir, study, sweep, figures)
     if job.options.fit:
         figures["fit"] = _fit(job.options.fit, sweep, ranked, workdir)
-        report.write(workdir, study, sweep, figures)
+    report.write_summary(workdir, study, sweep, figures)
     found = report.summary(study, sweep)
     print(
         f"{found['num_trials']} trials ({found['num_pruned']} pruned, {found['num_failed']} failed), "

@@ -85,13 +85,18 @@ def _busy_seconds(study: Study) -> float:
 
 
 def write(workdir: Path, study: Study, sweep: Sweep, figures: dict[str, Any]) -> None:
-    """Writes the record; `figures` are added to sweep.json, "best_command" among them.
+    """Writes the record; `figures` are added to sweep.json, and "best_command" among them shown on the page.
 
     Raises:
       RecordError: it could not be written.
     """
     storage.replace(workdir / "trials.csv", _csv(study).encode())
     storage.replace(workdir / "sweep.html", _page(study, sweep, figures.get("best_command", "")).encode())
+    write_summary(workdir, study, sweep, figures)
+
+
+def write_summary(workdir: Path, study: Study, sweep: Sweep, figures: dict[str, Any]) -> None:
+    """Writes sweep.json alone."""
     storage.replace(workdir / "sweep.json", (json.dumps(summary(study, sweep) | figures, indent=2) + "\n").encode())
 
 

@@ -323,6 +323,15 @@ def test_a_sweep_leaves_its_record_and_goes_on(folder, capsys):
             sweep.run(changed)
 
 
+def test_the_record_has_its_folder_whatever_the_storage(folder):
+    argv = [*SWEEP, f"--search={RATE}=[0.1]", "--sampler=grid", "--storage=sqlite:///x.db"]
+    assert sweep.run(argv) == 0
+    assert {path.name for path in (folder / "w").iterdir()} >= {"sweep.json", "trials.csv", "sweep.html", "best-0"}
+    (folder / "file").touch()
+    with pytest.raises(UserError, match="--workdir=file/w cannot be made: Not a directory"):
+        sweep.run([*argv, "--workdir=file/w", "--study=other"])
+
+
 def test_a_killed_worker_loses_nothing_but_time(env, folder, capsys):
     """kill -9 while a trial runs; the same command then goes on, and the lost trial comes again."""
     argv = [*SWEEP, f"--search={RATE}=log(1e-3,1)", "--trials=3", "--config.num_epochs=2", "--sampler=random"]

@@ -1,5 +1,6 @@
 """Data sets that need no download: scikit-learn's handwritten digits, and the text of Python's own help."""
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,7 @@ import numpy as np
 Arrays = dict[str, np.ndarray]
 
 
+@functools.cache  # a sweep loads them several times
 def digits() -> tuple[tuple[str, ...], dict[str, Arrays]]:
     """1,797 handwritten digits (scikit-learn's `load_digits`, 8x8 in 17 greys), enlarged to 32x32.
 

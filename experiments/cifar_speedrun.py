@@ -59,6 +59,7 @@ def run(experiment: app.Experiment, argv: Sequence[str], signals: Signals) -> di
 
     Raises:
       UserError: bad input, found before the first run.
+      NonFiniteLossError: a run diverged; speedrun.json has those before it.
       StoppedError: a signal came; speedrun.json has the runs that were finished.
     """
     command = app.parse(experiment, argv)
@@ -66,6 +67,8 @@ def run(experiment: app.Experiment, argv: Sequence[str], signals: Signals) -> di
     path = command.workdir / "speedrun.json"
     if command.mode != "train" or command.reproduces:
         raise UserError("a speedrun always starts anew: leave out --mode and --reproduce")
+    if config.max_rewinds:
+        raise UserError("--config.max_rewinds: a speedrun has no checkpoints to go back to; leave it out")
     if path.exists() or command.earlier:
         raise UserError(f"--workdir={command.workdir} holds another run: give a folder of its own")
     mesh = app.start(config)

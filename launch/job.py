@@ -18,9 +18,10 @@ from research import command
 from research import config as config_lib
 from research.command import Experiment
 from research.errors import UserError, exit_with
+from research.terminal import lasting_output
 
-# Exit codes that another try would end with as well: bad input, a loss that is not finite, a full disk.
-LASTING = (2, 3, 4)
+# Exit codes that another try would end with as well: bad input, a loss that is not finite, a full disk, no memory.
+LASTING = (2, 3, 4, 5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +132,7 @@ def _help(where: str, doc: str, options: Any) -> str:
 def main(run: Callable[[Sequence[str]], int]) -> None:
     """A launcher's whole command: exits with what `run` returns, or says in one line what was wrong."""
     try:
-        sys.exit(run(sys.argv[1:]))
+        with lasting_output():
+            sys.exit(run(sys.argv[1:]))
     except UserError as error:
         exit_with(error)

@@ -4,7 +4,7 @@ python -m launch.local experiments.cifar_cnn --processes=2 [--max_restarts=3] [f
 
 Each process is given one GPU where there are GPUs, else the CPU. Output is prefixed by the process's number. The first
 process that fails ends all of them, and its exit code is the launcher's; with restarts, all begin again at the newest
-checkpoint. Ctrl-C and SIGTERM ask for a checkpoint at one agreed step, and then end all.
+checkpoint. Ctrl-C, SIGTERM and a terminal that is closed ask for a checkpoint at one agreed step, and then end all.
 """
 
 import dataclasses
@@ -155,7 +155,7 @@ def run(argv: Sequence[str]) -> int:
             print(" ".join(f"{name}={value}" for name, value in environment.items()), shlex.join(job.command))
         return 0
     asked: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda received, _: asked.append(received))
     for restart in range(options.max_restarts + 1):
         code = _run_once(job, asked)

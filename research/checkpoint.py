@@ -192,10 +192,10 @@ class Checkpoints:
                 reason = " ".join(str(error).split())[:200]
                 self._message(f"checkpoint {step} is damaged ({reason}): using the one before")
                 self._set_aside(step)
-        if steps:
+        if steps or (self._folder.exists() and any(self._folder.glob("damaged-*"))):
             raise UserError(
-                f"no checkpoint in {self._place} can be restored (the last tried: {reason}): to train anew, give "
-                "another --workdir"
+                f"no checkpoint in {self._place} can be restored ({reason or 'all were found damaged before'}): to "
+                "train anew, give another --workdir"
             )
         return None
 

@@ -18,6 +18,7 @@ from research import command
 from research import config as config_lib
 from research.command import Experiment
 from research.errors import UserError, exit_with
+from research.storage import check_no_password
 from research.terminal import lasting_output
 
 # Exit codes that another try would end with as well: bad input, a loss that is not finite, a full disk, no memory.
@@ -99,6 +100,7 @@ def parse(where: str, doc: str, options: Any, argv: Sequence[str]) -> Job:
     workdir = workdir or f"runs/{where}/{experiment.name}/{time.strftime('%Y-%m-%d-%H%M%S')}"
     args = [arg for arg in rest if arg.startswith("-")]
     # What only the machines of the run can open is theirs to read.
+    check_no_password(workdir)
     remote = "://" in workdir
     checked = [arg for arg in args if not arg.startswith("--mode")] if remote else [*args, f"--workdir={workdir}"]
     config = command.parse(experiment, checked).config

@@ -71,16 +71,18 @@ class _Processes:
     def running(self) -> bool:
         return any(process.poll() is None for process in self._processes)
 
-    def end(self, seconds: float) -> None:
-        """Waits for all, and kills those that are still there after some seconds."""
+    def end(self, seconds: float) -> list[int]:
+        """Waits for all, and kills those that are still there after some seconds; returns their numbers."""
         deadline = time.monotonic() + seconds
         while self.running() and time.monotonic() < deadline:
             time.sleep(0.1)
+        late = [number for number, process in enumerate(self._processes) if process.poll() is None]
         self.signal(signal.SIGKILL)
         for process in self._processes:
             process.wait()
         for reader in self._readers:
             reader.join(timeout=5)
+        return late
 
 
 def _start(command: list[str], environment: dict[str, str]) -> subprocess.Popen:
@@ -133,9 +135,11 @@ def _run_once(job: Job, asked: list[int]) -> int:
             return 128 + asked[0]
         if not failed:
             return 0
-        processes.end(_SECONDS_AFTER_A_FAILURE)
+        late = processes.end(_SECONDS_AFTER_A_FAILURE)
         number, code = failed
         what = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        if code == -signal.SIGABRT and late:  # how jax ends a process when another is silent
+            number, what = late[0], "gave no sign of life (stopped, or cut off from the others) and was ended"
         print(f"error: process {number} {what}, and the others with it", file=sys.stderr)
         return code
     finally:

@@ -57,6 +57,8 @@ def train_and_evaluate(
     ):
         resumes = training.restore(saved)
         compile_seconds = training.compile(train=True)
+        if not resumes and (path := workdir / "metrics.jsonl").exists() and path.stat().st_size:
+            writer.warning("metrics.jsonl has steps, but there is no checkpoint: training from the start")
         writer.config(config)
         writer.resume(training.progress.step, training.progress.row)
         writer.message(f"{num_params(training.state):,} parameters; compiled in {compile_seconds:.1f} s")

@@ -24,7 +24,9 @@ from research.tasks.classification import Classification
 class CifarConfig(Config):
     """Image classification."""
 
-    label_smoothing: float = option(0.0, "part of the target spread over all classes", minimum=0, below=1)
+    label_smoothing: float = option(
+        0.0, "part of the target spread over all classes", minimum=0, below=1, step_input=True
+    )
     mirror: bool = option(False, "evaluate by the mean of each image's logits and its mirror image's")
     model: CNNConfig = dataclasses.field(default_factory=CNNConfig)
     augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)

@@ -33,6 +33,9 @@ class SpeedrunConfig(CifarConfig):
     num_runs: int = option(20, "runs, each of another seed", minimum=1)
 
 
+_OF_RECORDS = ("log_every_steps", "pictures_every_epochs", "checkpoint_every_steps", "keep_checkpoints", "max_rewinds")
+
+
 def airbench94() -> SpeedrunConfig:
     """The airbench network, bfloat16, in eight epochs of batches of 2,000 (Jordan 2024, section 3)."""
     return SpeedrunConfig(
@@ -65,12 +68,7 @@ def run(experiment: app.Experiment, argv: Sequence[str], signals: Signals) -> di
     command = app.parse(experiment, argv)
     config: Any = command.config
     path = command.workdir / "speedrun.json"
-    if command.mode != "train" or command.reproduces:
-        raise UserError("a speedrun always starts anew: leave out --mode and --reproduce")
-    if config.max_rewinds:
-        raise UserError("--config.max_rewinds: a speedrun has no checkpoints to go back to; leave it out")
-    if path.exists() or command.earlier:
-        raise UserError(f"--workdir={command.workdir} holds another run: give a folder of its own")
+    _check(command, path)
     mesh = app.start(config)
     # Imported here so that --help and a misspelt flag answer at once.
     import jax
@@ -92,6 +90,17 @@ def run(experiment: app.Experiment, argv: Sequence[str], signals: Signals) -> di
             storage.replace(path, (json.dumps(summary, indent=2) + "\n").encode())
     print(_last_lines(summary, path))
     return summary
+
+
+def _check(command: app.Command, path: Any) -> None:
+    """Raises `UserError` where a speedrun cannot do what it is asked."""
+    if command.mode != "train" or command.reproduces:
+        raise UserError("a speedrun always starts anew: leave out --mode and --reproduce")
+    if path.exists() or command.earlier:
+        raise UserError(f"--workdir={command.workdir} holds another run: give a folder of its own")
+    for name in _OF_RECORDS:
+        if getattr(command.config, name) != getattr(SpeedrunConfig(), name):
+            raise UserError(f"--config.{name}: a speedrun leaves nothing but speedrun.json; leave it out")
 
 
 def _run(config: SpeedrunConfig, dataset: Dataset, mesh: Any, workdir: Path, signals: Signals) -> dict[str, Any]:

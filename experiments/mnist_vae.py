@@ -38,9 +38,9 @@ class MnistVAEConfig(Config):
     gradient_samples: int = option(
         0, "of several samples, by how many the gradient is estimated: cheaper, unbiased; 0: by all", minimum=0
     )
-    beta: float = option(1.0, "weight of the KL in training", minimum=0)
+    beta: float = option(1.0, "weight of the KL in training", minimum=0, step_input=True)
     beta_warmup: float = option(0.0, "part of training over which that weight rises from 0", minimum=0, maximum=1)
-    free_bits: float = option(0.0, "nats of KL that each latent has for free in training", minimum=0)
+    free_bits: float = option(0.0, "nats of KL that each latent has for free in training", minimum=0, step_input=True)
     binarize: str = option(
         "",
         "how greys become bits: anew at every visit, or once; empty: stochastic, of a bernoulli likelihood",

@@ -87,7 +87,7 @@ class Planner:
             "fits": compiled.program is not None and needed <= chip.memory_bytes,
             "bytes_per_chip": needed,
             "chip_memory_bytes": chip.memory_bytes,
-            "compiler": f"libtpu {version('libtpu')}" if topology.is_tpu else "XLA:CPU",
+            "compiler": _compiler(mesh),
             "compile_seconds": compiled.seconds,
             "chip_source": chip.source,
         }
@@ -159,7 +159,7 @@ class Planner:
     def _compile_anew(self, config: Any, mesh: jax.sharding.Mesh) -> Compiled:
         lowered, state = lower(self.what, config, mesh)
         began = time.monotonic()
-        quiet = topologies.quiet() if mesh.devices.flat[0].platform == "tpu" else contextlib.nullcontext()
+        quiet = contextlib.nullcontext() if mesh.devices.flat[0].platform == "cpu" else topologies.quiet()
         try:
             with quiet:
                 compiled = lowered.compile()
@@ -174,3 +174,10 @@ class Planner:
         size = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
         size += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
         return Compiled(state, hlo.Program(compiled.as_text() or ""), size, seconds)
+
+
+def _compiler(mesh: jax.sharding.Mesh) -> str:
+    platform = mesh.devices.flat[0].platform
+    names = {"tpu": ("libtpu", "libtpu"), "cpu": ("XLA:CPU of jaxlib", "jaxlib")}
+    name, package = names.get(platform, ("XLA:GPU of jaxlib", "jaxlib"))
+    return f"{name} {version(package)}"

@@ -6,6 +6,7 @@ loop over steps whose number is an input: its body is the step, and what is done
 
 import collections
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Iterator
@@ -14,6 +15,9 @@ import numpy as np
 
 _KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute|collective-broadcast"
 _COLLECTIVE = re.compile(rf" = (.*?) ({_KINDS})(-start)?\(")
+_CUDNN = re.compile(
+    r" = \((\S+),.*? custom-call\((.*?)\),.* dim_labels=\w+?_(\w+)->.*\"__cudnn\$conv(?:BiasActivation)?(\w+)\""
+)
 _BETWEEN_SLICES = re.compile(
     r" = \((.*?), u32.* send\(.*_xla_megascale_target=\"\{([\d:,]+)\}.*_xla_megascale_transfer_type=\"(\w+)\""
 )
@@ -111,11 +115,29 @@ class Program:
 
     def cost(self) -> dict[str, float]:
         """{"flops", "bytes accessed"} of a step of one device, by XLA's analysis, each turn of each loop counted."""
-        total = self._analysed(self._root)
+        total = {key: value + self._library[key] for key, value in self._analysed(self._root).items()}
         for name, body, trips in self._loops():
             if more := self._turns[name] * ((trips or 1) - 1):
                 total = {key: value + more * self._analysed(body)[key] for key, value in total.items()}
         return total
+
+    @functools.cached_property
+    def _library(self) -> dict[str, float]:
+        """What the convolutions that XLA:GPU leaves to cuDNN cost, which its analysis here does not know."""
+        flops = moved = 0.0
+        for name, lines in self._bodies.items():
+            defined = [re.match(r"\s*(?:ROOT )?%?(\S+) = (\S+)", line) for line in lines]
+            shapes = {found[1]: found[2] for found in defined if found}
+            for line in lines:
+                if found := _CUDNN.search(line):
+                    result, operands, labels, kind = found.groups()
+                    arrays = [result, *(shapes[one] for one in re.findall(r"%([\w.\-]+)", operands))]
+                    output, kernel = {"Forward": (0, 2), "BackwardInput": (1, 2), "BackwardFilter": (2, 0)}[kind]
+                    features = _dims(arrays[kernel])[labels.index("o")]
+                    work = 2 * math.prod(_dims(arrays[output])) * math.prod(_dims(arrays[kernel])) / features
+                    flops += self._turns[name] * work
+                    moved += self._turns[name] * sum(_bytes(one, "", started=False) for one in arrays)
+        return {"flops": flops, "bytes accessed": moved}
 
     def _analysed(self, name: str) -> dict[str, float]:
         """XLA's analysis of one computation, as if it were the whole program."""
@@ -175,6 +197,11 @@ def _bytes(shapes: str, kind: str, *, started: bool) -> int:
     if started and kind != "all-reduce":
         sizes = sizes[len(sizes) // 2 :]
     return sum(sizes)
+
+
+def _dims(shape: str) -> list[int]:
+    found = re.search(r"\[([\d,]*)\]", shape)
+    return [int(size) for size in found[1].split(",")] if found and found[1] else []
 
 
 def _length(numbers: str) -> int:

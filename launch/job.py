@@ -21,6 +21,8 @@ from research.errors import UserError, exit_with
 from research.storage import check_no_password
 from research.terminal import lasting_output
 
+_SWEEP = "launch.sweep"  # what other launchers run as a worker that joins a study
+
 # Exit codes that another try would end with as well: bad input, a loss that is not finite, a full disk, no memory.
 LASTING = (2, 3, 4, 5)
 
@@ -30,9 +32,9 @@ class Job:
     """What is to be launched.
 
     Attributes:
-      module: "experiments.cifar_cnn".
-      experiment: what it defines as `EXPERIMENT`.
-      args: its flags, `--workdir` among them.
+      module: "experiments.cifar_cnn", or "launch.sweep" for a worker of a sweep.
+      experiment: what is trained.
+      args: the module's, `--workdir` among them.
       workdir: the folder of the record.
       config: the experiment's, as its flags have it.
       options: the launcher's own, of the dataclass that `parse` was given.
@@ -94,17 +96,27 @@ def parse(where: str, doc: str, options: Any, argv: Sequence[str]) -> Job:
     """
     workdir, rest = parse_options(where, doc, options, argv)
     modules = [arg for arg in rest if not arg.startswith("-")]
-    if len(modules) != 1:
+    sweeps = modules[:1] == [_SWEEP] and where != "sweep"
+    if len(modules) != 1 + sweeps:
         raise UserError(f"name one experiment, as in `python -m launch.{where} experiments.cifar_cnn`")
-    experiment = _experiment(modules[0])
+    experiment = _experiment(modules[-1])
     workdir = workdir or f"runs/{where}/{experiment.name}/{time.strftime('%Y-%m-%d-%H%M%S')}"
     args = [arg for arg in rest if arg.startswith("-")]
+    own = _without_sweep_options(args) if sweeps else args
     # What only the machines of the run can open is theirs to read.
     check_no_password(workdir)
     remote = "://" in workdir
-    checked = [arg for arg in args if not arg.startswith("--mode")] if remote else [*args, f"--workdir={workdir}"]
+    checked = [arg for arg in own if not arg.startswith("--mode")] if remote else [*own, f"--workdir={workdir}"]
     config = command.parse(experiment, checked).config
-    return Job(modules[0], experiment, (*args, f"--workdir={workdir}"), workdir, config, options)
+    worker = [modules[-1], *args, "--processes=0"] if sweeps else args
+    return Job(modules[0], experiment, (*worker, f"--workdir={workdir}"), workdir, config, options)
+
+
+def _without_sweep_options(args: Sequence[str]) -> list[str]:
+    """The experiment's flags among those of a sweep's worker."""
+    from launch import sweep
+
+    return parse_options("sweep", str(sweep.__doc__), sweep.SweepOptions(), args)[1]
 
 
 def check_remote(job: Job) -> None:

@@ -9,14 +9,14 @@ import jax
 import numpy as np
 
 from launch.job import Job
-from research import app, optimizers, sharding
+from research import app, hyperparams, optimizers, sharding
 from research.config import Config, MeshConfig
 from research.data.pipeline import epoch_ends, is_resident
 from research.data.sources import Dataset
+from research.pace import most_steps
 from research.state import TrainState, abstract_state
 from research.steps import Steps
 from research.tasks.task import Task
-from research.training import most_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,10 +73,9 @@ def lower(what: Subject, config: Config, mesh: jax.sharding.Mesh) -> tuple[jax.s
       config: its own, with the batch and the mesh of this step.
       mesh: over devices of any kind.
     """
-    scaled = optimizers.scaled(config.optimizer, config.batch_size)
-    tx = optimizers.make_optimizer(scaled, what.num_train_steps)
-    graphdef, _, state = abstract_state(what.task, tx, config, mesh)
-    steps = Steps(what.task, graphdef, tx, config, mesh)
+    given = hyperparams.inputs(config, what.num_train_steps)
+    graphdef, _, state = abstract_state(what.task, hyperparams.make_optimizer(config, given), config, mesh)
+    steps = Steps(what.task, graphdef, config, mesh)
     longest = max(1, what.num_examples // config.batch_size)
     size, capacity = config.examples_at_once, most_steps(config, resident=what.resident, steps_per_epoch=longest)
     shape = capacity, config.batch_size // size, size
@@ -89,6 +88,6 @@ def lower(what: Subject, config: Config, mesh: jax.sharding.Mesh) -> tuple[jax.s
     resident = {n: placed(x.shape, x.dtype, whole) for n, x in arrays.items() if what.resident}
     streamed = {n: placed((*shape, *x.shape[1:]), x.dtype, rows) for n, x in arrays.items() if not what.resident}
     inputs = {name: placed(shape, np.int32, rows) for name in ("index", "epoch")} | streamed
-    scalars = placed((), np.int32, whole), placed((), np.uint32, whole)
+    scalars = placed((), np.int32, whole), jax.tree.map(lambda x: placed(x.shape, x.dtype, whole), given)
     with jax.set_mesh(mesh):
         return steps.jit_train(state).lower(state, resident, inputs, *scalars), state

@@ -5,10 +5,11 @@ python -m launch.plan experiments.cifar_cnn --topology=v5e-256,v5p-512,v6e-256
 python -m launch.plan experiments.cifar_cnn --topology=v4-4096 --sweep_topology     from one chip to all of these
 python -m launch.plan experiments.cifar_cnn --topology=v5e:4x4 --search             the fastest mesh that fits
 
-The train step is compiled ahead of time, on any machine: by libtpu (extra "tpu") for TPUs; for GPUs by XLA's CPU
-compiler for as many devices. Memory, FLOPs and collectives are read from the compiled program; times are estimates from
-the vendors' figures (`launch/chips.py`). In a sweep `batch_size` and `microbatch_size` are a device's. `plan.json`, and
-`plan.png` where there are several, go to the workdir.
+The train step is compiled ahead of time, on any machine: for TPUs by libtpu (extra "tpu"), for GPUs by JAX's CUDA
+plugin (extra "cuda12" or "cuda13"), and without that by XLA's CPU compiler for as many devices. Memory, FLOPs and
+collectives are read from the compiled program; times are estimates from the vendors' figures (`launch/chips.py`). In a
+sweep `batch_size` and `microbatch_size` are a device's. `plan.json`, and `plan.png` where there are several, go to the
+workdir.
 """
 
 import copy
@@ -111,17 +112,16 @@ def _search(topology: Topology, config: Any) -> Iterator[Candidate]:
         )
 
 
-def answer(rows: Sequence[dict[str, Any]], *, search: bool) -> dict[str, Any]:
-    """The row that plan.json begins with: the fastest that fits of a search, else the last asked for."""
-    fitting = [row for row in rows if row["fits"]]
-    if search and fitting:
-        return min(fitting, key=lambda row: row["step_seconds"])
-    return rows[0] if len(rows) == 1 else (fitting or list(rows))[-1]
+def answer(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The row that plan.json begins with: of those that fit and have the most chips, the fastest."""
+    fitting = [row for row in rows if row["fits"]] or rows[-1:]
+    most = [row for row in fitting if row["num_chips"] == max(row["num_chips"] for row in fitting)]
+    return min(most, key=lambda row: row["step_seconds"] or 0.0)
 
 
 def _write(workdir: Path, rows: Sequence[dict[str, Any]], options: PlanOptions) -> dict[str, Any]:
     """Leaves plan.json and plan.png; returns the row that answers the question."""
-    chosen = answer(rows, search=options.search)
+    chosen = answer(rows)
     workdir.mkdir(parents=True, exist_ok=True)
     record = chosen | ({"plans": list(rows)} if len(rows) > 1 else {})
     storage.replace(workdir / "plan.json", (json.dumps(record, indent=2) + "\n").encode())

@@ -89,7 +89,7 @@ def report(row: dict[str, Any]) -> str:
 def _facts(row: dict[str, Any]) -> list[str]:
     chips = row["num_chips"]
     spare = row["chip_memory_bytes"] - row["bytes_per_chip"]
-    stand_in = "" if row["compiler"] != "XLA:CPU" else "; for CPU devices that stand in for the GPUs"
+    stand_in = "; for CPU devices that stand in for the GPUs" if row["compiler"].startswith("XLA:CPU") else ""
     lines = [
         f"{row['topology']}: {chips:,} chips, {_mesh(row)}, batch {row['batch_size']:,}",
         f"compiled by {row['compiler']} in {row['compile_seconds']:.1f} s, so a fact{stand_in}:",

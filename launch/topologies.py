@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from launch.chips import CHIPS, Chip
+from launch.gpu_targets import TARGETS
 from research.errors import UserError
 
 _LARGEST_SLICE = {"v4": 4096, "v5e": 256, "v5p": 6144, "v6e": 256, "tpu7x": 9216}  # chips, by the pages in CHIPS
@@ -129,13 +130,15 @@ def _gpus(name: str, chip: Chip, count: int, slices: int) -> Topology:
 
 
 def devices(topology: Topology) -> Sequence[Any]:
-    """Devices to compile for. TPUs are libtpu's descriptions; for GPUs as many CPU devices stand in.
+    """Devices to compile for: libtpu's descriptions of TPUs, and of GPUs those of JAX's CUDA plugin.
+
+    Where the plugin is not installed as many CPU devices stand in for the GPUs.
 
     Raises:
       UserError: libtpu is not installed, or knows no such shape.
     """
     if not topology.is_tpu:
-        return _stand_ins(topology)
+        return _gpu_devices(topology) if has_cuda_plugin() else _stand_ins(topology)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError('libtpu, which compiles for TPUs, is not installed: pip install -e ".[tpu]"')
     # Before libtpu is loaded: it is to look for no TPU here, and not to mind another process that has loaded it.
@@ -157,6 +160,22 @@ def devices(topology: Topology) -> Sequence[Any]:
     return found
 
 
+def has_cuda_plugin() -> bool:
+    """Whether GPUs can be compiled for (extras cuda12 and cuda13)."""
+    return any(importlib.util.find_spec(f"jax_cuda{number}_plugin") for number in (12, 13))
+
+
+def _gpu_devices(topology: Topology) -> Sequence[Any]:
+    from jax.experimental import topologies
+
+    name, (count,) = topology.chip.name, topology.shape
+    with quiet():
+        described = topologies.get_topology_desc(
+            name, platform="cuda", target_config=TARGETS[name], topology=f"1x{topology.slices}x{count}"
+        )
+    return described.devices
+
+
 def _stand_ins(topology: Topology) -> Sequence[Any]:
     import jax
 
@@ -175,7 +194,7 @@ def _stand_ins(topology: Topology) -> Sequence[Any]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Within it nothing that libtpu writes to stderr is shown: it is all of hardware that is not here."""
+    """Within it nothing that the compilers write to stderr is shown: it is all of hardware that is not here."""
     kept, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(sink, 2)

@@ -31,7 +31,7 @@ class Experiment:
       name: as in `python -m experiments.<name>`, and the folder of its runs.
       doc: its docstring, which `--help` shows.
       presets: functions that make its configs, by name; the first is the default.
-      make_task: builds the task from the config and the data set; may raise `UserError`.
+      make_task: builds the task from the config and the data set, whatever the seed; may raise `UserError`.
       prepare: makes of the data set what the task learns from; may raise `UserError`.
       sample: what `--mode=sample` does with a trained network, given the options, of type `sample_options`, and the
         workdir; may raise `UserError`.
@@ -87,6 +87,7 @@ DEFINE: dict[Any, Callable[..., Any]] = {
     float | None: flags.DEFINE_float,
     bool: flags.DEFINE_boolean,
     str: flags.DEFINE_string,
+    tuple[str, ...]: flags.DEFINE_multi_string,
 }
 
 
@@ -137,14 +138,18 @@ def field_help(path: str, field: dataclasses.Field, value: Any, when: str = "") 
     return [first, f"      {field.metadata['help']}" + (f": {choices}" if choices else "")]
 
 
-def _unknown(name: str, known: list[str]) -> str:
-    """Names the nearest right flags: the same field of another group, else one spelt alike."""
+def nearest(name: str, known: Sequence[str]) -> list[str]:
+    """The nearest right names of flags or fields: the same field of another group, else one spelt alike."""
     last = {flag: flag.rpartition(".")[2] for flag in known}
     word = name.rpartition(".")[2]
     near = [flag for flag in known if last[flag] == word]
     near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.7)
     near = near or [flag for flag in known if last[flag] in difflib.get_close_matches(word, last.values(), n=1)]
-    near = near or [flag for flag in known if word in last[flag].split("_")]
+    return near or [flag for flag in known if word in last[flag].split("_")]
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    near = nearest(name, known)
     meant = f": did you mean {' or '.join(f'--{flag}' for flag in near)}?" if near else ""
     return f"unknown flag --{name}{meant or '; --help lists them all'}"
 

@@ -25,10 +25,15 @@ def option(
     above: float | None = None,
     maximum: float | None = None,
     below: float | None = None,
+    step_input: bool = False,
 ) -> Any:
-    """A dataclass field with its meaning (`help`) and its bounds; `minimum` and `maximum` are themselves allowed."""
+    """A dataclass field with its meaning (`help`) and its bounds; `minimum` and `maximum` are themselves allowed.
+
+    A `step_input` is a number that the compiled step is given, not one that it has in it (`research.hyperparams`).
+    """
     bounds = {"minimum": minimum, "above": above, "maximum": maximum, "below": below}
-    return dataclasses.field(default=default, metadata={"help": help, "choices": tuple(choices), **bounds})
+    metadata = {"help": help, "choices": tuple(choices), **bounds, "step_input": step_input}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass
@@ -62,7 +67,9 @@ class CNNConfig:
     )
     depth: int = option(0, "layers, where the architecture has a choice of them; 0: the published", minimum=0)
     pool: str = option("max", "pooling of the simple network", choices=("max", "average"))
-    dropout: float = option(0.0, "dropout rate before the classifier (wide_resnet: within blocks)", minimum=0, below=1)
+    dropout: float = option(
+        0.0, "dropout rate before the classifier (wide_resnet: within blocks)", minimum=0, below=1, step_input=True
+    )
     norm: str = option("", "normalisation; empty: the published", choices=("", "none", "batch", "layer", "group"))
     dtype: str = option("float32", "compute dtype; parameters stay float32", choices=DTYPES)
 
@@ -74,7 +81,7 @@ class RNNConfig:
     name: str = option("lstm", "cell", choices=("simple", "gru", "lstm", "mingru", "lru"))
     width: int = option(256, "features between layers, and recurrent units of each", minimum=1)
     layers: int = option(2, "recurrent layers", minimum=1)
-    dropout: float = option(0.0, "dropout rate of what a layer adds or passes on", minimum=0, below=1)
+    dropout: float = option(0.0, "dropout rate of what a layer adds or passes on", minimum=0, below=1, step_input=True)
     tied: bool = option(False, "the output's kernel is the embedding's")
     dtype: str = option("float32", "dtype of matrix products; parameters and memory stay float32", choices=DTYPES)
 
@@ -101,7 +108,9 @@ class OptimizerConfig:
     """The training algorithm (`research.optimizers`)."""
 
     name: str = option("nesterov", "update rule", choices=OPTIMIZERS)
-    learning_rate: float | None = option(None, "peak learning rate; default: the rule's customary one", minimum=0)
+    learning_rate: float | None = option(
+        None, "peak learning rate; default: the rule's customary one", minimum=0, step_input=True
+    )
     batch_scaling: str = option(
         "none",
         "how the learning rate grows with the batch size over base_batch_size",
@@ -109,17 +118,17 @@ class OptimizerConfig:
     )
     base_batch_size: int = option(256, "the batch size that learning_rate is for, with batch_scaling", minimum=1)
     momentum: float | None = option(
-        None, "momentum (beta1 of Adam and Lion); default: the rule's own", minimum=0, below=1
+        None, "momentum (beta1 of Adam and Lion); default: the rule's own", minimum=0, below=1, step_input=True
     )
-    weight_decay: float = option(0.0, "weight decay of kernels; biases and norms have none", minimum=0)
+    weight_decay: float = option(0.0, "weight decay of kernels; biases and norms have none", minimum=0, step_input=True)
     schedule: str = option("constant", "learning rate over time", choices=SCHEDULES)
     warmup: float = option(0.0, "part of training over which the learning rate rises linearly", minimum=0, below=1)
     end_factor: float = option(
-        0.0, "last learning rate of a decaying schedule, as a part of the peak", minimum=0, maximum=1
+        0.0, "last learning rate of a decaying schedule, as a part of the peak", minimum=0, maximum=1, step_input=True
     )
-    clip_norm: float = option(0.0, "largest global norm of the gradient; 0: no clipping", minimum=0)
+    clip_norm: float = option(0.0, "largest global norm of the gradient; 0: no clipping", minimum=0, step_input=True)
     ema_decay: float = option(
-        0.0, "decay of the parameters' moving average used by evaluation; 0: none", minimum=0, below=1
+        0.0, "decay of the parameters' moving average used by evaluation; 0: none", minimum=0, below=1, step_input=True
     )
 
 

@@ -24,11 +24,11 @@ class UserError(Exception):
 
 
 class NonFiniteLossError(UserError):
-    """The loss, the gradient or a parameter became NaN or infinite at `step`; the text names both."""
+    """The loss, the gradient or a parameter became NaN or infinite at `step` (0: of several runs); the text says so."""
 
     exit_code = 3
 
-    def __init__(self, text: str, step: int):
+    def __init__(self, text: str, step: int = 0):
         super().__init__(text)
         self.step = step
 

@@ -1,7 +1,7 @@
 """The training algorithms: Optax's update rules, schedules, clipping, weight decay, and the parameters' average.
 
-Learning rate, momentum and weight decay are inputs of the step: they lie in the optimiser's state
-(`optax.inject_hyperparams`), so a sweep changes them without compiling again (`set_hyperparams`).
+Every number of the config that a rule, a schedule or clipping reads may be traced, and so may the schedule's
+`boundaries`: they are inputs of the step (`research.hyperparams`), so a sweep changes them without compiling again.
 """
 
 import dataclasses
@@ -69,46 +69,62 @@ def scaled(config: OptimizerConfig, batch_size: int) -> OptimizerConfig:
     return dataclasses.replace(config, learning_rate=config.learning_rate * factor)
 
 
-def unit_schedule(config: OptimizerConfig, num_train_steps: int) -> Callable[[Any], jax.Array]:
+def boundaries(config: OptimizerConfig, num_train_steps: int) -> np.ndarray:
+    """The steps at which the schedule changes its course, int32 [n]; the first is the end of the warm-up.
+
+    Then follow the last step (cosine, linear, one_cycle), 1/2 and 3/4 of training (step), or the first steps of stages
+    1 to 7 (tripling), of which stage i lasts 3^i of 3^0 + ... + 3^7 = 3280 parts of training.
+    """
+    fraction = config.warmup
+    if config.schedule == "one_cycle":
+        fraction = config.warmup or _ONE_CYCLE_WARMUP
+    after = {
+        "constant": [],
+        "step": [num_train_steps // 2, num_train_steps * 3 // 4],
+        "tripling": np.round((3 ** np.arange(1, 8) - 1) / 2 / 3280 * num_train_steps),
+    }.get(config.schedule, [num_train_steps])
+    return np.array([round(fraction * num_train_steps), *after], np.int32)
+
+
+def unit_schedule(config: OptimizerConfig, boundaries: Any) -> Callable[[Any], jax.Array]:
     """The learning rate at step (from 0) as a part of its peak.
 
     It rises linearly over the part `warmup` of training (one_cycle: 0.3 unless set), then stays at 1 (constant), falls
     to `end_factor` by half a cosine (cosine, one_cycle) or a line (linear), is divided by 10 at 1/2 and 3/4 of training
     (step), or is 10^(-i/7) in stage i of 8, each of which is three times as long as the one before (tripling: Burda et
     al. 2016, arXiv 1509.00519, section 5).
+
+    Args:
+      config: what it reads may be traced.
+      boundaries: of the function of that name; may be traced.
     """
-    fraction = config.warmup
-    if config.schedule == "one_cycle":
-        fraction = config.warmup or _ONE_CYCLE_WARMUP
-    warmup = round(fraction * num_train_steps)
-    rest = max(num_train_steps - warmup, 1)
-    after = {
-        "constant": optax.constant_schedule(1.0),
-        "cosine": optax.cosine_decay_schedule(1.0, rest, config.end_factor),
-        "one_cycle": optax.cosine_decay_schedule(1.0, rest, config.end_factor),
-        "linear": optax.linear_schedule(1.0, config.end_factor, rest),
-        "step": optax.piecewise_constant_schedule(
-            1.0, {num_train_steps // 2 - warmup: 0.1, num_train_steps * 3 // 4 - warmup: 0.1}
-        ),
-        "tripling": lambda step: 10.0 ** -(jnp.sum(step + warmup >= _tripling_starts(num_train_steps)) / 7),
-    }[config.schedule]
+    warmup, later = boundaries[0], jnp.asarray(boundaries[1:])
+
+    def after(step: Any) -> Any:
+        match config.schedule:
+            case "constant":
+                return 1.0
+            case "step":
+                return 0.1 ** jnp.sum(step >= later)
+            case "tripling":
+                return 10.0 ** -(jnp.sum(step >= later) / 7)
+        part = jnp.clip((step - warmup) / jnp.maximum(later[0] - warmup, 1), 0, 1)
+        if config.schedule != "linear":
+            part = (1 - jnp.cos(jnp.pi * part)) / 2
+        return 1 - (1 - config.end_factor) * part
 
     def schedule(step: Any) -> jax.Array:
         # (step + 1) / warmup: the first update already moves, the last of the warm-up is at the peak.
-        return jnp.where(step < warmup, (step + 1) / max(warmup, 1), after(step - warmup))
+        return jnp.where(step < warmup, (step + 1) / jnp.maximum(warmup, 1), after(step))
 
     return schedule
-
-
-def _tripling_starts(num_train_steps: int) -> np.ndarray:
-    """The first step of stages 1 to 7; stage i lasts 3^i of 3^0 + ... + 3^7 = 3280 parts of training."""
-    return np.round((3 ** np.arange(1, 8) - 1) / 2 / 3280 * num_train_steps).astype(np.int32)
 
 
 def learning_rates(config: OptimizerConfig, num_train_steps: int) -> np.ndarray:
     """The learning rate of every step, float [num_train_steps], on the host."""
     assert config.learning_rate is not None, "resolve fills it"
-    parts = jax.jit(jax.vmap(unit_schedule(config, num_train_steps)))(np.arange(num_train_steps))
+    schedule = unit_schedule(config, boundaries(config, num_train_steps))
+    parts = jax.jit(jax.vmap(schedule))(np.arange(num_train_steps))
     return np.asarray(parts, np.float64) * config.learning_rate
 
 
@@ -160,54 +176,27 @@ def _rule(name: str, rate: Any, momentum: Any, weight_decay: Any) -> optax.Gradi
     return rules[name]()
 
 
-def make_optimizer(config: OptimizerConfig, num_train_steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, boundaries: Any) -> optax.GradientTransformation:
     """The gradient's way to the update: clipping, weight decay, the rule, the schedule.
 
     AdamW, Lion, Muon, LARS and LAMB decay the kernels themselves (decoupled, as published); for the others weight decay
     adds weight_decay * kernel to the gradient, as in PyTorch.
 
     Args:
-      config: resolved (`resolve`).
-      num_train_steps: the schedule's length.
-
-    Returns:
-      A transformation whose state holds "learning_rate", "momentum" and "weight_decay" as inputs (`hyperparams`).
+      config: resolved (`resolve`); the numbers in it may be traced.
+      boundaries: of the schedule, by the function of that name; may be traced.
     """
-    schedule = unit_schedule(config, num_train_steps)
-
-    def build(learning_rate: Any, momentum: Any, weight_decay: Any) -> optax.GradientTransformation:
-        # The rule gets a rate of 1 so that the schedule multiplies what is injected, never replaces it.
-        decay = [] if config.name in _DECOUPLED else [optax.add_decayed_weights(weight_decay, _kernels)]
-        rule = _rule(config.name, 1.0, momentum, weight_decay)
-        return optax.chain(*decay, rule, optax.scale(learning_rate), optax.scale_by_schedule(schedule))
-
-    inputs = {
-        "learning_rate": config.learning_rate,
-        "momentum": config.momentum or 0.0,
-        "weight_decay": config.weight_decay,
-    }
-    injected = optax.inject_hyperparams(build, hyperparam_dtype=jnp.float32)(**inputs)
-    if config.clip_norm:
-        return optax.chain(optax.clip_by_global_norm(config.clip_norm), injected)
-    return injected
+    clip = [optax.clip_by_global_norm(config.clip_norm)] if _is_on(config.clip_norm) else []
+    weight_decay, momentum = config.weight_decay, 0.0 if config.momentum is None else config.momentum
+    decay = [] if config.name in _DECOUPLED else [optax.add_decayed_weights(weight_decay, _kernels)]
+    rule = _rule(config.name, 1.0, momentum, weight_decay)
+    rate = optax.scale(config.learning_rate)  # pyright: ignore[reportArgumentType]
+    return optax.chain(*clip, *decay, rule, rate, optax.scale_by_schedule(unit_schedule(config, boundaries)))
 
 
-_INPUTS = ("learning_rate", "momentum", "weight_decay")
-
-
-def _is_input(path: Any, _: Any) -> bool:
-    return "hyperparams" in str(path)
-
-
-def hyperparams(opt_state: Any) -> dict[str, jax.Array]:
-    """The inputs in an optimiser's state: "learning_rate", "momentum", "weight_decay", float32 scalars."""
-    return {name: optax.tree.get(opt_state, name, filtering=_is_input) for name in _INPUTS}
-
-
-def set_hyperparams(opt_state: Any, **values: Any) -> Any:
-    """The state with other inputs: `set_hyperparams(opt_state, learning_rate=0.1)`."""
-    values = {name: jnp.asarray(value, jnp.float32) for name, value in values.items()}
-    return optax.tree.set(opt_state, _is_input, **values)
+def _is_on(value: Any) -> bool:
+    """Whether a number that means "off" at 0 is another: always, where it is traced."""
+    return isinstance(value, jax.Array) or value != 0
 
 
 def global_norm(tree: Any) -> jax.Array:

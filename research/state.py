@@ -25,7 +25,7 @@ class TrainState:
       model_state: the model's other arrays (batch statistics, frozen kernels).
       carry: what each example of the newest batch left to the one that continues it, [microbatches, b, ...]; {} for a
         task without memory.
-      opt_state: the optimiser's state; the hyperparameters that a sweep varies are in it.
+      opt_state: the optimiser's state.
       ema_params: the parameters' moving average, or None.
     """
 
@@ -82,13 +82,20 @@ def create_state(
     Returns:
       The model's static part (`nnx.merge` makes a module of it), and the state.
     """
+    graphdef, init = make_init(task, tx, config, mesh)
+    return graphdef, init(jax.random.key(config.seed))
+
+
+def make_init(
+    task: Task, tx: optax.GradientTransformation, config: Config, mesh: jax.sharding.Mesh
+) -> tuple[nnx.GraphDef, Callable[[jax.Array], TrainState]]:
+    """The model's static part, and what makes the state from a seed's key: compiled once for all seeds."""
     graphdef, init, abstract = abstract_state(task, tx, config, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     # Random numbers take XLA:CPU's optimiser long to compile (seconds) for a program that runs once.
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     options = {"xla_backend_optimization_level": 0} if on_cpu else None
-    key = jax.random.key(config.seed)
-    return graphdef, jax.jit(init, out_shardings=shardings, compiler_options=options)(key)
+    return graphdef, jax.jit(init, out_shardings=shardings, compiler_options=options)
 
 
 def num_params(state: TrainState) -> int:

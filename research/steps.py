@@ -1,9 +1,10 @@
 """The train step and the evaluation step: two pure functions, and how they are jitted.
 
-    train_steps: (state, data, inputs, num_steps, seed)     -> (state, metrics of every step)
+    train_steps: (state, data, inputs, num_steps, given)    -> (state, metrics of every step)
     eval_steps:  (params, model_state, carry, data, inputs) -> (carry, weighted sums of each batch's metrics)
 
-`data` is the device-resident data set ({} where it streams); `inputs` say which examples a step takes, or carry them.
+`data` is the device-resident data set ({} where it streams); `inputs` say which examples a step takes, or carry them;
+`given` are the hyperparameters that are not part of the program (`research.hyperparams`).
 """
 
 import dataclasses
@@ -17,8 +18,10 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from research import noise_scale, optimizers, sharding
+from research import hyperparams, noise_scale, optimizers, sharding
 from research.config import Config
+from research.hyperparams import DROPOUT, SEED, Inputs
+from research.layers.dropout import set_rate
 from research.state import TrainState
 from research.tasks.task import Batch, Metrics, Task
 
@@ -34,18 +37,14 @@ class Steps:
     Args:
       task: what is learned.
       graphdef: the model's static part.
-      tx: the optimiser.
-      config: of the run.
+      config: resolved; the inputs that a train step is given stand before what it says.
       mesh: the devices.
     """
 
-    def __init__(
-        self, task: Task, graphdef: nnx.GraphDef, tx: optax.GradientTransformation, config: Config, mesh: Mesh
-    ):
+    def __init__(self, task: Task, graphdef: nnx.GraphDef, config: Config, mesh: Mesh):
         self._task = task
         self._graphdef = graphdef
-        self._tx = tx
-        self._ema_decay = config.optimizer.ema_decay
+        self._config = config
         self._mesh = mesh
         self._reduce_dtype = config.mesh.reduce_dtype
         self._skips = bool(config.max_skipped_steps)
@@ -53,15 +52,20 @@ class Steps:
         self._parts = mesh.shape["data"] if mesh.shape["data"] == mesh.size else 1
 
     def _loss(
-        self, params: Any, model_state: Any, carry: Any, batch: Batch, key: jax.Array
+        self, params: Any, model_state: Any, carry: Any, batch: Batch, given: Inputs, key: jax.Array
     ) -> tuple[jax.Array, tuple[Any, Any, Metrics]]:
         model = nnx.merge(self._graphdef, sharding.gather(params, self._mesh), model_state, copy=True)
-        values, carry = self._task.advance(model, batch, carry, key=key, train=True)
+        task = self._task.with_inputs(given)
+        if DROPOUT in given:
+            set_rate(model, given[DROPOUT])
+        values, carry = task.advance(model, batch, carry, key=key, train=True)
+        if DROPOUT in given:
+            set_rate(model, 1.0)  # no array, or it would be part of the model's state
         metrics = {name: jnp.mean(value) for name, value in values.items() if name != "weight"}
         return metrics["loss"], (nnx.split(model, nnx.Param, ...)[2], carry, metrics)
 
     def _gradients(
-        self, state: TrainState, data: Batch, inputs: Batch, key: jax.Array
+        self, state: TrainState, data: Batch, inputs: Batch, given: Inputs, key: jax.Array
     ) -> tuple[Any, Any, tuple[Any, Metrics]]:
         """(model_state, carry, (gradient, metrics)): means over the batch.
 
@@ -69,18 +73,18 @@ class Steps:
         sums travel: the partitioner would send each microbatch's.
         """
         if self._parts == 1:
-            return self._accumulate(state, data, inputs, key)
+            return self._accumulate(state, data, inputs, given, key)
         part = P(None, sharding.BATCH_AXES)
 
         def on_device(*args: Any) -> tuple[Any, Any, tuple[Any, Metrics]]:
             model_state, carry, means = self._accumulate(*args)
             return model_state, carry, self._mean_over_devices(*means)
 
-        in_specs = (dataclasses.replace(jax.tree.map(lambda _: P(), state), carry=part), P(), part, P())
+        in_specs = (dataclasses.replace(jax.tree.map(lambda _: P(), state), carry=part), P(), part, P(), P())
         # What check_vma guards is differentiation through shard_map; here it is within.
         return jax.shard_map(
             on_device, mesh=self._mesh, in_specs=in_specs, out_specs=(P(), part, P()), check_vma=False
-        )(state, data, inputs, key)
+        )(state, data, inputs, given, key)
 
     def _mean_over_devices(self, grads: Any, metrics: Metrics) -> tuple[Any, Metrics]:
         """One all-reduce, of the gradients as `reduce_dtype`.
@@ -101,7 +105,7 @@ class Steps:
         return jax.tree.map(lambda x, like: x.astype(like.dtype), rounded, grads), mean(metrics)
 
     def _accumulate(
-        self, state: TrainState, data: Batch, inputs: Batch, key: jax.Array
+        self, state: TrainState, data: Batch, inputs: Batch, given: Inputs, key: jax.Array
     ) -> tuple[Any, Any, tuple[Any, Metrics]]:
         """(model_state, carry, (gradient, metrics)): the means over the microbatches, the leading axis of `inputs`.
 
@@ -112,7 +116,7 @@ class Steps:
         def one(model_state: Any, carry: Any, batch_inputs: Batch, key: jax.Array) -> tuple[Any, Any, Any]:
             batch = {**fetch(data, batch_inputs), "step": state.step}
             gradient = jax.grad(self._loss, has_aux=True)
-            grads, (model_state, carry, metrics) = gradient(state.params, model_state, carry, batch, key)
+            grads, (model_state, carry, metrics) = gradient(state.params, model_state, carry, batch, given, key)
             if count * self._parts > 1:
                 metrics["grad_square"] = jnp.square(optimizers.global_norm(grads))
             return model_state, carry, (grads, metrics)
@@ -134,19 +138,21 @@ class Steps:
         (model_state, sums), carry = jax.lax.scan(accumulate, (state.model_state, zeros), xs)
         return model_state, carry, jax.tree.map(lambda x: x / count, sums)
 
-    def train_step(self, state: TrainState, data: Batch, inputs: Batch, seed: jax.Array) -> tuple[TrainState, Metrics]:
+    def train_step(self, state: TrainState, data: Batch, inputs: Batch, given: Inputs) -> tuple[TrainState, Metrics]:
         """One update. `inputs` has leaves [m, b, ...]: m microbatches of b examples; metrics are float32 scalars.
 
         Where steps may be skipped, one whose loss or gradient is not finite changes nothing but the number of steps.
         `optax.apply_if_finite` would leave the statistics and the memory that such a batch has spoilt.
         """
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-        model_state, carry, (grads, metrics) = self._gradients(state, data, inputs, key)
-        updates, opt_state = self._tx.update(grads, state.opt_state, state.params)
+        key = jax.random.fold_in(jax.random.key(given[SEED]), state.step)
+        model_state, carry, (grads, metrics) = self._gradients(state, data, inputs, given, key)
+        updates, opt_state = hyperparams.make_optimizer(self._config, given).update(
+            grads, state.opt_state, state.params
+        )
         params = optax.apply_updates(state.params, updates)
         ema_params = state.ema_params
         if ema_params is not None:
-            ema_params = optimizers.update_ema(ema_params, params, self._ema_decay, state.step)
+            ema_params = optimizers.update_ema(ema_params, params, given["optimizer.ema_decay"], state.step)
         metrics["grad_norm"] = optimizers.global_norm(grads)
         if "grad_square" in metrics:
             squares = metrics.pop("grad_square"), jnp.square(metrics["grad_norm"])
@@ -160,7 +166,7 @@ class Steps:
         return new, metrics
 
     def train_steps(
-        self, state: TrainState, data: Batch, inputs: Batch, num_steps: jax.Array, seed: jax.Array
+        self, state: TrainState, data: Batch, inputs: Batch, num_steps: jax.Array, given: Inputs
     ) -> tuple[TrainState, Metrics]:
         """`num_steps` updates in one program; `inputs` has leaves [k, m, b, ...] with k >= num_steps.
 
@@ -175,10 +181,10 @@ class Steps:
 
         def body(i: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
             state, history = carry
-            state, metrics = self.train_step(state, data, at(i), seed)
+            state, metrics = self.train_step(state, data, at(i), given)
             return state, jax.tree.map(lambda h, m: h.at[i].set(m), history, metrics)
 
-        _, metrics = jax.eval_shape(self.train_step, state, data, at(0), seed)
+        _, metrics = jax.eval_shape(self.train_step, state, data, at(0), given)
         capacity = inputs["index"].shape[0]
         history = jax.tree.map(lambda m: jnp.zeros((capacity, *m.shape), m.dtype), metrics)
         return jax.lax.fori_loop(0, num_steps, body, (state, history))

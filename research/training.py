@@ -10,12 +10,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from research import distributed, noise_scale, optimizers, sharding
+from research import distributed, hyperparams, noise_scale, optimizers, sharding
 from research.checkpoint import Checkpoints
 from research.config import Config
 from research.data.pipeline import EvalBatches, TrainBatches, epoch_ends, is_resident
 from research.data.sources import Dataset
 from research.errors import NonFiniteLossError
+from research.pace import Pace
 from research.predictor import Predictor
 from research.progress import Progress, non_finite
 from research.signals import Signals, StoppedError
@@ -24,33 +25,11 @@ from research.steps import Steps
 from research.tasks.task import Task
 from research.writer import Writer
 
-_SECONDS_PER_DISPATCH = 0.5
-_MOST_AGREEMENTS = 8  # dispatches by which several processes find their pace
-_MOST_STEPS_PER_DISPATCH = {True: 512, False: 8}  # by whether the data set is resident: streamed batches take memory
 
-
-def most_steps(config: Config, *, resident: bool, steps_per_epoch: int) -> int:
-    """How many steps a dispatch can make: what the compiled program is made for."""
-    return min(config.steps_per_dispatch or _MOST_STEPS_PER_DISPATCH[resident], steps_per_epoch)
-
-
-class _Pace:
-    """How many steps the next dispatch makes: as configured, or about half a second's worth."""
-
-    def __init__(self, config: Config, *, resident: bool, steps_per_epoch: int):
-        self.capacity = most_steps(config, resident=resident, steps_per_epoch=steps_per_epoch)
-        self._adapts = not config.steps_per_dispatch
-        self._agreements = _MOST_AGREEMENTS
-        self.steps = 1 if self._adapts else self.capacity
-
-    def measured(self, num_steps: int, seconds: float) -> None:
-        if jax.process_count() > 1:
-            # All processes must dispatch alike, so they go by the first one's clock; once it is known, nobody waits.
-            self._adapts = self._adapts and self._agreements > 0
-            self._agreements -= 1
-            seconds = distributed.from_first(seconds) if self._adapts else seconds
-        if self._adapts:
-            self.steps = max(1, min(self.capacity, int(_SECONDS_PER_DISPATCH * num_steps / seconds)))
+def figures(task: Task, split: str, sums: dict[str, Any]) -> dict[str, float]:
+    """The task's figures, as `<split>_<name>`, from the sums of `Steps.eval_steps` over all its batches."""
+    means = {name: value / sums["weight"] for name, value in sums.items() if name != "weight"}
+    return {f"{split}_{name}": value for name, value in task.summarize(means).items()}
 
 
 class Training:
@@ -79,18 +58,18 @@ class Training:
         self.ends = epoch_ends(num_examples, config.batch_size, config.num_epochs)
         resident = is_resident(config, dataset.train, dataset.validation, dataset.test)
         longest = max(end - start for start, end in itertools.pairwise([0, *self.ends]))
-        self._pace = _Pace(config, resident=resident, steps_per_epoch=longest)
+        self._pace = Pace(config, resident=resident, steps_per_epoch=longest)
         self._resident = resident
         self._evals = {
             name: EvalBatches(split, config, mesh, resident=resident)
             for name, split in splits.items()
             if split is not None
         }
-        scaled = optimizers.scaled(config.optimizer, config.batch_size)
-        tx = optimizers.make_optimizer(scaled, self.ends[-1])
-        self._rates = optimizers.learning_rates(scaled, self.ends[-1])
+        self._given = hyperparams.inputs(config, self.ends[-1])
+        self._rates = optimizers.learning_rates(optimizers.scaled(config.optimizer, config.batch_size), self.ends[-1])
+        tx = hyperparams.make_optimizer(config, self._given)
         self.graphdef, self.state = create_state(task, tx, config, mesh)
-        self._steps = Steps(task, self.graphdef, tx, config, mesh)
+        self._steps = Steps(task, self.graphdef, config, mesh)
         # On a CPU nothing is gained by running ahead of the devices, and several dispatches in flight over several
         # host devices can starve each other's threads in an all-reduce until the process aborts.
         self._overlap = mesh.devices.flat[0].platform != "cpu"
@@ -146,9 +125,8 @@ class Training:
                 start=self.progress.step + self.progress.batches_left_out,
                 shuffle=self.dataset.shuffle,
             )
-            inputs, seed = self._batches.sample(), np.uint32(self.config.seed)
-            jitted = self._steps.jit_train(self.state)
-            self.train_program = jitted.lower(self.state, self._batches.data, inputs, np.int32(1), seed).compile()
+            arrays = self.state, self._batches.data, self._batches.sample(), np.int32(1), self._given
+            self.train_program = self._steps.jit_train(self.state).lower(*arrays).compile()
         jitted = self._steps.jit_eval(self.state)
         params, model_state = self.state.eval_params, self.state.model_state
         self._eval = {
@@ -180,14 +158,14 @@ class Training:
           NonFiniteLossError: the loss or the gradient of a step was not finite, after the steps before were yielded.
         """
         pending: list[tuple[int, Any]] = []
-        seed = np.uint32(self.config.seed)
         issued = self.progress.step
         last = time.monotonic()
         while (more := issued < end and not self._stops()) or pending:
             if more:
                 count = min(self._pace.steps, end - issued)
                 inputs = self._batches.take(count)
-                self.state, metrics = self.train_program(self.state, self._batches.data, inputs, np.int32(count), seed)
+                arrays = self.state, self._batches.data, inputs, np.int32(count), self._given
+                self.state, metrics = self.train_program(*arrays)
                 issued += count
                 pending.append((count, metrics))
                 if self._overlap and len(pending) == 1 and issued < end:
@@ -291,9 +269,7 @@ class Training:
                 # Waited for, so that a streamed set is never on the devices as a whole.
                 for name, value in jax.device_get(part).items():
                     sums[name] = sums.get(name, 0.0) + value.sum(0, np.float64)
-            weight = sums.pop("weight")
-            means = self.task.summarize({name: value / weight for name, value in sums.items()})
-            results |= {f"{split}_{name}": value for name, value in means.items()}
+            results |= figures(self.task, split, sums)
         for name, value in results.items():
             if name.endswith("_loss") and not np.isfinite(value):
                 raise non_finite(f"{name} is {value}", self.progress.step)

@@ -31,3 +31,18 @@ def test_what_it_would_ignore_is_refused(flag, tmp_path):
     with pytest.raises(UserError):
         cifar_speedrun.run(cifar_speedrun.EXPERIMENT, [*ARGS, flag, f"--workdir={tmp_path / 'x'}"], Signals())
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--config.log_every_steps=1",
+        "--config.pictures_every_epochs=1",
+        "--config.checkpoint_every_steps=1",
+        "--config.keep_checkpoints=1",
+    ],
+)
+def test_records_that_it_does_not_keep_are_refused(flag, tmp_path):
+    with pytest.raises(UserError, match=f"{flag[:-2]}: .*leave it out"):
+        cifar_speedrun.run(cifar_speedrun.EXPERIMENT, [*ARGS, flag, f"--workdir={tmp_path / 'x'}"], Signals())
+    assert not (tmp_path / "x").exists()

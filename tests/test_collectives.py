@@ -27,7 +27,7 @@ def _compiled(name, microbatch_size=0):
     """The state, and the compiled step's collectives: (kind, the elements of each of its results, loops around it)."""
     config = _config(mesh=MESHES[name], model=CNNConfig(width=16), microbatch_size=microbatch_size)
     run = Run(config, devices=1 if name == "one" else 8)
-    lowered = run.train.lower(run.state, run.batches.data, run.batches.sample(), np.int32(1), run.seed)
+    lowered = run.train.lower(run.state, run.batches.data, run.batches.sample(), np.int32(1), run.given)
     found = re.findall(rf' = (.*?) ({KINDS})(?:-start)?\(.*?op_name="(.*?)"', lowered.compile().as_text())
     return run.state, [
         (
@@ -60,7 +60,7 @@ def test_data_parallelism_is_one_all_reduce_a_step_of_one_vector(microbatch_size
 def test_gradients_travel_as_the_dtype_asked_for():
     mesh = MeshConfig(reduce_dtype="bfloat16")
     run = Run(_config(mesh=mesh, model=CNNConfig(width=16)), devices=8)
-    lowered = run.train.lower(run.state, run.batches.data, run.batches.sample(), np.int32(1), run.seed)
+    lowered = run.train.lower(run.state, run.batches.data, run.batches.sample(), np.int32(1), run.given)
     count = sum(x.size for x in jax.tree.leaves(run.state.params))
     reduced = re.findall(r"stablehlo.all_reduce.*?\(tensor<(.*?)>\)", lowered.as_text(), re.DOTALL)
     assert sorted(reduced) == sorted([f"{count}xbf16", "3xf32"])

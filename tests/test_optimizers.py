@@ -29,6 +29,15 @@ def _resolved(**fields) -> OptimizerConfig:
     return config
 
 
+def _made(config, num_train_steps=STEPS):
+    return optimizers.make_optimizer(config, optimizers.boundaries(config, num_train_steps))
+
+
+def _schedule(num_train_steps, **fields):
+    config = OptimizerConfig(**fields)
+    return optimizers.unit_schedule(config, optimizers.boundaries(config, num_train_steps))
+
+
 def _train(tx, params=PARAMS, grads=GRADS, opt_state=None):
     params = _float32(params)
     opt_state = tx.init(params) if opt_state is None else opt_state
@@ -44,7 +53,7 @@ def _train(tx, params=PARAMS, grads=GRADS, opt_state=None):
 
 
 def _ours(grads=GRADS, **fields):
-    return _train(optimizers.make_optimizer(_resolved(**fields), STEPS), grads=grads)
+    return _train(_made(_resolved(**fields)), grads=grads)
 
 
 # Each rule in NumPy float64: (gradient, memory, number of the step from 1) -> (what the rate multiplies, memory).
@@ -129,7 +138,7 @@ def test_muon_orthogonalises_kernels_of_any_rank():
     params = {"kernel": np.zeros((3, 3, 8, 16)), "bias": np.zeros(16)}
     grads = {name: RNG.standard_normal(p.shape) for name, p in params.items()}
     config = _resolved(name="muon", learning_rate=0.5, momentum=0.0)
-    after = _train(optimizers.make_optimizer(config, 1), params, [grads])
+    after = _train(_made(config, 1), params, [grads])
     singular = np.linalg.svd(np.reshape(after["kernel"], (72, 16)), compute_uv=False) / 0.5
     assert (singular > 0.6).all()
     assert (singular < 1.3).all()
@@ -188,7 +197,7 @@ SHAPES = {  # the rate as a part of its peak, at u in 0..1 of what the warm-up l
 @pytest.mark.parametrize(("name", "warmup"), [(n, w) for n in SHAPES for w in (0.0, 0.1)])
 def test_schedules_are_their_closed_forms(name, warmup):
     end_factor = 0.0 if name == "constant" else 0.2
-    schedule = optimizers.unit_schedule(OptimizerConfig(schedule=name, warmup=warmup, end_factor=end_factor), 100)
+    schedule = _schedule(100, schedule=name, warmup=warmup, end_factor=end_factor)
     rising = 30 if name == "one_cycle" and not warmup else round(100 * warmup)
     for step in range(100):
         expected = (step + 1) / rising if step < rising else SHAPES[name]((step - rising) / (100 - rising))
@@ -197,7 +206,7 @@ def test_schedules_are_their_closed_forms(name, warmup):
 
 @pytest.mark.parametrize("warmup", [0.0, 0.2])
 def test_the_step_schedule_divides_by_ten_at_half_and_three_quarters(warmup):
-    schedule = optimizers.unit_schedule(OptimizerConfig(schedule="step", warmup=warmup), 100)
+    schedule = _schedule(100, schedule="step", warmup=warmup)
     for step, expected in ((30, 1.0), (49, 1.0), (51, 0.1), (74, 0.1), (76, 0.01), (99, 0.01)):
         np.testing.assert_allclose(schedule(step), expected, rtol=1e-5)
 
@@ -206,43 +215,46 @@ def test_the_step_schedule_divides_by_ten_at_half_and_three_quarters(warmup):
 def test_the_tripling_schedule_is_that_of_burda_et_al(warmup):
     """0.001 * 10^(-i/7) for 3^i passes, i = 0 ... 7: section 5 of the paper, 3,280 passes in all."""
     per_pass = 10
-    schedule = optimizers.unit_schedule(OptimizerConfig(schedule="tripling", warmup=warmup), 3280 * per_pass)
+    schedule = _schedule(3280 * per_pass, schedule="tripling", warmup=warmup)
     passes = np.concatenate([np.full(3**i, 10 ** (-i / 7)) for i in range(8)])
     steps = np.arange(328 if warmup else 0, 3280 * per_pass)
     np.testing.assert_allclose(jax.vmap(schedule)(steps), np.repeat(passes, per_pass)[steps], rtol=1e-5)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_the_schedule_multiplies_the_injected_rate(schedule):
-    """Setting the rate from outside is the same as building with it: nothing overwrites it at the next update."""
-    config = _resolved(name="momentum", learning_rate=0.1, schedule=schedule, warmup=0.2)
-    tx = optimizers.make_optimizer(config, STEPS)
-    state = optimizers.set_hyperparams(tx.init(_float32(PARAMS)), learning_rate=0.04, momentum=0.5, weight_decay=0.3)
-    other = dataclasses.replace(config, learning_rate=0.04, momentum=0.5, weight_decay=0.3)
-    expected = _train(optimizers.make_optimizer(other, STEPS))
-    jax.tree.map(np.testing.assert_array_equal, _train(tx, opt_state=state), expected)
+@pytest.mark.parametrize(
+    ("name", "schedule"), [*((n, "constant") for n in OPTIMIZERS), *(("adam", s) for s in SCHEDULES)]
+)
+def test_numbers_may_be_traced(name, schedule):
+    """One compiled update serves all values of what a sweep changes, and is the update of those values."""
 
+    def config(rate, momentum, decay, clip, end):
+        has_momentum, decays = name not in ("sgd", "adagrad"), schedule in ("cosine", "linear", "one_cycle")
+        fields = {"momentum": momentum} if has_momentum else {}
+        fields |= {"end_factor": end} if decays else {}
+        shared = {"learning_rate": rate, "weight_decay": decay, "clip_norm": clip, "schedule": schedule, "warmup": 0.2}
+        return dataclasses.replace(_resolved(name=name), **fields, **shared)
 
-def test_new_hyperparameters_compile_nothing():
-    tx = optimizers.make_optimizer(_resolved(name="adamw"), STEPS)
-    params = _float32(PARAMS)
-    step = jax.jit(lambda g, s: tx.update(g, s, params))
-    state = tx.init(params)
-    for rate in (0.1, 0.2, 0.3):
-        state = step(params, optimizers.set_hyperparams(state, learning_rate=rate))[1]
-        np.testing.assert_allclose(optimizers.hyperparams(state)["learning_rate"], rate, rtol=1e-6)
-    assert step._cache_size() == 1
+    @jax.jit
+    def traced(params, numbers, boundaries):
+        tx = optimizers.make_optimizer(config(*numbers), boundaries)
+        opt_state = tx.init(params)
+        for g in GRADS[:4]:
+            updates, opt_state = tx.update(_float32(g), opt_state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    for numbers, count in (((0.1, 0.5, 0.1, 1.0, 0.2), 4), ((0.02, 0.8, 0.01, 9.0, 0.5), 10)):
+        boundaries = optimizers.boundaries(config(*numbers), count)
+        expected = _train(_made(config(*numbers), count), grads=GRADS[:4])
+        found = traced(_float32(PARAMS), tuple(map(jnp.float32, numbers)), boundaries)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), found, expected)
+    assert traced._cache_size() == 1
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_rule_has_its_default_rate_and_momentum(name):
     config = _resolved(name=name)
     assert (config.learning_rate, config.momentum) == optimizers.DEFAULTS[name]
-    state = optimizers.make_optimizer(config, STEPS).init(_float32(PARAMS))
-    inputs = optimizers.hyperparams(state)
-    assert inputs["learning_rate"] == np.float32(config.learning_rate)
-    assert inputs["momentum"] == np.float32(config.momentum or 0.0)
-    assert inputs["weight_decay"] == 0.0
 
 
 def test_clipping_bounds_the_global_norm_and_0_is_none():

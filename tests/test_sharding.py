@@ -1,5 +1,7 @@
 """The mesh is what the config asks for, and arrays lie on it by the rules."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,6 +57,36 @@ def test_a_batch_that_cannot_be_shared_evenly_is_an_error(fields, name):
 def test_gradients_that_the_compiler_sums_are_not_rounded():
     with pytest.raises(UserError, match="reduce_dtype=bfloat16"):
         sharding.make_mesh(Config(batch_size=64, mesh=MeshConfig(fsdp=2, reduce_dtype="bfloat16")))
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A TPU as JAX describes it."""
+
+    id: int
+    slice_index: int
+    coords: tuple[int, int, int]
+    platform: str = "tpu"
+    device_kind: str = "TPU v6 lite"
+    core_on_chip: int = 0
+    process_index: int = 0
+
+
+@pytest.mark.parametrize(
+    ("shape", "crossing"), [((8, 1, 1, 1), 0), ((1, 8, 1, 1), 1), ((1, 4, 1, 2), 1), ((2, 4, 1, 1), 0)]
+)
+def test_one_axis_crosses_the_network_between_slices(shape, crossing):
+    chips = [Chip(4 * i + j, i, (j % 2, j // 2, 0)) for i in range(2) for j in range(4)]
+    devices = sharding._arranged(shape, chips)
+    assert devices.shape == shape
+    for number, half in enumerate(np.split(devices, 2, axis=crossing)):
+        assert {chip.slice_index for chip in half.flat} == {number}
+
+
+def test_slices_that_no_axis_can_cross_are_an_error():
+    chips = [Chip(i, i, (0, 0, 0)) for i in range(4)]
+    with pytest.raises(UserError, match=r"data=2, fsdp=2.* has no axis that 4 slices can share"):
+        sharding._arranged((2, 2, 1, 1), chips)
 
 
 def test_parameters_are_split_by_their_shapes():

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from experiments.cifar_cnn import CifarConfig, make_task
-from research import optimizers, sharding
+from research import hyperparams, optimizers, sharding
 from research.config import AugmentConfig, CNNConfig, MeshConfig, OptimizerConfig
 from research.data.pipeline import EvalBatches, TrainBatches
 from research.data.sources import Dataset
@@ -50,10 +50,10 @@ class Build:
     def __init__(self, config, devices, task):
         dataset = _dataset()
         mesh = sharding.make_mesh(config, jax.devices()[:devices])
-        tx = optimizers.make_optimizer(config.optimizer, 10)
-        graphdef, state = create_state(task, tx, config, mesh)
+        self.given = hyperparams.inputs(config, 10)
+        graphdef, state = create_state(task, hyperparams.make_optimizer(config, self.given), config, mesh)
         self.initial = jax.tree.map(np.array, state), jax.tree.map(lambda x: x.sharding, state)
-        steps = Steps(task, graphdef, tx, config, mesh)
+        steps = Steps(task, graphdef, config, mesh)
         self.train, self.eval = steps.jit_train(state), steps.jit_eval(state)
         self.train_batches = functools.partial(TrainBatches, dataset.train, config, mesh, resident=True, capacity=10)
         self.eval_batches = EvalBatches(dataset.test, config, mesh, resident=True)
@@ -73,13 +73,13 @@ class Run:
         self.state = jax.jit(lambda x: x, out_shardings=build.initial[1])(build.initial[0])
         self.train, self.eval, self.evals = build.train, build.eval, build.eval_batches
         self.batches = build.train_batches()
-        self.seed = np.uint32(config.seed)
+        self.given = build.given
 
     def steps(self, *counts):
         losses = []
         for count in counts:
             self.state, metrics = self.train(
-                self.state, self.batches.data, self.batches.take(count), np.int32(count), self.seed
+                self.state, self.batches.data, self.batches.take(count), np.int32(count), self.given
             )
             jax.block_until_ready(self.state)  # several programs in flight on few cores starve each other
             losses.extend(np.asarray(metrics["loss"])[:count])
@@ -178,7 +178,7 @@ def test_how_steps_are_grouped_changes_no_bit():
 def test_the_seed_is_an_input_and_decides_all_randomness():
     config = _config(model=CNNConfig(width=4, dropout=0.2), **RANDOM)
     runs = [Run(config) for _ in range(3)]
-    runs[2].seed = np.uint32(1)
+    runs[2].given = runs[2].given | {"seed": np.uint32(1)}
     first, same, other = (run.steps(2) for run in runs)
     np.testing.assert_array_equal(first, same)
     assert not np.allclose(first, other)
@@ -186,7 +186,9 @@ def test_the_seed_is_an_input_and_decides_all_randomness():
 
 def test_bfloat16_computes_in_it_and_keeps_float32_parameters():
     run, exact = (Run(_config(model=CNNConfig(width=8, dtype=dtype))) for dtype in ("bfloat16", "float32"))
-    assert "bf16" in run.train.lower(run.state, run.batches.data, run.batches.sample(), np.int32(1), run.seed).as_text()
+    assert (
+        "bf16" in run.train.lower(run.state, run.batches.data, run.batches.sample(), np.int32(1), run.given).as_text()
+    )
     losses, expected = run.steps(5), exact.steps(5)
     assert {leaf.dtype for leaf in run.leaves()} == {np.dtype(np.float32)}
     np.testing.assert_allclose(losses, expected, rtol=0.05)
@@ -241,7 +243,7 @@ def test_the_gradients_norm_is_recorded_before_clipping():
     norms = []
     for run in (clipped, plain):
         before = run.leaves()
-        run.state, metrics = run.train(run.state, run.batches.data, run.batches.take(1), np.int32(1), run.seed)
+        run.state, metrics = run.train(run.state, run.batches.data, run.batches.take(1), np.int32(1), run.given)
         moved = optax.tree.norm([a - b for a, b in zip(run.leaves(), before, strict=True)]) / 0.05
         norms.append((float(metrics["grad_norm"][0]), float(moved)))
     assert norms[0][0] == norms[1][0]

@@ -10,6 +10,7 @@ A data set that fits lives on every device, and only example numbers travel; a l
 grain, in the same order.
 """
 
+import copy
 import functools
 from collections.abc import Iterator
 
@@ -66,12 +67,12 @@ def is_resident(config: Config, *splits: Arrays | None) -> bool:
 class _Split:
     """A split's arrays, on the devices or on the host, and this process's part of what a step takes."""
 
-    def __init__(self, arrays: Arrays, mesh: Mesh, *, resident: bool):
+    def __init__(self, arrays: Arrays, mesh: Mesh, *, resident: bool, data: dict[str, jax.Array] | None = None):
         self.num_examples = len(next(iter(arrays.values())))
         self._mesh = mesh
         self._streamed = {} if resident else arrays
         whole = sharding.replicated(mesh)
-        self.data = {
+        self.data = data or {
             name: jax.make_array_from_process_local_data(whole, np.asarray(array), array.shape)
             for name, array in (arrays if resident else {}).items()
         }
@@ -95,7 +96,7 @@ class _Split:
 
 
 class TrainBatches(_Split):
-    """What the train steps take, dispatch by dispatch."""
+    """What the train steps take, dispatch by dispatch; `data` is that of others of the same arrays on the same mesh."""
 
     def __init__(
         self,
@@ -107,8 +108,9 @@ class TrainBatches(_Split):
         capacity: int,
         start: int = 0,
         shuffle: bool = True,
+        data: dict[str, jax.Array] | None = None,
     ):
-        super().__init__(arrays, mesh, resident=resident)
+        super().__init__(arrays, mesh, resident=resident, data=data)
         self._seed = config.seed if shuffle else None
         self._batch_size = config.batch_size
         self._microbatch_size = config.examples_at_once
@@ -135,28 +137,47 @@ class TrainBatches(_Split):
         steps = grain.MapDataset.range(start, 2**62).map(self.step_inputs)
         return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=2 * self._capacity)))
 
+    def of_seed(self, seed: int) -> "TrainBatches":
+        """The same examples from the first step on, in the order of another seed; on the devices they lie once."""
+        other = copy.copy(self)
+        other._seed = None if self._seed is None else seed
+        other._steps = other._iterate(0)
+        return other
+
     def take(self, num_steps: int) -> dict[str, jax.Array]:
         """The inputs of the next `num_steps` steps, padded with zeros to `capacity` steps: leaves [k, m, b, ...]."""
+        return self._to_devices(self.take_local(num_steps), 2, self._microbatch_size)
+
+    def take_local(self, num_steps: int) -> Arrays:
+        """This process's part of `take`, on the host."""
         return self._pack([next(self._steps) for _ in range(num_steps)])
 
     def sample(self) -> dict[str, jax.Array]:
         """Inputs like those of `take`, to compile for; nothing is taken."""
-        return self._pack([self.step_inputs(0)])
+        return self._to_devices(self._pack([self.step_inputs(0)]), 2, self._microbatch_size)
 
-    def _pack(self, steps: list[Arrays]) -> dict[str, jax.Array]:
+    def _pack(self, steps: list[Arrays]) -> Arrays:
         def pack(*arrays: np.ndarray) -> np.ndarray:
             packed = np.zeros((self._capacity, *arrays[0].shape), arrays[0].dtype)
             packed[: len(arrays)] = arrays
             return packed
 
-        return self._to_devices(jax.tree.map(pack, *steps), 2, self._microbatch_size)
+        return jax.tree.map(pack, *steps)
 
 
 class EvalBatches(_Split):
     """What evaluation takes: every example once, in order, the last batch padded and masked."""
 
-    def __init__(self, arrays: Arrays, config: Config, mesh: Mesh, *, resident: bool):
-        super().__init__(arrays, mesh, resident=resident)
+    def __init__(
+        self,
+        arrays: Arrays,
+        config: Config,
+        mesh: Mesh,
+        *,
+        resident: bool,
+        data: dict[str, jax.Array] | None = None,
+    ):
+        super().__init__(arrays, mesh, resident=resident, data=data)
         self._batch_size = config.examples_at_once
         self._batches_per_dispatch = -(-self.num_examples // self._batch_size) if resident else 1
 

@@ -1,7 +1,7 @@
 """Images to classes."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -39,6 +39,10 @@ class Classification(Task):
     def create_model(self, rngs: nnx.Rngs) -> nnx.Module:
         """Builds the network with its initial parameters."""
         return self.network(rngs)
+
+    def with_inputs(self, inputs: Mapping[str, Any]) -> "Classification":
+        """With the label smoothing that is given."""
+        return dataclasses.replace(self, label_smoothing=inputs.get("label_smoothing", self.label_smoothing))
 
     def evaluate(self, model: nnx.Module, batch: Batch, *, key: jax.Array, train: bool) -> Metrics:
         """Cross-entropy in nats and accuracy of every example; only training augments and smooths.

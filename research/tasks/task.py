@@ -64,6 +64,11 @@ class Task:
         """
         raise NotImplementedError
 
+    def with_inputs(self, inputs: Mapping[str, Any]) -> "Task":
+        """This task with the inputs of the step (`research.hyperparams`) that it reads; in the step they are traced."""
+        del inputs
+        return self
+
     def initial_carry(self, batch_size: int) -> Any:
         """What `advance` is given first: a tree of arrays [batch_size, ...]; empty for a task without memory."""
         del batch_size

@@ -59,6 +59,10 @@ class VAE(Task):
         """Builds the network with its initial parameters."""
         return self.network(rngs)
 
+    def with_inputs(self, inputs: Mapping[str, Any]) -> "VAE":
+        """With the weight of the KL and the free bits that are given."""
+        return dataclasses.replace(self, **{name: inputs[name] for name in ("beta", "free_bits") if name in inputs})
+
     def evaluate(self, model: Any, batch: Batch, *, key: jax.Array, train: bool) -> Metrics:
         """The negative bound of every example, and its parts.
 

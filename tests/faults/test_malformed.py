@@ -79,6 +79,26 @@ def test_flags(count, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("count", COUNTS)
+def test_search_spaces(count, tmp_path, monkeypatch):
+    search_space = pytest.importorskip("launch.search_space")
+    monkeypatch.chdir(tmp_path)
+    known = [path for path, _, _ in config_lib.walk(cifar_cnn.EXPERIMENT.default_config)]
+    numbers = texts | st.floats().map(str) | st.integers().map(str)
+    specs = st.builds("{}({},{})".format, st.sampled_from(["log", "int", "float", "x"]), numbers, numbers)
+    specs |= st.lists(numbers, max_size=3).map(lambda x: f"[{','.join(x)}]") | texts
+    entries = st.builds("{}={}".format, st.sampled_from(known) | texts, specs) | texts
+
+    @_examples(count)
+    @given(st.lists(entries, max_size=2))
+    def parsed(searches):
+        config = cifar_cnn.EXPERIMENT.default_config
+        _quietly(lambda: search_space.parse(searches, config).grid())
+
+    parsed()
+    assert not list(tmp_path.iterdir())
+
+
 def _places(value, path=()):
     """The path of every value within JSON."""
     yield path

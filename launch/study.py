@@ -1,0 +1,229 @@
+"""The study that the workers of a sweep share, in one of Optuna's storages: which trials there are, who runs them.
+
+All trials are planned at the beginning, so that any number of workers make exactly that many. A worker claims one, and
+says every few seconds that it is alive; the trials of one that is not are planned once more.
+"""
+
+import contextlib
+import json
+import os
+import re
+import socket
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import optuna
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from research.errors import UserError
+
+SAMPLERS = ("tpe", "random", "grid", "halton", "cmaes")
+PRUNERS = ("asha", "median", "none")
+_BEAT_SECONDS = 5.0
+_LOST_SECONDS = 60.0  # without a sign of life; on this host a process that is gone is known to be
+_RUNNING, _WAITING = (TrialState.RUNNING,), (TrialState.WAITING,)
+RETRY_OF, REASON, WORKER, DIVERGED_AT = "retry_of", "reason", "worker", "diverged_at"
+
+
+def open_storage(text: str, workdir: Path) -> optuna.storages.BaseStorage:
+    """The storage of a URL, or of a journal file; "": the journal in the workdir.
+
+    Raises:
+      UserError: it cannot be reached.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    try:
+        if "://" in text:
+            return optuna.storages.get_storage(text)
+        path = Path(text) if text else workdir / "journal.log"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return optuna.storages.JournalStorage(JournalFileBackend(str(path)))
+    except Exception as error:  # each database driver raises its own
+        raise _unreachable(text, error) from None
+
+
+def _unreachable(text: str, error: Exception) -> UserError:
+    shown = re.sub(r"//[^@/]*@", "//***@", text)  # a password may be in it
+    return UserError(f"--storage={shown} cannot be reached: {' '.join(str(error).split())[:200]}")
+
+
+class Study:
+    """The trials of one sweep.
+
+    Args:
+      storage: where they are.
+      name: of the study.
+      direction: "maximize" or "minimize".
+      identity: what the sweep is, JSON; a study belongs to one.
+      sampler, pruner: of `SAMPLERS`, `PRUNERS`.
+      seed: of the sampler.
+
+    Raises:
+      UserError: the study is of another sweep.
+    """
+
+    def __init__(
+        self,
+        storage: optuna.storages.BaseStorage,
+        name: str,
+        direction: Literal["maximize", "minimize"],
+        identity: dict[str, Any],
+        sampler: str,
+        pruner: str,
+        seed: int,
+    ):
+        self._sampler, self._seed = sampler, seed
+        self._worker = f"{socket.gethostname()}:{os.getpid()}"
+        self._storage = storage
+        try:
+            self.optuna = optuna.create_study(
+                storage=storage, study_name=name, direction=direction, pruner=_pruner(pruner), load_if_exists=True
+            )
+        except Exception as error:  # each database driver raises its own
+            raise _unreachable("...", error) from None
+        known = self.optuna.user_attrs.get("identity", {})
+        now = json.loads(json.dumps(identity))
+        if not known and not self.trials():
+            self.optuna.set_user_attr("identity", now)
+        elif known != now:
+            differing = ", ".join(key for key in now if now[key] != known.get(key))
+            raise UserError(
+                f"--study={name} of that storage is another sweep ({differing} differs): give another --study or "
+                "--workdir, or the flags that it was begun with"
+            )
+
+    def trials(self, *states: TrialState) -> list[FrozenTrial]:
+        """All trials, or those in these states; what was lost and planned once more counts once."""
+        return self.optuna.get_trials(deepcopy=False, states=states or None)
+
+    def planned(self) -> int:
+        """How many trials there are to be, retries not counted."""
+        return sum(RETRY_OF not in trial.user_attrs for trial in self.trials())
+
+    def complete(self, count: int) -> bool:
+        """Whether `count` trials were planned and none is left to end."""
+        return self.planned() >= count and not self.trials(*_RUNNING) and not self._left(count)
+
+    def others_run(self) -> bool:
+        """Whether trials of other workers, which may be lost yet, are not at their end."""
+        return bool(self.trials(*_RUNNING))
+
+    def _left(self, count: int) -> list[FrozenTrial]:
+        """The waiting ones of the first `count` planned trials, and of retries."""
+        planned = {trial.number for trial in [t for t in self.trials() if RETRY_OF not in t.user_attrs][:count]}
+        return [t for t in self.trials(*_WAITING) if RETRY_OF in t.user_attrs or t.number in planned]
+
+    def plan(self, count: int, points: Sequence[dict[str, Any]]) -> None:
+        """Plans trials up to `count`; of a grid, these points."""
+        for number in range(self.planned(), count):
+            self.optuna.enqueue_trial(points[number] if points else {})
+
+    def claim(self, count: int) -> optuna.Trial | None:
+        """The next of the first `count` planned trials, now this worker's; None: there is none."""
+        for waiting in self._left(count):
+            with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+                # As in `Study.ask`, which would make a new trial where there is none.
+                if self._storage.set_trial_state_values(waiting._trial_id, state=TrialState.RUNNING):
+                    self._storage.set_trial_user_attr(waiting._trial_id, WORKER, self._worker)
+                    self.optuna.sampler = _make_sampler(self._sampler, self._seed, waiting.number)
+                    return optuna.Trial(self.optuna, waiting._trial_id)
+        return None
+
+    def finish(self, trial: optuna.Trial, value: float | None, state: TrialState, **attributes: Any) -> None:
+        """Ends a trial; a worker that was taken for dead is too late."""
+        for name, attribute in attributes.items():
+            trial.set_user_attr(name, attribute)
+        self.optuna.tell(trial, value, state, skip_if_finished=True)
+
+    def retry(self, trial: FrozenTrial | optuna.Trial, reason: str) -> None:
+        """Fails a trial that did not end by itself, and plans it once more with the same values."""
+        with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+            self._storage.set_trial_user_attr(trial._trial_id, REASON, reason)
+            if self._storage.set_trial_state_values(trial._trial_id, state=TrialState.FAIL):
+                self.optuna.enqueue_trial(trial.params, user_attrs={RETRY_OF: trial.number})
+
+    def retry_lost(self) -> int:
+        """Plans once more the trials of workers that are no more, but no retry; returns how many were lost."""
+        lost = [trial for trial in self.trials(*_RUNNING) if self._is_lost(trial)]
+        for trial in lost:
+            if RETRY_OF not in trial.user_attrs:
+                self.retry(trial, "its worker was lost")
+                continue
+            with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+                self._storage.set_trial_user_attr(trial._trial_id, REASON, "its worker was lost, twice")
+                self._storage.set_trial_state_values(trial._trial_id, state=TrialState.FAIL)
+        return len(lost)
+
+    def _is_lost(self, trial: FrozenTrial) -> bool:
+        worker = trial.user_attrs.get(WORKER, "")
+        if worker == self._worker:
+            return False
+        host, _, number = worker.rpartition(":")
+        if host == socket.gethostname() and not Path(f"/proc/{number}").exists():
+            return True
+        began = trial.datetime_start.timestamp() if trial.datetime_start else 0.0
+        last = self.optuna.user_attrs.get(f"alive:{worker}", began)
+        return time.time() - last > _LOST_SECONDS
+
+    @contextlib.contextmanager
+    def alive(self) -> Iterator[None]:
+        """Within it this worker says that it is alive."""
+        stop = threading.Event()
+
+        def beat() -> None:
+            while not stop.wait(_BEAT_SECONDS):
+                with contextlib.suppress(Exception):  # the storage may be away for a moment
+                    self.optuna.set_user_attr(f"alive:{self._worker}", time.time())
+
+        self.optuna.set_user_attr(f"alive:{self._worker}", time.time())
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+    def add_compilations(self, count: int) -> None:
+        """Notes how often this worker compiled a train program."""
+        self.optuna.set_user_attr(f"compilations:{self._worker}", count)
+
+    def num_compilations(self) -> int:
+        """Of all workers."""
+        return sum(n for name, n in self.optuna.user_attrs.items() if name.startswith("compilations:"))
+
+
+def _make_sampler(name: str, seed: int, number: int) -> optuna.samplers.BaseSampler:
+    # Made for each trial: the draws follow from the trial's number, whichever worker makes it.
+    own = (seed * 1_000_003 + number) % 2**32
+    match name:
+        case "tpe":
+            return optuna.samplers.TPESampler(seed=own, constant_liar=True)
+        case "halton":
+            return optuna.samplers.QMCSampler(
+                qmc_type="halton",
+                scramble=True,
+                seed=seed,
+                warn_independent_sampling=False,
+                warn_asynchronous_seeding=False,
+            )
+        case "cmaes":
+            return optuna.samplers.CmaEsSampler(seed=own, warn_independent_sampling=False)
+        case _:  # the points of a grid are planned
+            return optuna.samplers.RandomSampler(seed=own)
+
+
+def _pruner(name: str) -> optuna.pruners.BasePruner:
+    match name:
+        case "asha":
+            return optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
+        case "median":
+            return optuna.pruners.MedianPruner()
+        case _:
+            return optuna.pruners.NopPruner()

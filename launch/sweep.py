@@ -1,0 +1,269 @@
+"""Sweeps hyperparameters: many trials in one program, on any number of machines.
+
+python -m launch.sweep experiments.cifar_cnn --trials=64 --search='optimizer.learning_rate=log(1e-4,1)' \\
+    --search='optimizer.name=[sgd,momentum,adagrad,adam]' --search='model.width=int(16,64,step=16)'
+
+Any field of the experiment's Config is varied by --search=FIELD=log(low,high), float(low,high), int(low,high,step=n) or
+[a,b,c], or by a Python file with `def search(trial)`. Trials are judged on a validation split; the best one's command
+is printed, and run, which gives its test figures. The same command again goes on with a sweep that was stopped; more
+workers, on any machine that reaches the --storage, join it by the same command with --processes=0, or by
+`python -m launch.slurm launch.sweep experiments.cifar_cnn ...` (or another launcher). The record in --workdir:
+sweep.json, trials.csv, sweep.html, journal.log, and the run of the best trial.
+"""
+
+import copy
+import dataclasses
+import importlib.util
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch import job as job_lib
+from launch.job import Job
+from research.config import MeshConfig, option
+from research.errors import UserError
+from research.signals import Signals
+from research.terminal import lasting_output
+
+if TYPE_CHECKING:
+    from launch.study import Study
+    from launch.worker import Sweep
+
+_TRIALS = 50
+_VALIDATION = 0.1  # of a training set that has no validation split of its own
+_POLL_SECONDS = 1.0
+
+
+@dataclasses.dataclass
+class SweepOptions:
+    """What `launch.sweep` can be told."""
+
+    search: tuple[str, ...] = option((), "a field and its range, once for each field; or a Python file")
+    trials: int = option(0, "trials of the whole study; 0: 50, or the whole grid", minimum=0)
+    metric: str = option(
+        "",
+        "what decides; empty: the accuracy where there is one, else the loss",
+        choices=("", "validation_accuracy", "validation_loss"),
+    )
+    seeds: int = option(1, "runs of each trial, from the config's seed on; their mean counts", minimum=1)
+    sampler: str = option("tpe", "how values are chosen", choices=("tpe", "random", "grid", "halton", "cmaes"))
+    pruner: str = option("none", "which trials end early, judged after each epoch", choices=("asha", "median", "none"))
+    population: int = option(
+        0, "runs that train together in one program; 0: 8 on a CPU, 32 on each accelerator", minimum=0
+    )
+    processes: int = option(1, "workers here; 0: one that joins the study, and leaves the record to others", minimum=0)
+    storage: str = option("", "a storage URL of Optuna's, or a journal file; empty: journal.log in the workdir")
+    study: str = option("", "the study's name in the storage; empty: the experiment's")
+
+
+def run(argv: Sequence[str]) -> int:
+    """Sweeps as the command line says; returns the exit code.
+
+    Raises:
+      UserError: bad input, found before the first trial; no trial was trained to its end, or ten in a row failed.
+      StoppedError: a signal came; the same command goes on.
+    """
+    options = SweepOptions()
+    job = job_lib.parse("sweep", str(__doc__), options, argv)
+    for package in ("optuna", "plotly", "cmaes"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f'sweeps need {package}: pip install -e ".[sweep]"')
+    if "://" in job.workdir and (options.processes or not options.storage):
+        raise UserError(
+            f"--workdir={job.workdir}: a sweep's record is on a local disk; workers elsewhere (--processes=0) need "
+            "nothing but the --storage"
+        )
+    if job.config.mesh != MeshConfig():
+        raise UserError("--config.mesh: in a sweep each trial has one device, and trials are spread over all devices")
+    for name in search_space.OF_DIVERGED:
+        if getattr(job.config, name):
+            raise UserError(f"--config.{name}: in a sweep a trial whose loss is not finite is over; leave it out")
+    signals = Signals()
+    with lasting_output(), signals.handled():
+        return _run(job, argv, signals)
+
+
+def _run(job: Job, argv: Sequence[str], signals: Signals) -> int:
+    options, workdir = job.options, Path(job.workdir)
+    from launch.study import Study, open_storage
+    from launch.sweep_report import Display, summary
+
+    sweep, points = _sweep(job)
+    name = options.study or job.experiment.name
+    identity = _identity(job, sweep)
+    direction = "maximize" if sweep.maximizes else "minimize"
+    storage = open_storage(options.storage, workdir)
+    study = Study(storage, name, direction, identity, options.sampler, options.pruner, job.config.seed)
+    if study.complete(sweep.trials):
+        print(f"the sweep in {workdir} is finished: a larger --trials goes on with it")
+        if options.processes and not (workdir / "sweep.json").exists():
+            _finish(job, sweep, study)
+        return 0
+    study.plan(sweep.trials, points)
+    print(
+        f"{name}: {sweep.trials} trials of {sweep.metric}, {sweep.size} runs at once on {_devices(sweep)}", flush=True
+    )
+    with Display(study, sweep).shown() as display:
+        if options.processes > 1:
+            _run_processes(options.processes, [*argv, f"--workdir={workdir}"], display)
+        _work(sweep, study, signals, display)
+        while options.processes and study.others_run():
+            time.sleep(_POLL_SECONDS)
+            display.update()
+            _work(sweep, study, signals, display)
+    if options.processes:
+        _finish(job, sweep, study)
+    else:
+        print(f"no trial is left: {summary(study, sweep)['num_trials']} ended")
+    return 0
+
+
+def _work(sweep: "Sweep", study: "Study", signals: Signals, display: Any) -> None:
+    from launch.worker import Worker
+
+    with study.alive():
+        Worker(sweep, study, signals, display.update).run()
+    display.update()
+
+
+def _devices(sweep: "Sweep") -> str:
+    return f"{len(sweep.devices)} {sweep.devices[0].platform} device{'s' if len(sweep.devices) > 1 else ''}"
+
+
+def _sweep(job: Job) -> tuple["Sweep", list[dict[str, Any]]]:
+    """What is swept, checked, and the points of a grid.
+
+    Raises:
+      UserError: something is impossible.
+    """
+    options, config = job.options, job.config
+    from launch import search_space
+    from launch.worker import Sweep, load
+
+    if not options.search and options.seeds == 1:
+        raise UserError("say what to vary, as in --search='optimizer.learning_rate=log(1e-4,1)', or give --seeds=5")
+    space = search_space.parse(options.search, config)
+    if options.seeds > 1 and "seed" in space.distributions:
+        raise UserError("--seeds and --search=seed=... exclude each other")
+    grid = options.sampler == "grid" or not options.search
+    points = space.grid() if grid else []
+    if grid and options.trials not in (0, len(points)):
+        raise UserError(f"--trials={options.trials}: the grid has {len(points)} points; leave --trials out")
+    if options.processes > 1:  # the workers shall have the accelerators' memory, not this process
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    import jax
+
+    from research import compilation_cache, optimizers
+    from research.data import sources
+    from research.population import Population, default_size
+
+    compilation_cache.enable()
+    dataset = sources.load(config.dataset)
+    if dataset.validation is None:
+        config.dataset.validation_fraction = _VALIDATION
+    config.dataset.name = dataset.name
+    dataset = load(config.dataset)
+    resolved = copy.deepcopy(config)
+    optimizers.resolve(resolved.optimizer)
+    dataset = job.experiment.prepare(resolved, dataset)
+    devices = jax.devices()
+    population = Population(resolved, job.experiment.make_task(resolved, dataset), dataset, devices, len(devices))
+    names = population.figure_names()
+    metric = options.metric or ("validation_accuracy" if "validation_accuracy" in names else "validation_loss")
+    if metric not in names:
+        raise UserError(f"--metric={metric}: {job.experiment.name} has {', '.join(names)}; use validation_loss")
+    size = options.population or default_size(devices)
+    trials = len(points) or options.trials or _TRIALS
+    return Sweep(job.experiment, config, space, metric, trials, options.seeds, size, devices), points
+
+
+def _identity(job: Job, sweep: "Sweep") -> dict[str, Any]:
+    """What a study is of; all else may differ between its workers."""
+    config = dataclasses.asdict(sweep.config)
+    del config["dataset"]["data_dir"], config["distributed"]
+    return {
+        "experiment": job.module,
+        "config": config,
+        "search": list(sweep.space.text),
+        "metric": sweep.metric,
+        "seeds": sweep.seeds,
+        "grid": job.options.sampler == "grid",
+    }
+
+
+def _run_processes(count: int, argv: Sequence[str], display: Any) -> None:
+    """Starts workers that join the study, and shows what they do until the last has ended."""
+    cores = sorted(os.sched_getaffinity(0))
+    gpus = Path("/proc/driver/nvidia/gpus")
+    num_gpus = len(list(gpus.iterdir())) if gpus.is_dir() else 0
+    command = [sys.executable, "-m", "launch.sweep", *argv, "--processes=0"]
+    processes = []
+    for index in range(count):
+        place = {"CUDA_VISIBLE_DEVICES": str(index % num_gpus)} if num_gpus > 1 else {}
+        environment = {n: v for n, v in os.environ.items() if n != "XLA_PYTHON_CLIENT_PREALLOCATE"} | place
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
+        # Each has its own cores: small networks do not fill several.
+        os.sched_setaffinity(process.pid, set(cores[index % len(cores) :: count]) or set(cores))
+        processes.append(process)
+    try:
+        while any(process.poll() is None for process in processes):
+            time.sleep(_POLL_SECONDS)
+            display.update()
+    except BaseException:
+        for process in processes:
+            process.send_signal(signal.SIGTERM)
+        for process in processes:
+            process.wait()
+        raise
+    failed = [process.returncode for process in processes if process.returncode > 0]
+    if len(failed) == count:
+        raise UserError(f"all workers failed, the first with exit code {failed[0]}; their errors are above")
+
+
+def _finish(job: Job, sweep: "Sweep", study: "Study") -> None:
+    """Writes the record, then runs the best trial's command, which says what the test split has.
+
+    Raises:
+      UserError: no trial was trained to its end.
+    """
+    from launch import sweep_report as report
+    from research import app
+
+    workdir, ranked = Path(job.workdir), report.best(study, sweep)
+    if not ranked:
+        report.write(workdir, study, sweep, {})
+        raise UserError(f"no trial was trained to its end; {workdir}/trials.csv says why")
+    first = ranked[0]
+    args = [arg for arg in job.args if not arg.startswith("--workdir")]
+    commands = report.commands(job.module, args, sweep, first.params)
+    figures: dict[str, Any] = {"best_command": report.shell(commands[0])}
+    report.write(workdir, study, sweep, figures)
+    print(f"best: {report.line(first, sweep.metric)}\n  {figures['best_command']}", flush=True)
+    runs = []
+    for number, command in enumerate(commands):
+        folder = workdir / (f"best-{first.number}" + (f"-seed{number}" if sweep.seeds > 1 else ""))
+        runs.append(app.run(job.experiment, [*command[2:], f"--workdir={folder}", "--config.distributed.start=never"]))
+    for name in runs[0]:
+        if name.startswith("test_"):
+            values = [run[name] for run in runs]
+            figures[name] = statistics.mean(values)
+            if len(values) > 1:
+                figures[f"{name}_std"] = statistics.stdev(values)
+    figures["best_command_value"] = statistics.mean(run[sweep.metric] for run in runs)
+    report.write(workdir, study, sweep, figures)
+    found = report.summary(study, sweep)
+    print(
+        f"{found['num_trials']} trials ({found['num_pruned']} pruned, {found['num_failed']} failed), "
+        f"{found['num_compilations']} compilations, {found['wall_seconds']:.1f} s, "
+        f"{found['trials_per_minute']:.1f} trials a minute\n  record: {workdir}/sweep.html"
+    )
+
+
+if __name__ == "__main__":
+    job_lib.main(run)

@@ -1,0 +1,154 @@
+"""Members of a population are the same configs trained alone; one compilation serves all of them."""
+
+import copy
+import dataclasses
+
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from linear import LinearConfig, ModelConfig, make_task
+
+from research import hyperparams, optimizers, population, sharding
+from research.config import OptimizerConfig
+from research.data.sources import Dataset
+from research.layers.dropout import Dropout
+from research.population import Population
+from research.training import Training
+
+
+def _dataset():
+    rng = np.random.default_rng(0)
+
+    def split(count):
+        label = rng.integers(0, 3, count).astype(np.int32)
+        images = rng.integers(0, 160, (count, 4, 4, 1)) + 40 * label[:, None, None, None]
+        return {"image": images.astype(np.uint8), "label": label}
+
+    return Dataset("drawn", ("a", "b", "c"), split(70), split(20), split(5))
+
+
+DATASET = _dataset()
+BASE = LinearConfig(
+    num_epochs=2,
+    batch_size=16,  # does not divide the training set: epochs of 4 and 4 steps, and a last batch that is padded
+    label_smoothing=0.1,
+    model=ModelConfig(dropout=0.2),
+    optimizer=OptimizerConfig(name="momentum", learning_rate=0.05, schedule="cosine", warmup=0.2),
+)
+optimizers.resolve(BASE.optimizer)
+
+
+def _config(rate, seed, warmup=0.2, smoothing=0.1, dropout=0.2):
+    config = copy.deepcopy(BASE)
+    config.seed, config.label_smoothing, config.model.dropout = seed, smoothing, dropout
+    config.optimizer.learning_rate, config.optimizer.warmup = rate, warmup
+    return config
+
+
+CONFIGS = [_config(0.05, 0), _config(0.2, 1, warmup=0.5, smoothing=0.3), _config(0.02, 2, dropout=0.6), _config(0.1, 3)]
+
+
+def _make(devices=1, size=4):
+    return Population(BASE, make_task(BASE, DATASET), DATASET, jax.devices()[:devices], size)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """What each config gives by itself."""
+    found = []
+    for config in CONFIGS:
+        mesh = sharding.make_mesh(config, jax.devices()[:1])
+        with jax.set_mesh(mesh):
+            training = Training(config, make_task(config, DATASET), DATASET, mesh)
+            training.compile(train=True)
+            for _ in training.dispatches(training.ends[-1]):
+                pass
+            found.append(training.evaluate())
+    return found
+
+
+def _agree(report, expected):
+    assert report.finished
+    assert report.figures["validation_loss"] == pytest.approx(expected["validation_loss"], rel=1e-4)
+    assert report.figures["validation_accuracy"] == pytest.approx(expected["validation_accuracy"])
+
+
+@pytest.mark.parametrize(("devices", "platform"), [(1, "cpu"), (2, "cpu"), (1, "gpu")])
+def test_a_member_is_the_same_config_trained_alone(devices, platform, alone, monkeypatch):
+    """One after another, over two devices, and all at once as on an accelerator."""
+    each = population._each
+    monkeypatch.setattr(population, "_each", lambda _, function: each(platform, function))
+    members = _make(devices)
+    for slot, config in enumerate(CONFIGS):
+        members.start(slot, config)
+    assert {report.epoch for report in members.train_epoch().values()} == {1}
+    reports = members.train_epoch()
+    for slot, expected in enumerate(alone):
+        _agree(reports[slot], expected)
+    assert len({report.figures["validation_loss"] for report in reports.values()}) == 4
+
+
+def test_a_slot_is_refilled_without_compiling(alone):
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
+    )
+    members = _make()
+    assert "validation_loss" in members.figure_names()
+    members.start(0, _config(0.3, 9))
+    members.start(2, CONFIGS[2])
+    members.train_epoch()
+    members.stop(0)
+    members.start(0, CONFIGS[0])
+    assert compiled
+    compiled.clear()
+    _agree(members.train_epoch()[2], alone[2])
+    members.stop(2)
+    members.start(3, CONFIGS[3])  # a seed, a rate and a slot that this program has not seen
+    _agree(members.train_epoch()[0], alone[0])
+    members.stop(0)
+    _agree(members.train_epoch()[3], alone[3])
+    jax.monitoring.clear_event_listeners()
+    assert compiled == []
+    assert members.num_compilations == 1
+
+
+def test_a_member_that_diverges_leaves_the_others_alone(alone):
+    members = _make()
+    members.start(0, CONFIGS[0])
+    members.start(1, _config(1e30, 1))
+    first = members.train_epoch()
+    assert first[1].finished
+    assert first[1].figures == {}
+    assert 1 < first[1].diverged_at <= 4
+    assert not first[0].finished
+    members.stop(1)
+    _agree(members.train_epoch()[0], alone[0])
+
+
+def test_what_is_an_input_does_not_change_the_signature_and_all_else_does():
+    same = [*CONFIGS, dataclasses.replace(BASE, seed=7)]
+    assert len({hyperparams.signature(config) for config in same}) == 1
+    others = [
+        _config(0.05, 0, dropout=0.0),  # off: not in the program
+        dataclasses.replace(BASE, batch_size=8),
+        dataclasses.replace(BASE, model=ModelConfig(width=4, dropout=0.2)),
+        dataclasses.replace(BASE, optimizer=dataclasses.replace(BASE.optimizer, name="nesterov")),
+        dataclasses.replace(BASE, optimizer=dataclasses.replace(BASE.optimizer, clip_norm=1.0)),
+    ]
+    assert len({hyperparams.signature(config) for config in [BASE, *others]}) == 6
+
+
+@pytest.mark.parametrize("rate", [0.25, 0.7])
+def test_dropout_drops_at_the_traced_rate_and_keeps_the_mean(rate):
+    @jax.jit
+    def drop(rate, x):
+        layer = Dropout(0.5)
+        layer.rate = rate
+        return layer(x, train=True, key=jax.random.key(0))
+
+    dropped = drop(jnp.float32(rate), jnp.ones(20_000))
+    assert float((dropped == 0).mean()) == pytest.approx(rate, abs=0.015)
+    np.testing.assert_allclose(dropped[dropped != 0], 1 / (1 - rate), rtol=1e-6)

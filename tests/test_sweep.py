@@ -1,0 +1,352 @@
+"""`launch.sweep`: what is searched is checked, trials are planned once, lost ones come again, the record is left."""
+
+import csv
+import dataclasses
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import linear
+import pytest
+
+optuna = pytest.importorskip("optuna", reason="the extra `sweep` is not installed")
+
+from optuna.trial import TrialState  # noqa: E402
+
+from experiments import cifar_cnn  # noqa: E402
+from launch import job as job_lib  # noqa: E402
+from launch import search_space, sweep, sweep_report, worker  # noqa: E402
+from launch.local import LocalOptions  # noqa: E402
+from launch.study import PRUNERS, SAMPLERS, Study, open_storage  # noqa: E402
+from research import app, hyperparams  # noqa: E402
+from research.errors import NonFiniteLossError, UserError  # noqa: E402
+from research.population import Report  # noqa: E402
+from research.signals import Signals, StoppedError  # noqa: E402
+
+RATE = "optimizer.learning_rate"
+
+
+def _parse(*texts):
+    return search_space.parse(texts, cifar_cnn.get_config())
+
+
+BAD_SPACES = {
+    "optimizer.learning_rat=log(1,2)": "did you mean optimizer.learning_rate",
+    "model.width=int(16,4)": "from 16 to 4 is reversed",
+    f"{RATE}=float(1,1)": "is empty",
+    f"{RATE}=log(0,1)": "a logarithmic range is above 0",
+    f"{RATE}=log(-1,1)": "a logarithmic range is above 0",
+    f"{RATE}=log(1e-4,x)": "'x' is not of type float",
+    f"{RATE}=float(0,1,step=0.3)": "do not lead from",
+    f"{RATE}=1": "write log",
+    "model.width=float(1,2)": "use int or log",
+    "model.dropout=float(0,1.5)": "model.dropout=1.5: must be below 1",
+    "optimizer.name=[sgd,sdg]": "'sdg': use one of",
+    "optimizer.name=[]": "one or more different values",
+    "mirror=[maybe]": "'maybe' is not of type bool",
+    "mesh.fsdp=[1,2]": "is not searched",
+    "no_such_file.py": "has no `def search(trial)`",
+}
+
+
+@pytest.mark.parametrize("text", BAD_SPACES)
+def test_a_space_that_cannot_be_searched_is_named(text):
+    with pytest.raises(UserError) as error:
+        _parse(text)
+    assert text.partition("=")[0] in str(error.value)
+    assert BAD_SPACES[text] in str(error.value)
+
+
+def test_a_grid_is_all_combinations_and_keeps_types():
+    space = _parse("model.width=int(8,24,step=8)", f"{RATE}=[1e-2,1]", "mirror=[true,false]", "label_smoothing=[0.1]")
+    grid = space.grid()
+    assert len(grid) == len({tuple(point.items()) for point in grid}) == 12
+    assert {type(value) for point in grid for value in point.values()} == {int, float, bool}
+    assert {point["model.width"] for point in grid} == {8, 16, 24}
+    with pytest.raises(UserError, match="has no steps"):
+        _parse(f"{RATE}=log(1e-4,1)").grid()
+
+
+def test_a_python_file_searches_and_is_checked(tmp_path):
+    path = tmp_path / "search.py"
+    path.write_text(
+        "def search(trial):\n"
+        f"    rate = trial.suggest_float('{RATE}', 1e-3, 1e-1, log=True)\n"
+        "    name = trial.suggest_categorical('optimizer.name', ['sgd', 'momentum'])\n"
+        f"    values = {{'{RATE}': rate, 'optimizer.name': name}}\n"
+        "    return values if name == 'sgd' else values | {'optimizer.momentum': trial.suggest_float('m', 0.5, 0.9)}\n"
+    )
+    space = _parse(str(path))
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    draws = [space.suggest(study.ask()) for _ in range(10)]
+    assert {len(draw) for draw in draws} == {2, 3}
+    path.write_text("def search(trial):\n    trial.suggest_float('no_field', 0, 1)\n")
+    with pytest.raises(UserError, match="no field no_field"):
+        _parse(str(path))
+
+
+class _Fake:
+    """In the place of a population: the figure of a config is a function of its epoch, rate and seed."""
+
+    made = []  # noqa: RUF012
+
+    def __init__(self, config, task, dataset, devices, size, beside=None):
+        self.signature, self.members, self.size, self.most = hyperparams.signature(config), {}, size, 0
+        self.num_compilations = 1
+        _Fake.made.append(self)
+
+    @property
+    def free(self):
+        return [slot for slot in range(self.size) if slot not in self.members]
+
+    def start(self, slot, config):
+        assert hyperparams.signature(config) == self.signature
+        self.members[slot] = [config, 0]
+        self.most = max(self.most, len(self.members))
+
+    def stop(self, slot):
+        del self.members[slot]
+
+    def train_epoch(self, stops):
+        if stops():
+            return {}
+        reports = {}
+        for slot, member in self.members.items():
+            config, member[1] = member[0], member[1] + 1
+            diverges = config.optimizer.learning_rate > 1
+            value = config.optimizer.learning_rate * member[1] + config.seed
+            figures = {} if diverges else {"validation_accuracy": value, "validation_loss": -value}
+            finished = diverges or member[1] == config.num_epochs
+            reports[slot] = Report(member[1], figures, 3 if diverges else None, finished)
+        return reports
+
+
+@pytest.fixture
+def fake(monkeypatch, tmp_path):
+    """`fake(*search, ...)` makes a sweep whose trials take no time: (sweep, study, a function that makes a worker)."""
+    monkeypatch.setattr(worker, "Population", _Fake)
+    monkeypatch.setattr(worker, "load", lambda _: None)
+    _Fake.made = []
+    experiment = dataclasses.replace(cifar_cnn.EXPERIMENT, make_task=lambda *_: None)
+
+    def make(*texts, trials=12, seeds=1, size=4, sampler="random", pruner="none", epochs=3, signals=None):
+        config = cifar_cnn.get_config()
+        config.num_epochs = epochs
+        space = _parse(*texts)
+        points = space.grid() if sampler == "grid" else []
+        trials = len(points) or trials
+        swept = worker.Sweep(experiment, config, space, "validation_accuracy", trials, seeds, size, [None])
+        study = Study(open_storage("", tmp_path), "s", "maximize", {"search": texts}, sampler, pruner, 0)
+        study.plan(trials, points)
+        return swept, study, worker.Worker(swept, study, signals or Signals(), lambda: None)
+
+    return make
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_makes_exactly_the_planned_trials(fake, sampler):
+    grid = ["optimizer.name=[sgd,momentum]", f"{RATE}=[0.1,0.2,0.3]"]
+    texts = grid if sampler == "grid" else [f"{RATE}=log(1e-3,1)", "label_smoothing=float(0.1,0.2)"]
+    swept, study, made = fake(*texts, sampler=sampler)
+    made.run()
+    trials = study.trials(TrialState.COMPLETE)
+    assert len(trials) == (6 if sampler == "grid" else 12)
+    assert len({tuple(trial.params.items()) for trial in trials}) == len(trials)
+    assert study.complete(swept.trials)
+    assert sweep_report.best(study, swept)[0].params[RATE] == max(trial.params[RATE] for trial in trials)
+
+
+def test_trials_of_one_program_share_it_and_fill_its_slots(fake):
+    _, study, made = fake("model.width=[4,8]", "optimizer.name=[sgd,adam]", f"{RATE}=[0.1,0.2,0.3,0.4]", sampler="grid")
+    made.run()
+    assert len(study.trials(TrialState.COMPLETE)) == 16
+    assert len(_Fake.made) == len({fake.signature for fake in _Fake.made}) == 4
+    assert study.num_compilations() == 4
+    assert {fake.most for fake in _Fake.made} == {4}
+
+
+def test_seeds_count_by_their_mean(fake):
+    swept, study, made = fake(f"{RATE}=[0.1,0.2]", sampler="grid", seeds=3, size=7)
+    made.run()
+    assert [trial.value for trial in study.trials()] == pytest.approx([0.3 + 1, 0.6 + 1])
+    assert study.trials()[0].user_attrs["seed_values"] == pytest.approx([0.3, 1.3, 2.3])
+    assert _Fake.made[0].most == 6
+    commands = sweep_report.commands("experiments.cifar_cnn", ["--config=paper"], swept, {RATE: 0.2})
+    assert [command[-1] for command in commands] == [f"--config.seed={seed}" for seed in range(3)]
+
+
+@pytest.mark.parametrize("pruner", PRUNERS)
+def test_pruners_end_the_worst_early(fake, pruner):
+    swept, study, made = fake(f"{RATE}=float(0.01,1)", trials=30, epochs=9, pruner=pruner)
+    made.run()
+    pruned = study.trials(TrialState.PRUNED)
+    assert (len(pruned) > 3) == (pruner != "none")
+    assert sweep_report.summary(study, swept)["num_pruned"] == len(pruned)
+    assert len(pruned) + len(study.trials(TrialState.COMPLETE)) == 30
+
+
+def test_a_trial_that_fails_is_recorded_and_the_others_go_on(fake):
+    """Of 8 trials 2 diverge, and 2 give SGD a momentum that it does not have."""
+    texts = ["optimizer.name=[sgd,nesterov]", f"{RATE}=[0.1,9]", "optimizer.momentum=[0.5,0.9]"]
+    swept, study, made = fake(*texts, sampler="grid")
+    made.run()
+    found = sweep_report.summary(study, swept)
+    assert (found["num_trials"], found["num_complete"], found["num_failed"]) == (8, 2, 6)
+    diverged = [trial for trial in study.trials() if trial.user_attrs.get("diverged_at") == 3]
+    assert [trial.state for trial in diverged] == [TrialState.PRUNED] * 2
+    assert all("sgd has none" in trial.user_attrs["reason"] for trial in study.trials(TrialState.FAIL))
+
+
+def test_ten_failures_in_a_row_end_the_sweep(fake):
+    _, study, made = fake(f"{RATE}=float(2,9)", trials=40)
+    with pytest.raises(NonFiniteLossError, match="12 trials in a row failed") as error:
+        made.run()
+    assert "step 3" in str(error.value)
+    assert len(study.trials(TrialState.PRUNED)) == 12  # three populations of four
+
+
+def test_a_signal_gives_back_what_was_running(fake):
+    signals = Signals()
+    swept, study, made = fake(f"{RATE}=float(0.1,1)", trials=6, signals=signals)
+    signals.received = signal.SIGINT
+    with pytest.raises(StoppedError, match="the same command goes on"):
+        made.run()
+    assert study.trials(TrialState.RUNNING) == []
+    again = worker.Worker(swept, study, Signals(), lambda: None)
+    again.run()
+    assert len(study.trials(TrialState.COMPLETE)) == 6
+    assert sweep_report.summary(study, swept)["num_trials"] == 6
+
+
+def test_two_workers_share_no_trial_and_a_lost_one_is_retried_once(fake, tmp_path):
+    swept, study, _ = fake(f"{RATE}=float(0.1,1)", trials=7)
+    other = Study(open_storage("", tmp_path), "s", "maximize", {"search": [f"{RATE}=float(0.1,1)"]}, "tpe", "none", 0)
+    claimed = [(study, other)[turn % 2].claim(7) for turn in range(9)]
+    assert [trial and trial.number for trial in claimed] == [*range(7), None, None]
+    first = claimed[0]
+    rate = swept.space.suggest(first)[RATE]
+    assert study.retry_lost() == 0
+    for expected in (1, 0):  # lost, retried; lost again, not retried
+        first.set_user_attr("worker", f"{os.uname().nodename}:{2**22 + 1}")  # no such process
+        assert other.retry_lost() == 1
+        first = study.claim(7)
+        assert bool(first) == bool(expected)
+        assert not first or (first.number, swept.space.suggest(first)[RATE]) == (7, rate)
+    assert sweep_report.summary(study, swept)["num_failed"] == 1
+
+
+def test_a_worker_elsewhere_is_lost_when_it_has_been_silent_for_long(fake, monkeypatch):
+    _, study, _ = fake(f"{RATE}=float(0.1,1)", trials=2)
+    trial = study.claim(2)
+    trial.set_user_attr("worker", "elsewhere:1")
+    study.optuna.set_user_attr("alive:elsewhere:1", time.time() - 30)
+    assert study.retry_lost() == 0
+    study.optuna.set_user_attr("alive:elsewhere:1", time.time() - 90)
+    assert study.retry_lost() == 1
+
+
+def test_a_study_of_another_search_is_refused(fake, tmp_path):
+    fake(f"{RATE}=float(0.1,1)")
+    with pytest.raises(UserError, match="is another sweep \\(search differs\\)"):
+        Study(open_storage("", tmp_path), "s", "maximize", {"search": []}, "tpe", "none", 0)
+
+
+@pytest.mark.parametrize("url", ["sqlite:////no/such/folder/x.db", "nonsense://user:secret@host/x"])
+def test_a_storage_out_of_reach_is_named_without_its_password(url, tmp_path):
+    with pytest.raises(UserError, match="cannot be reached") as error:
+        open_storage(url, tmp_path)
+    assert "secret" not in str(error.value)
+
+
+def test_other_launchers_run_workers():
+    argv = ["launch.sweep", "experiments.cifar_cnn", "--processes=3", f"--search={RATE}=log(1e-4,1)", "--workdir=x"]
+    job = job_lib.parse("local", "", LocalOptions(), [*argv, "--storage=sqlite:///x.db", "--config.num_epochs=2"])
+    assert job.options.processes == 3
+    assert job.config.num_epochs == 2
+    module = job.command[1:4]
+    assert module == ["-m", "launch.sweep", "experiments.cifar_cnn"]
+    assert {"--processes=0", "--storage=sqlite:///x.db", f"--search={RATE}=log(1e-4,1)"} <= set(job.args)
+
+
+SWEEP = ["linear", "--population=2", "--workdir=w"]
+WIDTHS = [*SWEEP, "--search=model.width=[4,6]", f"--search={RATE}=[0.01,0.1]", "--sampler=grid"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder of its own, and one device."""
+    import jax
+
+    monkeypatch.chdir(tmp_path)
+    one = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *_: one)
+    return tmp_path
+
+
+def test_a_sweep_leaves_its_record_and_goes_on(folder, capsys):
+    assert sweep.run(WIDTHS) == 0
+    printed = capsys.readouterr().out
+    found = json.loads((folder / "w/sweep.json").read_text())
+    assert (found["num_trials"], found["num_failed"], found["num_compilations"]) == (4, 0, 2)
+    assert found["best_command"] in printed
+    assert found["best_value"] == pytest.approx(found["best_command_value"], abs=0.02)
+    assert 0 < found["test_accuracy"] < 1
+    assert found["metric"] == "validation_accuracy"
+    rows = list(csv.DictReader((folder / "w/trials.csv").open()))
+    assert len(rows) == 4
+    assert max(float(row["value"]) for row in rows) == found["best_value"]
+    page = (folder / "w/sweep.html").read_text()
+    assert found["best_command"].split()[-1] in page
+    assert "<script src" not in page
+    assert page.count("<section>") == 5
+    # The command by itself: flags that the experiment understands, and the config of the trial.
+    python, dash, module, *flags = shlex.split(found["best_command"])
+    assert (python, dash, module) == ("python", "-m", "linear")
+    config = app.parse(linear.EXPERIMENT, flags).config
+    assert config.optimizer.learning_rate == found["best_params"][RATE]
+    assert config.dataset.validation_fraction == 0.1
+    assert sweep.run(WIDTHS) == 0
+    assert "is finished" in capsys.readouterr().out
+    for changed, words in (
+        ([*WIDTHS, "--trials=5"], "the grid has 4 points"),
+        ([*SWEEP, f"--search={RATE}=[0.3]", "--sampler=grid"], "search differs"),
+        ([*SWEEP], "say what to vary"),
+        ([*WIDTHS, "--config.mesh.fsdp=2"], "each trial has one device"),
+        ([*WIDTHS, "--config.max_rewinds=1"], "a trial whose loss is not finite is over"),
+        ([*SWEEP, "--search=max_skipped_steps=[1,2]"], "a trial whose loss is not finite is over"),
+        ([*WIDTHS, "--workdir=gs://x/y"], "is on a local disk"),
+    ):
+        with pytest.raises(UserError, match=words):
+            sweep.run(changed)
+
+
+def test_a_killed_worker_loses_nothing_but_time(env, folder, capsys):
+    """kill -9 while a trial runs; the same command then goes on, and the lost trial comes again."""
+    argv = [*SWEEP, f"--search={RATE}=log(1e-3,1)", "--trials=3", "--config.num_epochs=2", "--sampler=random"]
+    command = [sys.executable, "-m", "launch.sweep", *argv, "--processes=0", "--config.num_epochs=1000"]
+    env["PYTHONPATH"] += f":{Path(__file__).parent}"
+    process = subprocess.Popen(command, env=env, cwd=folder, stdout=subprocess.DEVNULL)
+    journal = folder / "w/journal.log"
+    deadline = time.monotonic() + 120
+    while not (journal.exists() and '"intermediate_value"' in journal.read_text()):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    study = optuna.load_study(study_name="linear", storage=open_storage("", folder / "w"))
+    lost = [trial for trial in study.trials if trial.state == TrialState.RUNNING]
+    identity = study.user_attrs["identity"]
+    identity["config"]["num_epochs"] = 2  # so that the test need not train as long as the killed one would have
+    study.set_user_attr("identity", identity)
+    assert len(lost) == 2
+    assert sweep.run(argv) == 0
+    found = json.loads((folder / "w/sweep.json").read_text())
+    assert (found["num_trials"], found["num_complete"]) == (3, 3)
+    retried = {t.user_attrs["retry_of"]: t.params for t in study.trials if "retry_of" in t.user_attrs}
+    assert retried == {trial.number: trial.params for trial in lost}

@@ -22,8 +22,16 @@ def open_path(text: str) -> Path:
     """The path, of whatever file system.
 
     Raises:
-      UserError: there is no such file system, its package is not installed, or the text holds a password.
+      UserError: there is no such file system, its package is not installed, the text holds a password, or characters
+        that the locale has not.
     """
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a character: Python could not decode the command line
+        raise UserError(
+            f"{text!a}: this locale is not of its characters, and libraries cannot open it: set LC_ALL=C.UTF-8, "
+            "or give a name in ASCII"
+        ) from None
     if "://" not in text:
         return Path(text)
     check_no_password(text)

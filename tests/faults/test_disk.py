@@ -1,5 +1,6 @@
 """A disk that is full, read-only, out of inodes or beyond a limit: one line, and the last checkpoint as it was."""
 
+import os
 import subprocess
 
 import pytest
@@ -14,13 +15,17 @@ def disk(tmp_path):
     folder = tmp_path / "disk"
     folder.mkdir()
 
-    def mount(*options):
-        done = subprocess.run(["mount", "-t", "tmpfs", *options, "tmpfs", str(folder)], capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"mounting is not permitted here: {done.stderr.strip()}")
+    def mount(options):
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        return done.stderr.strip() if done.returncode else ""
 
-    mount("-o", "size=400k")
-    yield folder, lambda options: mount("-o", f"remount,{options}")
+    def remount(options):
+        assert not (error := mount(f"remount,{options}")), error
+
+    if reason := mount("size=400k"):
+        pytest.skip(f"mounting is not permitted here: {reason}")
+    yield folder, remount
     subprocess.run(["umount", str(folder)], check=True)
 
 
@@ -48,7 +53,8 @@ def test_a_full_disk_ends_a_run_that_goes_on_when_there_is_room(disk, forks):
         refused = train(workdir)
         assert (refused.code, "cannot be written: Read-only file system" in refused.output) == (2, True)
 
-    remount("rw,size=64m,nr_inodes=60")  # room, but for a few files more only
+    inodes = os.statvfs(folder)
+    remount(f"rw,size=64m,nr_inodes={inodes.f_files - inodes.f_ffree + 8}")  # room, but for a few files more only
     _stops_with_one_line(train("x"), "No space left on device")
 
     remount("nr_inodes=10000")

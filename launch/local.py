@@ -140,10 +140,9 @@ def _run_once(job: Job, asked: list[int]) -> int:
         what = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         if code == -signal.SIGABRT and late:  # how jax ends a process when another is silent
             number, what = late[0], "gave no sign of life (stopped, or cut off from the others) and was ended"
-        next_ = (
-            "" if job.options.max_restarts else "; --max_restarts=1 would start all again from the newest checkpoint"
-        )
-        print(f"error: process {number} {what}, and the others with it{next_}", file=sys.stderr)
+        again = "; --max_restarts=1 would start all again at the newest checkpoint"
+        cure = "" if job.options.max_restarts or code in job_lib.LASTING else again
+        print(f"error: process {number} {what}, and the others with it{cure}", file=sys.stderr)
         return code
     finally:
         processes.end(0)

@@ -1,6 +1,6 @@
-"""A process of several that is stopped, or whose network is cut: the rest ends in bounded time, and says which it was.
+"""A process of several that is stopped, killed, or cut off: the rest ends in bounded time, and says which it was.
 
-One that is killed, or gets SIGTERM, is in test_distributed.py.
+One that gets SIGTERM is in test_distributed.py.
 """
 
 import json
@@ -30,38 +30,38 @@ def _children(process):
     return sorted(map(int, found))
 
 
+def _stopped(env, *args):
+    """A run of two processes, of which the second was stopped when it had a checkpoint, once all have started again."""
+    command = [*LOCAL, SILENT, "--workdir=x", "--max_restarts=1", *args]
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout
+    next(line for line in process.stdout if " epoch 2/" in line)
+    os.kill(_children(process)[1], signal.SIGSTOP)
+    next(line for line in process.stdout if "resumed at step " in line)
+    return process
+
+
 @pytest.mark.faults
-def test_one_that_is_stopped_is_named_and_all_start_again(env, tmp_path):
-    _stop_one(env, tmp_path)
+def test_one_that_is_stopped_or_killed_is_named_and_all_start_again_or_end(env, tmp_path):
+    process = _stopped(env, "--config.num_epochs=10000")
+    os.kill(_children(process)[0], signal.SIGKILL)
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 128 + signal.SIGKILL
+    assert "error: process 1 gave no sign of life (stopped, or cut off from the others) and was ended" in errors
+    assert "restart 1 of 1, from the newest checkpoint" in errors
+    assert "error: process 0 was ended by SIGKILL, and the others with it" in errors
+    steps = [json.loads(line)["step"] for line in (tmp_path / "x/metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, len(steps) + 1))
 
 
 @pytest.mark.soak
 def test_one_that_is_stopped_changes_no_result(env, tmp_path):
-    _stop_one(env, tmp_path)
-    command = [*LOCAL, "--config.num_epochs=12", SILENT, "--workdir=whole"]
+    process = _stopped(env, "--config.num_epochs=12")
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    command = [*LOCAL, "--config.num_epochs=12", "--workdir=whole"]
     subprocess.run(command, env=env, check=True, capture_output=True, timeout=240)
     assert record(tmp_path / "x") == record(tmp_path / "whole")
-
-
-def _stop_one(env, tmp_path):
-    command = [*LOCAL, "--config.num_epochs=12", SILENT]
-    process = subprocess.Popen(
-        [*command, "--workdir=x", "--max_restarts=1"],
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout
-    next(line for line in process.stdout if " epoch 2/" in line)
-    os.kill(_children(process)[1], signal.SIGSTOP)
-    output, errors = process.communicate(timeout=240)
-    assert process.returncode == 0, errors
-    assert "error: process 1 gave no sign of life" in errors
-    assert "restart 1 of 1, from the newest checkpoint" in errors
-    assert "resumed at step " in output
-    steps = [json.loads(line)["step"] for line in (tmp_path / "x/metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, 12 * 1437 // 96 + 1))
 
 
 def _ip(*args):

@@ -194,10 +194,8 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["cifar_speedrun", "char_rnn", *(pytest.param(n, marks=pytest.mark.soak) for n in ("cifar_cnn", "mnist_vae"))],
-)
+@pytest.mark.soak
+@pytest.mark.parametrize("name", SMALL)
 def test_every_experiment_counts_what_it_skips(name, env, capsys):
     """A first update that overflows spoils every step after it."""
     module, args = SMALL[name]

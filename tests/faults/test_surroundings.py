@@ -58,9 +58,9 @@ def test_a_clock_that_jumps_back_a_day_at_every_look(stop, tmp_path, monkeypatch
 
 def test_out_of_memory_names_what_to_lower(forks, tmp_path):
     """A limit on the address space, and a batch beyond it: the allocation fails in XLA, not in Python."""
-    args = ["--config.dataset.name=digits", "--config.num_epochs=1", "--config.model.width=64"]
-    args += ["--config.batch_size=1437", f"--workdir={tmp_path / 'x'}"]
-    ended = forks.run("experiments.cifar_cnn", args, limits={"AS": 1_500_000_000})
+    args = ["--config.dataset.name=digits", "--config.num_epochs=1", "--config.samples=500"]
+    args += ["--config.batch_size=1024", f"--workdir={tmp_path / 'x'}"]
+    ended = forks.run("experiments.mnist_vae", args, limits={"AS": 1_500_000_000})
     assert ended.code == 5, ended.output
     (line,) = [line for line in ended.output.splitlines() if line.startswith("error: ")]
     assert "out of memory" in line

@@ -22,6 +22,7 @@ from research.data import text
 from research.data.sources import Dataset
 from research.errors import UserError
 from research.models import rnn
+from research.parametrization import Network
 from research.predictor import Predictor
 from research.tasks.generation import SampleOptions, decode, encode, generate
 from research.tasks.language_model import LanguageModel
@@ -102,13 +103,13 @@ def make_task(config: CharRNNConfig, dataset: Dataset) -> LanguageModel:
         )
     model = config.model
 
-    def network(rngs: nnx.Rngs) -> nnx.Module:
+    def create(model: RNNConfig, rngs: nnx.Rngs) -> nnx.Module:
         return rnn.RNN(model, len(dataset.label_names), rngs)
 
     def carry(batch_size: int) -> rnn.Carry:
         return rnn.initial_carry(model, batch_size)
 
-    return LanguageModel(network, carry, config.sequence_length)
+    return LanguageModel(Network(create, model), carry, config.sequence_length)
 
 
 def sample(predict: Predictor, config: CharRNNConfig, dataset: Dataset, options: SampleOptions, _: Path) -> None:

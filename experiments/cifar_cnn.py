@@ -17,6 +17,7 @@ from research.data import images
 from research.data.sources import Dataset
 from research.errors import UserError
 from research.models import cnn
+from research.parametrization import Network
 from research.tasks.classification import Classification
 
 
@@ -85,15 +86,16 @@ def make_task(config: CifarConfig, dataset: Dataset) -> Classification:
     if config.model.name == "airbench":
         whitening = cnn.whitening_kernel(np.asarray(images.normalize(train[:5000], mean, std)))
 
-    def network(rngs: nnx.Rngs) -> nnx.Module:
+    def create(model: CNNConfig, rngs: nnx.Rngs) -> nnx.Module:
         return cnn.create(
-            config.model,
+            model,
             image_shape=train.shape[1:],
             num_classes=len(dataset.label_names),
             rngs=rngs,
             whitening=whitening,
         )
 
+    network = Network(create, config.model)
     return Classification(network, mean, std, config.augment, config.label_smoothing, config.mirror)
 
 

@@ -26,6 +26,7 @@ from research.data.pipeline import epoch_ends
 from research.data.sources import Dataset
 from research.errors import UserError
 from research.models import vae
+from research.parametrization import Network
 from research.predictor import Predictor
 from research.tasks.vae import VAE
 
@@ -135,11 +136,11 @@ def make_task(config: MnistVAEConfig, dataset: Dataset) -> VAE:
     mean = images.pixel_means(train)
     num_train_steps = epoch_ends(len(train), config.batch_size, config.num_epochs)[-1]
 
-    def network(rngs: nnx.Rngs) -> nnx.Module:
-        return vae.create(config.model, mean=mean, rngs=rngs)
+    def create(model: VAEConfig, rngs: nnx.Rngs) -> nnx.Module:
+        return vae.create(model, mean=mean, rngs=rngs)
 
     return VAE(
-        network,
+        Network(create, config.model),
         train.shape[1:],
         config.model.likelihood,
         config.binarize,

@@ -74,7 +74,9 @@ def lower(what: Subject, config: Config, mesh: jax.sharding.Mesh) -> tuple[jax.s
       mesh: over devices of any kind.
     """
     given = hyperparams.inputs(config, what.num_train_steps)
-    graphdef, _, state = abstract_state(what.task, hyperparams.make_optimizer(config, given), config, mesh)
+    graphdef, _, state = abstract_state(
+        what.task, hyperparams.make_optimizer(config, given, what.task.widths), config, mesh
+    )
     steps = Steps(what.task, graphdef, config, mesh)
     longest = max(1, what.num_examples // config.batch_size)
     size, capacity = config.examples_at_once, most_steps(config, resident=what.resident, steps_per_epoch=longest)

@@ -58,7 +58,19 @@ class AugmentConfig:
 
 
 @dataclasses.dataclass
-class CNNConfig:
+class NetworkConfig:
+    """What every network has that can be made wider."""
+
+    parametrization: str = option(
+        "standard",
+        "how initial kernels and learning rates depend on the width (mup: research.parametrization)",
+        choices=("standard", "mup"),
+    )
+    base_width: int = option(0, "of mup: the width that the learning rate is for", minimum=0)
+
+
+@dataclasses.dataclass
+class CNNConfig(NetworkConfig):
     """A convolutional network (`research.models.cnn`)."""
 
     name: str = option("simple", "architecture", choices=("simple", "resnet", "wide_resnet", "airbench"))
@@ -75,7 +87,7 @@ class CNNConfig:
 
 
 @dataclasses.dataclass
-class RNNConfig:
+class RNNConfig(NetworkConfig):
     """A recurrent network (`research.models.rnn`)."""
 
     name: str = option("lstm", "cell", choices=("simple", "gru", "lstm", "mingru", "lru"))
@@ -87,7 +99,7 @@ class RNNConfig:
 
 
 @dataclasses.dataclass
-class VAEConfig:
+class VAEConfig(NetworkConfig):
     """A variational autoencoder (`research.models.vae`)."""
 
     name: str = option("dense", "architecture of encoder and decoder", choices=("dense", "conv"))
@@ -283,6 +295,21 @@ def check(config: Config) -> None:
             f"--config.batch_size={config.batch_size} is not a multiple of "
             f"--config.microbatch_size={config.microbatch_size}"
         )
+    if isinstance(model := getattr(config, "model", None), NetworkConfig):
+        _check_parametrization(model, config.optimizer.name)
+
+
+def _check_parametrization(model: NetworkConfig, rule: str) -> None:
+    if model.parametrization == "standard":
+        if model.base_width:
+            raise UserError(f"--config.model.base_width={model.base_width} needs --config.model.parametrization=mup")
+        return
+    if not model.base_width:
+        raise UserError("mup needs --config.model.base_width, the width that the learning rate was tuned for")
+    if rule in ("lars", "lamb"):
+        raise UserError(f"--config.optimizer.name={rule}: mup has no rule for it; use another optimiser")
+    if getattr(model, "tied", False):
+        raise UserError("--config.model.tied: mup scales the two kernels differently; leave it False")
 
 
 def check_fields(options: Any, prefix: str) -> None:

@@ -49,10 +49,13 @@ def _is_input(field: Any, value: Any) -> bool:
     return field.metadata.get("step_input", False) and bool(value)
 
 
-def make_optimizer(config: Config, given: Inputs) -> optax.GradientTransformation:
-    """The optimiser of a resolved config with the inputs in their places; they may be traced."""
+def make_optimizer(config: Config, given: Inputs, widths: Any) -> optax.GradientTransformation:
+    """The optimiser of a resolved config with the inputs in their places; they may be traced.
+
+    `widths` are those of the task (`Task.widths`).
+    """
     prefix = "optimizer."
     numbers = {path.removeprefix(prefix): value for path, value in given.items() if path.startswith(prefix)}
     boundaries = numbers.pop(BOUNDARIES.removeprefix(prefix))
     optimizer = dataclasses.replace(config.optimizer, **numbers)
-    return optimizers.make_optimizer(optimizers.scaled(optimizer, config.batch_size), boundaries)
+    return optimizers.make_optimizer(optimizers.scaled(optimizer, config.batch_size), boundaries, widths)

@@ -31,7 +31,8 @@ DEFAULTS: dict[str, tuple[float, float | None]] = {
     "lars": (4.0, 0.9),
     "lamb": (0.002, 0.9),
 }
-_DECOUPLED = ("adamw", "lion", "muon", "lars", "lamb")  # decay the kernels themselves
+_DECOUPLED = ("adamw", "lion", "muon")  # decay the kernels themselves, whatever the gradient
+_OWN_DECAY = ("lars", "lamb")
 _ONE_CYCLE_WARMUP = 0.3
 _MUON_ADAM_FACTOR = 0.1  # biases and norms go by Nesterov's Adam, whose customary rate is a tenth of Muon's
 _LARS_TRUST = 0.001  # You et al.'s trust coefficient
@@ -142,6 +143,7 @@ def _muon_dimensions(params: Any) -> Any:
 
 
 def _rule(name: str, rate: Any, momentum: Any, weight_decay: Any) -> optax.GradientTransformation:
+    """Only LARS and LAMB decay by themselves: before they measure the update."""
     # Duchi et al. 2011 start AdaGrad's sum of squares at 0, as PyTorch does; Optax's own default is 0.1.
     rules: dict[str, Callable[[], optax.GradientTransformation]] = {
         "sgd": lambda: optax.sgd(rate),
@@ -150,8 +152,8 @@ def _rule(name: str, rate: Any, momentum: Any, weight_decay: Any) -> optax.Gradi
         "adagrad": lambda: optax.adagrad(rate, initial_accumulator_value=0.0, eps=1e-10),
         "rmsprop": lambda: optax.rmsprop(rate, decay=0.9, momentum=momentum),
         "adam": lambda: optax.adam(rate, b1=momentum),
-        "adamw": lambda: optax.adamw(rate, b1=momentum, weight_decay=weight_decay, mask=_kernels),
-        "lion": lambda: optax.lion(rate, b1=momentum, weight_decay=weight_decay, mask=_kernels),
+        "adamw": lambda: optax.adam(rate, b1=momentum),
+        "lion": lambda: optax.lion(rate, b1=momentum, weight_decay=0.0),
         # You et al. 2017, arXiv 1708.03888, equation 6. What is not scaled by its own norm, biases and norms, goes at
         # the same small part of the rate.
         "lars": lambda: optax.lars(
@@ -168,16 +170,14 @@ def _rule(name: str, rate: Any, momentum: Any, weight_decay: Any) -> optax.Gradi
             rate,
             beta=momentum,
             adam_learning_rate=_MUON_ADAM_FACTOR * rate,
-            weight_decay=weight_decay,
-            weight_decay_mask=_kernels,
             muon_weight_dimension_numbers=_muon_dimensions,
         ),
     }
     return rules[name]()
 
 
-def make_optimizer(config: OptimizerConfig, boundaries: Any) -> optax.GradientTransformation:
-    """The gradient's way to the update: clipping, weight decay, the rule, the schedule.
+def make_optimizer(config: OptimizerConfig, boundaries: Any, widths: Any = None) -> optax.GradientTransformation:
+    """The gradient's way to the update: clipping, weight decay, the rule, each parameter's rate, the schedule.
 
     AdamW, Lion, Muon, LARS and LAMB decay the kernels themselves (decoupled, as published); for the others weight decay
     adds weight_decay * kernel to the gradient, as in PyTorch.
@@ -185,13 +185,24 @@ def make_optimizer(config: OptimizerConfig, boundaries: Any) -> optax.GradientTr
     Args:
       config: resolved (`resolve`); the numbers in it may be traced.
       boundaries: of the schedule, by the function of that name; may be traced.
+      widths: a tree of `research.parametrization.Widths`, by which parameters' rates differ; None: they do not.
     """
     clip = [optax.clip_by_global_norm(config.clip_norm)] if _is_on(config.clip_norm) else []
     weight_decay, momentum = config.weight_decay, 0.0 if config.momentum is None else config.momentum
-    decay = [] if config.name in _DECOUPLED else [optax.add_decayed_weights(weight_decay, _kernels)]
     rule = _rule(config.name, 1.0, momentum, weight_decay)
+    coupled = decoupled = []
+    if config.name in _DECOUPLED:
+        decoupled = [optax.add_decayed_weights(-weight_decay, _kernels)]
+    elif config.name not in _OWN_DECAY:
+        coupled = [optax.add_decayed_weights(weight_decay, _kernels)]
+    by_width = [] if widths is None else [_scale_by_width(config.name, widths)]
     rate = optax.scale(config.learning_rate)  # pyright: ignore[reportArgumentType]
-    return optax.chain(*clip, *decay, rule, rate, optax.scale_by_schedule(unit_schedule(config, boundaries)))
+    schedule = optax.scale_by_schedule(unit_schedule(config, boundaries))
+    return optax.chain(*clip, *coupled, rule, *by_width, *decoupled, rate, schedule)
+
+
+def _scale_by_width(rule: str, widths: Any) -> optax.GradientTransformation:
+    return optax.stateless(lambda updates, _: jax.tree.map(lambda u, w: w.rate_scale(rule) * u, updates, widths))
 
 
 def _is_on(value: Any) -> bool:

@@ -122,7 +122,7 @@ class Population:
         self._validation = EvalBatches(dataset.validation, config, self._mesh, resident=resident, data=data[1])
         self._given = hyperparams.inputs(config, ends[-1])
         self._zeros = jax.tree.map(np.zeros_like, self._batches.of_seed(0).take_local(1))
-        tx = hyperparams.make_optimizer(config, self._given)
+        tx = hyperparams.make_optimizer(config, self._given, task.widths)
         graphdef, self._init = make_init(task, tx, config, self._mesh)
         self._jit(Steps(task, graphdef, config, self._mesh))
         carry = task.initial_carry(config.examples_at_once)

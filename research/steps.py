@@ -146,7 +146,7 @@ class Steps:
         """
         key = jax.random.fold_in(jax.random.key(given[SEED]), state.step)
         model_state, carry, (grads, metrics) = self._gradients(state, data, inputs, given, key)
-        updates, opt_state = hyperparams.make_optimizer(self._config, given).update(
+        updates, opt_state = hyperparams.make_optimizer(self._config, given, self._task.widths).update(
             grads, state.opt_state, state.params
         )
         params = optax.apply_updates(state.params, updates)

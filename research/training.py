@@ -67,7 +67,7 @@ class Training:
         }
         self._given = hyperparams.inputs(config, self.ends[-1])
         self._rates = optimizers.learning_rates(optimizers.scaled(config.optimizer, config.batch_size), self.ends[-1])
-        tx = hyperparams.make_optimizer(config, self._given)
+        tx = hyperparams.make_optimizer(config, self._given, task.widths)
         self.graphdef, self.state = create_state(task, tx, config, mesh)
         self._steps = Steps(task, self.graphdef, config, mesh)
         # On a CPU nothing is gained by running ahead of the devices, and several dispatches in flight over several

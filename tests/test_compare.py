@@ -1,6 +1,7 @@
 """Runs side by side, and the curves of one."""
 
 import json
+import shutil
 
 import pytest
 from drawn import run
@@ -10,10 +11,18 @@ from research import compare, plots, train
 from research.errors import UserError
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    return folder, [run(folder / name, rate=rate)[1] for name, rate in (("slow", 0.001), ("fast", 0.1))]
+
+
 @pytest.fixture
-def two_runs(tmp_path, monkeypatch):
+def two_runs(trained, tmp_path, monkeypatch):
+    """A copy for each test, which may damage it."""
+    shutil.copytree(trained[0], tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    return [run(tmp_path / name, rate=rate)[1] for name, rate in (("slow", 0.001), ("fast", 0.1))]
+    return trained[1]
 
 
 def test_differing_fields_and_figures_are_shown(two_runs, tmp_path, capsys):

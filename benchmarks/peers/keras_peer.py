@@ -14,10 +14,10 @@ from benchmarks.peers import works
 from benchmarks.peers.clock import Clock
 
 
-def cnn() -> keras.Model:
+def cnn(channels: int = 3) -> keras.Model:
     return keras.Sequential(
         [
-            layers.Input((32, 32, 3)),
+            layers.Input((32, 32, channels)),
             layers.Conv2D(32, 3, activation="relu"),
             layers.MaxPooling2D(),
             layers.Conv2D(64, 3, activation="relu"),

@@ -13,9 +13,9 @@ from benchmarks.peers.clock import Clock
 
 
 class CNN(nn.Module):
-    def __init__(self):
+    def __init__(self, channels=3):
         super().__init__()
-        self.conv1, self.conv2, self.conv3 = nn.Conv2d(3, 32, 3), nn.Conv2d(32, 64, 3), nn.Conv2d(64, 64, 3)
+        self.conv1, self.conv2, self.conv3 = nn.Conv2d(channels, 32, 3), nn.Conv2d(32, 64, 3), nn.Conv2d(64, 64, 3)
         self.hidden, self.logits = nn.Linear(1024, 64), nn.Linear(64, 10)
 
     def forward(self, x):

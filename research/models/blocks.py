@@ -14,6 +14,8 @@ from research.layers.dropout import Dropout
 
 GLOROT = nnx.initializers.glorot_uniform()
 HE = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al. 2015, equation 14
+HE_FAN_IN = nnx.initializers.he_normal()
+LECUN = nnx.initializers.lecun_normal()
 LECUN_THIRD = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # PyTorch's default
 
 

@@ -26,7 +26,7 @@ from research.errors import UserError
 from research.layers.convolution import conv2d
 from research.layers.dropout import Dropout
 from research.layers.pooling import avg_pool, max_pool
-from research.models.blocks import GLOROT, HE, LECUN_THIRD, Bias, Style
+from research.models.blocks import GLOROT, HE, HE_FAN_IN, LECUN, LECUN_THIRD, Bias, Style
 
 Pool = Callable[[jax.Array, int], jax.Array]
 
@@ -81,10 +81,12 @@ def create(
     """
     width, depth = config.width, config.depth
     dtype = jnp.dtype(config.dtype)
-    he = Style(rngs, dtype, config.dropout, config.norm, HE, LECUN_THIRD)
+    by_fan_in = config.parametrization == "mup"
+    he = Style(rngs, dtype, config.dropout, config.norm, HE_FAN_IN if by_fan_in else HE, LECUN_THIRD)
     match config.name:
         case "simple":
-            style = Style(rngs, dtype, config.dropout, config.norm, GLOROT, GLOROT)
+            init = LECUN if by_fan_in else GLOROT
+            style = Style(rngs, dtype, config.dropout, config.norm, init, init)
             pool = max_pool if config.pool == "max" else avg_pool
             return Simple(style, width, pool, image_shape, num_classes)
         case "resnet":

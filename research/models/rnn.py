@@ -26,14 +26,13 @@ from research.config import RNNConfig
 from research.layers import recurrence
 from research.layers.dropout import Dropout
 from research.layers.linear_recurrence import SEQUENCE, linear_recurrence
-from research.models.blocks import Linear
+from research.models.blocks import LECUN, Linear
 from research.sharding import BATCH_AXES
 
 Carry = tuple[recurrence.State, ...]  # of every layer, float32 [b, units] each
 
 _MEMORY = {"simple": (1,), "gru": (1,), "lstm": (1, 1), "mingru": (1,), "lru": (2,)}  # widths; lru: real, imaginary
 PARALLEL = ("mingru", "lru")
-_LECUN = nnx.initializers.lecun_normal()
 
 
 def initial_carry(config: RNNConfig, batch_size: int) -> Carry:
@@ -54,15 +53,16 @@ class RNN(nnx.Module):
 
     def __init__(self, config: RNNConfig, vocabulary_size: int, rngs: nnx.Rngs):
         width, self.dtype = config.width, jnp.dtype(config.dtype)
-        # A projection expects inputs of unit variance; a tied kernel must give small logits; a norm takes either.
-        unit = config.name not in PARALLEL and not config.tied
+        # A projection expects inputs of unit variance; a tied kernel must give small logits; a norm takes either, but
+        # what later layers add to must not vanish as the width grows.
+        unit = config.parametrization == "mup" or (config.name not in PARALLEL and not config.tied)
         embedding_init = nnx.initializers.normal(1.0 if unit else width**-0.5)
         self.embedding = nnx.Embed(vocabulary_size, width, embedding_init=embedding_init, rngs=rngs)
         self.layers = nnx.List([_LAYERS[config.name](config, rngs) for _ in range(config.layers)])
         # A residual network's sum is normalised once more before it is read.
         self.norm = nnx.RMSNorm(width, rngs=rngs) if config.name in PARALLEL else None
         self.bias = nnx.Param(jnp.zeros(vocabulary_size))
-        self.kernel = None if config.tied else nnx.Param(_LECUN(rngs.params(), (width, vocabulary_size)))
+        self.kernel = None if config.tied else nnx.Param(LECUN(rngs.params(), (width, vocabulary_size)))
 
     def __call__(
         self, tokens: jax.Array, carry: Carry, first: jax.Array, *, train: bool, key: jax.Array | None = None

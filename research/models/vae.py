@@ -20,7 +20,7 @@ from flax import nnx
 from research.config import VAEConfig
 from research.errors import UserError
 from research.layers.bias import bias_add
-from research.models.blocks import GLOROT, Style
+from research.models.blocks import GLOROT, LECUN, Style
 
 _ACTIVATIONS = {"tanh": jnp.tanh, "relu": nnx.relu, "silu": nnx.silu, "gelu": nnx.gelu}
 _PARAMETERS = {"bernoulli": 1, "gaussian": 2}  # a pixel
@@ -41,7 +41,8 @@ def create(config: VAEConfig, *, mean: np.ndarray, rngs: nnx.Rngs) -> "VAE":
       mean: float [h, w, c], the training images' mean in 0..1; the decoder starts from it, as in Burda's program.
       rngs: for initialisation.
     """
-    return VAE(config, mean, Style(rngs, jnp.dtype(config.dtype), 0.0, "none", GLOROT, GLOROT))
+    init = LECUN if config.parametrization == "mup" else GLOROT
+    return VAE(config, mean, Style(rngs, jnp.dtype(config.dtype), 0.0, "none", init, init))
 
 
 def initial_bias(config: VAEConfig, mean: np.ndarray) -> np.ndarray:

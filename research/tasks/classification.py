@@ -36,10 +36,6 @@ class Classification(Task):
     label_smoothing: float = 0.0
     mirror: bool = False
 
-    def create_model(self, rngs: nnx.Rngs) -> nnx.Module:
-        """Builds the network with its initial parameters."""
-        return self.network(rngs)
-
     def with_inputs(self, inputs: Mapping[str, Any]) -> "Classification":
         """With the label smoothing that is given."""
         return dataclasses.replace(self, label_smoothing=inputs.get("label_smoothing", self.label_smoothing))

@@ -38,10 +38,6 @@ class LanguageModel(Task):
         """Characters, and how many of them an example has."""
         return "characters", self.length
 
-    def create_model(self, rngs: nnx.Rngs) -> nnx.Module:
-        """Builds the network with its initial parameters."""
-        return self.network(rngs)
-
     def initial_carry(self, batch_size: int) -> Any:
         """The network's memory of nothing."""
         return self.carry(batch_size)

@@ -33,20 +33,27 @@ class Function:
 
 
 class Task:
-    """What is learned. A task overrides `create_model` and one of `evaluate` and `advance`; the rest has defaults.
+    """What is learned. A task overrides one of `evaluate` and `advance`; the rest has defaults.
 
     Attributes:
+      network: builds the network from its rngs.
       unit: what an example consists of, and how many of them: speed is also reported in these where there is more than
         one, as in ("characters", 128).
       parallel_over_time: whether several devices can share an example's time axis (the mesh's `sequence`).
     """
 
+    network: Callable[[nnx.Rngs], nnx.Module]
     unit: tuple[str, int] = ("examples", 1)
     parallel_over_time: bool = False
 
     def create_model(self, rngs: nnx.Rngs) -> nnx.Module:
         """Builds the network with its initial parameters."""
-        raise NotImplementedError
+        return self.network(rngs)
+
+    @property
+    def widths(self) -> Any:
+        """How wide each parameter is beside its base width (`research.parametrization`); None: all rates are alike."""
+        return getattr(getattr(self, "network", None), "widths", None)
 
     def evaluate(self, model: nnx.Module, batch: Batch, *, key: jax.Array, train: bool) -> Metrics:
         """The values of every example.

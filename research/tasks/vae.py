@@ -55,10 +55,6 @@ class VAE(Task):
     free_bits: float = 0.0
     final_samples: int = 0
 
-    def create_model(self, rngs: nnx.Rngs) -> nnx.Module:
-        """Builds the network with its initial parameters."""
-        return self.network(rngs)
-
     def with_inputs(self, inputs: Mapping[str, Any]) -> "VAE":
         """With the weight of the KL and the free bits that are given."""
         return dataclasses.replace(self, **{name: inputs[name] for name in ("beta", "free_bits") if name in inputs})

@@ -1,0 +1,141 @@
+"""Trials a minute: this project's sweep beside Optuna with Keras and Optuna with PyTorch, on the digits.
+
+pip install -e ".[bench]" && python -m benchmarks.sweep [--trials=32] [--epochs=3] [--rounds=3]
+
+All three train the same network by Adam at the same learning rates for the same epochs, and judge it on the same
+validation split. They take turns, each in a process of its own, which is timed from its start to its end: importing,
+compiling (no cache of programs is warm) and this project's report and final run of the best trial are in it. A ratio is
+this project's trials a minute over the peer's of the same round.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import app, flags
+
+from benchmarks import output
+
+Run = dict[str, float]
+OURS, PEERS = "meshwork", ("keras", "torch")
+MODULES = {"cnn": ["experiments.cifar_cnn", "--config=paper"], "mlp": ["benchmarks.mlp"]}
+_BATCH = 32
+_NEAR = 0.05  # the best accuracies must be, or it was not the same work
+
+WORK = flags.DEFINE_list("work", list(MODULES), f"what to train: {', '.join(MODULES)}")
+TRIALS = flags.DEFINE_integer("trials", 32, "trials of a sweep", lower_bound=2)
+EPOCHS = flags.DEFINE_integer("epochs", 3, "epochs of a trial", lower_bound=1)
+ROUNDS = flags.DEFINE_integer("rounds", 3, "how many times each is run", lower_bound=1)
+flags.register_validator("work", lambda names: set(names) <= set(MODULES), f"use {', '.join(MODULES)}")
+
+
+def command(name: str, work: dict[str, Any], folder: Path) -> list[str]:
+    """The arguments of Python that sweep."""
+    if name != OURS:
+        return ["-m", "benchmarks.peers.optuna_process", name, str(folder)]
+    rates = ",".join(map(str, work["rates"]))
+    return [
+        *("-m", "launch.sweep", *MODULES[work["network"]], "--config.dataset.name=digits"),
+        *(f"--config.num_epochs={work['epochs']}", f"--config.batch_size={work['batch_size']}"),
+        *("--sampler=grid", f"--search=optimizer.learning_rate=[{rates}]", f"--workdir={folder / 'sweep'}"),
+    ]
+
+
+def run(name: str, work: dict[str, Any], arrays: dict[str, np.ndarray]) -> Run:
+    """One sweep in a process of its own: its seconds, and the best accuracy that it found.
+
+    Raises:
+      SystemExit: it failed.
+    """
+    with tempfile.TemporaryDirectory() as path:
+        folder = Path(path)
+        (folder / "work.json").write_text(json.dumps(work))
+        np.savez(folder / "arrays.npz", **arrays)  # pyright: ignore[reportArgumentType]
+        environment = os.environ | {"MESHWORK_CACHE_DIR": str(folder / "cache"), "TF_CPP_MIN_LOG_LEVEL": "3"}
+        start = time.monotonic()
+        args = [sys.executable, *command(name, work, folder)]
+        done = subprocess.run(args, env=environment, capture_output=True, text=True)
+        seconds = time.monotonic() - start
+        if done.returncode:
+            raise SystemExit(f"error: {name} failed: {done.stderr.strip().splitlines()[-1]}")
+        if name == OURS:
+            return {"seconds": seconds, "best": json.loads((folder / "sweep/sweep.json").read_text())["best_value"]}
+        return {"seconds": seconds, "best": max(json.loads(done.stdout.splitlines()[-1]))}
+
+
+def examples() -> dict[str, np.ndarray]:
+    """The digits as a sweep splits them: "train_image" and "validation_image", float32 [n, 32, 32, 1], normalised, and
+    their labels."""
+    from research.config import DatasetConfig
+    from research.data import images, sources
+
+    dataset = sources.load(DatasetConfig(name="digits", validation_fraction=0.1))
+    assert dataset.validation is not None
+    statistics_ = images.channel_statistics(dataset.train["image"])
+    found = {}
+    for name, split in (("train", dataset.train), ("validation", dataset.validation)):
+        found[f"{name}_image"] = np.asarray(images.normalize(split["image"], *statistics_))
+        found[f"{name}_label"] = split["label"]
+    return found
+
+
+def row(work: dict[str, Any], peer: str, ours: list[Run], theirs: list[Run]) -> dict[str, Any]:
+    """This project against one peer.
+
+    Raises:
+      SystemExit: what they found differs: it was not the same work.
+    """
+    for mine, other in zip(ours, theirs):
+        if abs(mine["best"] - other["best"]) > _NEAR:
+            raise SystemExit(
+                f"error: {work['network']} with {peer} is not the same work: the best accuracy is {mine['best']:.3f} "
+                f"here, {other['best']:.3f} there"
+            )
+    speeds = [[60 * len(work["rates"]) / one["seconds"] for one in runs] for runs in (ours, theirs)]
+    ratios = [a / b for a, b in zip(*speeds)]
+    return {
+        "work": work["network"],
+        "peer": peer,
+        "trials": len(work["rates"]),
+        "epochs": work["epochs"],
+        "batch_size": work["batch_size"],
+        "trials_per_minute": round(statistics.median(speeds[0]), 1),
+        "peer_trials_per_minute": round(statistics.median(speeds[1]), 1),
+        "ratio": round(statistics.median(ratios), 2),
+        "ratio_min": round(min(ratios), 2),
+        "ratio_max": round(max(ratios), 2),
+        "rounds": len(ratios),
+        "best_accuracy": ours[0]["best"],
+        "peer_best_accuracy": theirs[0]["best"],
+    }
+
+
+def main(_: list[str]) -> None:
+    out, arrays = output.folder(), examples()
+    rates = np.geomspace(1e-4, 1e-2, TRIALS.value).round(7).tolist()
+    rows = []
+    for network in WORK.value:
+        work = {"network": network, "rates": rates, "epochs": EPOCHS.value, "batch_size": _BATCH}
+        runs: dict[str, list[Run]] = {name: [] for name in (OURS, *PEERS)}
+        for number in range(ROUNDS.value):
+            for name, done in runs.items():
+                done.append(run(name, work, arrays))
+                print(f"round {number + 1}  {network}  {name:<9} {done[-1]['seconds']:7.1f} s", flush=True)
+        rows += [row(work, peer, runs[OURS], runs[peer]) for peer in PEERS]
+        (out / "sweep.json").write_text(json.dumps({"cores": os.cpu_count(), "rows": rows}, indent=1) + "\n")
+    for found in rows:
+        print(
+            f"{found['work']}: {found['trials_per_minute']} trials a minute, Optuna with {found['peer']} "
+            f"{found['peer_trials_per_minute']}: {found['ratio']} times ({found['ratio_min']} to {found['ratio_max']})"
+        )
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,127 @@
+"""The maximal update parametrization: its table, and that what an update changes does not depend on the width."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from experiments import char_rnn, cifar_cnn, mnist_vae
+from research import config as config_lib
+from research import optimizers
+from research.config import CNNConfig, OptimizerConfig, RNNConfig, VAEConfig
+from research.data.sources import Dataset
+from research.errors import UserError
+
+_RANDOM = np.random.default_rng(0)
+IMAGES = {"image": _RANDOM.integers(0, 256, (16, 18, 18, 1), dtype=np.uint8), "label": np.arange(16) % 4}
+TEXT = {"text": _RANDOM.integers(0, 20, 400, dtype=np.uint8)}
+
+
+def _task(kind, rule="adam", **model):
+    """The experiment's own task, its optimiser's config, and a batch."""
+    names = tuple(map(str, range(20)))
+    optimizer = OptimizerConfig(name=rule, learning_rate={"adam": 1e-3, "momentum": 0.02, "muon": 0.005}[rule])
+    optimizers.resolve(optimizer)
+    index = {"index": np.arange(16), "epoch": np.zeros(16, np.int32), "step": np.int32(0)}
+    options = {"batch_size": 16, "num_epochs": 1, "optimizer": optimizer}
+    if kind == "lstm":
+        config = char_rnn.CharRNNConfig(**options, model=RNNConfig(layers=1, **model), sequence_length=12)
+        dataset = Dataset("drawn", names, TEXT, None, TEXT, shuffle=False)
+        tokens = TEXT["text"][:208].reshape(16, 13)
+        batch = {"tokens": tokens, "first": np.ones(16, bool), "count": np.full(16, 12)}
+        return char_rnn.make_task(config, dataset), config, index | batch
+    experiment, config = {
+        "cnn": (cifar_cnn, cifar_cnn.CifarConfig(**options, model=CNNConfig(**model))),
+        "vae": (mnist_vae, mnist_vae.MnistVAEConfig(**options, model=VAEConfig(**model))),
+    }[kind]
+    dataset = Dataset("drawn", names[:4], IMAGES, None, IMAGES)
+    return experiment.make_task(config, dataset), config, index | IMAGES
+
+
+def _change(kind, rule, **model):
+    """Root mean square of what four updates change in the loss of each example."""
+    task, config, batch = _task(kind, rule, **model)
+    key, carry = jax.random.key(0), task.initial_carry(16)
+    graphdef, params, rest = nnx.split(task.create_model(nnx.Rngs(0)), nnx.Param, ...)
+    tx = optimizers.make_optimizer(config.optimizer, optimizers.boundaries(config.optimizer, 100), task.widths)
+
+    @jax.jit
+    def losses(params):
+        network = nnx.merge(graphdef, params, rest)
+        return task.advance(network, batch, carry, key=key, train=True)[0]["loss"]
+
+    @jax.jit
+    def update(params, state):
+        updates, state = tx.update(jax.grad(lambda p: losses(p).mean())(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    before, state = losses(params), tx.init(params)
+    for _ in range(4):
+        params, state = update(params, state)
+    return float(jnp.sqrt(jnp.mean(jnp.square(losses(params) - before))))
+
+
+@pytest.mark.parametrize(
+    ("kind", "rule", "widths"),
+    [
+        ("cnn", "adam", (64, 128)),
+        ("lstm", "adam", (64, 256)),
+        ("vae", "adam", (256, 1024)),
+        ("vae", "momentum", (256, 1024)),
+        ("vae", "muon", (256, 1024)),
+    ],
+)
+def test_what_updates_change_does_not_depend_on_the_width(kind, rule, widths):
+    mup = functools.partial(_change, kind, rule, parametrization="mup", base_width=widths[0] // 4)
+    narrow, wide = (mup(width=width) for width in widths)
+    assert 0.7 < wide / narrow < 1.4
+
+
+@pytest.mark.parametrize(("kind", "widths"), [("lstm", (64, 256)), ("vae", (256, 1024))])
+def test_by_the_standard_parametrization_it_does(kind, widths):
+    narrow, wide = (_change(kind, "adam", width=width) for width in widths)
+    assert wide / narrow > 2
+
+
+def test_initial_kernels_and_rates_are_those_of_the_table():
+    task, _, _ = _task("cnn", width=32, parametrization="mup", base_width=8)
+    params = nnx.to_pure_dict(nnx.state(task.create_model(nnx.Rngs(0)), nnx.Param))
+    widths = nnx.to_pure_dict(task.widths)
+    # Four times as wide; the table has inputs, hidden layers, outputs, and a bias.
+    hand = {
+        ("convs", 0, "kernel"): {"sgd": 4.0, "adam": 1.0, "muon": 1.0},
+        ("convs", 1, "kernel"): {"nesterov": 1.0, "lion": 0.25, "muon": 1.0},
+        ("hidden", "kernel"): {"momentum": 1.0, "adagrad": 0.25, "muon": 1.0},
+        ("logits", "kernel"): {"sgd": 0.25, "adamw": 0.25, "muon": 0.5},
+        ("logits", "bias"): {"sgd": 1.0, "rmsprop": 1.0, "muon": 1.0},
+        ("norms", 1, "layer", "bias"): {"sgd": 4.0, "adam": 1.0, "muon": 1.0},
+    }
+    for path, rates in hand.items():
+        width = functools.reduce(lambda tree, name: tree[name], path, widths)
+        assert {rule: width.rate_scale(rule) for rule in rates} == pytest.approx(rates)
+    deviation = {path: float(functools.reduce(lambda t, n: t[n], path, params).std()) for path in hand}
+    assert deviation["convs", 1, "kernel"] == pytest.approx((9 * 32) ** -0.5, rel=0.03)
+    assert deviation["logits", "kernel"] == pytest.approx(64**-0.5 / 2, rel=0.15)  # of 256 values
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"parametrization": "mup"}, "needs --config.model.base_width"),
+        ({"base_width": 8}, "needs --config.model.parametrization=mup"),
+        ({"parametrization": "mup", "base_width": 8, "tied": True}, "--config.model.tied"),
+    ],
+)
+def test_what_it_cannot_do_is_named(fields, words):
+    with pytest.raises(UserError, match=words):
+        config_lib.check(char_rnn.CharRNNConfig(model=RNNConfig(**fields)))
+
+
+def test_rules_that_measure_their_update_are_refused():
+    model, optimizer = CNNConfig(parametrization="mup", base_width=8), OptimizerConfig(name="lamb")
+    with pytest.raises(UserError, match="lamb: mup has no rule"):
+        config_lib.check(cifar_cnn.CifarConfig(model=model, optimizer=optimizer))

@@ -33,7 +33,7 @@ class SpeedrunConfig(CifarConfig):
     num_runs: int = option(20, "runs, each of another seed", minimum=1)
 
 
-_OF_RECORDS = ("log_every_steps", "pictures_every_epochs", "checkpoint_every_steps", "keep_checkpoints")
+_OF_RECORDS = ("log_every_steps", "pictures_every_epochs", "checkpoint_every_steps", "keep_checkpoints", "max_rewinds")
 
 
 def airbench94() -> SpeedrunConfig:
@@ -62,6 +62,7 @@ def run(experiment: app.Experiment, argv: Sequence[str], signals: Signals) -> di
 
     Raises:
       UserError: bad input, found before the first run.
+      NonFiniteLossError: a run diverged; speedrun.json has those before it.
       StoppedError: a signal came; speedrun.json has the runs that were finished.
     """
     command = app.parse(experiment, argv)

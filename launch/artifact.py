@@ -109,13 +109,25 @@ def read(folder: Path) -> Artifact:
     try:
         data = {name: _checked(folder, name, entry) for name, entry in manifest["files"].items()}
         programs = {name: data[function["file"]] for name, function in manifest["functions"].items()}
-        if not (isinstance(manifest["classes"], list) and isinstance(manifest["platforms"], list)):
-            raise TypeError("no lists of classes and platforms")
+        _check_form(manifest)
         return Artifact(manifest, _unpacked(data[WEIGHTS], manifest["weights"]), programs)
     except ArtifactError:
         raise
     except Exception as error:  # the checksums are right, so it was written like this: anything may be in it
         raise _wrong(folder, f"its parts do not fit together ({type(error).__name__}: {error})") from None
+
+
+def _check_form(manifest: Mapping[str, Any]) -> None:
+    """Raises `TypeError` where a part of the manifest is not of its type."""
+    for name in ("classes", "platforms"):
+        if not (isinstance(manifest[name], list) and all(isinstance(x, str) for x in manifest[name])):
+            raise TypeError(f"{name} is not a list of names")
+    arrays = [manifest["weights"]]
+    for function in manifest["functions"].values():
+        arrays += [function["inputs"], function["outputs"]]
+    for entry in (entry for described in arrays for entry in described.values()):
+        if not (isinstance(entry["dtype"], str) and all(type(size) in (int, str) for size in entry["shape"])):
+            raise TypeError(f"{entry} is not a dtype and a shape")
 
 
 def _wrong(folder: Path, what: str) -> ArtifactError:

@@ -98,6 +98,7 @@ def contents(experiment: str, training: "Training") -> tuple[dict[str, Any], dic
     import jax
     from flax import nnx
 
+    from launch.runtimes import described
     from research import train
     from research.state import num_params
 
@@ -129,7 +130,7 @@ def contents(experiment: str, training: "Training") -> tuple[dict[str, Any], dic
         "classes": list(dataset.label_names),
         "platforms": list(PLATFORMS),
         "functions": {
-            name: _described(exported[name]) | {"preprocessing": function.preprocessing}
+            name: described(exported[name]) | {"preprocessing": function.preprocessing}
             for name, function in functions.items()
         },
         "weights": {name: {"shape": list(x.shape), "dtype": str(x.dtype)} for name, x in weights.items()},
@@ -187,21 +188,6 @@ def _for_any_batch_size(name: str) -> Iterator[None]:
             f"{name} cannot be exported for any number of examples ({first}): the network must write x.shape[0] where "
             "it has len(x), and decide nothing by it"
         ) from error
-
-
-def _described(exported: "Exported") -> dict[str, Any]:
-    """The inputs and outputs of a program, each with its shape, in which "b" is any number of examples, and dtype."""
-    import jax
-
-    _, inputs = jax.tree.unflatten(exported.in_tree, exported.in_avals)[0]
-    outputs = jax.tree.unflatten(exported.out_tree, exported.out_avals)
-    return {
-        kind: {
-            name: {"shape": [d if isinstance(d, int) else str(d) for d in aval.shape], "dtype": str(aval.dtype)}
-            for name, aval in avals.items()
-        }
-        for kind, avals in (("inputs", inputs), ("outputs", outputs))
-    }
 
 
 if __name__ == "__main__":

@@ -18,11 +18,13 @@ from research import command
 from research import config as config_lib
 from research.command import Experiment
 from research.errors import UserError, exit_with
+from research.storage import check_no_password
+from research.terminal import lasting_output
 
 _SWEEP = "launch.sweep"  # what other launchers run as a worker that joins a study
 
-# Exit codes that another try would end with as well: bad input, a loss that is not finite, a full disk.
-LASTING = (2, 3, 4)
+# Exit codes that another try would end with as well: bad input, a loss that is not finite, a full disk, no memory.
+LASTING = (2, 3, 4, 5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +104,7 @@ def parse(where: str, doc: str, options: Any, argv: Sequence[str]) -> Job:
     args = [arg for arg in rest if arg.startswith("-")]
     own = _without_sweep_options(args) if sweeps else args
     # What only the machines of the run can open is theirs to read.
+    check_no_password(workdir)
     remote = "://" in workdir
     checked = [arg for arg in own if not arg.startswith("--mode")] if remote else [*own, f"--workdir={workdir}"]
     config = command.parse(experiment, checked).config
@@ -143,6 +146,7 @@ def _help(where: str, doc: str, options: Any) -> str:
 def main(run: Callable[[Sequence[str]], int]) -> None:
     """A launcher's whole command: exits with what `run` returns, or says in one line what was wrong."""
     try:
-        sys.exit(run(sys.argv[1:]))
+        with lasting_output():
+            sys.exit(run(sys.argv[1:]))
     except UserError as error:
         exit_with(error)

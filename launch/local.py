@@ -4,7 +4,7 @@ python -m launch.local experiments.cifar_cnn --processes=2 [--max_restarts=3] [f
 
 Each process is given one GPU where there are GPUs, else the CPU. Output is prefixed by the process's number. The first
 process that fails ends all of them, and its exit code is the launcher's; with restarts, all begin again at the newest
-checkpoint. Ctrl-C and SIGTERM ask for a checkpoint at one agreed step, and then end all.
+checkpoint. Ctrl-C, SIGTERM and a terminal that is closed ask for a checkpoint at one agreed step, and then end all.
 """
 
 import dataclasses
@@ -71,16 +71,18 @@ class _Processes:
     def running(self) -> bool:
         return any(process.poll() is None for process in self._processes)
 
-    def end(self, seconds: float) -> None:
-        """Waits for all, and kills those that are still there after some seconds."""
+    def end(self, seconds: float) -> list[int]:
+        """Waits for all, and kills those that are still there after some seconds; returns their numbers."""
         deadline = time.monotonic() + seconds
         while self.running() and time.monotonic() < deadline:
             time.sleep(0.1)
+        late = [number for number, process in enumerate(self._processes) if process.poll() is None]
         self.signal(signal.SIGKILL)
         for process in self._processes:
             process.wait()
         for reader in self._readers:
             reader.join(timeout=5)
+        return late
 
 
 def _start(command: list[str], environment: dict[str, str]) -> subprocess.Popen:
@@ -133,10 +135,14 @@ def _run_once(job: Job, asked: list[int]) -> int:
             return 128 + asked[0]
         if not failed:
             return 0
-        processes.end(_SECONDS_AFTER_A_FAILURE)
+        late = processes.end(_SECONDS_AFTER_A_FAILURE)
         number, code = failed
         what = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        print(f"error: process {number} {what}, and the others with it", file=sys.stderr)
+        if code == -signal.SIGABRT and late:  # how jax ends a process when another is silent
+            number, what = late[0], "gave no sign of life (stopped, or cut off from the others) and was ended"
+        again = "; --max_restarts=1 would start all again at the newest checkpoint"
+        cure = "" if job.options.max_restarts or code in job_lib.LASTING else again
+        print(f"error: process {number} {what}, and the others with it{cure}", file=sys.stderr)
         return code
     finally:
         processes.end(0)
@@ -155,7 +161,7 @@ def run(argv: Sequence[str]) -> int:
             print(" ".join(f"{name}={value}" for name, value in environment.items()), shlex.join(job.command))
         return 0
     asked: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda received, _: asked.append(received))
     for restart in range(options.max_restarts + 1):
         code = _run_once(job, asked)

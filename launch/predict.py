@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 
 from launch import artifact as artifact_lib
-from launch import image_files
+from launch import image_files, signatures
 from launch.artifact import Artifact, ArtifactError
 
 if TYPE_CHECKING:
@@ -83,6 +83,12 @@ def run(argv: Sequence[str]) -> None:
     for needed, applies, answer in _KINDS:
         if needed <= functions:
             _refuse_others(options, applies, ", ".join(sorted(functions)))
+            try:
+                signatures.check(artifact.manifest, needed)
+            except ValueError as error:
+                raise ArtifactError(
+                    f"--artifact={options.artifact} is not put together right: {error}; export it again"
+                ) from None
             return answer(artifact, options)
     raise ArtifactError(
         f"--artifact={options.artifact} has {', '.join(functions)}, which launch.predict has no use for: call it from "

@@ -14,6 +14,29 @@ from launch.artifact import Artifact, ArtifactError
 Arrays = dict[str, np.ndarray]
 
 
+def described(exported: export.Exported) -> dict[str, Any]:
+    """The inputs and outputs of a program, each with its shape, in which "b" is any number of examples, and dtype."""
+    _, inputs = jax.tree.unflatten(exported.in_tree, exported.in_avals)[0]
+    outputs = jax.tree.unflatten(exported.out_tree, exported.out_avals)
+    return {kind: _shapes(avals) for kind, avals in (("inputs", inputs), ("outputs", outputs))}
+
+
+def _shapes(avals: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: {"shape": [d if isinstance(d, int) else str(d) for d in aval.shape], "dtype": str(aval.dtype)}
+        for name, aval in avals.items()
+    }
+
+
+def _agrees(exported: export.Exported, function: Mapping[str, Any], manifest: Mapping[str, Any]) -> bool:
+    """Whether a program is what the manifest says of it."""
+    said = {kind: function[kind] for kind in ("inputs", "outputs")}
+    weights = jax.tree.unflatten(exported.in_tree, exported.in_avals)[0][0]
+    return (described(exported), _shapes(weights)) == (said, manifest["weights"]) and (
+        set(manifest["platforms"]) <= set(exported.platforms)
+    )
+
+
 class Runtime:
     """What the runtimes share. A function is compiled for each batch size, once; `compile_seconds` is their sum.
 
@@ -35,6 +58,10 @@ class Runtime:
                 f"the artifact's programs cannot be read by jax {jax.__version__} ({type(error).__name__}): it was "
                 f"written with {made}; use no older jax"
             ) from None
+        functions = artifact.manifest["functions"]
+        for name, exported in self._exported.items():
+            if not _agrees(exported, functions[name], artifact.manifest):
+                raise ArtifactError(f"the artifact was changed: {name} is not what its manifest says; export it again")
         self._weights = artifact.weights
         self._compiled: dict[Any, Any] = {}
         self.compile_seconds = 0.0
@@ -49,7 +76,15 @@ class Runtime:
         key = function, tuple(sorted((name, x.shape) for name, x in inputs.items()))
         if key not in self._compiled:
             began = time.monotonic()
-            self._compiled[key] = self._compile(self._exported[function], inputs)
+            try:
+                self._compiled[key] = self._compile(self._exported[function], inputs)
+            except ArtifactError:
+                raise
+            except Exception as error:  # a compiler's own
+                reason = " ".join(str(error).split())[:200]
+                raise ArtifactError(
+                    f"{function} cannot be compiled by {self.name} ({reason}): export it again"
+                ) from None
             self.compile_seconds += time.monotonic() - began
         return self._run(self._compiled[key], self._exported[function], inputs)
 

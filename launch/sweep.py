@@ -86,6 +86,9 @@ def run(argv: Sequence[str]) -> int:
         )
     if job.config.mesh != MeshConfig():
         raise UserError("--config.mesh: in a sweep each trial has one device, and trials are spread over all devices")
+    for name in ("max_skipped_steps", "max_rewinds"):
+        if getattr(job.config, name):
+            raise UserError(f"--config.{name}: in a sweep a trial whose loss is not finite is over; leave it out")
     signals = Signals()
     with lasting_output(), signals.handled():
         return _run(job, argv, signals)

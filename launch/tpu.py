@@ -24,7 +24,7 @@ from research.config import option
 from research.errors import UserError
 
 _SECONDS_BETWEEN_LOOKS = 10.0
-_NO_RESTART = (0, *job_lib.LASTING, 130, 143)  # done, or an end that another TPU would not change
+_NO_RESTART = (0, *job_lib.LASTING, 129, 130, 143)  # done, or an end that another TPU would not change
 _THERE = ("READY", "ACTIVE")  # states of a TPU VM, of a queued resource
 
 _RUNTIMES = {  # https://cloud.google.com/tpu/docs/runtimes

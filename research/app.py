@@ -10,7 +10,7 @@ from research import config as config_lib
 from research.command import Command, Experiment, parse
 from research.config import Config
 from research.data import sources
-from research.errors import UserError, exit_with
+from research.errors import UserError, exit_with, of_memory
 from research.signals import Signals
 from research.tasks.task import Task
 from research.terminal import lasting_output
@@ -47,8 +47,8 @@ def run(experiment: Experiment, argv: Sequence[str], signals: Signals | None = N
         return _evaluate(experiment, command, mesh)
     if command.mode == "sample":
         return _sample(experiment, command, mesh)
-    if command.earlier is None and (workdir / "metrics.jsonl").exists():
-        raise UserError(f"--workdir={workdir} holds a metrics.jsonl without its config.json: give a folder of its own")
+    if command.earlier is None and (found := _remains(workdir)):
+        raise UserError(f"--workdir={workdir} holds {found} without its config.json: give a folder of its own")
     with Workdir(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
         distributed.wait("the first process has claimed the workdir")
         with distributed.first_process_first("the data set is on disk"):
@@ -70,6 +70,14 @@ def run(experiment: Experiment, argv: Sequence[str], signals: Signals | None = N
         figures = {n: v for n, v in summary.items() if n.startswith(("train_", "test_")) and n != "train_seconds"}
         _say(_differences(command.reproduces, figures))
     return summary
+
+
+def _remains(workdir: Path) -> str | None:
+    """What there is of a run whose config.json is gone, which nothing else makes sense without."""
+    if (workdir / "metrics.jsonl").exists():
+        return "a metrics.jsonl"
+    saved = workdir / "checkpoints"
+    return "checkpoints" if saved.is_dir() and any(path.name.isdigit() for path in saved.iterdir()) else None
 
 
 def start(config: Config) -> Any:
@@ -193,3 +201,7 @@ def main(
             run(experiment, sys.argv[1:] if argv is None else argv, signals)
     except UserError as error:
         exit_with(error)
+    except Exception as error:
+        if (exhausted := of_memory(error)) is None:
+            raise
+        exit_with(exhausted)

@@ -31,8 +31,13 @@ _SCHEMES = ("gs", "s3")  # that Orbax and TensorStore write by themselves
 _LOOKS = 5  # at checkpoints that a run is deleting meanwhile
 
 
-# Orbax's background thread logs, with its traceback, an error that it raises at the next save as well.
-logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
+def _says_something_new(record: logging.LogRecord) -> bool:
+    """Leaves out what Orbax logs of errors that it raises as well, in the background or a moment later."""
+    told = record.exc_info or str(record.msg).startswith("Metadata file does not exist")
+    return not (told and "orbax" in record.pathname)
+
+
+logging.getLogger("absl").addFilter(_says_something_new)
 
 _unraisable = sys.unraisablehook
 
@@ -192,10 +197,10 @@ class Checkpoints:
                 reason = " ".join(str(error).split())[:200]
                 self._message(f"checkpoint {step} is damaged ({reason}): using the one before")
                 self._set_aside(step)
-        if steps:
+        if steps or (self._folder.exists() and any(self._folder.glob("damaged-*"))):
             raise UserError(
-                f"no checkpoint in {self._place} can be restored (the last tried: {reason}): to train anew, give "
-                "another --workdir"
+                f"no checkpoint in {self._place} can be restored ({reason or 'all were found damaged before'}): to "
+                "train anew, give another --workdir"
             )
         return None
 

@@ -43,12 +43,8 @@ class DatasetConfig:
     name: str = option("cifar10|digits", "data set (a TFDS name, digits or pydoc); of a|b the first that can be had")
     data_dir: str = option("", "folder of prepared TFDS sets and archives; empty: TFDS_DATA_DIR, else TFDS's default")
     validation_fraction: float = option(0.0, "part of the training set held out for validation", minimum=0, below=1)
-    train_fraction: float = option(
-        1.0, "part of the training set that is trained on, after holding out", above=0, maximum=1
-    )
-    max_device_gib: float = option(
-        2.0, "data sets up to this size (GiB) live on the device, larger ones stream", minimum=0
-    )
+    train_fraction: float = option(1.0, "part of what is then left that is trained on", above=0, maximum=1)
+    max_device_gib: float = option(2.0, "data sets up to this size live on the device, larger ones stream", minimum=0)
 
 
 @dataclasses.dataclass
@@ -193,12 +189,12 @@ class Config:
     pictures_every_epochs: int = option(
         0, "epochs between pictures of what has been learned; 0: at the end only", minimum=0
     )
-    checkpoint_every_steps: int = option(
-        0, "steps between checkpoints within an epoch; 0: one at the end of each epoch only", minimum=0
-    )
+    checkpoint_every_steps: int = option(0, "steps between checkpoints within an epoch; 0: at its end only", minimum=0)
     keep_checkpoints: int = option(
         2, "newest checkpoints kept, beside the best by validation loss where there is a validation split", minimum=1
     )
+    max_skipped_steps: int = option(0, "steps in a row left out where loss or gradient is not finite", minimum=0)
+    max_rewinds: int = option(0, "times that one more of those only leads back to the newest checkpoint", minimum=0)
     dataset: DatasetConfig = dataclasses.field(default_factory=DatasetConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -259,6 +255,8 @@ _FREE = (
     "checkpoint_every_steps",
     "keep_checkpoints",
     "pictures_every_epochs",
+    "max_skipped_steps",
+    "max_rewinds",
     "dataset.data_dir",
     "dataset.max_device_gib",
     "mesh.data",

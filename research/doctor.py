@@ -18,6 +18,7 @@ from research.terminal import lasting_output
 
 _PACKAGES = ("meshwork", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets", "grain")
 _SETTINGS = ("JAX_", "XLA_", "TFDS_", "MESHWORK_", "CUDA_VISIBLE_", "TPU_", "LIBTPU_")
+_SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")
 _DATA_SETS = ("cifar10", "mnist", "tiny_shakespeare")
 
 
@@ -31,7 +32,9 @@ def _versions() -> Iterator[str]:
 
 
 def _settings() -> Iterator[str]:
-    yield from (f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(_SETTINGS))
+    for name, value in sorted(os.environ.items()):
+        if name.startswith(_SETTINGS):
+            yield f"{name}={'(not shown)' if any(word in name for word in _SECRET) else value}"
 
 
 def _devices() -> Iterator[str]:

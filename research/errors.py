@@ -5,8 +5,10 @@
 | 0 | done; also where nobody reads the output any more (`| head -1`): the record is finished in silence |
 | 1 | a defect: a traceback, please report it |
 | 2 | bad input: a flag, a data set, a folder; nothing was started |
-| 3 | the loss became NaN or infinite |
+| 3 | the loss or the gradient became NaN or infinite |
 | 4 | the record could not be written (disk full, read-only, out of reach): the last good checkpoint is intact |
+| 5 | out of memory: a smaller microbatch may do |
+| 129 | the terminal was closed (SIGHUP); while training, a checkpoint was saved |
 | 130 | interrupted (SIGINT); while training, a checkpoint was saved |
 | 143 | terminated (SIGTERM); while training, a checkpoint was saved |
 """
@@ -22,15 +24,36 @@ class UserError(Exception):
 
 
 class NonFiniteLossError(UserError):
-    """The training loss became NaN or infinite; the text names the step."""
+    """The loss, the gradient or a parameter became NaN or infinite at `step` (0: of several runs); the text says so."""
 
     exit_code = 3
+
+    def __init__(self, text: str, step: int = 0):
+        super().__init__(text)
+        self.step = step
 
 
 class RecordError(UserError):
     """A part of the record could not be written; the text names it. The last good checkpoint is intact."""
 
     exit_code = 4
+
+
+class OutOfMemoryError(UserError):
+    """A device or the host had no memory left; the text names what to lower."""
+
+    exit_code = 5
+
+
+def of_memory(error: Exception) -> OutOfMemoryError | None:
+    """What to say of an error that means that there was no memory; None: it means something else."""
+    text = " ".join(str(error).split())
+    if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in text:
+        return None
+    return OutOfMemoryError(
+        f"out of memory ({text[:150] or 'of the host'}): lower --config.microbatch_size, a divisor of "
+        "--config.batch_size that changes only how many examples are there at once, or --config.batch_size itself"
+    )
 
 
 def exit_with(error: UserError) -> NoReturn:

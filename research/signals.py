@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: a run stops between two dispatches, with a checkpoint; before training it stops at once."""
+"""SIGTERM, SIGINT, SIGHUP: a run stops between two dispatches, with a checkpoint; before training it stops at once."""
 
 import os
 import signal
@@ -44,7 +44,10 @@ class Signals:
     @contextmanager
     def handled(self) -> Iterator["Signals"]:
         """Within it a signal raises `StoppedError`; afterwards things are as before."""
-        before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # by nohup
+            numbers.append(signal.SIGHUP)
+        before = {number: signal.signal(number, self._receive) for number in numbers}
         try:
             yield self
         finally:

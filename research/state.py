@@ -101,3 +101,10 @@ def make_init(
 def num_params(state: TrainState) -> int:
     """The number of trained scalars."""
     return sum(leaf.size for leaf in jax.tree.leaves(state.params))
+
+
+@jax.jit
+def is_finite(tree: Any) -> jax.Array:
+    """Whether no float of a tree is NaN or infinite, bool scalar."""
+    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.all(jnp.stack([jnp.isfinite(x).all() for x in floats]))

@@ -47,6 +47,7 @@ class Steps:
         self._config = config
         self._mesh = mesh
         self._reduce_dtype = config.mesh.reduce_dtype
+        self._skips = bool(config.max_skipped_steps)
         # The devices that each make a gradient of their own: with parameters split, the partitioner knows better.
         self._parts = mesh.shape["data"] if mesh.shape["data"] == mesh.size else 1
 
@@ -138,7 +139,11 @@ class Steps:
         return model_state, carry, jax.tree.map(lambda x: x / count, sums)
 
     def train_step(self, state: TrainState, data: Batch, inputs: Batch, given: Inputs) -> tuple[TrainState, Metrics]:
-        """One update. `inputs` has leaves [m, b, ...]: m microbatches of b examples; metrics are float32 scalars."""
+        """One update. `inputs` has leaves [m, b, ...]: m microbatches of b examples; metrics are float32 scalars.
+
+        Where steps may be skipped, one whose loss or gradient is not finite changes nothing but the number of steps.
+        `optax.apply_if_finite` would leave the statistics and the memory that such a batch has spoilt.
+        """
         key = jax.random.fold_in(jax.random.key(given[SEED]), state.step)
         model_state, carry, (grads, metrics) = self._gradients(state, data, inputs, given, key)
         updates, opt_state = hyperparams.make_optimizer(self._config, given, self._task.widths).update(
@@ -153,7 +158,12 @@ class Steps:
             squares = metrics.pop("grad_square"), jnp.square(metrics["grad_norm"])
             count, size = inputs["index"].shape
             metrics |= noise_scale.moments(*squares, size // self._parts, count * size)
-        return TrainState(state.step + 1, params, model_state, carry, opt_state, ema_params), metrics
+        new = TrainState(state.step + 1, params, model_state, carry, opt_state, ema_params)
+        if self._skips:
+            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+            kept = jax.tree.map(lambda x, before: jnp.where(finite, x, before), new, state)
+            new = dataclasses.replace(kept, step=new.step)
+        return new, metrics
 
     def train_steps(
         self, state: TrainState, data: Batch, inputs: Batch, num_steps: jax.Array, given: Inputs

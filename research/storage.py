@@ -22,10 +22,19 @@ def open_path(text: str) -> Path:
     """The path, of whatever file system.
 
     Raises:
-      UserError: there is no such file system, or its package is not installed.
+      UserError: there is no such file system, its package is not installed, the text holds a password, or characters
+        that the locale has not.
     """
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a character: Python could not decode the command line
+        raise UserError(
+            f"{text!a}: this locale is not of its characters, and libraries cannot open it: set LC_ALL=C.UTF-8, "
+            "or give a name in ASCII"
+        ) from None
     if "://" not in text:
         return Path(text)
+    check_no_password(text)
     scheme = text.partition("://")[0]
     try:
         path = UPath(text)
@@ -38,6 +47,16 @@ def open_path(text: str) -> Path:
         raise UserError(f"{text} cannot be opened: {error}") from None
     # A UPath is no pathlib.Path to a type checker; it has the same methods.
     return Path(path.path) if scheme in ("file", "local") else cast(Path, path)
+
+
+def check_no_password(text: str) -> None:
+    """Raises `UserError`, which does not repeat it, where a URL holds a password: records and logs name the workdir."""
+    before, at, _ = text.partition("://")[2].partition("/")[0].rpartition("@")
+    if at and ":" in before:
+        raise UserError(
+            f"{text.partition('://')[0]}://...: a URL with a password would stand in logs and records: leave the "
+            "password out, and give it by the file system's environment variables or its configuration (fsspec.json)"
+        )
 
 
 def is_local(path: Path) -> bool:

@@ -10,7 +10,7 @@ from research import plots, sharding
 from research.checkpoint import Checkpoints
 from research.config import Config
 from research.data.sources import Dataset
-from research.errors import UserError
+from research.errors import NonFiniteLossError, UserError
 from research.signals import Signals
 from research.state import TrainState, num_params
 from research.tasks.task import Task
@@ -43,7 +43,8 @@ def train_and_evaluate(
       The final state, and what summary.json holds.
 
     Raises:
-      NonFiniteLossError: the loss became NaN or infinite; the record up to that step stays.
+      NonFiniteLossError: the loss or the gradient became NaN or infinite, more often than the config allows; the
+        record up to that step stays.
       StoppedError: a signal came; a checkpoint holds what was done.
       UserError: the batch size is larger than the training set, or the checkpoints cannot be restored.
     """
@@ -56,6 +57,8 @@ def train_and_evaluate(
     ):
         resumes = training.restore(saved)
         compile_seconds = training.compile(train=True)
+        if not resumes and (path := workdir / "metrics.jsonl").exists() and path.stat().st_size:
+            writer.warning("metrics.jsonl has steps, but there is no checkpoint: training from the start")
         writer.config(config)
         writer.resume(training.progress.step, training.progress.row)
         writer.message(f"{num_params(training.state):,} parameters; compiled in {compile_seconds:.1f} s")
@@ -63,12 +66,17 @@ def train_and_evaluate(
             writer.message(_memory_line(training.state))
         if resumes:
             writer.message(f"resumed at step {training.progress.step:,} of {training.ends[-1]:,}")
+        if config.max_rewinds and not resumes:
+            training.save(writer, saved)  # the first there is to go back to
         with training.signals.deferred():
             while (epoch := training.progress.epoch) < config.num_epochs:
                 if epoch and config.pictures_every_epochs and epoch % config.pictures_every_epochs == 0:
                     _draw(experiment, training, writer)
-                means = training.train_epoch(writer, saved)
-                training.finish_epoch(means, writer, saved)
+                try:
+                    training.finish_epoch(training.train_epoch(writer, saved), writer, saved)
+                except NonFiniteLossError as error:
+                    training.rewind(error, writer, saved)
+                    continue
                 writer.message(_epoch_line(epoch + 1, config.num_epochs, training.progress.results))
         saved.wait()
         figures = training.progress.results | task.final_metrics(training.predictor(), dataset)
@@ -118,6 +126,8 @@ def _summary(experiment: str, training: Training, figures: dict[str, float], com
         "global_batch_size": config.batch_size,
         **figures,
         **({"best_validation_loss": progress.best[0], "best_step": progress.best[1]} if progress.best else {}),
+        **({"skipped_steps": progress.skipped} if config.max_skipped_steps else {}),
+        **({"rewinds": progress.rewinds} if config.max_rewinds else {}),
         "examples_per_second": speed,
         **({f"{unit}_per_second": speed * count} if count > 1 else {}),
         "compile_seconds": compile_seconds,

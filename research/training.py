@@ -18,35 +18,12 @@ from research.data.sources import Dataset
 from research.errors import NonFiniteLossError
 from research.pace import Pace
 from research.predictor import Predictor
+from research.progress import Progress, non_finite
 from research.signals import Signals, StoppedError
-from research.state import create_state
+from research.state import create_state, is_finite
 from research.steps import Steps
 from research.tasks.task import Task
 from research.writer import Writer
-
-
-@dataclasses.dataclass
-class Progress:
-    """How far a run is: what a checkpoint holds beside the state, all of it JSON.
-
-    Attributes:
-      step: updates made.
-      epoch: epochs finished, evaluation included.
-      sums: of each metric over the steps of the epoch under way.
-      results: of the last finished epoch.
-      best: [the lowest validation loss, its step].
-      row: the line of metrics.jsonl under way.
-      train_seconds, wall_seconds: over all the processes that took part in the run.
-    """
-
-    step: int = 0
-    epoch: int = 0
-    sums: dict[str, float] = dataclasses.field(default_factory=dict)
-    results: dict[str, float] = dataclasses.field(default_factory=dict)
-    best: list[Any] | None = None
-    row: dict[str, Any] = dataclasses.field(default_factory=dict)
-    train_seconds: float = 0.0
-    wall_seconds: float = 0.0
 
 
 def figures(task: Task, split: str, sums: dict[str, Any]) -> dict[str, float]:
@@ -96,8 +73,7 @@ class Training:
         # On a CPU nothing is gained by running ahead of the devices, and several dispatches in flight over several
         # host devices can starve each other's threads in an all-reduce until the process aborts.
         self._overlap = mesh.devices.flat[0].platform != "cpu"
-        self.signals = Signals()
-        self.progress = Progress()
+        self.signals, self.progress = Signals(), Progress()
         self._calls = 0
 
     def restore(self, checkpoints: Checkpoints) -> bool:
@@ -109,6 +85,27 @@ class Training:
             self.progress = Progress(**progress)
             self._began -= self.progress.wall_seconds
         return bool(restored)
+
+    def rewind(self, error: NonFiniteLossError, writer: Writer, checkpoints: Checkpoints) -> None:
+        """Goes back to the newest checkpoint; the batches from there up to the failed step's are not taken again.
+
+        Raises:
+          NonFiniteLossError: `error`, where this has happened as often as it may.
+        """
+        rewinds, left_out, began = self.progress.rewinds + 1, self.progress.batches_left_out, self._began
+        if rewinds > self.config.max_rewinds:
+            raise error
+        checkpoints.wait()
+        self.restore(checkpoints)
+        self._began = began
+        progress = self.progress
+        progress.rewinds, progress.batches_left_out = rewinds, left_out + error.step - progress.step
+        self._batches.go_to(progress.step + progress.batches_left_out)
+        writer.resume(progress.step, progress.row)
+        writer.warning(
+            f"{str(error).partition(':')[0]}: back at the checkpoint of step {progress.step}, leaving out "
+            f"{error.step - progress.step} batches (rewind {rewinds} of {self.config.max_rewinds})"
+        )
 
     @property
     def wall_seconds(self) -> float:
@@ -125,7 +122,7 @@ class Training:
                 self.mesh,
                 resident=self._resident,
                 capacity=self._pace.capacity,
-                start=self.progress.step,
+                start=self.progress.step + self.progress.batches_left_out,
                 shuffle=self.dataset.shuffle,
             )
             arrays = self.state, self._batches.data, self._batches.sample(), np.int32(1), self._given
@@ -156,8 +153,11 @@ class Training:
         """Trains up to step `end`, or to where a signal came; yields (step, metrics of the newest [k]) as they come.
 
         When it ends, the state is that of the last step yielded.
+
+        Raises:
+          NonFiniteLossError: the loss or the gradient of a step was not finite, after the steps before were yielded.
         """
-        pending: list[tuple[int, int, Any]] = []
+        pending: list[tuple[int, Any]] = []
         issued = self.progress.step
         last = time.monotonic()
         while (more := issued < end and not self._stops()) or pending:
@@ -167,16 +167,19 @@ class Training:
                 arrays = self.state, self._batches.data, inputs, np.int32(count), self._given
                 self.state, metrics = self.train_program(*arrays)
                 issued += count
-                pending.append((issued, count, metrics))
+                pending.append((count, metrics))
                 if self._overlap and len(pending) == 1 and issued < end:
                     continue
-            step, count, metrics = pending.pop(0)
+            count, metrics = pending.pop(0)
             values = {name: x[:count] for name, x in jax.device_get(metrics).items()}
             now = time.monotonic()
             self._pace.measured(count, now - last)
             self.progress.train_seconds += now - last
-            self.progress.step = step
-            yield step, values
+            values, error = self.progress.advance(values, self.config.max_skipped_steps)
+            if len(values["loss"]):
+                yield self.progress.step, values
+            if error:
+                raise error
             # What the devices did meanwhile counts; where they were idle, this pause is not training.
             last = now if pending else time.monotonic()
 
@@ -198,18 +201,15 @@ class Training:
         seconds_before, first = progress.train_seconds, progress.step
         while progress.step < end:
             for step, values in self.dispatches(min(end, (progress.step // every + 1) * every)):
-                for name, x in values.items():
-                    # One by one: the sum must not depend on how many steps a dispatch makes.
-                    progress.sums[name] = sum(x.tolist(), progress.sums.get(name, 0.0))
-                self._record(step, values, writer)
+                progress.add(values)
+                self._record(values, writer)
                 speed = (step - first) * self.config.batch_size / (progress.train_seconds - seconds_before)
                 writer.progress(step, float(values["loss"].mean()), speed)
             if self.signals.received:
                 self._stop(writer, checkpoints)
             if progress.step < end:
                 self.save(writer, checkpoints)
-        count = end - ([0, *self.ends][progress.epoch])
-        return {name: total / count for name, total in progress.sums.items()}
+        return progress.means(end - [0, *self.ends][progress.epoch])
 
     def finish_epoch(self, means: dict[str, float], writer: Writer, checkpoints: Checkpoints) -> None:
         """Evaluates, records the epoch's results, and saves a checkpoint."""
@@ -226,7 +226,13 @@ class Training:
             self._stop(writer, checkpoints)
 
     def save(self, writer: Writer, checkpoints: Checkpoints) -> None:
-        """Saves a checkpoint in the background."""
+        """Saves a checkpoint in the background.
+
+        Raises:
+          NonFiniteLossError: there is no going on from such a state.
+        """
+        if not is_finite((self.state.params, self.state.model_state)):
+            raise non_finite("a parameter became NaN or infinite", self.progress.step)
         progress = dataclasses.replace(self.progress, row=writer.sync(), wall_seconds=self.wall_seconds)
         checkpoints.save(self.state, dataclasses.asdict(progress), progress.best[1] if progress.best else None)
 
@@ -240,22 +246,16 @@ class Training:
             number,
         )
 
-    def _record(self, last_step: int, values: dict[str, np.ndarray], writer: Writer) -> None:
-        """Writes the lines of the steps just made, up to the first whose loss is not finite."""
-        first_step = last_step - len(values["loss"]) + 1
-        for i, step in enumerate(range(first_step, last_step + 1)):
-            self._check_finite("the training loss became", values["loss"][i], step)
+    def _record(self, values: dict[str, np.ndarray], writer: Writer) -> None:
+        """Writes the lines of the steps just made."""
+        rates = self._rates[self.progress.updates_before(values)]
+        first_step = self.progress.step - len(rates) + 1
+        for i, step in enumerate(range(first_step, self.progress.step + 1)):
             if step % self.config.log_every_steps == 0:
                 line = {name: float(x[i]) for name, x in values.items()}
-                rate = float(self._rates[step - 1])
-                writer.scalars(step, self.progress.epoch + 1, line | {"learning_rate": rate})
-
-    def _check_finite(self, what: str, value: float, step: int) -> None:
-        if not np.isfinite(value):
-            raise NonFiniteLossError(
-                f"{what} {value} at step {step}: try a lower --config.optimizer.learning_rate, or "
-                "--config.optimizer.clip_norm=1"
-            )
+                writer.scalars(step, self.progress.epoch + 1, line | {"learning_rate": float(rates[i])})
+        if count := int(values.get("skipped", np.zeros(1)).sum()):
+            writer.warning(f"{count} of the steps {first_step} to {step} skipped: loss or gradient not finite")
 
     def evaluate(self) -> dict[str, float]:
         """The means of the metrics over each held-out split, as `<split>_<name>`."""
@@ -271,6 +271,6 @@ class Training:
                     sums[name] = sums.get(name, 0.0) + value.sum(0, np.float64)
             results |= figures(self.task, split, sums)
         for name, value in results.items():
-            if name.endswith("_loss"):
-                self._check_finite(f"{name} is", value, self.progress.step)
+            if name.endswith("_loss") and not np.isfinite(value):
+                raise non_finite(f"{name} is {value}", self.progress.step)
         return results

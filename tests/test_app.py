@@ -116,6 +116,7 @@ OTHER = {
     "batch_size": 16,
     "microbatch_size": 4,
     "steps_per_dispatch": 3,
+    "max_skipped_steps": 1,
     "label_smoothing": 0.3,
     "mirror": True,
     "dataset.max_device_gib": 0.0,
@@ -146,6 +147,9 @@ OTHER = {
 }
 ELSEWHERE = {  # and the fields whose effect another test shows
     "pictures_every_epochs": "test_train.py::test_pictures_every_epochs",
+    "model.parametrization": "test_parametrization.py::test_what_updates_change_does_not_depend_on_the_width",
+    "model.base_width": "test_parametrization.py::test_what_updates_change_does_not_depend_on_the_width",
+    "max_rewinds": "faults/test_not_finite.py::test_it_goes_back_to_a_checkpoint_and_takes_other_data",
     "mesh.sequence": "test_char_rnn.py::test_eight_devices_with_time_over_four_of_them_record_what_one_does",
     "optimizer.base_batch_size": "test_optimizers.py::test_the_rate_grows_with_the_batch",
     "distributed.start": "test_distributed.py::test_start",

@@ -18,7 +18,12 @@ def folder(tmp_path):
     """An artifact of one function, and weights."""
     weights = {"w": np.ones(2, np.float32)}
     described = {"w": {"shape": [2], "dtype": "float32"}}
-    manifest = {"classes": ["red"], "platforms": ["cpu"], "weights": described, "functions": {"f": {}}}
+    manifest = {
+        "classes": ["red"],
+        "platforms": ["cpu"],
+        "weights": described,
+        "functions": {"f": {"inputs": {}, "outputs": {}}},
+    }
     artifact.write(tmp_path / "a", manifest, weights, {"f": b"a program"})
     return tmp_path / "a"
 

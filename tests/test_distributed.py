@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -155,25 +154,6 @@ def test_one_that_is_told_to_stop_stops_all_with_a_checkpoint(env, tmp_path):
     assert len(re.findall(r"stopped by SIGTERM at step [\d,]+ with a checkpoint", errors)) == 2
     assert len(set(re.findall(r"at step ([\d,]+) with", errors))) == 1
     assert not (tmp_path / "x/summary.json").exists()
-
-
-def test_a_killed_process_ends_all_or_all_start_again(env, tmp_path):
-    process = _started(env, "--workdir=x", "--max_restarts=1", "--config.distributed.timeout=60")
-    start = time.monotonic()
-    os.kill(_children(process)[1], signal.SIGKILL)
-    assert process.stdout
-    for line in process.stdout:
-        if "resumed at step " in line:
-            break
-    os.kill(_children(process)[0], signal.SIGKILL)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 128 + signal.SIGKILL
-    assert "error: process 1 was ended by SIGKILL, and the others with it" in errors
-    assert "restart 1 of 1, from the newest checkpoint" in errors
-    assert "error: process 0 was ended by SIGKILL" in errors
-    assert time.monotonic() - start < 300
-    steps = [line["step"] for line in _lines(tmp_path / "x")]
-    assert steps == sorted(set(steps))
 
 
 def test_bad_input_starts_nothing(env, tmp_path):

@@ -15,7 +15,8 @@ from PIL import Image
 from experiments import char_rnn
 from launch import artifact, predict
 from launch.artifact import ArtifactError
-from launch.export import _described, _export
+from launch.export import _export
+from launch.runtimes import described
 from research.config import RNNConfig
 from research.models import rnn
 from research.tasks.generation import generate
@@ -34,7 +35,7 @@ def _write(out, classes, functions):
         "classes": list(classes),
         "platforms": ["cpu"],
         "weights": {"w": {"shape": [2], "dtype": "float32"}},
-        "functions": {name: _described(e) for name, e in exported.items()},
+        "functions": {name: described(e) for name, e in exported.items()},
     }
     programs = {name: bytes(e.serialize()) for name, e in exported.items()}
     artifact.write(out, manifest, weights, programs)

@@ -1,4 +1,4 @@
-"""A run that was stopped and goes on ends as if nothing had happened."""
+"""A run that was stopped and goes on ends as if nothing had happened; one that was killed is in faults/test_kill.py."""
 
 import dataclasses
 import json
@@ -75,30 +75,6 @@ def _wait_for_checkpoint(workdir, process):
     while not any(path.name.isdigit() for path in workdir.glob("checkpoints/*")) and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.02)
-
-
-ARGS = [*DIGITS, "--config.num_epochs=4", "--config.log_every_steps=1", "--config.checkpoint_every_steps=5"]
-
-
-def _checksums(workdir):
-    newest = max((path for path in workdir.glob("checkpoints/*") if path.name.isdigit()), key=lambda p: int(p.name))
-    return json.loads((newest / "record/metadata").read_text())["checksums"]
-
-
-def test_killed_and_resumed_it_ends_bit_identical(env, tmp_path):
-    whole = run_command(env, *ARGS, "--workdir=whole")
-    assert whole.returncode == 0, whole.stderr
-    process = _start(env, *ARGS, "--workdir=killed")
-    _wait_for_checkpoint(tmp_path / "killed", process)
-    process.kill()
-    process.communicate()
-    assert not (tmp_path / "killed/summary.json").exists()
-    resumed = run_command(env, "--workdir=killed")
-    assert resumed.returncode == 0, resumed.stderr
-    assert "resumed at step " in resumed.stdout
-    assert _checksums(tmp_path / "killed") == _checksums(tmp_path / "whole")
-    assert read_lines(tmp_path / "killed") == read_lines(tmp_path / "whole")
-    assert _figures(read_summary(tmp_path / "killed")) == _figures(read_summary(tmp_path / "whole"))
 
 
 def test_a_run_is_looked_at_stopped_and_gone_on_with(env, tmp_path, capsys):

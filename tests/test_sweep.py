@@ -317,6 +317,8 @@ def test_a_sweep_leaves_its_record_and_goes_on(folder, capsys):
         ([*SWEEP, f"--search={RATE}=[0.3]", "--sampler=grid"], "search differs"),
         ([*SWEEP], "say what to vary"),
         ([*WIDTHS, "--config.mesh.fsdp=2"], "each trial has one device"),
+        ([*WIDTHS, "--config.max_rewinds=1"], "a trial whose loss is not finite is over"),
+        ([*SWEEP, "--search=max_skipped_steps=[1,2]"], "a trial whose loss is not finite is over"),
         ([*WIDTHS, "--workdir=gs://x/y"], "is on a local disk"),
     ):
         with pytest.raises(UserError, match=words):

@@ -10,13 +10,16 @@ import io
 import os
 import pickle
 import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 Labelled = tuple[np.ndarray, np.ndarray]  # images, labels
+
+_LARGEST = 2**29  # bytes that any of them unpacks to, twice over: a file that goes on and on is refused at that
 
 _CIFAR10_BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
 
@@ -27,16 +30,33 @@ def _batch_files(path: Path, names: list[str]) -> dict[str, bytes]:
         return {name: (path / name).read_bytes() for name in names}
     files = {}
     with gzip.open(path) as stream:
-        with tarfile.open(fileobj=stream, mode="r|") as tar:
+        bounded: Any = _Bounded(stream)
+        with tarfile.open(fileobj=bounded, mode="r|") as tar:
             for member in tar:
                 base = os.path.basename(member.name)
-                if base in names and (file := tar.extractfile(member)) is not None:
+                if base in names and member.isfile() and (file := tar.extractfile(member)) is not None:
                     files[base] = file.read()
-        while stream.read(2**20):
+        while bounded.read(2**20):
             pass  # the checksum of the whole is at the very end, behind what tar reads
     if missing := [name for name in names if name not in files]:
         raise ValueError(f"{missing[0]} is missing")
     return files
+
+
+class _Bounded:
+    """What a compressed file holds, up to a size that none of the official ones has."""
+
+    def __init__(self, stream: BinaryIO | gzip.GzipFile):
+        self._stream = stream
+        self._left = _LARGEST
+
+    def read(self, size: int = _LARGEST) -> bytes:
+        """As of a file."""
+        data = self._stream.read(size)
+        self._left -= len(data)
+        if self._left <= 0:
+            raise ValueError(f"it unpacks to more than {_LARGEST // 2**20} MiB")
+        return data
 
 
 def _cifar10(path: Path, suffix: str, parse: Callable[[bytes], Labelled]) -> dict[str, Labelled]:
@@ -115,7 +135,8 @@ def mnist_idx(train_images: Path, train_labels: Path, test_images: Path, test_la
     """The four gzipped files in the idx format."""
 
     def parse(path: Path, *shape: int) -> np.ndarray:
-        data = gzip.decompress(path.read_bytes())
+        with gzip.open(path) as stream:
+            data = _Bounded(stream).read()
         # The magic number ends in the number of axes; 8 is unsigned bytes. Big-endian sizes follow, then the values.
         header = np.frombuffer(data, ">u4", count=2 + len(shape))
         if header[0] != 0x0801 + len(shape) or tuple(header[2:]) != shape:
@@ -128,6 +149,9 @@ def mnist_idx(train_images: Path, train_labels: Path, test_images: Path, test_la
 
 def mnist_npz(path: Path) -> dict[str, Labelled]:
     """Keras's copy of MNIST."""
+    with zipfile.ZipFile(path) as archive:
+        if (size := sum(member.file_size for member in archive.infolist())) > _LARGEST:
+            raise ValueError(f"it unpacks to {size // 2**20} MiB")
     with np.load(path, allow_pickle=False) as arrays:
         return {
             split: _checked(arrays[f"x_{split}"].reshape(-1, 28, 28, 1), arrays[f"y_{split}"])

@@ -115,7 +115,11 @@ class TrainBatches(_Split):
         self._batch_size = config.batch_size
         self._microbatch_size = config.examples_at_once
         self._capacity = capacity
-        self._steps = self._iterate(start)
+        self.go_to(start)
+
+    def go_to(self, step: int) -> None:
+        """The next that is taken is what step number `step` (from 0) would, had none been left out."""
+        self._steps = self._iterate(step)
 
     def step_inputs(self, step: int) -> Arrays:
         """This process's part of one step: "index" and "epoch" int32 [m, b], and streamed examples [m, b, ...]."""

@@ -1,0 +1,49 @@
+"""What `launch.predict` asks of an artifact's functions: one that is put together wrongly is refused in words."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+# By function: its inputs and outputs, each with its shape and how the name of its dtype begins. "b" is any number of
+# examples, "classes" how many of them the manifest has, 0 any number.
+_IMAGE = ("b", 0, 0, 0)
+_SIGNATURES: dict[str, tuple[dict[str, tuple[tuple, str]], dict[str, tuple[tuple, str]]]] = {
+    "classify": ({"image": (_IMAGE, "uint8")}, {"logits": (("b", "classes"), "float")}),
+    "step": ({"token": (("b",), "int32")}, {"logits": (("b", "classes"), "float")}),
+    "encode": ({"image": (_IMAGE, "uint8"), "index": (("b",), "int32")}, {"mean": (("b", 0), "float32")}),
+    "decode": ({"latents": (("b", 0), "float32")}, {"image": (_IMAGE, "float")}),
+    "sample": ({"seed": ((), "uint32"), "index": (("b",), "int32")}, {"image": (_IMAGE, "float")}),
+}
+
+
+def check(manifest: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raises `ValueError` where one of these functions is not what `launch.predict` calls.
+
+    Args:
+      manifest: of the form that `artifact.read` has checked.
+      names: of some of its functions.
+    """
+    functions = {name: manifest["functions"][name] for name in names}
+    for name, function in functions.items():
+        inputs, outputs = _SIGNATURES[name]
+        if name == "step":  # and its memory, which it gives back as it took it
+            memory = {n: x for n, x in function["inputs"].items() if n not in inputs}
+            if any(function["outputs"].get(n) != x or x["shape"][:1] != ["b"] for n, x in memory.items()):
+                raise ValueError("step does not give its memory back as it took it")
+            if not all(len(c) == 1 and ord(c) < 256 for c in manifest["classes"]):
+                raise ValueError("the classes of a language model are not bytes")
+        elif function["inputs"].keys() != inputs.keys():
+            raise ValueError(f"{name} takes {', '.join(function['inputs'])}, not {', '.join(inputs)}")
+        for kind, expected in (("inputs", inputs), ("outputs", outputs)):
+            for part, (shape, dtype) in expected.items():
+                has = function[kind].get(part, {"shape": None, "dtype": "nothing"})
+                if not _fits(has, shape, dtype, len(manifest["classes"])):
+                    raise ValueError(f"{name} has for {part} {has['dtype']} {has['shape']}")
+    if "encode" in functions and functions["encode"]["outputs"]["mean"] != functions["decode"]["inputs"]["latents"]:
+        raise ValueError("decode does not take what encode gives")
+
+
+def _fits(has: Mapping[str, Any], shape: tuple, dtype: str, classes: int) -> bool:
+    if has["shape"] is None or len(has["shape"]) != len(shape) or not has["dtype"].startswith(dtype):
+        return False
+    sizes = {"b": "b", "classes": classes}
+    return all(n == sizes[s] if s else isinstance(n, int) and n > 0 for n, s in zip(has["shape"], shape))

@@ -1,0 +1,22 @@
+"""Processes that may be hurt."""
+
+import os
+from pathlib import Path
+
+import pytest
+from forks import Forks
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("forks")
+    env = os.environ | {
+        "HTTPS_PROXY": "http://127.0.0.1:9",
+        "PYTHONPATH": str(Path(__file__).parent.parent.parent),
+        "XLA_FLAGS": "",
+        "MESHWORK_CACHE_DIR": str(folder / "cache"),
+    }
+    env.pop("TFDS_DATA_DIR", None)
+    opened = Forks(env, folder)
+    yield opened
+    opened.close()

@@ -1,0 +1,82 @@
+"""A disk that is full, read-only, out of inodes or beyond a limit: one line, and the last checkpoint as it was."""
+
+import os
+import subprocess
+
+import pytest
+from command import DIGITS, read_summary
+
+pytestmark = pytest.mark.faults
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """Remounts a file system in memory of its own, as a size or as `ro`."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(options):
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        return done.stderr.strip() if done.returncode else ""
+
+    def remount(options):
+        assert not (error := mount(f"remount,{options}")), error
+
+    if reason := mount("size=400k"):
+        pytest.skip(f"mounting is not permitted here: {reason}")
+    yield folder, remount
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+ARGS = [*DIGITS, "--config.batch_size=256", "--config.checkpoint_every_steps=2", "--config.keep_checkpoints=100"]
+
+
+def _stops_with_one_line(ended, reason):
+    assert ended.code == 4, ended.output
+    assert "Traceback" not in ended.output
+    (line,) = [line for line in ended.output.splitlines() if line.startswith("error: ")]
+    assert f"could not be written ({reason}): the last good checkpoint is intact; once mended, the same" in line
+
+
+def test_a_full_disk_ends_a_run_that_goes_on_when_there_is_room(disk, forks):
+    folder, remount = disk
+
+    def train(workdir, *args, **job):
+        return forks.run("experiments.cifar_cnn", [*args, f"--workdir={folder / workdir}"], **job)
+
+    _stops_with_one_line(train("x", *ARGS, "--config.num_epochs=4"), "No space left on device")
+    assert not (folder / "x/summary.json").exists()
+
+    remount("ro")
+    for workdir in "xy":
+        refused = train(workdir)
+        assert (refused.code, "cannot be written: Read-only file system" in refused.output) == (2, True)
+
+    inodes = os.statvfs(folder)
+    remount(f"rw,size=64m,nr_inodes={inodes.f_files - inodes.f_ffree + 8}")  # room, but for a few files more only
+    _stops_with_one_line(train("x"), "No space left on device")
+
+    remount("nr_inodes=10000")
+    resumed = train("x")
+    assert resumed.code == 0, resumed.output
+    assert "resumed at step " in resumed.output
+    assert "damaged" not in resumed.output
+    assert read_summary(folder / "x")["num_epochs"] == 4
+
+
+def test_a_file_that_reaches_its_limit_ends_a_run(forks, tmp_path):
+    """As `ulimit -f` has it; a quota is the same error of another number."""
+    args = [*ARGS, "--config.log_every_steps=1", f"--workdir={tmp_path / 'x'}"]
+    _stops_with_one_line(forks.run("experiments.cifar_cnn", args, limits={"FSIZE": 3000}), "File too large")
+    assert (tmp_path / "x/config.json").exists()
+    assert not (tmp_path / "x/summary.json").exists()
+
+
+def test_a_picture_that_cannot_be_written_is_a_warning(forks, tmp_path):
+    (tmp_path / "x/curves.png/in the way").mkdir(parents=True)
+    ended = forks.run("drawn:run", [tmp_path / "x", {}], pictures=True)
+    assert ended.code == 0, ended.output
+    assert "WARNING: curves.png was not drawn: " in ended.output
+    assert {path.name for path in (tmp_path / "x").glob("*.png")} == {"curves.png", "confusion.png", "examples.png"}
+    assert read_summary(tmp_path / "x")["num_epochs"] == 2

@@ -1,0 +1,206 @@
+"""Malformed flags, configs and artifacts, as hypothesis makes them up: a line, no traceback, nothing written elsewhere.
+
+100 examples each in every change, 1,000 in the soak (`pytest -m soak`).
+"""
+
+import contextlib
+import io
+import json
+import shutil
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from test_artifact import _edit  # a manifest, changed, with the checksum of its new text
+
+from experiments import char_rnn, cifar_cnn, mnist_vae
+from launch import artifact, export, job, predict, runtimes
+from launch.local import LocalOptions
+from research import command
+from research import config as config_lib
+from research.errors import UserError
+from research.tasks.task import Function
+
+EXPERIMENTS = [module.EXPERIMENT for module in (cifar_cnn, char_rnn, mnist_vae)]
+
+
+def _examples(count):
+    health = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    return settings(max_examples=count, deadline=None, suppress_health_check=health)
+
+
+COUNTS = [pytest.param(100, marks=pytest.mark.faults), pytest.param(1000, marks=pytest.mark.soak)]
+
+texts = st.text(max_size=30) | st.sampled_from(["", "-1", "nan", "inf", "1e999", "0x10", "../..", "/", "a|b", "\0"])
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | texts
+values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3))
+
+
+@st.composite
+def flags(draw, experiment, others=()):
+    """Real names, misspelt ones, real values and odd ones."""
+    known = [f"config.{path}" for path, _, _ in config_lib.walk(experiment.default_config)]
+    names = st.sampled_from([*known, "config", "mode", "workdir", "reproduce", *others]) | texts
+    name = draw(names)
+    if draw(st.booleans()) and name:
+        place = draw(st.integers(0, len(name) - 1))
+        name = name[:place] + draw(st.sampled_from(["", "x", "."])) + name[place + 1 :]
+    form = draw(st.sampled_from(["--{}={}", "-{}={}", "--{}", "--no{}", "{}={}", "--{} {}", "{}"]))
+    return form.format(name, draw(texts | st.integers().map(str)))
+
+
+def _quietly(call):
+    """What it prints; `UserError` and `SystemExit` are how it may end."""
+    printed = io.StringIO()
+    silent = contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed)
+    with silent[0], silent[1], contextlib.suppress(UserError, SystemExit):
+        call()
+    return printed.getvalue()
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_flags(count, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    @_examples(count)
+    @given(st.data())
+    def parsed(data):
+        experiment = data.draw(st.sampled_from(EXPERIMENTS))
+        argv = data.draw(st.lists(flags(experiment, ["processes", "max_restarts"]), max_size=4))
+        if data.draw(st.booleans()):
+            _quietly(lambda: command.parse(experiment, argv))
+        else:
+            where = [f"experiments.{experiment.name}", *argv]
+            _quietly(lambda: job.parse("local", "", LocalOptions(), where))
+
+    parsed()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_search_spaces(count, tmp_path, monkeypatch):
+    search_space = pytest.importorskip("launch.search_space")
+    monkeypatch.chdir(tmp_path)
+    known = [path for path, _, _ in config_lib.walk(cifar_cnn.EXPERIMENT.default_config)]
+    numbers = texts | st.floats().map(str) | st.integers().map(str)
+    specs = st.builds("{}({},{})".format, st.sampled_from(["log", "int", "float", "x"]), numbers, numbers)
+    specs |= st.lists(numbers, max_size=3).map(lambda x: f"[{','.join(x)}]") | texts
+    entries = st.builds("{}={}".format, st.sampled_from(known) | texts, specs) | texts
+
+    @_examples(count)
+    @given(st.lists(entries, max_size=2))
+    def parsed(searches):
+        config = cifar_cnn.EXPERIMENT.default_config
+        _quietly(lambda: search_space.parse(searches, config).grid())
+
+    parsed()
+    assert not list(tmp_path.iterdir())
+
+
+def _places(value, path=()):
+    """The path of every value within JSON."""
+    yield path
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, part in parts:
+        yield from _places(part, (*path, name))
+
+
+@st.composite
+def changed(draw, value):
+    """The same JSON, in one to three places something else, or nothing."""
+    value = json.loads(json.dumps(value))
+    for _ in range(draw(st.integers(1, 3))):
+        path = draw(st.sampled_from(sorted(_places(value), key=str)))
+        if not path:
+            continue
+        parent = value
+        for name in path[:-1]:
+            parent = parent[name]
+        if draw(st.booleans()):
+            parent[path[-1]] = draw(values)
+        else:
+            del parent[path[-1]]
+    return value
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_configs(count, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    whole = config_lib.dataclasses.asdict(cifar_cnn.EXPERIMENT.default_config)
+    path = tmp_path / "x/config.json"
+    path.parent.mkdir()
+
+    @_examples(count)
+    @given(changed(whole) | values, st.binary(max_size=20))
+    def parsed(value, tail):
+        path.write_bytes(json.dumps(value).encode() + (tail if tail.startswith(b"{") else b""))
+        _quietly(lambda: command.parse(cifar_cnn.EXPERIMENT, ["--workdir=x"]))
+
+    parsed()
+    assert [found.name for found in tmp_path.rglob("*")] == ["x", "config.json"]
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    """An artifact that works, and an image for it."""
+    folder = tmp_path_factory.mktemp("classifier")
+    function = Function(
+        lambda _, inputs: {"logits": inputs["image"].astype("float32").sum((1, 2))},
+        {"image": ("b, 4, 6, 3", "uint8")},
+        "",
+    )
+    weights = {"w": np.ones(2, np.float32)}
+    exported = export._export("classify", function, lambda _: None, weights)
+    manifest = {
+        "classes": ["red", "green", "blue"],
+        "platforms": ["cpu"],
+        "weights": {"w": {"shape": [2], "dtype": "float32"}},
+        "functions": {"classify": runtimes.described(exported)},
+    }
+    artifact.write(folder / "a", manifest, weights, {"classify": bytes(exported.serialize())})
+    Image.fromarray(np.zeros((4, 6, 3), np.uint8)).save(folder / "black.png")
+    return folder
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_artifacts_whose_checksums_are_right(count, classifier, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    whole = json.loads((classifier / "a/manifest.json").read_text())
+    kept = ("format", "format_version", "files")
+    image, folder = str(classifier / "black.png"), tmp_path / "a"
+    shutil.copytree(classifier / "a", folder)
+    ends = set()
+
+    @_examples(count)
+    @given(changed({name: x for name, x in whole.items() if name not in kept}))
+    def predicted(manifest):
+        new = {name: whole[name] for name in kept} | (manifest if isinstance(manifest, dict) else {})
+        _edit(folder, lambda m: (m.clear(), m.update(new)))
+        printed = _quietly(lambda: predict.main([f"--artifact={folder}", image]))
+        ends.add("error: " in printed)
+        assert "error: " in printed or "black.png  " in printed
+
+    predicted()
+    assert True in ends
+    assert [found.name for found in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_artifacts_of_any_bytes(count, classifier, tmp_path):
+    """Weights and a manifest's files that hold anything, with checksums that are right."""
+    shutil.copytree(classifier / "a", tmp_path / "a")
+    weights = (tmp_path / "a/weights.npz").read_bytes()
+
+    @_examples(count)
+    @given(st.integers(0, len(weights) - 1), st.binary(min_size=1, max_size=8), st.integers(0, len(weights)))
+    def read(place, patch, end):
+        data = (weights[:place] + patch + weights[place + len(patch) :])[: end or None]
+        (tmp_path / "a/weights.npz").write_bytes(data)
+        entry = {"bytes": len(data), "sha256": artifact.hashlib.sha256(data).hexdigest()}
+        _edit(tmp_path / "a", lambda manifest: manifest["files"].update({"weights.npz": entry}))
+        with contextlib.suppress(artifact.ArtifactError):
+            artifact.read(tmp_path / "a")
+
+    read()

@@ -147,7 +147,6 @@ OTHER = {
 }
 ELSEWHERE = {  # and the fields whose effect another test shows
     "pictures_every_epochs": "test_train.py::test_pictures_every_epochs",
-    "model.base_width": "test_parametrization.py::test_what_updates_change_does_not_depend_on_the_width",
     "max_rewinds": "faults/test_not_finite.py::test_it_goes_back_to_a_checkpoint_and_takes_other_data",
     "mesh.sequence": "test_char_rnn.py::test_eight_devices_with_time_over_four_of_them_record_what_one_does",
     "optimizer.base_batch_size": "test_optimizers.py::test_the_rate_grows_with_the_batch",

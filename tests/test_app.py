@@ -190,7 +190,7 @@ def _before_training(base, path=None):
         dataset = _drawn()
         run = training.Training(config, EXPERIMENT.make_task(config, dataset), dataset, mesh)
         run.compile(train=True)
-    arrays = jax.tree.leaves(jax.tree.map(np.asarray, (run.state, run._batches.sample())))
+    arrays = jax.tree.leaves(jax.tree.map(np.asarray, (run.state, run._batches.sample(), run._given)))
     return texts, [array.tobytes() for array in arrays], run.ends, run._pace.capacity
 
 

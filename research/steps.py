@@ -8,6 +8,8 @@
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -87,22 +89,23 @@ class Steps:
         )(state, data, inputs, given, key)
 
     def _mean_over_devices(self, grads: Any, metrics: Metrics) -> tuple[Any, Metrics]:
-        """One all-reduce, of the gradients as `reduce_dtype`.
-
-        XLA joins the all-reduces of a tree. But on the CPU it still hands them to the network one by one, at a few
-        milliseconds each however small they are, so there they are made one vector.
-        """
-
-        def mean(tree: Any) -> Any:
-            if self._mesh.devices.flat[0].platform != "cpu":
-                return jax.lax.pmean(tree, sharding.BATCH_AXES)
-            flat, unflatten = ravel_pytree(tree)
-            return unflatten(jax.lax.pmean(flat, sharding.BATCH_AXES))
-
+        """One all-reduce, of the gradients as `reduce_dtype`."""
+        mean = functools.partial(self._reduced, jax.lax.pmean)
         if self._reduce_dtype == "float32":
             return mean((grads, metrics))
         rounded = mean(jax.tree.map(lambda x: x.astype(self._reduce_dtype), grads))
         return jax.tree.map(lambda x, like: x.astype(like.dtype), rounded, grads), mean(metrics)
+
+    def _reduced(self, reduce: Callable[..., Any], tree: Any) -> Any:
+        """The mean or the sum over the devices, in one all-reduce.
+
+        XLA joins the all-reduces of a tree. But on the CPU it still hands them to the network one by one, at a few
+        milliseconds each however small they are, so there they are made one vector.
+        """
+        if self._mesh.devices.flat[0].platform != "cpu":
+            return reduce(tree, sharding.BATCH_AXES)
+        flat, unflatten = ravel_pytree(tree)
+        return unflatten(reduce(flat, sharding.BATCH_AXES))
 
     def _accumulate(
         self, state: TrainState, data: Batch, inputs: Batch, given: Inputs, key: jax.Array
@@ -196,18 +199,40 @@ class Steps:
           The carry [b, ...] after the last batch; for every metric [b, ...] the sums of each batch, each example times
           its weight, [k, ...]; and "weight" [k], the sums of the weights.
         """
+        # By the first example's number: the same however the batches are dispatched, and on every device.
+        arrays = params, model_state, carry, data, inputs, inputs["index"][:, 0]
+        if self._parts == 1:
+            return self._evaluate(*arrays)
+
+        def on_device(*arrays: Any) -> tuple[Any, Metrics]:
+            carry, sums = self._evaluate(*arrays)
+            return carry, self._reduced(jax.lax.psum, sums)
+
+        rows, part = P(sharding.BATCH_AXES), P(None, sharding.BATCH_AXES)
+        return jax.shard_map(
+            on_device,
+            mesh=self._mesh,
+            in_specs=(P(), P(), rows, P(), part, P()),
+            out_specs=(rows, P()),
+            check_vma=False,
+        )(*arrays)
+
+    def _evaluate(
+        self, params: Any, model_state: Any, carry: Any, data: Batch, inputs: Batch, seeds: jax.Array
+    ) -> tuple[Any, Metrics]:
+        """`eval_steps` of the examples here; `seeds` are int [k]."""
         params = sharding.gather(params, self._mesh)
 
-        def body(carry: Any, batch_inputs: Batch) -> tuple[Any, Metrics]:
+        def body(carry: Any, xs: tuple[Batch, jax.Array]) -> tuple[Any, Metrics]:
+            batch_inputs, seed = xs
             model = nnx.merge(self._graphdef, params, model_state, copy=True)
-            # By the first example's number: the same however the batches are dispatched.
-            key = jax.random.fold_in(jax.random.key(0), batch_inputs["index"][0])
+            key = jax.random.fold_in(jax.random.key(0), seed)
             values, carry = self._task.advance(model, fetch(data, batch_inputs), carry, key=key, train=False)
             weight = batch_inputs["mask"] * values.pop("weight", 1.0)
             sums = {name: (value.T * weight).T.sum(0) for name, value in values.items()}
             return carry, sums | {"weight": weight.sum()}
 
-        return jax.lax.scan(body, carry, inputs)
+        return jax.lax.scan(body, carry, (inputs, seeds))
 
     def jit_train(self, state: TrainState) -> Any:
         """`train_steps` jitted with its shardings; the state's buffers are donated."""

@@ -57,6 +57,16 @@ def test_data_parallelism_is_one_all_reduce_a_step_of_one_vector(microbatch_size
     assert loops == 1  # over steps, not over microbatches
 
 
+def test_evaluation_sums_once_a_dispatch():
+    run = Run(_config(model=CNNConfig(width=16)), devices=8)
+    arrays = run.state.eval_params, run.state.model_state, {}, run.evals.data, next(iter(run.evals))
+    text = run.eval.lower(*arrays).compile().as_text()
+    ((shape, name),) = re.findall(rf' = (.*?) (?:{KINDS})(?:-start)?\(.*?op_name="(.*?)"', text)
+    batches = len(arrays[-1]["mask"])
+    assert re.findall(r"\[([\d,]+)\]", shape) == [str(3 * batches)]  # loss, accuracy, weight
+    assert "while/body" not in name
+
+
 def test_gradients_travel_as_the_dtype_asked_for():
     mesh = MeshConfig(reduce_dtype="bfloat16")
     run = Run(_config(mesh=mesh, model=CNNConfig(width=16)), devices=8)

@@ -203,3 +203,24 @@ def scaling_law(found: Mapping[str, Any]) -> Any:
     axes.set(xlabel=found["by"], ylabel=found["figure"], xscale="log")
     axes.grid(alpha=0.3)
     return figure
+
+
+def widths(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Loss against learning rate, a line a width: a row of pictures a network, a column a parametrization."""
+    from matplotlib.figure import Figure
+
+    networks, columns = (list(dict.fromkeys(row[key] for row in rows)) for key in ("network", "parametrization"))
+    figure = Figure(figsize=(4.5 * len(columns), 3 * len(networks)), layout="constrained")
+    grid = figure.subplots(len(networks), len(columns), squeeze=False, sharey="row")
+    for row in rows:
+        axes = grid[networks.index(row["network"])][columns.index(row["parametrization"])]
+        points = [(rate, loss) for rate, loss in zip(row["rates"], row["losses"]) if loss is not None]
+        axes.plot(*zip(*points), ".-", label=str(row["width"]))
+        axes.set(title=f"{row['network']}, {row['parametrization']}", xscale="log", xlabel="learning rate")
+    for network, line in zip(networks, grid):
+        best = [min(x for x in row["losses"] if x is not None) for row in rows if row["network"] == network]
+        line[0].set(ylabel="validation loss", ylim=(min(best) * 0.9, max(best) * 2.5))
+        for axes in line:
+            axes.grid(alpha=0.3)
+            axes.legend(title="width", fontsize="small")
+    return figure

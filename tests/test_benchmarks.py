@@ -7,9 +7,10 @@ import time
 import numpy as np
 import pytest
 
-from benchmarks import growth
+from benchmarks import growth, width
 from benchmarks.peers import flax_peer, meshwork_peer, table, works
 from benchmarks.peers.clock import Clock
+from research import plots
 
 
 def _given(network, **changes):
@@ -78,3 +79,17 @@ def test_the_table_has_a_row_a_work_and_a_column_a_peer():
     assert lines[2] == "| cnn | 10 | float32 | 100 images/s | 2.00 (2.00, 2.00) | 2.00 (2.00, 2.00) |"
     assert lines[3].endswith("| - | 4.00 (4.00, 4.00) |")
     assert lines[7] == "| cnn | 10 | float32 | 1.0 s, 1 | 1.0 s, 1 | 1.0 s, 1 |"
+
+
+def test_the_loss_of_each_rate_and_width_is_recorded():
+    case = width.cases()["vae"]
+    case = dataclasses.replace(case, config=dataclasses.replace(case.config, num_epochs=1), widths=(8,))
+    case = dataclasses.replace(case, rates=(1e-4, 1e-2, 1e30))
+    small, best, diverged = width.losses(case, "mup", 8)
+    assert diverged is None
+    assert best < small < 32 * 32 * 0.7  # log 2 nats a pixel is what knowing nothing costs
+    row = {"network": "vae", "parametrization": "mup", "width": 8, "rates": (0.25, 0.5), "losses": [3.0, 2.0]}
+    assert width.line(row) == "vae   mup       width    8: best rate 2^-1, loss 2.0000"
+    lines = plots.widths([row, row | {"parametrization": "standard", "width": 16}]).axes
+    assert [axes.get_title() for axes in lines] == ["vae, mup", "vae, standard"]
+    assert lines[1].lines[0].get_xydata().tolist() == [[0.25, 3.0], [0.5, 2.0]]

@@ -1,0 +1,106 @@
+"""The loss against the learning rate as a network grows wider: the standard parametrization beside mup.
+
+python -m benchmarks.width [--network=cnn,lstm,vae]
+
+Adam at a constant rate. All rates of one width train together in one program (`research.population`); the loss is that
+of the validation split after the last epoch. With mup, rates are those at the narrowest width.
+"""
+
+import copy
+import dataclasses
+import json
+import math
+import os
+from typing import Any
+
+import jax
+from absl import app, flags
+
+from benchmarks import output
+from experiments import char_rnn, cifar_cnn, mnist_vae
+from launch.worker import load
+from research import optimizers, plots
+from research.command import Experiment
+from research.config import CNNConfig, Config, DatasetConfig, OptimizerConfig, RNNConfig, VAEConfig
+from research.population import Population
+
+_DIGITS = DatasetConfig(name="digits", validation_fraction=0.1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A network, how it is trained, and what is tried."""
+
+    experiment: Experiment
+    config: Config
+    widths: tuple[int, ...]
+    rates: tuple[float, ...]
+
+
+def cases() -> dict[str, Case]:
+    """By name: each takes a minute or two on two cores."""
+    adam = OptimizerConfig(name="adam")
+    cnn = cifar_cnn.CifarConfig(num_epochs=3, batch_size=32, dataset=_DIGITS, optimizer=adam, model=CNNConfig())
+    text = DatasetConfig(name="pydoc", train_fraction=0.25)
+    lstm = char_rnn.CharRNNConfig(
+        num_epochs=2, batch_size=32, sequence_length=64, dataset=text, optimizer=adam, model=RNNConfig(layers=1)
+    )
+    vae = mnist_vae.MnistVAEConfig(num_epochs=10, batch_size=32, dataset=_DIGITS, optimizer=adam, model=VAEConfig())
+    return {
+        "cnn": Case(cifar_cnn.EXPERIMENT, cnn, (8, 16, 32, 64), _rates(-12, -4)),
+        "lstm": Case(char_rnn.EXPERIMENT, lstm, (32, 64, 128, 256), _rates(-10, -2)),
+        "vae": Case(mnist_vae.EXPERIMENT, vae, (64, 128, 256, 512), _rates(-13, -5)),
+    }
+
+
+def _rates(low: int, high: int) -> tuple[float, ...]:
+    return tuple(2.0**exponent for exponent in range(low, high + 1))
+
+
+NETWORK = flags.DEFINE_list("network", list(cases()), f"what is made wider: {', '.join(cases())}")
+flags.register_validator("network", lambda names: set(names) <= set(cases()), f"use {', '.join(cases())}")
+
+
+def losses(case: Case, parametrization: str, width: int) -> list[float | None]:
+    """The validation loss of each rate; None where it diverged."""
+    config: Any = copy.deepcopy(case.config)
+    config.model.width, config.model.parametrization = width, parametrization
+    config.model.base_width = case.widths[0] if parametrization == "mup" else 0
+    optimizers.resolve(config.optimizer)
+    dataset = case.experiment.prepare(config, load(config.dataset))
+    size = -(-len(case.rates) // jax.device_count()) * jax.device_count()
+    population = Population(config, case.experiment.make_task(config, dataset), dataset, jax.devices(), size)
+    for slot, rate in enumerate(case.rates):
+        optimizer = dataclasses.replace(config.optimizer, learning_rate=rate)
+        population.start(slot, dataclasses.replace(config, optimizer=optimizer))
+    for _ in range(config.num_epochs):
+        reports = population.train_epoch()
+    found = [reports[slot].figures.get("validation_loss") for slot in range(len(case.rates))]
+    return [loss if loss is not None and math.isfinite(loss) else None for loss in found]
+
+
+def line(row: dict[str, Any]) -> str:
+    """The rate of the least loss of one width."""
+    loss, rate = min((loss, rate) for loss, rate in zip(row["losses"], row["rates"]) if loss is not None)
+    return (
+        f"{row['network']:<5} {row['parametrization']:<9} width {row['width']:>4}: best rate 2^{math.log2(rate):.0f}, "
+        f"loss {loss:.4f}"
+    )
+
+
+def main(_: list[str]) -> None:
+    out, rows = output.folder(), []
+    for name in NETWORK.value:
+        case = cases()[name]
+        for parametrization in ("standard", "mup"):
+            for width in case.widths:
+                found = losses(case, parametrization, width)
+                row = {"network": name, "parametrization": parametrization, "width": width}
+                rows.append(row | {"rates": case.rates, "losses": found})
+                print(line(rows[-1]), flush=True)
+    (out / "width.json").write_text(json.dumps({"cores": os.cpu_count(), "rows": rows}, indent=1) + "\n")
+    plots.widths(rows).savefig(out / "width.png", dpi=100)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -18,6 +18,15 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _programs():
+    """What a file compiled goes with it, or the workers grow to gigabytes."""
+    yield
+    import jax
+
+    jax.clear_caches()
+
+
 @pytest.fixture
 def env(tmp_path, monkeypatch):
     """A machine without data and without network, one device, and a folder of its own."""

@@ -109,7 +109,6 @@ RULES = {
         ("data", 0, "momentum"),
         ("data", 8, "momentum"),
         ("fsdp", 8, "momentum"),
-        ("fsdp", 0, "muon"),
         ("all", 8, "momentum"),
         ("all", 0, "muon"),
     ],

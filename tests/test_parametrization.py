@@ -70,8 +70,6 @@ def _change(kind, rule, **model):
     [
         ("cnn", "adam", (64, 128)),
         ("lstm", "adam", (64, 256)),
-        ("vae", "adam", (256, 1024)),
-        ("vae", "momentum", (256, 1024)),
         ("vae", "muon", (256, 1024)),
     ],
 )
@@ -81,9 +79,8 @@ def test_what_updates_change_does_not_depend_on_the_width(kind, rule, widths):
     assert 0.7 < wide / narrow < 1.4
 
 
-@pytest.mark.parametrize(("kind", "widths"), [("lstm", (64, 256)), ("vae", (256, 1024))])
-def test_by_the_standard_parametrization_it_does(kind, widths):
-    narrow, wide = (_change(kind, "adam", width=width) for width in widths)
+def test_by_the_standard_parametrization_it_does():
+    narrow, wide = (_change("lstm", "adam", width=width) for width in (64, 256))
     assert wide / narrow > 2
 
 

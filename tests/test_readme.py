@@ -36,9 +36,12 @@ def test_every_flag_exists_and_takes_its_value(flag):
         assert any(_takes(module.EXPERIMENT, f"{name}={value}") for module in MODULES)
 
 
+MUP = ["--config.model.parametrization=mup", "--config.model.base_width=32"]  # neither means anything alone
+
+
 def _takes(experiment, flag):
     try:
-        return bool(app.parse(experiment, [flag]))
+        return bool(app.parse(experiment, MUP if flag in MUP else [flag]))
     except UserError:
         return False
 

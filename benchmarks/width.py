@@ -18,7 +18,7 @@ from absl import app, flags
 
 from benchmarks import output
 from experiments import char_rnn, cifar_cnn, mnist_vae
-from launch.worker import load
+from research import app as experiment_app
 from research import optimizers, plots
 from research.command import Experiment
 from research.config import CNNConfig, Config, DatasetConfig, OptimizerConfig, RNNConfig, VAEConfig
@@ -67,9 +67,9 @@ def losses(case: Case, parametrization: str, width: int) -> list[float | None]:
     config.model.width, config.model.parametrization = width, parametrization
     config.model.base_width = case.widths[0] if parametrization == "mup" else 0
     optimizers.resolve(config.optimizer)
-    dataset = case.experiment.prepare(config, load(config.dataset))
+    dataset, task = experiment_app.load(case.experiment, config)
     size = -(-len(case.rates) // jax.device_count()) * jax.device_count()
-    population = Population(config, case.experiment.make_task(config, dataset), dataset, jax.devices(), size)
+    population = Population(config, task, dataset, jax.devices(), size)
     for slot, rate in enumerate(case.rates):
         optimizer = dataclasses.replace(config.optimizer, learning_rate=rate)
         population.start(slot, dataclasses.replace(config, optimizer=optimizer))

@@ -26,7 +26,8 @@ from research.config import Config
 from research.errors import UserError
 
 _ALONE = ("mesh.", "distributed.")  # how a trial is spread over devices is not searched
-_OF_DIVERGED = ("max_skipped_steps", "max_rewinds")  # a trial whose loss is not finite is over
+RECOVERY = ("max_skipped_steps", "max_rewinds")
+NO_RECOVERY = "in a sweep a trial whose loss is not finite is over; leave it out"
 _TRIED = 16  # draws of a Python file that are checked
 Distribution = (
     optuna.distributions.FloatDistribution
@@ -131,8 +132,8 @@ def _field(path: str, config: Config, where: str) -> dataclasses.Field:
         raise UserError(f"{where}: there is no field {path}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
     if path.startswith(_ALONE):
         raise UserError(f"{where}: how a trial lies on devices is not searched; give --config.{path} once for all")
-    if path in _OF_DIVERGED:
-        raise UserError(f"{where}: in a sweep a trial whose loss is not finite is over; leave it out")
+    if path in RECOVERY:
+        raise UserError(f"{where}: {NO_RECOVERY}")
     return fields[path]
 
 

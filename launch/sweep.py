@@ -86,9 +86,6 @@ def run(argv: Sequence[str]) -> int:
         )
     if job.config.mesh != MeshConfig():
         raise UserError("--config.mesh: in a sweep each trial has one device, and trials are spread over all devices")
-    for name in ("max_skipped_steps", "max_rewinds"):
-        if getattr(job.config, name):
-            raise UserError(f"--config.{name}: in a sweep a trial whose loss is not finite is over; leave it out")
     signals = Signals()
     with lasting_output(), signals.handled():
         return _run(job, argv, signals)
@@ -164,6 +161,9 @@ def _sweep(job: Job) -> tuple["Sweep", list[dict[str, Any]]]:
 
     if not options.search and options.seeds == 1:
         raise UserError("say what to vary, as in --search='optimizer.learning_rate=log(1e-4,1)', or give --seeds=5")
+    for name in search_space.RECOVERY:
+        if getattr(config, name):
+            raise UserError(f"--config.{name}: {search_space.NO_RECOVERY}")
     space = search_space.parse(options.search, config)
     if options.seeds > 1 and "seed" in space.distributions:
         raise UserError("--seeds and --search=seed=... exclude each other")
@@ -274,9 +274,10 @@ def _finish(job: Job, sweep: "Sweep", study: "Study") -> None:
             if len(values) > 1:
                 figures[f"{name}_std"] = statistics.stdev(values)
     figures["best_command_value"] = statistics.mean(run[sweep.metric] for run in runs)
-    if job.options.fit:
-        figures["fit"] = _fit(job.options.fit, sweep, ranked, workdir)
     report.write_summary(workdir, study, sweep, figures)
+    if job.options.fit:  # which may turn out to be impossible: what there is has been recorded
+        figures["fit"] = _fit(job.options.fit, sweep, ranked, workdir)
+        report.write_summary(workdir, study, sweep, figures)
     found = report.summary(study, sweep)
     print(
         f"{found['num_trials']} trials ({found['num_pruned']} pruned, {found['num_failed']} failed), "

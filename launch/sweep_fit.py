@@ -4,7 +4,6 @@ Of each size the best trial counts, and each of its seeds is a measurement. An a
 it.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,12 +12,12 @@ import numpy as np
 from optuna.trial import FrozenTrial
 
 from launch import hlo, lowering, scaling_law
-from launch.worker import SEED_VALUES, Sweep, load
-from research import sharding
+from launch.worker import SEED_VALUES, Sweep
+from research import app, hyperparams, sharding
 from research.config import MeshConfig
 from research.errors import UserError
+from research.state import num_params
 
-BY = ("parameters", "flops", "examples")
 _BEYOND = (2, 4, 10)  # times the largest size
 
 
@@ -30,17 +29,21 @@ def check(by: str, searched: Sequence[str]) -> None:
         raise UserError(f"--fit={by} needs trials of several sizes: give {flags}")
 
 
-def size_of(by: str, sweep: Sweep, params: Mapping[str, Any]) -> int:
-    """The parameters of a trial's network, the FLOPs of its training, or its training examples."""
-    config: Any = sweep.trial_config(dict(params))
+def size_of(by: str, sweep: Sweep, config: Any) -> int:
+    """The parameters of a trial's network, the FLOPs of its training, or its training examples.
+
+    Args:
+      by: "parameters", "flops" or "examples".
+      sweep: what was swept.
+      config: the trial's (`Sweep.trial_config`).
+    """
     config.mesh = MeshConfig(data=1)
-    dataset = sweep.experiment.prepare(config, load(config.dataset))
-    what = lowering.Subject(config, dataset, sweep.experiment.make_task(config, dataset))
+    what = lowering.Subject(config, *app.load(sweep.experiment, config))
     if by == "examples":
         return what.num_examples
     lowered, state = lowering.lower(what, config, sharding.make_mesh(config, jax.devices()[:1]))
     if by == "parameters":
-        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.params))
+        return num_params(state)
     return round(hlo.Program(lowered.compile().as_text() or "").cost()["flops"]) * what.num_train_steps
 
 
@@ -48,14 +51,18 @@ def measurements(by: str, sweep: Sweep, ranked: Sequence[FrozenTrial]) -> list[t
     """(size, loss or error) of every seed of the best trial of each size, the smallest first.
 
     Args:
-      by: of `BY`.
+      by: of `size_of`.
       sweep: what was swept.
       ranked: the trials that were trained to their end, the best first.
     """
-    sizes: dict[int, FrozenTrial] = {}
+    known: dict[Any, int] = {}  # trials of one program are of one size, and measuring may mean to compile
+    best: dict[int, FrozenTrial] = {}
     for trial in ranked:
-        sizes.setdefault(size_of(by, sweep, trial.params), trial)
-    values = ((size, value) for size, trial in sizes.items() for value in trial.user_attrs[SEED_VALUES])
+        config = sweep.trial_config(trial.params)
+        if (signature := hyperparams.signature(config)) not in known:
+            known[signature] = size_of(by, sweep, config)
+        best.setdefault(known[signature], trial)
+    values = ((size, value) for size, trial in best.items() for value in trial.user_attrs[SEED_VALUES])
     return sorted((size, 1 - value if sweep.maximizes else value) for size, value in values)
 
 

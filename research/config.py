@@ -44,7 +44,9 @@ class DatasetConfig:
     data_dir: str = option("", "folder of prepared TFDS sets and archives; empty: TFDS_DATA_DIR, else TFDS's default")
     validation_fraction: float = option(0.0, "part of the training set held out for validation", minimum=0, below=1)
     train_fraction: float = option(1.0, "part of what is then left that is trained on", above=0, maximum=1)
-    max_device_gib: float = option(2.0, "data sets up to this size live on the device, larger ones stream", minimum=0)
+    max_device_gib: float = option(
+        2.0, "data sets up to this size (GiB) live on the device, larger ones stream", minimum=0
+    )
 
 
 @dataclasses.dataclass

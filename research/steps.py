@@ -48,8 +48,6 @@ class Steps:
         self._graphdef = graphdef
         self._config = config
         self._mesh = mesh
-        self._reduce_dtype = config.mesh.reduce_dtype
-        self._skips = bool(config.max_skipped_steps)
         # The devices that each make a gradient of their own: with parameters split, the partitioner knows better.
         self._parts = mesh.shape["data"] if mesh.shape["data"] == mesh.size else 1
 
@@ -91,9 +89,10 @@ class Steps:
     def _mean_over_devices(self, grads: Any, metrics: Metrics) -> tuple[Any, Metrics]:
         """One all-reduce, of the gradients as `reduce_dtype`."""
         mean = functools.partial(self._reduced, jax.lax.pmean)
-        if self._reduce_dtype == "float32":
+        dtype = self._config.mesh.reduce_dtype
+        if dtype == "float32":
             return mean((grads, metrics))
-        rounded = mean(jax.tree.map(lambda x: x.astype(self._reduce_dtype), grads))
+        rounded = mean(jax.tree.map(lambda x: x.astype(dtype), grads))
         return jax.tree.map(lambda x, like: x.astype(like.dtype), rounded, grads), mean(metrics)
 
     def _reduced(self, reduce: Callable[..., Any], tree: Any) -> Any:
@@ -162,7 +161,7 @@ class Steps:
             count, size = inputs["index"].shape
             metrics |= noise_scale.moments(*squares, size // self._parts, count * size)
         new = TrainState(state.step + 1, params, model_state, carry, opt_state, ema_params)
-        if self._skips:
+        if self._config.max_skipped_steps:
             finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
             kept = jax.tree.map(lambda x, before: jnp.where(finite, x, before), new, state)
             new = dataclasses.replace(kept, step=new.step)

@@ -20,13 +20,15 @@ def sweep():
 
 
 def test_sizes_are_counted(sweep):
-    assert sweep_fit.size_of("examples", sweep, {"dataset.train_fraction": 0.5}) == round(0.5 * (1437 - 144))
+    assert sweep_fit.size_of("examples", sweep, sweep.trial_config({"dataset.train_fraction": 0.5})) == round(
+        0.5 * (1437 - 144)
+    )
     classes = 10
     images = linear.EXPERIMENT.prepare(sweep.config, worker.load(sweep.config.dataset)).train["image"]
     inputs = images[0].size
     for width in (4, 8):
         weights = (inputs + 1) * width + (width + 1) * classes
-        assert sweep_fit.size_of("parameters", sweep, {"model.width": width}) == weights
+        assert sweep_fit.size_of("parameters", sweep, sweep.trial_config({"model.width": width})) == weights
 
 
 def test_flops_are_those_of_the_products_and_little_else(sweep):
@@ -34,7 +36,7 @@ def test_flops_are_those_of_the_products_and_little_else(sweep):
     width, steps = 64, len(images) // sweep.config.batch_size
     forward = 2 * sweep.config.batch_size * width * (images[0].size + 10)
     backward = 2 * forward - 2 * sweep.config.batch_size * width * images[0].size  # no gradient of the images
-    found = sweep_fit.size_of("flops", sweep, {"model.width": width})
+    found = sweep_fit.size_of("flops", sweep, sweep.trial_config({"model.width": width}))
     assert 1 < found / ((forward + backward) * steps) < 1.1
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import linear
@@ -332,6 +333,14 @@ def test_the_record_has_its_folder_whatever_the_storage(folder):
     (folder / "file").touch()
     with pytest.raises(UserError, match="--workdir=file/w cannot be made: Not a directory"):
         sweep.run([*argv, "--workdir=file/w", "--study=other"])
+
+
+def test_a_lock_that_a_killed_worker_left_is_taken_over(folder, monkeypatch):
+    open_storage("", Path("w"))._backend._lock.acquire()
+    now = iter(range(0, 10_000, 10))  # ten seconds a look
+    clock = types.SimpleNamespace(monotonic=lambda: next(now), sleep=lambda _: None)
+    monkeypatch.setattr("optuna.storages.journal._file.time", clock)
+    assert optuna.create_study(storage=open_storage("", Path("w")), study_name="s").study_name == "s"
 
 
 def test_a_killed_worker_loses_nothing_but_time(env, folder, capsys):

@@ -127,14 +127,18 @@ def mistakes(images: np.ndarray, labels: np.ndarray, probabilities: np.ndarray, 
     wrong = np.flatnonzero(predictions != labels)
     wrong = wrong[np.argsort(-confidence[wrong], kind="stable")][:25]
     rows = max(-(-len(wrong) // 5), 1)
-    figure = Figure(figsize=(9, 2 * rows), layout="constrained")
-    figure.suptitle(f"{(predictions != labels).sum():,} mistakes of {len(labels):,}: label, taken for (probability)")
-    for axes, i in zip(figure.subplots(rows, 5).flat, wrong.tolist()):
-        axes.imshow(images[i].squeeze(), cmap="gray", vmin=0, vmax=255)
+    figure = Figure(figsize=(9, 2 * rows + 0.5), layout="constrained")
+    axes = figure.subplots()  # one for all: to lay out 25 takes a second
+    axes.set_title(f"{(predictions != labels).sum():,} mistakes of {len(labels):,}: label, taken for (probability)")
+    for number, i in enumerate(wrong.tolist()):
+        row, column = divmod(number, 5)
+        left, bottom = 1.2 * column, 1.2 * (rows - row)
+        axes.imshow(images[i].squeeze(), cmap="gray", vmin=0, vmax=255, extent=(left, left + 1, bottom, bottom + 1))
         label, taken = names[int(labels[i])], names[int(predictions[i])]
-        axes.set_title(f"{label}, {taken} ({confidence[i]:.2f})", fontsize="x-small")
-    for axes in figure.axes:
-        axes.axis("off")
+        text = f"{label}, {taken} ({confidence[i]:.2f})"
+        axes.text(left + 0.5, bottom + 1.02, text, ha="center", va="bottom", fontsize="x-small")
+    axes.set(xlim=(-0.1, 6.0), ylim=(1.1, 1.2 * rows + 1.2))
+    axes.axis("off")
     return figure
 
 
@@ -202,25 +206,4 @@ def scaling_law(found: Mapping[str, Any]) -> Any:
     axes.legend(*zip(*dict(zip(labels, zip(handles, labels))).values()), fontsize="small")
     axes.set(xlabel=found["by"], ylabel=found["figure"], xscale="log")
     axes.grid(alpha=0.3)
-    return figure
-
-
-def widths(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Loss against learning rate, a line a width: a row of pictures a network, a column a parametrization."""
-    from matplotlib.figure import Figure
-
-    networks, columns = (list(dict.fromkeys(row[key] for row in rows)) for key in ("network", "parametrization"))
-    figure = Figure(figsize=(4.5 * len(columns), 3 * len(networks)), layout="constrained")
-    grid = figure.subplots(len(networks), len(columns), squeeze=False, sharey="row")
-    for row in rows:
-        axes = grid[networks.index(row["network"])][columns.index(row["parametrization"])]
-        points = [(rate, loss) for rate, loss in zip(row["rates"], row["losses"]) if loss is not None]
-        axes.plot(*zip(*points), ".-", label=str(row["width"]))
-        axes.set(title=f"{row['network']}, {row['parametrization']}", xscale="log", xlabel="learning rate")
-    for network, line in zip(networks, grid):
-        best = [min(x for x in row["losses"] if x is not None) for row in rows if row["network"] == network]
-        line[0].set(ylabel="validation loss", ylim=(min(best) * 0.9, max(best) * 2.5))
-        for axes in line:
-            axes.grid(alpha=0.3)
-            axes.legend(title="width", fontsize="small")
     return figure

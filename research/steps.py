@@ -115,6 +115,7 @@ class Steps:
         """
         count = inputs["index"].shape[0]
 
+        @functools.partial(jax.jit, inline=True)  # traced once, for its shapes and in the loop
         def one(model_state: Any, carry: Any, batch_inputs: Batch, key: jax.Array) -> tuple[Any, Any, Any]:
             batch = {**fetch(data, batch_inputs), "step": state.step}
             gradient = jax.grad(self._loss, has_aux=True)
@@ -178,15 +179,17 @@ class Steps:
           The state, and every metric as float32 [k], of which the first `num_steps` are set.
         """
 
-        def at(i: jax.Array | int) -> Batch:
+        train_step = jax.jit(self.train_step, inline=True)  # traced once, for its shapes and in the loop
+
+        def at(i: jax.Array) -> Batch:
             return jax.tree.map(lambda x: x[i], inputs)
 
         def body(i: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
             state, history = carry
-            state, metrics = self.train_step(state, data, at(i), given)
+            state, metrics = train_step(state, data, at(i), given)
             return state, jax.tree.map(lambda h, m: h.at[i].set(m), history, metrics)
 
-        _, metrics = jax.eval_shape(self.train_step, state, data, at(0), given)
+        _, metrics = jax.eval_shape(train_step, state, data, at(jnp.int32(0)), given)
         capacity = inputs["index"].shape[0]
         history = jax.tree.map(lambda m: jnp.zeros((capacity, *m.shape), m.dtype), metrics)
         return jax.lax.fori_loop(0, num_steps, body, (state, history))

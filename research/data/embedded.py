@@ -1,9 +1,13 @@
 """Data sets that need no download: scikit-learn's handwritten digits, and the text of Python's own help."""
 
 import functools
+from collections.abc import Iterator
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
+
+from research.data import cache
 
 Arrays = dict[str, np.ndarray]
 
@@ -18,18 +22,23 @@ def digits() -> tuple[tuple[str, ...], dict[str, Arrays]]:
       The label names, and the splits "train" (1,437 examples) and "test" (360), each with "image" (uint8 [n,32,32,1])
       and "label" (int32 [n]).
     """
+    arrays = cache.load(f"digits-{version('scikit-learn')}", _enlarged_digits)
+    is_test = np.zeros(len(arrays["label"]), bool)
+    is_test[np.argsort(arrays["label"], kind="stable")[::5]] = True
+    parts = {"train": ~is_test, "test": is_test}
+    return tuple("0123456789"), {
+        split: {name: array[part] for name, array in arrays.items()} for split, part in parts.items()
+    }
+
+
+def _enlarged_digits() -> Iterator[Arrays]:
     from PIL import Image
-    from sklearn.datasets import load_digits  # slow to import, and seldom needed
+    from sklearn.datasets import load_digits  # takes two seconds to import, so it is done once
 
     bunch: Any = load_digits()
     grey = np.round(bunch["images"] * (255 / 16)).astype(np.uint8)
     large = [np.asarray(Image.fromarray(g).resize((32, 32), Image.Resampling.BILINEAR)) for g in grey]
-    images, labels = np.stack(large)[..., None], bunch["target"].astype(np.int32)
-    is_test = np.zeros(len(labels), bool)
-    is_test[np.argsort(labels, kind="stable")[::5]] = True
-    splits = {"train": ~is_test, "test": is_test}
-    names = tuple(str(name) for name in bunch["target_names"])
-    return names, {split: {"image": images[part], "label": labels[part]} for split, part in splits.items()}
+    yield {"image": np.stack(large)[..., None], "label": bunch["target"].astype(np.int32)}
 
 
 def pydoc() -> tuple[tuple[str, ...], dict[str, Arrays]]:

@@ -13,16 +13,12 @@ import math
 import os
 from typing import Any
 
-import jax
 from absl import app, flags
 
-from benchmarks import output
+from benchmarks import output, trials
 from experiments import char_rnn, cifar_cnn, mnist_vae
-from research import app as experiment_app
-from research import optimizers, plots
 from research.command import Experiment
 from research.config import CNNConfig, Config, DatasetConfig, OptimizerConfig, RNNConfig, VAEConfig
-from research.population import Population
 
 _DIGITS = DatasetConfig(name="digits", validation_fraction=0.1)
 
@@ -66,17 +62,8 @@ def losses(case: Case, parametrization: str, width: int) -> list[float | None]:
     config: Any = copy.deepcopy(case.config)
     config.model.width, config.model.parametrization = width, parametrization
     config.model.base_width = case.widths[0] if parametrization == "mup" else 0
-    optimizers.resolve(config.optimizer)
-    dataset, task = experiment_app.load(case.experiment, config)
-    size = -(-len(case.rates) // jax.device_count()) * jax.device_count()
-    population = Population(config, task, dataset, jax.devices(), size)
-    for slot, rate in enumerate(case.rates):
-        optimizer = dataclasses.replace(config.optimizer, learning_rate=rate)
-        population.start(slot, dataclasses.replace(config, optimizer=optimizer))
-    for _ in range(config.num_epochs):
-        reports = population.train_epoch()
-    found = [reports[slot].figures.get("validation_loss") for slot in range(len(case.rates))]
-    return [loss if loss is not None and math.isfinite(loss) else None for loss in found]
+    runs = trials.train(case.experiment, config, [{"optimizer.learning_rate": rate} for rate in case.rates])
+    return [run.get("loss") for run in runs]
 
 
 def line(row: dict[str, Any]) -> str:
@@ -86,6 +73,27 @@ def line(row: dict[str, Any]) -> str:
         f"{row['network']:<5} {row['parametrization']:<9} width {row['width']:>4}: best rate 2^{math.log2(rate):.0f}, "
         f"loss {loss:.4f}"
     )
+
+
+def picture(rows: list[dict[str, Any]]) -> Any:
+    """Loss against learning rate, a line a width: a row of pictures a network, a column a parametrization."""
+    from matplotlib.figure import Figure
+
+    networks, columns = (list(dict.fromkeys(row[key] for row in rows)) for key in ("network", "parametrization"))
+    figure = Figure(figsize=(4.5 * len(columns), 3 * len(networks)), layout="constrained")
+    grid = figure.subplots(len(networks), len(columns), squeeze=False, sharey="row")
+    for row in rows:
+        axes = grid[networks.index(row["network"])][columns.index(row["parametrization"])]
+        points = [(rate, loss) for rate, loss in zip(row["rates"], row["losses"]) if loss is not None]
+        axes.plot(*zip(*points), ".-", label=str(row["width"]))
+        axes.set(title=f"{row['network']}, {row['parametrization']}", xscale="log", xlabel="learning rate")
+    for network, line in zip(networks, grid):
+        best = [min(x for x in row["losses"] if x is not None) for row in rows if row["network"] == network]
+        line[0].set(ylabel="validation loss", ylim=(min(best) * 0.9, max(best) * 2.5))
+        for axes in line:
+            axes.grid(alpha=0.3)
+            axes.legend(title="width", fontsize="small")
+    return figure
 
 
 def main(_: list[str]) -> None:
@@ -99,7 +107,7 @@ def main(_: list[str]) -> None:
                 rows.append(row | {"rates": case.rates, "losses": found})
                 print(line(rows[-1]), flush=True)
     (out / "width.json").write_text(json.dumps({"cores": os.cpu_count(), "rows": rows}, indent=1) + "\n")
-    plots.widths(rows).savefig(out / "width.png", dpi=100)
+    picture(rows).savefig(out / "width.png", dpi=100)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,12 @@ import time
 import numpy as np
 import pytest
 
-from benchmarks import growth, width
+from benchmarks import algorithms, growth, structures, trials, width
 from benchmarks.peers import flax_peer, meshwork_peer, table, works
 from benchmarks.peers.clock import Clock
-from research import plots
+from experiments import cifar_cnn
+from research import command
+from research.config import OptimizerConfig, VAEConfig
 
 
 def _given(network, **changes):
@@ -90,6 +92,45 @@ def test_the_loss_of_each_rate_and_width_is_recorded():
     assert best < small < 32 * 32 * 0.7  # log 2 nats a pixel is what knowing nothing costs
     row = {"network": "vae", "parametrization": "mup", "width": 8, "rates": (0.25, 0.5), "losses": [3.0, 2.0]}
     assert width.line(row) == "vae   mup       width    8: best rate 2^-1, loss 2.0000"
-    lines = plots.widths([row, row | {"parametrization": "standard", "width": 16}]).axes
+    lines = width.picture([row, row | {"parametrization": "standard", "width": 16}]).axes
     assert [axes.get_title() for axes in lines] == ["vae, mup", "vae, standard"]
     assert lines[1].lines[0].get_xydata().tolist() == [[0.25, 3.0], [0.5, 2.0]]
+
+
+def test_a_rule_is_tuned_on_the_validation_split_and_reported_on_the_test_split():
+    study = algorithms.studies()["vae"]
+    config = dataclasses.replace(study.config, num_epochs=1, model=VAEConfig(width=8, depth=1, latents=2))
+    study = dataclasses.replace(study, config=config, reach=1)
+    row = algorithms.measure(study, "adam", 128, 2)
+    assert row["rates"] == pytest.approx([1e-3 / 10**0.5, 1e-3, 1e-3 * 10**0.5])
+    assert row["learning_rate"] == row["rates"][np.argmin(row["validation"])]
+    assert row["mean"] == pytest.approx(np.mean(row["test"]))
+    assert row["standard_deviation"] == pytest.approx(np.std(row["test"], ddof=1)) != 0
+    fields = [{"optimizer.learning_rate": row["learning_rate"], "seed": 1}]
+    config = dataclasses.replace(config, batch_size=128, optimizer=OptimizerConfig(name="adam", schedule="cosine"))
+    (validation,) = trials.train(study.experiment, config, fields)
+    assert validation["loss"] != row["test"][0]  # the same run on other images
+    assert validation["loss"] == pytest.approx(row["test"][0], rel=0.1)
+    (axes,) = algorithms.picture([row, row | {"rule": "sgd"}]).axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["adam", "sgd"]
+
+
+def test_the_best_run_is_the_most_accurate_or_else_of_the_least_loss():
+    assert trials.best([{"loss": 2.0}, {"loss": 1.0}, {}]) == 1
+    assert trials.best([{}, {"loss": 2.0, "accuracy": 0.9}, {"loss": 1.0, "accuracy": 0.8}]) == 1
+
+
+def test_each_structure_is_a_command_that_exists_and_their_errors_follow_a_law():
+    for name, sizes in structures.NETWORKS.items():
+        for fields in sizes:
+            command.parse(cifar_cnn.EXPERIMENT, structures.flags_of(name, fields, "digits"))
+    widths = (10, 100, 1000, 10000)
+    rows = [
+        {"network": "simple", "parameters": x, "test_accuracy": [0.8 - x**-0.5 * r for r in (0.99, 1.01)]}
+        for x in widths
+    ]
+    found = structures.law([*rows, {"network": "resnet", "parameters": 1, "test_accuracy": [0.0]}])
+    assert found["exponent"] == pytest.approx(0.5, abs=0.02)
+    assert found["floor"] == pytest.approx(0.2, abs=0.01)
+    assert found["widest_expected"] == pytest.approx(found["widest_measured"], rel=0.05)
+    assert found["widest_interval"][0] < found["widest_measured"] < found["widest_interval"][1]

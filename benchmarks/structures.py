@@ -1,0 +1,136 @@
+"""Which structure: accuracy against parameters, FLOPs and seconds for the convolutional networks.
+
+python -m benchmarks.structures [--seeds=5] [--dataset=cifar10]
+
+Every network is trained by the default recipe of `experiments.cifar_cnn`, four epochs of a fifth of the training set,
+by its own command, once for each seed; FLOPs are those of the compiled step. A power law (`launch.scaling_law`) goes
+through the errors of the simple network's widths, and is tested by the widest, from the others.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from benchmarks import output, trials
+from launch import job as job_lib
+from launch import measure, scaling_law
+from launch.hlo import Program
+
+NETWORKS = {
+    "simple": [{"width": width} for width in (8, 16, 32, 64)],
+    "airbench": [{"width": width} for width in (8, 16, 32)],
+    "resnet": [{"width": width} for width in (4, 8, 16)],
+    "wide_resnet": [{"width": width, "depth": 10} for width in (1, 2)],
+}
+DATASET = flags.DEFINE_string("dataset", "cifar10", "the images")
+
+
+def flags_of(name: str, fields: dict[str, int], dataset: str) -> list[str]:
+    """The command line of one network, but for the seed and the workdir."""
+    model = [f"--config.model.{field}={value}" for field, value in {"name": name, **fields}.items()]
+    part = [f"--config.dataset.name={dataset}", "--config.dataset.train_fraction=0.2", "--config.num_epochs=4"]
+    return [*model, *part]
+
+
+def flops(args: list[str]) -> float:
+    """Of one step of training, as compiled."""
+    run = measure.training(job_lib.parse("measure", "", measure.MeasureOptions(), ["experiments.cifar_cnn", *args]))
+    with jax.set_mesh(run.mesh):
+        run.compile(train=True)
+        return Program(run.train_program.as_text()).cost()["flops"]
+
+
+def summary(args: list[str], seed: int) -> dict[str, Any]:
+    """Trains by the command; what it leaves in summary.json."""
+    with tempfile.TemporaryDirectory() as folder:
+        where = [f"--config.seed={seed}", f"--workdir={folder}/run"]
+        command = [sys.executable, "-m", "experiments.cifar_cnn", *args, *where]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        return json.loads(Path(folder, "run/summary.json").read_text())
+
+
+def row(name: str, fields: dict[str, int], dataset: str, seeds: int) -> dict[str, Any]:
+    """One network."""
+    args = flags_of(name, fields, dataset)
+    runs = [summary(args, seed) for seed in range(1, seeds + 1)]
+    accuracies = [run["test_accuracy"] for run in runs]
+    return {
+        "network": name,
+        **fields,
+        "parameters": runs[0]["num_params"],
+        "flops": flops(args) * runs[0]["num_train_steps"],
+        "seconds": statistics.median(run["train_seconds"] for run in runs),
+        "test_accuracy": accuracies,
+        "mean": statistics.mean(accuracies),
+        "standard_deviation": statistics.stdev(accuracies),
+    }
+
+
+def law(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the error of the simple network is by its parameters, and that of the widest by the others."""
+    points = [(r["parameters"], 1 - value) for r in rows if r["network"] == "simple" for value in r["test_accuracy"]]
+    sizes, errors = np.array(points).T
+    whole, smaller = scaling_law.fit(sizes, errors), sizes < sizes.max()
+    without = scaling_law.fit(sizes[smaller], errors[smaller])
+    low, high = without.interval(sizes.max())
+    return {
+        "floor": whole.floor,
+        "exponent": whole.exponent,
+        "widest_expected": float(without(sizes.max())),
+        "widest_interval": [float(low), float(high)],
+        "widest_measured": float(errors[~smaller].mean()),
+    }
+
+
+def line(row: dict[str, Any]) -> str:
+    """One row as Markdown."""
+    return (
+        f"| {row['network']} | {row['width']} | {row['parameters']:,} | {row['flops'] / 1e12:.2f} | "
+        f"{row['seconds']:.1f} | {row['mean']:.4f} ± {row['standard_deviation']:.4f} |"
+    )
+
+
+def picture(rows: list[dict[str, Any]]) -> Any:
+    """Test accuracy against parameters, FLOPs and seconds, a line a network."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    sizes = {"parameters": "parameters", "flops": "FLOPs of the training", "seconds": "seconds of training"}
+    for axes, (size, label) in zip(figure.subplots(1, len(sizes), sharey=True), sizes.items()):
+        for network in dict.fromkeys(row["network"] for row in rows):
+            line = [row for row in rows if row["network"] == network]
+            figures = ([row[key] for row in line] for key in (size, "mean", "standard_deviation"))
+            axes.errorbar(*figures, fmt="o-", capsize=3, label=network)
+        axes.set(xlabel=label, xscale="log")
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("test accuracy")
+    figure.axes[0].legend(fontsize="small")
+    return figure
+
+
+def main(_: list[str]) -> None:
+    out, rows = output.folder(), []
+    print("| network | width | parameters | TFLOP, training | seconds | test accuracy |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for name, sizes in NETWORKS.items():
+        for fields in sizes:
+            rows.append(row(name, fields, DATASET.value, trials.SEEDS.value))
+            print(line(rows[-1]), flush=True)
+    found = law(rows)
+    print(json.dumps(found))
+    result = {"cores": os.cpu_count(), "dataset": DATASET.value, "rows": rows, "law": found}
+    (out / "structures.json").write_text(json.dumps(result, indent=1) + "\n")
+    picture(rows).savefig(out / "structures.png", dpi=100)
+
+
+if __name__ == "__main__":
+    app.run(main)

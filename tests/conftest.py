@@ -6,10 +6,12 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from compiling import QUICKLY
 
 # Before jax starts, which the first test module that is imported may do; a worker has it from the process above it.
 if "PYTEST_XDIST_WORKER" not in os.environ:
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ.setdefault("XLA_FLAGS", QUICKLY)
+    os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
     os.environ["JAX_PLATFORMS"] = "cpu"
     _CACHE = tempfile.TemporaryDirectory(prefix="meshwork-tests-")
     os.environ["MESHWORK_CACHE_DIR"] = _CACHE.name
@@ -36,7 +38,7 @@ def env(tmp_path, monkeypatch):
         "KERAS_HOME": str(tmp_path / "keras"),
         "HTTPS_PROXY": "http://127.0.0.1:9",
         "PYTHONPATH": str(Path(__file__).parent.parent),
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": QUICKLY,
     }
     return {name: value for name, value in os.environ.items() if name != "TFDS_DATA_DIR"} | changes
 

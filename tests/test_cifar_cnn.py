@@ -22,20 +22,19 @@ from research.data import sources
 def test_it_trains_on_one_device_and_on_eight(env, tmp_path):
     summaries = []
     for devices in (1, 8):
-        args = ["--config.dataset.name=digits", "--config.num_epochs=2", "--workdir", f"runs/{devices}"]
-        done = run_command(env, *args, "--config.model.width=8", devices=devices)
+        args = [*DIGITS, "--config.num_epochs=2", "--workdir", f"runs/{devices}"]
+        done = run_command(env, *args, devices=devices)
         assert done.returncode == 0, done.stderr
         summaries.append(read_summary(tmp_path / f"runs/{devices}"))
         assert summaries[-1]["device_count"] == devices
-        last = done.stdout.splitlines()[-3:]
-        assert re.fullmatch(r"cifar_cnn on digits: test accuracy \d\.\d{4}, test loss \d\.\d{4}", last[0])
-        assert re.search(r"[\d,]+ examples/s .* \(compiling apart: .* s\), ", last[1])
-        assert f"{devices} cpu device" in last[1]
-        assert last[2].strip() == f"record: runs/{devices}"
+        _, last = done.stdout.split("epoch 2/2")
+        assert re.search(r"^cifar_cnn on digits: test accuracy \d\.\d{4}, test loss \d\.\d{4}$", last, re.MULTILINE)
+        assert re.search(rf"[\d,]+ examples/s .* \(compiling apart: .* s\), {devices} cpu device", last)
+        assert last.splitlines()[-1].strip() == f"record: runs/{devices}"
         lines = [json.loads(line) for line in (tmp_path / f"runs/{devices}/metrics.jsonl").read_text().splitlines()]
-        assert lines[-1]["step"] == summaries[-1]["num_train_steps"] == 44
+        assert lines[-1]["step"] == summaries[-1]["num_train_steps"] == 29
     one, eight = summaries
-    assert one["test_accuracy"] > 0.3
+    assert one["train_loss"] < np.log(10) - 0.01  # of knowing nothing
     np.testing.assert_allclose(one["train_loss"], eight["train_loss"], rtol=2e-2)
 
 
@@ -140,10 +139,9 @@ def test_an_interrupt_ends_with_code_130(env, tmp_path):
 
 @pytest.mark.skipif("TFDS_DATA_DIR" not in os.environ, reason="needs CIFAR-10 prepared in TFDS_DATA_DIR")
 def test_it_learns_real_cifar10(env, tmp_path):
-    args = ["--config.num_epochs=1", "--config.model.width=8", "--config.batch_size=250", "--workdir=x"]
-    done = run_command(
-        env | {"TFDS_DATA_DIR": os.environ["TFDS_DATA_DIR"]}, *args, "--config.dataset.validation_fraction=0.1"
-    )
+    args = ["--config.num_epochs=1", "--config.model.width=8", "--config.batch_size=125", "--workdir=x"]
+    part = ["--config.dataset.validation_fraction=0.1", "--config.dataset.train_fraction=0.5"]
+    done = run_command(env | {"TFDS_DATA_DIR": os.environ["TFDS_DATA_DIR"], "XLA_FLAGS": ""}, *args, *part)
     assert done.returncode == 0, done.stderr
     summary = read_summary(tmp_path / "x")
     assert summary["dataset"] == "cifar10"

@@ -11,14 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command import read_summary
+from command import DIGITS, read_summary
+from compiling import QUICKLY
 
 from launch import local
 from research import distributed
 from research.config import DistributedConfig
 from research.errors import UserError
 
-ARGS = ["--config.dataset.name=digits", "--config.model.width=4", "--config.batch_size=96", "--config.num_epochs=2"]
+ARGS = [*DIGITS, "--config.num_epochs=2"]
 LOCAL = [sys.executable, "-m", "launch.local", "experiments.cifar_cnn"]
 
 
@@ -100,7 +101,7 @@ def _lines(folder):
 def two(tmp_path_factory):
     """A run of two processes and its output."""
     folder = tmp_path_factory.mktemp("two")
-    env = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    env = os.environ | {"XLA_FLAGS": QUICKLY, "PYTHONPATH": str(Path(__file__).parent.parent)}
     command = [*LOCAL, "--processes=2", *ARGS, f"--workdir={folder}", "--config.log_every_steps=1"]
     return folder, subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
 

@@ -23,10 +23,14 @@ def test_the_most_confident_mistakes_come_first():
     labels = np.array([0, 1, 2, 0])
     probabilities = np.array([[0.9, 0.1, 0.0], [0.4, 0.3, 0.3], [0.0, 0.2, 0.8], [0.1, 0.7, 0.2]])
     figure = plots.mistakes(images, labels, probabilities, NAMES)
-    shown = [axes for axes in figure.axes if axes.images]
-    assert [axes.get_title() for axes in shown] == ["ant, bee (0.70)", "bee, ant (0.40)"]
-    assert [int(axes.images[0].get_array()[0, 0, 0]) for axes in shown] == [3, 1]
-    assert len(figure.axes) == 5  # no empty rows
+    (axes,) = figure.axes
+    assert [text.get_text() for text in axes.texts] == ["ant, bee (0.70)", "bee, ant (0.40)"]
+    assert [int(image.get_array()[0, 0, 0]) for image in axes.images] == [3, 1]
+    for text, image in zip(axes.texts, axes.images, strict=True):  # each above its own
+        left, right, _, top = image.get_extent()
+        assert left < text.get_position()[0] < right
+        assert top < text.get_position()[1] < top + 0.1
+    assert axes.images[0].get_extent()[1] < axes.images[1].get_extent()[0]
 
 
 def test_a_grid_has_the_images_row_by_row_with_white_between():

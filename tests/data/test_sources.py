@@ -272,10 +272,9 @@ def test_a_damaged_description_is_named(mnist_dir, text):
         load("mnist", mnist_dir)
 
 
-def test_the_real_sets(tmp_path, monkeypatch):
+def test_the_real_sets():
     if not os.environ.get("TFDS_DATA_DIR"):
         pytest.skip("needs TFDS_DATA_DIR with prepared cifar10 and tiny_shakespeare")
-    monkeypatch.setenv("MESHWORK_CACHE_DIR", str(tmp_path / "cache"))
     cifar10 = load("cifar10|digits")
     assert cifar10.train["image"].shape == (50000, 32, 32, 3)
     assert np.bincount(cifar10.test["label"]).tolist() == [1000] * 10

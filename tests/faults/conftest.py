@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from compiling import QUICKLY
 from forks import Forks
 
 
@@ -13,7 +14,7 @@ def forks(tmp_path_factory):
     env = os.environ | {
         "HTTPS_PROXY": "http://127.0.0.1:9",
         "PYTHONPATH": str(Path(__file__).parent.parent.parent),
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": QUICKLY,
         "MESHWORK_CACHE_DIR": str(folder / "cache"),
     }
     env.pop("TFDS_DATA_DIR", None)

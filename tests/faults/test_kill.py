@@ -9,7 +9,10 @@ import pytest
 
 COMMON = ["--config.batch_size=96", "--config.log_every_steps=1", "--config.checkpoint_every_steps=4"]
 EXPERIMENTS = {
-    "cifar_cnn": ["--config.dataset.name=digits", "--config.num_epochs=2", "--config.model.width=4"],
+    "cifar_cnn": [
+        *("--config.dataset.name=digits", "--config.num_epochs=2"),
+        *("--config.model.width=4", "--config.optimizer.name=momentum"),
+    ],
     "mnist_vae": [
         *("--config.dataset.name=digits", "--config.num_epochs=2", "--config.final_samples=2"),
         *("--config.model.width=8", "--config.model.latents=3", "--config.pictures_every_epochs=1"),

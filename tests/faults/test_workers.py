@@ -12,15 +12,10 @@ import sys
 import time
 
 import pytest
-from command import COMMAND
+from command import COMMAND, DIGITS
 from test_kill import record
 
-ARGS = [
-    "--config.dataset.name=digits",
-    "--config.model.width=4",
-    "--config.batch_size=96",
-    "--config.log_every_steps=1",
-]
+ARGS = [*DIGITS, "--config.log_every_steps=1"]
 LOCAL = [sys.executable, "-m", "launch.local", "experiments.cifar_cnn", "--processes=2", *ARGS]
 SILENT = "--config.distributed.timeout=5"  # seconds after which a process is taken for dead
 

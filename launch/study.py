@@ -43,8 +43,8 @@ def open_storage(text: str, workdir: Path) -> optuna.storages.BaseStorage:
             return optuna.storages.get_storage(text)
         path = Path(text) if text else workdir / "journal.log"
         path.parent.mkdir(parents=True, exist_ok=True)
-        # The lock is a link to the path: were that relative, it would lead nowhere, and Optuna would wait for ever where
-        # a worker was killed with the lock.
+        # The lock is a link to the path. Were that relative, it would lead nowhere, and Optuna would wait for ever
+        # where a worker was killed with the lock.
         return optuna.storages.JournalStorage(JournalFileBackend(str(path.absolute())))
     except Exception as error:  # each database driver raises its own
         raise _unreachable(text, error) from None

@@ -31,6 +31,8 @@ def test_the_most_confident_mistakes_come_first():
         assert left < text.get_position()[0] < right
         assert top < text.get_position()[1] < top + 0.1
     assert axes.images[0].get_extent()[1] < axes.images[1].get_extent()[0]
+    low, high = axes.get_ylim()
+    assert high - low < 2  # no empty rows
 
 
 def test_a_grid_has_the_images_row_by_row_with_white_between():

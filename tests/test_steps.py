@@ -106,6 +106,7 @@ RULES = {
 @pytest.mark.parametrize(
     ("mesh", "microbatch_size", "rule"),
     [
+        ("data", 0, "momentum"),
         ("data", 8, "momentum"),
         ("fsdp", 8, "momentum"),
         ("all", 8, "momentum"),

@@ -1,7 +1,6 @@
 """`launch.tpu`: its command lines are gcloud's, and the whole flow runs on a stand-in whose hosts are folders here."""
 
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -11,8 +10,8 @@ from pathlib import Path
 import pytest
 from command import DIGITS, read_summary
 
+from launch import job as job_lib
 from launch import tpu
-from research.errors import UserError
 
 TPU = [sys.executable, "-m", "launch.tpu"]
 
@@ -158,9 +157,14 @@ def test_the_runtime_is_the_accelerators(accelerator, runtime):
         (["up"], "name one experiment"),
     ],
 )
-def test_bad_input_is_named_before_anything_is_created(args, words):
-    with pytest.raises(UserError, match=re.escape(words)):
-        tpu.run(args)
+def test_bad_input_is_named_before_anything_is_created(args, words, env, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["launch.tpu", *args])
+    with pytest.raises(SystemExit) as exit_:
+        job_lib.main(tpu.run)
+    assert exit_.value.code == 2
+    errors = capsys.readouterr().err
+    assert words in errors
+    assert len(errors.splitlines()) == 1
 
 
 def test_what_git_ignores_is_not_copied(tmp_path):

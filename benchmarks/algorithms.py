@@ -3,15 +3,14 @@
 python -m benchmarks.algorithms [--study=cnn,lstm,vae,cifar] [--seeds=5]
 
 A rule's trials are the learning rates around its customary one by powers of the square root of 10, each falling to 0 by
-a cosine. The rate that is best on the validation split is trained again from other seeds. All runs of a rule train in
-one program (`research.population`). The study `cifar` (CIFAR-10, needs TFDS_DATA_DIR) does so at three batch sizes.
+a cosine. The rate that is best on the validation split is trained again from other seeds. A rule's rates train in one
+program, and so do its seeds (`research.population`). The study `cifar` (CIFAR-10, needs TFDS_DATA_DIR) does so at three
+batch sizes.
 """
 
 import copy
 import dataclasses
-import json
 import os
-import statistics
 from typing import Any
 
 from absl import app, flags
@@ -23,7 +22,6 @@ from research.command import Experiment
 from research.config import CNNConfig, Config, DatasetConfig, OptimizerConfig, RNNConfig, VAEConfig
 
 _RULES = ("sgd", "momentum", "nesterov", "adagrad", "adam", "muon")
-_DIGITS = DatasetConfig(name="digits", validation_fraction=0.1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +45,11 @@ class Study:
 
 def studies() -> dict[str, Study]:
     """By name: the first three take a few minutes each on two cores, the last about an hour."""
-    cnn = cifar_cnn.CifarConfig(num_epochs=10, dataset=_DIGITS, model=CNNConfig(width=16))
-    text = DatasetConfig(name="pydoc", train_fraction=0.25)
+    cnn = cifar_cnn.CifarConfig(num_epochs=10, dataset=trials.DIGITS, model=CNNConfig(width=16))
     lstm = char_rnn.CharRNNConfig(
-        num_epochs=4, sequence_length=64, dataset=text, model=RNNConfig(name="lstm", layers=1, width=128)
+        num_epochs=4, sequence_length=64, dataset=trials.TEXT, model=RNNConfig(name="lstm", layers=1, width=128)
     )
-    vae = mnist_vae.MnistVAEConfig(num_epochs=30, dataset=_DIGITS, model=VAEConfig(width=200))
+    vae = mnist_vae.MnistVAEConfig(num_epochs=30, dataset=trials.DIGITS, model=VAEConfig(width=200))
     part = DatasetConfig(name="cifar10", validation_fraction=0.1, train_fraction=0.2)
     cifar = cifar_cnn.CifarConfig(num_epochs=4, dataset=part)
     return {
@@ -78,7 +75,6 @@ def measure(study: Study, rule: str, batch_size: int, seeds: int) -> dict[str, A
     again = [{"optimizer.learning_rate": chosen, "seed": seed} for seed in range(1, seeds + 1)]
     figure = "accuracy" if "accuracy" in tried[trials.best(tried)] else "loss"
     values = [run.get(figure) for run in trials.train(study.experiment, config, again, test=True)]
-    whole = [value for value in values if value is not None]
     return {
         "what": study.what,
         "rule": rule,
@@ -88,8 +84,7 @@ def measure(study: Study, rule: str, batch_size: int, seeds: int) -> dict[str, A
         "validation": [run.get(figure) for run in tried],
         "learning_rate": chosen,
         "test": values,
-        "mean": statistics.mean(whole),
-        "standard_deviation": statistics.stdev(whole),
+        **trials.spread(values),
     }
 
 
@@ -97,7 +92,7 @@ def line(row: dict[str, Any]) -> str:
     """One row as Markdown."""
     return (
         f"| {row['what']} | {row['batch_size']} | {row['rule']} | {row['learning_rate']:.2g} | "
-        f"{row['figure']} {row['mean']:.4f} ± {row['standard_deviation']:.4f} |"
+        f"{row['figure']} {trials.shown(row)} |"
     )
 
 
@@ -108,12 +103,12 @@ def picture(rows: list[dict[str, Any]]) -> Any:
     panels = list(dict.fromkeys(row["what"] for row in rows))
     figure = Figure(figsize=(3.6 * len(panels), 3.6), layout="constrained")
     for what, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0]):
-        shown = [row for row in rows if row["what"] == what]
+        shown = [row for row in rows if row["what"] == what and row["standard_deviation"] is not None]
         for batch_size in dict.fromkeys(row["batch_size"] for row in shown):
             line = [row for row in shown if row["batch_size"] == batch_size]
             figures = ([row[key] for row in line] for key in ("rule", "mean", "standard_deviation"))
             axes.errorbar(*figures, fmt="o", capsize=4, label=f"batch {batch_size:,}")
-        axes.set(title=what, ylabel=f"test {shown[0]['figure']}")
+        axes.set(title=what, ylabel=" or ".join(dict.fromkeys(f"test {row['figure']}" for row in shown)))
         axes.tick_params("x", rotation=60)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
@@ -122,16 +117,17 @@ def picture(rows: list[dict[str, Any]]) -> Any:
 
 def main(_: list[str]) -> None:
     out, rows = output.folder(), []
+    record = {"cores": os.cpu_count(), "seeds": trials.SEEDS.value, "rows": rows}
+    chosen = [studies()[name] for name in STUDY.value]
+    trials.check_data(study.config.dataset for study in chosen)
     print("| network, data | batch | rule | learning rate | test, mean ± standard deviation |")
     print("| --- | --- | --- | --- | --- |")
-    for name in STUDY.value:
-        study = studies()[name]
+    for study in chosen:
         for batch_size in study.batch_sizes:
             for rule in _RULES:
                 rows.append(measure(study, rule, batch_size, trials.SEEDS.value))
                 print(line(rows[-1]), flush=True)
-    result = {"cores": os.cpu_count(), "seeds": trials.SEEDS.value, "rows": rows}
-    (out / "algorithms.json").write_text(json.dumps(result, indent=1) + "\n")
+                output.write(out, "algorithms", record)
     picture(rows).savefig(out / "algorithms.png", dpi=100)
 
 

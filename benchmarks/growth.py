@@ -7,7 +7,6 @@ turn of its loops counted. Memory is what the step computes on the way. The data
 """
 
 import dataclasses
-import json
 import statistics
 import time
 from collections.abc import Iterator
@@ -153,7 +152,7 @@ def main(_: list[str]) -> None:
     for case in cases():
         rows.append(measure(case))
         print(line(rows[-1]), flush=True)
-    (out / "growth.json").write_text(json.dumps(rows, indent=1) + "\n")
+    output.write(out, "growth", rows)
     picture(rows).savefig(out / "growth.png", dpi=120)
 
 

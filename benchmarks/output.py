@@ -1,6 +1,8 @@
 """Where a benchmark's results go: the flag `--out`."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -13,3 +15,8 @@ def folder() -> Path:
     if not out.is_dir():
         raise SystemExit(f"error: --out={out} is not a folder")
     return out
+
+
+def write(out: Path, name: str, record: Any) -> None:
+    """Writes the record as `<name>.json` into the folder."""
+    (out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")

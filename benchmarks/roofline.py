@@ -7,7 +7,6 @@ product, and of adding one to an array that no cache holds. What is measured is 
 the ratio is that over the prediction.
 """
 
-import json
 import os
 import time
 from collections.abc import Callable
@@ -102,7 +101,7 @@ def main(_: list[str]) -> None:
             rows.append(row(experiment, preset, machine))
             print(line(rows[-1]), flush=True)
     record = {"cores": os.cpu_count(), "jax": jax.__version__, "speeds": machine, "rows": rows}
-    (out / "roofline.json").write_text(json.dumps(record, indent=1) + "\n")
+    output.write(out, "roofline", record)
 
 
 if __name__ == "__main__":

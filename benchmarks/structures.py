@@ -24,6 +24,7 @@ from benchmarks import output, trials
 from launch import job as job_lib
 from launch import measure, scaling_law
 from launch.hlo import Program
+from research.config import DatasetConfig
 
 NETWORKS = {
     "simple": [{"width": width} for width in (8, 16, 32, 64)],
@@ -70,8 +71,7 @@ def row(name: str, fields: dict[str, int], dataset: str, seeds: int) -> dict[str
         "flops": flops(args) * runs[0]["num_train_steps"],
         "seconds": statistics.median(run["train_seconds"] for run in runs),
         "test_accuracy": accuracies,
-        "mean": statistics.mean(accuracies),
-        "standard_deviation": statistics.stdev(accuracies),
+        **trials.spread(accuracies),
     }
 
 
@@ -95,7 +95,7 @@ def line(row: dict[str, Any]) -> str:
     """One row as Markdown."""
     return (
         f"| {row['network']} | {row['width']} | {row['parameters']:,} | {row['flops'] / 1e12:.2f} | "
-        f"{row['seconds']:.1f} | {row['mean']:.4f} ± {row['standard_deviation']:.4f} |"
+        f"{row['seconds']:.1f} | {trials.shown(row)} |"
     )
 
 
@@ -119,16 +119,18 @@ def picture(rows: list[dict[str, Any]]) -> Any:
 
 def main(_: list[str]) -> None:
     out, rows = output.folder(), []
+    trials.check_data([DatasetConfig(name=DATASET.value)])
+    record = {"cores": os.cpu_count(), "dataset": DATASET.value, "rows": rows}
     print("| network | width | parameters | TFLOP, training | seconds | test accuracy |")
     print("| --- | --- | --- | --- | --- | --- |")
     for name, sizes in NETWORKS.items():
         for fields in sizes:
             rows.append(row(name, fields, DATASET.value, trials.SEEDS.value))
             print(line(rows[-1]), flush=True)
-    found = law(rows)
-    print(json.dumps(found))
-    result = {"cores": os.cpu_count(), "dataset": DATASET.value, "rows": rows, "law": found}
-    (out / "structures.json").write_text(json.dumps(result, indent=1) + "\n")
+            output.write(out, "structures", record)
+    record["law"] = law(rows)
+    print(json.dumps(record["law"]))
+    output.write(out, "structures", record)
     picture(rows).savefig(out / "structures.png", dpi=100)
 
 

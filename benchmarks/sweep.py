@@ -129,7 +129,7 @@ def main(_: list[str]) -> None:
                 done.append(run(name, work, arrays))
                 print(f"round {number + 1}  {network}  {name:<9} {done[-1]['seconds']:7.1f} s", flush=True)
         rows += [row(work, peer, runs[OURS], runs[peer]) for peer in PEERS]
-        (out / "sweep.json").write_text(json.dumps({"cores": os.cpu_count(), "rows": rows}, indent=1) + "\n")
+        output.write(out, "sweep", {"cores": os.cpu_count(), "rows": rows})
     for found in rows:
         print(
             f"{found['work']}: {found['trials_per_minute']} trials a minute, Optuna with {found['peer']} "

@@ -1,9 +1,10 @@
-"""Many runs of one config in one program, for the studies."""
+"""What the studies share: their small data, many runs of one config in one program, and what comes of several seeds."""
 
 import copy
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,10 +13,23 @@ from absl import flags
 from research import app, optimizers
 from research import config as config_lib
 from research.command import Experiment
-from research.config import Config
+from research.config import Config, DatasetConfig
+from research.data import sources
+from research.errors import UserError, exit_with
 from research.population import Population
 
+DIGITS = DatasetConfig(name="digits", validation_fraction=0.1)
+TEXT = DatasetConfig(name="pydoc", train_fraction=0.25)
 SEEDS = flags.DEFINE_integer("seeds", 5, "runs that give a mean and a standard deviation", lower_bound=2)
+
+
+def check_data(datasets: Iterable[DatasetConfig]) -> None:
+    """Ends the process with one line, and exit code 2, where one of them cannot be had: before anything is trained."""
+    try:
+        for dataset in datasets:
+            sources.load(dataset)
+    except UserError as error:
+        exit_with(error)
 
 
 def train(
@@ -51,3 +65,19 @@ def best(figures: Sequence[Mapping[str, float]]) -> int:
     """The number of the run with the highest accuracy, or else the least loss."""
     values = [run.get("accuracy", -run["loss"]) if run else -math.inf for run in figures]
     return values.index(max(values))
+
+
+def spread(values: Sequence[float | None]) -> dict[str, float | None]:
+    """Mean and standard deviation of the runs that did not diverge (None); None where too few are left."""
+    whole = [value for value in values if value is not None]
+    return {
+        "mean": statistics.mean(whole) if whole else None,
+        "standard_deviation": statistics.stdev(whole) if len(whole) > 1 else None,
+    }
+
+
+def shown(row: Mapping[str, Any]) -> str:
+    """The `spread` in a row, as a table has it."""
+    if row["standard_deviation"] is None:
+        return "diverged"
+    return f"{row['mean']:.4f} ± {row['standard_deviation']:.4f}"

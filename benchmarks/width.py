@@ -8,7 +8,6 @@ of the validation split after the last epoch. With mup, rates are those at the n
 
 import copy
 import dataclasses
-import json
 import math
 import os
 from typing import Any
@@ -18,9 +17,7 @@ from absl import app, flags
 from benchmarks import output, trials
 from experiments import char_rnn, cifar_cnn, mnist_vae
 from research.command import Experiment
-from research.config import CNNConfig, Config, DatasetConfig, OptimizerConfig, RNNConfig, VAEConfig
-
-_DIGITS = DatasetConfig(name="digits", validation_fraction=0.1)
+from research.config import CNNConfig, Config, OptimizerConfig, RNNConfig, VAEConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +33,13 @@ class Case:
 def cases() -> dict[str, Case]:
     """By name: each takes a minute or two on two cores."""
     adam = OptimizerConfig(name="adam")
-    cnn = cifar_cnn.CifarConfig(num_epochs=3, batch_size=32, dataset=_DIGITS, optimizer=adam, model=CNNConfig())
-    text = DatasetConfig(name="pydoc", train_fraction=0.25)
+    cnn = cifar_cnn.CifarConfig(num_epochs=3, batch_size=32, dataset=trials.DIGITS, optimizer=adam, model=CNNConfig())
     lstm = char_rnn.CharRNNConfig(
-        num_epochs=2, batch_size=32, sequence_length=64, dataset=text, optimizer=adam, model=RNNConfig(layers=1)
+        num_epochs=2, batch_size=32, sequence_length=64, dataset=trials.TEXT, optimizer=adam, model=RNNConfig(layers=1)
     )
-    vae = mnist_vae.MnistVAEConfig(num_epochs=10, batch_size=32, dataset=_DIGITS, optimizer=adam, model=VAEConfig())
+    vae = mnist_vae.MnistVAEConfig(
+        num_epochs=10, batch_size=32, dataset=trials.DIGITS, optimizer=adam, model=VAEConfig()
+    )
     return {
         "cnn": Case(cifar_cnn.EXPERIMENT, cnn, (8, 16, 32, 64), _rates(-12, -4)),
         "lstm": Case(char_rnn.EXPERIMENT, lstm, (32, 64, 128, 256), _rates(-10, -2)),
@@ -106,7 +104,7 @@ def main(_: list[str]) -> None:
                 row = {"network": name, "parametrization": parametrization, "width": width}
                 rows.append(row | {"rates": case.rates, "losses": found})
                 print(line(rows[-1]), flush=True)
-    (out / "width.json").write_text(json.dumps({"cores": os.cpu_count(), "rows": rows}, indent=1) + "\n")
+    output.write(out, "width", {"cores": os.cpu_count(), "rows": rows})
     picture(rows).savefig(out / "width.png", dpi=100)
 
 

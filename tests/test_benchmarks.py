@@ -12,7 +12,7 @@ from benchmarks.peers import flax_peer, meshwork_peer, table, works
 from benchmarks.peers.clock import Clock
 from experiments import cifar_cnn
 from research import command
-from research.config import OptimizerConfig, VAEConfig
+from research.config import DatasetConfig, OptimizerConfig, VAEConfig
 
 
 def _given(network, **changes):
@@ -118,6 +118,23 @@ def test_a_rule_is_tuned_on_the_validation_split_and_reported_on_the_test_split(
 def test_the_best_run_is_the_most_accurate_or_else_of_the_least_loss():
     assert trials.best([{"loss": 2.0}, {"loss": 1.0}, {}]) == 1
     assert trials.best([{}, {"loss": 2.0, "accuracy": 0.9}, {"loss": 1.0, "accuracy": 0.8}]) == 1
+
+
+def test_runs_that_diverged_do_not_count():
+    assert trials.spread([0.5, None, 0.7]) == {"mean": 0.6, "standard_deviation": pytest.approx(0.02**0.5)}
+    assert trials.shown(trials.spread([0.5, None, 0.7])) == "0.6000 ± 0.1414"
+    assert trials.shown(trials.spread([None, 0.5])) == trials.shown(trials.spread([None])) == "diverged"
+
+
+def test_data_that_cannot_be_had_is_named_before_anything_is_trained(env, monkeypatch, capsys):
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+    with pytest.raises(SystemExit) as exit_:
+        trials.check_data([trials.DIGITS, DatasetConfig(name="cifar10")])
+    assert exit_.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: cifar10 is not prepared in ")
 
 
 def test_each_structure_is_a_command_that_exists_and_their_errors_follow_a_law():

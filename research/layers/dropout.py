@@ -45,4 +45,4 @@ def set_rate(model: nnx.Module, rate: Any) -> None:
     """Sets the rate of every `Dropout` that is not off; a traced one must be replaced before the model is split."""
     for _, module in nnx.iter_modules(model):
         if isinstance(module, Dropout) and not module.off:
-            module.rate = rate
+            module.rate = nnx.data(rate) if isinstance(rate, jax.Array) else nnx.static(rate)

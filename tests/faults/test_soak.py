@@ -44,7 +44,8 @@ def test_memory_open_files_and_checkpoints_stay_as_they_are(epochs, tmp_path, mo
     assert saved.max() <= 4
     assert sum(path.name.isdigit() for path in (tmp_path / "checkpoints").iterdir()) == 2
     half = len(looks) // 2
-    assert np.median(files[half:]) <= np.median(files[:half]) + 2
+    # The least: a checkpoint that is being written has files open, too.
+    assert files[half:].min() <= files[:half].min() + 2
     seconds = np.diff(times) / EVERY
     print(
         f"{count:,} dispatches: memory {memory[0]:.0f} to {memory[-1]:.0f} MiB, open files {files[0]} to {files[-1]}, "

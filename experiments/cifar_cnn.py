@@ -29,6 +29,7 @@ class CifarConfig(Config):
         0.0, "part of the target spread over all classes", minimum=0, below=1, step_input=True
     )
     mirror: bool = option(False, "evaluate by the mean of each image's logits and its mirror image's")
+    translate: bool = option(False, "evaluate by the mean of the image's logits and those of it shifted by a pixel")
     model: CNNConfig = dataclasses.field(default_factory=CNNConfig)
     augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
 
@@ -96,7 +97,7 @@ def make_task(config: CifarConfig, dataset: Dataset) -> Classification:
         )
 
     network = Network(create, config.model)
-    return Classification(network, mean, std, config.augment, config.label_smoothing, config.mirror)
+    return Classification(network, mean, std, config.augment, config.label_smoothing, config.mirror, config.translate)
 
 
 EXPERIMENT = app.Experiment(

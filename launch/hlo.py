@@ -18,6 +18,9 @@ _COLLECTIVE = re.compile(rf" = (.*?) ({_KINDS})(-start)?\(")
 _CUDNN = re.compile(
     r" = \((\S+),.*? custom-call\((.*?)\),.* dim_labels=\w+?_(\w+)->.*\"__cudnn\$conv(?:BiasActivation)?(\w+)\""
 )
+_CUBLAS = re.compile(
+    r" = \(?(\S+?\]).*? custom-call\((.*?)\),.*\"__cublas\$.*?\"lhs_contracting_dimensions\":\[([\d\",]*)\]"
+)
 _BETWEEN_SLICES = re.compile(
     r" = \((.*?), u32.* send\(.*_xla_megascale_target=\"\{([\d:,]+)\}.*_xla_megascale_transfer_type=\"(\w+)\""
 )
@@ -123,19 +126,17 @@ class Program:
 
     @functools.cached_property
     def _library(self) -> dict[str, float]:
-        """What the convolutions that XLA:GPU leaves to cuDNN cost, which its analysis here does not know."""
+        """What the convolutions and products that XLA:GPU leaves to cuDNN and cuBLAS cost: its analysis passes over."""
         flops = moved = 0.0
         for name, lines in self._bodies.items():
             defined = [re.match(r"\s*(?:ROOT )?%?(\S+) = (\S+)", line) for line in lines]
             shapes = {found[1]: found[2] for found in defined if found}
             for line in lines:
-                if found := _CUDNN.search(line):
-                    result, operands, labels, kind = found.groups()
-                    arrays = [result, *(shapes[one] for one in re.findall(r"%([\w.\-]+)", operands))]
-                    output, kernel = {"Forward": (0, 2), "BackwardInput": (1, 2), "BackwardFilter": (2, 0)}[kind]
-                    features = _dims(arrays[kernel])[labels.index("o")]
-                    work = 2 * math.prod(_dims(arrays[output])) * math.prod(_dims(arrays[kernel])) / features
-                    flops += self._turns[name] * work
+                found = _CUDNN.search(line) or _CUBLAS.search(line)
+                if found:
+                    arrays = [found[1], *(shapes[one] for one in re.findall(r"%([\w.\-]+)", found[2]))]
+                    work = _convolution if found.re is _CUDNN else _product
+                    flops += self._turns[name] * work(arrays, *found.groups()[2:])
                     moved += self._turns[name] * sum(_bytes(one, "", started=False) for one in arrays)
         return {"flops": flops, "bytes accessed": moved}
 
@@ -184,6 +185,19 @@ class Program:
                 counts[kind, size, group, 0] += self._turns[name]
         rows = [Collective(kind, size, group, n, slices) for (kind, size, group, slices), n in counts.items()]
         return sorted(rows, key=lambda row: -row.bytes * row.count)
+
+
+def _convolution(arrays: list[str], labels: str, kind: str) -> float:
+    """Operations of a convolution of cuDNN: its result and operands, the kernel's axes, which of its gradients."""
+    output, kernel = {"Forward": (0, 2), "BackwardInput": (1, 2), "BackwardFilter": (2, 0)}[kind]
+    features = _dims(arrays[kernel])[labels.index("o")]
+    return 2 * math.prod(_dims(arrays[output])) * math.prod(_dims(arrays[kernel])) / features
+
+
+def _product(arrays: list[str], contracted: str) -> float:
+    """Operations of a product of cuBLAS: its result and operands, the axes of the first that it sums over."""
+    sides = _dims(arrays[1])
+    return 2 * math.prod(_dims(arrays[0])) * math.prod(sides[int(axis)] for axis in re.findall(r"\d+", contracted))
 
 
 def _bytes(shapes: str, kind: str, *, started: bool) -> int:

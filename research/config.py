@@ -136,6 +136,9 @@ class OptimizerConfig:
         None, "momentum (beta1 of Adam and Lion); default: the rule's own", minimum=0, below=1, step_input=True
     )
     weight_decay: float = option(0.0, "weight decay of kernels; biases and norms have none", minimum=0, step_input=True)
+    fixed_norm: bool = option(
+        False, "hold convolutions' kernels at a norm of 1 an output, for networks that normalise after them"
+    )
     schedule: str = option("constant", "learning rate over time", choices=SCHEDULES)
     warmup: float = option(0.0, "part of training over which the learning rate rises linearly", minimum=0, below=1)
     end_factor: float = option(

@@ -198,7 +198,29 @@ def make_optimizer(config: OptimizerConfig, boundaries: Any, widths: Any = None)
     by_width = [] if widths is None else [_scale_by_width(config.name, widths)]
     rate = optax.scale(config.learning_rate)  # pyright: ignore[reportArgumentType]
     schedule = optax.scale_by_schedule(unit_schedule(config, boundaries))
-    return optax.chain(*clip, *coupled, rule, *by_width, *decoupled, rate, schedule)
+    fixed = [_fix_norms()] if config.fixed_norm else []
+    return optax.chain(*clip, *coupled, rule, *by_width, *decoupled, rate, schedule, *fixed)
+
+
+def _fix_norms() -> optax.GradientTransformation:
+    """Makes the update set a convolution's kernel to norm sqrt(outputs) first, as airbench94_muon does (Jordan 2024).
+
+    Where a normalisation follows, the kernel's norm changes nothing but the step's size relative to it: which so stays.
+    """
+
+    def init(params: Any) -> optax.EmptyState:
+        if not any(x.ndim == 4 for x in jax.tree.leaves(params)):
+            raise UserError("--config.optimizer.fixed_norm: the network has no convolutions; leave it out")
+        return optax.EmptyState()
+
+    def one(update: jax.Array, kernel: jax.Array) -> jax.Array:
+        if kernel.ndim != 4:
+            return update
+        return update + (jnp.sqrt(kernel.shape[-1]) / global_norm(kernel) - 1) * kernel
+
+    return optax.GradientTransformation(
+        init, lambda updates, state, params: (jax.tree.map(one, updates, params), state)
+    )
 
 
 def _scale_by_width(rule: str, widths: Any) -> optax.GradientTransformation:

@@ -186,6 +186,26 @@ def test_weight_decay_leaves_out_biases(name):
     assert np.abs(plain["kernel"] - decayed["kernel"]).max() > 1e-4
 
 
+def test_a_fixed_norm_is_set_before_each_update():
+    """Whatever the norm was, a convolution's kernel starts the step at sqrt(outputs); dense kernels and biases do not."""
+    shapes = {"conv": (3, 3, 4, 16), "dense": (4, 16), "bias": (16,)}
+    params, *grads = ({name: RNG.standard_normal(shape) for name, shape in shapes.items()} for _ in range(3))
+    config = _resolved(name="sgd", learning_rate=RATE, fixed_norm=True)
+    after = _train(_made(config, 2), params, grads)
+    for name, expected in params.items():
+        for gradient in grads:
+            if name == "conv":
+                expected = expected * 4 / np.linalg.norm(expected)
+            expected = expected - RATE * gradient[name]
+        np.testing.assert_allclose(after[name], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_fixed_norm_needs_convolutions():
+    tx = _made(_resolved(name="sgd", fixed_norm=True), 1)
+    with pytest.raises(UserError, match="no convolutions"):
+        tx.init({"kernel": np.ones((4, 4))})
+
+
 SHAPES = {  # the rate as a part of its peak, at u in 0..1 of what the warm-up leaves
     "constant": lambda u: 1.0,
     "cosine": lambda u: 0.2 + 0.8 * (1 + np.cos(np.pi * u)) / 2,

@@ -145,9 +145,7 @@ def test_what_is_an_input_does_not_change_the_signature_and_all_else_does():
 def test_dropout_drops_at_the_traced_rate_and_keeps_the_mean(rate):
     @jax.jit
     def drop(rate, x):
-        layer = Dropout(0.5)
-        layer.rate = rate
-        return layer(x, train=True, key=jax.random.key(0))
+        return Dropout(rate)(x, train=True, key=jax.random.key(0))
 
     dropped = drop(jnp.float32(rate), jnp.ones(20_000))
     assert float((dropped == 0).mean()) == pytest.approx(rate, abs=0.015)

@@ -55,8 +55,8 @@ class Norm(nnx.Module):
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         if isinstance(self.layer, nnx.BatchNorm):
-            # The statistics are the whole batch's, also where each device has its part.
-            self.layer.axis_name = sharding.batch_parts()  # pyright: ignore[reportAttributeAccessIssue]
+            if train:  # the statistics are the whole batch's, also where each device has its part
+                self.layer.axis_name = sharding.batch_parts()  # pyright: ignore[reportAttributeAccessIssue]
             return self.layer(x, use_running_average=not train)
         return self.layer(x)
 

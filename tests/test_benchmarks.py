@@ -41,7 +41,7 @@ def test_this_project_and_flax_make_the_same_updates(network, changes):
 
 
 def _reports(loss, *seconds):
-    report = {"first_step_seconds": 1.0, "peak_memory_bytes": 2**20}
+    report = {"first_step_seconds": 1.0, "peak_memory_bytes": 2**20, "device": "NVIDIA H200", "step_flops": 4.947e12}
     return [{**report, "losses": [loss, loss], "seconds": [9.0, s]} for s in seconds]
 
 
@@ -50,6 +50,8 @@ def test_a_ratio_is_that_of_the_same_round_and_leaves_the_first_epoch_out():
     row = table.row(work, "torch", _reports(2.0, 1.0, 2.0, 1.0), _reports(2.01, 2.0, 2.0, 3.0))
     assert (row["ratio"], row["ratio_min"], row["ratio_max"], row["rounds"]) == (2.0, 1.0, 3.0, 3)
     assert (row["examples_per_second"], row["peer_examples_per_second"]) == (100.0, 50.0)
+    assert row["flops_utilisation"] == 0.1  # ten steps a second, of 494.7 teraflops in TF32
+    assert table.utilisation("cpu", "float32", 1e9) is None
 
 
 def test_another_work_is_refused():
@@ -78,7 +80,7 @@ def test_the_table_has_a_row_a_work_and_a_column_a_peer():
     rows = [table.row(work, peer, _reports(2.0, 1.0), _reports(2.0, 2.0)) for peer in ("torch", "flax")]
     rows.append(table.row(other, "flax", _reports(2.0, 1.0), _reports(2.0, 4.0)))
     lines = table.markdown(rows).splitlines()
-    assert lines[2] == "| cnn | 10 | float32 | 100 images/s | 2.00 (2.00, 2.00) | 2.00 (2.00, 2.00) |"
+    assert lines[2] == "| cnn | 10 | float32 | 100 images/s, 10% of peak | 2.00 (2.00, 2.00) | 2.00 (2.00, 2.00) |"
     assert lines[3].endswith("| - | 4.00 (4.00, 4.00) |")
     assert lines[7] == "| cnn | 10 | float32 | 1.0 s, 1 | 1.0 s, 1 | 1.0 s, 1 |"
 

@@ -187,7 +187,7 @@ def test_weight_decay_leaves_out_biases(name):
 
 
 def test_a_fixed_norm_is_set_before_each_update():
-    """Whatever the norm was, a convolution's kernel starts the step at sqrt(outputs); dense kernels and biases do not."""
+    """A convolution's kernel starts each step at sqrt(outputs), whatever it was; dense kernels and biases do not."""
     shapes = {"conv": (3, 3, 4, 16), "dense": (4, 16), "bias": (16,)}
     params, *grads = ({name: RNG.standard_normal(shape) for name, shape in shapes.items()} for _ in range(3))
     config = _resolved(name="sgd", learning_rate=RATE, fixed_norm=True)

@@ -223,7 +223,7 @@ def test_evaluation_uses_the_average_and_training_does_not():
 
 
 def _views(images, mirror, translate):
-    """Airbench's: half of it as it is, a quarter a pixel up and left, a quarter down and right; half of each mirrored."""
+    """Airbench's: half as it is, a quarter a pixel up and left, a quarter down and right; half of each mirrored."""
     views = [(1.0, images)]
     if translate:
         padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), "reflect")
@@ -234,7 +234,8 @@ def _views(images, mirror, translate):
 @pytest.mark.parametrize(("mirror", "translate"), [(False, False), (True, False), (False, True), (True, True)])
 def test_evaluation_is_the_plain_cross_entropy_of_each_example_once(mirror, translate):
     """With smoothing and augmentation configured, neither enters; padding counts for nothing."""
-    run = Run(_config(batch_size=16, model=CNNConfig(width=4, dropout=0.5), mirror=mirror, translate=translate, **RANDOM))
+    views = {"mirror": mirror, "translate": translate}
+    run = Run(_config(batch_size=16, model=CNNConfig(width=4, dropout=0.5), **views, **RANDOM))
     sums = run.evaluate()
     test = _dataset().test
     task = make_task(_config(model=CNNConfig(width=4, dropout=0.5)), _dataset())
@@ -242,8 +243,8 @@ def test_evaluation_is_the_plain_cross_entropy_of_each_example_once(mirror, tran
     model = nnx.merge(graphdef, run.state.params, run.state.model_state)
     images = (test["image"] / 255 - np.array(task.mean)) / np.array(task.std)
     predict = jax.jit(lambda x: model(x, train=False))
-    views = _views(images, mirror, translate)
-    logits = sum(weight * np.float64(predict(jnp.asarray(view, jnp.float32))) for weight, view in views)
+    weighted = _views(images, mirror, translate)
+    logits = sum(weight * np.float64(predict(jnp.asarray(view, jnp.float32))) for weight, view in weighted)
     loss = np.log(np.exp(logits).sum(1)) - logits[np.arange(30), test["label"]]
     assert sums["weight"] == 30
     np.testing.assert_allclose(sums["loss"], loss.sum(), rtol=1e-4)

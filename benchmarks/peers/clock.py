@@ -17,12 +17,16 @@ class Clock:
       first_step_seconds: from then to the end of the first step.
       losses: the mean of each epoch.
       seconds: of each epoch.
+      device: on what this project ran, as jax names it ("cpu", "NVIDIA H200").
+      step_flops: what its compiled train step costs, by `launch.hlo`.
     """
 
     began: float
     first_step_seconds: float = 0.0
     losses: list[float] = dataclasses.field(default_factory=list)
     seconds: list[float] = dataclasses.field(default_factory=list)
+    device: str = ""
+    step_flops: float = 0.0
 
     def step(self) -> None:
         """A step is done; only the first counts."""

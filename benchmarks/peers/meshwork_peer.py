@@ -21,6 +21,7 @@ from experiments import char_rnn, cifar_cnn, mnist_vae
 from experiments.char_rnn import CharRNNConfig
 from experiments.cifar_cnn import CifarConfig
 from experiments.mnist_vae import MnistVAEConfig
+from launch.hlo import Program
 from research import app, optimizers, sharding
 from research.config import CNNConfig, Config, OptimizerConfig, RNNConfig, VAEConfig
 from research.data.sources import Dataset
@@ -61,7 +62,8 @@ def _config(work: works.Work, epochs: int) -> tuple[Config, Callable[[Any, Datas
         case "vae":
             return MnistVAEConfig(final_samples=0, model=VAEConfig(dtype=work.dtype), **options), mnist_vae.make_task
         case "cnn":
-            model, size = CNNConfig(dtype=work.dtype), _MICROBATCH if work.batch_size > _MICROBATCH else 0
+            small = jax.default_backend() == "cpu" and work.batch_size > _MICROBATCH
+            model, size = CNNConfig(dtype=work.dtype), _MICROBATCH if small else 0
             return CifarConfig(microbatch_size=size, model=model, **options), cifar_cnn.make_task
         case _:
             # Whole batches: batch norm is to see as many examples at once as it does elsewhere.
@@ -106,6 +108,7 @@ def train(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs:
     training = _training(work, arrays, epochs)
     with jax.set_mesh(training.mesh):
         training.compile(train=True)
+        clock.step_flops = Program(training.train_program.as_text()).cost()["flops"]
         seconds, previous = 0.0, 0
         for end in training.ends:
             total = 0.0

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.works import Work
+from launch.chips import CHIPS
 
 Report = dict[str, Any]
 
@@ -42,24 +43,34 @@ def row(work: Work, peer: str, ours: list[Report], theirs: list[Report]) -> dict
         name: [statistics.median(report[name] for report in reports) for reports in (ours, theirs)]
         for name in ("first_step_seconds", "peak_memory_bytes")
     }
+    device, rate = ours[0]["device"], statistics.median(mine)
+    step_seconds = work.batch_size * work.units_per_example / rate
     return {
+        "device": device,
         "work": work.name,
         "batch_size": work.batch_size,
         "dtype": work.dtype,
         "peer": peer,
         "unit": work.unit,
-        "examples_per_second": round(statistics.median(mine), 1),
+        "examples_per_second": round(rate, 1),
         "peer_examples_per_second": round(statistics.median(others), 1),
         "ratio": round(statistics.median(ratios), 3),
         "ratio_min": round(min(ratios), 3),
         "ratio_max": round(max(ratios), 3),
         "rounds": len(ratios),
+        "flops_utilisation": utilisation(device, work.dtype, ours[0]["step_flops"] / step_seconds),
         **{name: values[0] for name, values in medians.items()},
         **{f"peer_{name}": values[1] for name, values in medians.items()},
     }
 
 
-_KEY = ("work", "batch_size", "dtype", "peer")
+def utilisation(device: str, dtype: str, flops: float) -> float | None:
+    """The part of a GPU's peak (`launch.chips`) that `flops` operations a second are; None where it is no such GPU."""
+    chip = next((chip for name, chip in CHIPS.items() if name.upper() in device), None)
+    return round(flops / chip.flops(dtype), 4) if chip and flops else None
+
+
+_KEY = ("device", "work", "batch_size", "dtype", "peer")
 
 
 def merged(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -75,6 +86,10 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     A cell of the first has the median ratio and, in brackets, the least and the largest; of the second, seconds to the
     first step and MiB at most.
     """
+
+    def of_peak(part: float | None) -> str:
+        return "" if part is None else f", {100 * part:.0f}% of peak"
+
     peers = list(dict.fromkeys(r["peer"] for r in rows))
     works: dict[str, list[dict[str, Any]]] = {}
     for r in rows:
@@ -90,7 +105,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         return lines
 
     speeds = table(
-        lambda r: f"{r['examples_per_second']:,.0f} {r['unit']}/s",
+        lambda r: f"{r['examples_per_second']:,.0f} {r['unit']}/s{of_peak(r['flops_utilisation'])}",
         lambda r: f"{r['ratio']:.2f} ({r['ratio_min']:.2f}, {r['ratio_max']:.2f})",
     )
     costs = table(

@@ -1,0 +1,55 @@
+"""`python -m benchmarks.peers.airbench_peer SCRIPT RUNS DATA`: airbench94_muon.py on other images, timed as it times itself.
+
+SCRIPT is that file of https://github.com/KellerJordan/cifar10-airbench, DATA the arrays that `benchmarks.speedrun` saves.
+Prints JSON: what each run reached with its test-time augmentation and the seconds it took, and those of the warm-up.
+"""
+
+import contextlib
+import importlib.util
+import io
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+_LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+def _save(path: Path, folder: Path) -> None:
+    """Writes the images as the script would keep them, which it reads instead of downloading."""
+    with np.load(path) as arrays:
+        for split in ("train", "test"):
+            images, labels = (torch.from_numpy(arrays[f"{split}_{name}"]) for name in ("image", "label"))
+            torch.save({"images": images, "labels": labels.long(), "classes": list(_LABELS)}, folder / f"{split}.pt")
+
+
+def main(script: str, runs: str, data: str) -> None:
+    path, count, arrays = Path(script).resolve(), int(runs), Path(data).resolve()
+    sys.argv = [str(path)]  # it reads its own source
+    spec = importlib.util.spec_from_file_location("airbench", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        Path("cifar10").mkdir()
+        _save(arrays, Path("cifar10"))
+        model = module.CifarNet().cuda().to(memory_format=torch.channels_last)
+        model.compile(mode="max-autotune")
+        began = time.monotonic()
+        done = []
+        for run in ["warmup", *range(count)]:
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                accuracy = module.main(run, model)
+            (last,) = [line for line in printed.getvalue().splitlines() if "eval" in line][-1:]
+            done.append({"test_accuracy": accuracy, "seconds": float(last.split("|")[-2])})
+            if run == "warmup":
+                warm_up = time.monotonic() - began
+    print(json.dumps({"runs": done[1:], "warm_up_seconds": warm_up}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

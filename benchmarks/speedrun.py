@@ -1,0 +1,84 @@
+"""Seconds to an accuracy on CIFAR-10: `experiments.cifar_speedrun` beside airbench94_muon, on one GPU and the same images.
+
+python -m benchmarks.speedrun --airbench=DIR [--runs=20]     DIR: a clone of github.com/KellerJordan/cifar10-airbench
+
+Each is one process that compiles first, which both time apart, and then trains again and again from other seeds. The
+seconds are from the first train step to the test accuracy. It needs PyTorch.
+"""
+
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import app, flags
+
+from benchmarks import output
+from research.config import DatasetConfig
+from research.data import sources
+
+AIRBENCH = flags.DEFINE_string("airbench", None, "the folder of airbench94_muon.py", required=True)
+RUNS = flags.DEFINE_integer("runs", 20, "runs of each", lower_bound=2)
+
+
+def _python(*args: str) -> str:
+    """What a process of its own prints.
+
+    Raises:
+      SystemExit: it failed.
+    """
+    done = subprocess.run([sys.executable, "-m", *args], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"error: {args[0]} failed: {done.stderr.strip().splitlines()[-1]}")
+    return done.stdout
+
+
+def row(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The runs' means, with their standard error, and the median of their seconds."""
+    accuracies, seconds = ([run[key] for run in runs] for key in ("test_accuracy", "seconds"))
+    return {
+        "name": name,
+        "runs": len(runs),
+        "accuracy_mean": statistics.mean(accuracies),
+        "accuracy_standard_error": statistics.stdev(accuracies) / math.sqrt(len(runs)),
+        "seconds_median": statistics.median(seconds),
+        "seconds_min": min(seconds),
+        "seconds_max": max(seconds),
+    }
+
+
+def line(found: dict[str, Any]) -> str:
+    """One row as Markdown."""
+    return (
+        f"| {found['name']} | {found['runs']} | {found['accuracy_mean']:.4f} ± {found['accuracy_standard_error']:.4f} | "
+        f"{found['seconds_median']:.3f} ({found['seconds_min']:.3f} to {found['seconds_max']:.3f}) |"
+    )
+
+
+def main(_: list[str]) -> None:
+    out, runs = output.folder(), str(RUNS.value)
+    script = Path(AIRBENCH.value) / "airbench94_muon.py"
+    if not script.exists():
+        raise app.UsageError(f"--airbench={AIRBENCH.value}: there is no airbench94_muon.py")
+    dataset = sources.load(DatasetConfig(name="cifar10"))
+    with tempfile.TemporaryDirectory() as folder:
+        arrays = {f"{s}_{n}": x for s in ("train", "test") for n, x in getattr(dataset, s).items() if n != "id"}
+        np.savez(f"{folder}/data.npz", **arrays)  # pyright: ignore[reportArgumentType]
+        theirs = json.loads(_python("benchmarks.peers.airbench_peer", str(script), runs, f"{folder}/data.npz"))
+        flags_ = ["--config.dataset.name=cifar10", f"--config.num_runs={runs}", f"--workdir={folder}/runs"]
+        _python("experiments.cifar_speedrun", *flags_)
+        ours = json.loads(Path(f"{folder}/runs/speedrun.json").read_text())
+    rows = [row("airbench94_muon", theirs["runs"]), row("experiments.cifar_speedrun", ours["runs"])]
+    rows[0]["warm_up_seconds"] = theirs["warm_up_seconds"]
+    rows[1]["compile_seconds"] = ours["runs"][0]["compile_seconds"]
+    output.write(out, "speedrun", {"device": ours["device_kind"], "rows": rows})
+    print("| what | runs | test accuracy | seconds, median |\n| --- | --- | --- | --- |", *map(line, rows), sep="\n")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -40,7 +40,7 @@ def _best_seconds(function: Callable[[], Any]) -> float:
     return min(seconds)
 
 
-def speeds(size: int = 2048, count: int = 2**26) -> dict[str, float]:
+def speeds(size: int = 4096, count: int = 2**28) -> dict[str, float]:
     """Of this machine: float32 operations a second of a product, and bytes a second to and from memory."""
     square, held = jnp.ones((size, size)), [jnp.ones(count)]
     product, add = jax.jit(jnp.dot), jax.jit(lambda x: x + 1, donate_argnums=0)
@@ -75,7 +75,6 @@ def row(experiment: str, preset: str, machine: dict[str, float], args: tuple[str
         "predicted_seconds": predicted.step,
         "measured_seconds": measured,
         "ratio": measured / predicted.step,
-        "gpu": "not measured",
     }
 
 
@@ -84,24 +83,25 @@ def line(found: dict[str, Any]) -> str:
     terms = (found[f"{name}_seconds"] * 1e3 for name in ("compute", "memory", "predicted", "measured"))
     return (
         f"| {found['experiment']} | {found['preset']} | {found['batch_size']} | {found['gflop']:.3f} | "
-        f"{found['megabytes']:,.0f} | {' | '.join(f'{term:,.2f}' for term in terms)} | {found['ratio']:.2f} | "
-        f"{found['gpu']} |"
+        f"{found['megabytes']:,.0f} | {' | '.join(f'{term:,.2f}' for term in terms)} | {found['ratio']:.2f} |"
     )
 
 
 def main(_: list[str]) -> None:
     out = output.folder()
     machine = speeds()
-    print(f"{os.cpu_count()} cores: {machine['flops'] / 1e9:,.0f} GFLOP/s, {machine['bytes'] / 1e9:,.1f} GB/s\n")
-    print("| experiment | preset | batch | GFLOP | MB | compute | memory | predicted | measured ms | ratio | GPU |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    device = jax.devices()[0]
+    name = f"{os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind
+    print(f"{name}: {machine['flops'] / 1e9:,.0f} GFLOP/s, {machine['bytes'] / 1e9:,.1f} GB/s\n")
+    print("| experiment | preset | batch | GFLOP | MB | compute | memory | predicted | measured ms | ratio |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     rows = []
     for experiment, presets in _CASES.items():
         for preset in presets:
             rows.append(row(experiment, preset, machine))
             print(line(rows[-1]), flush=True)
-    record = {"cores": os.cpu_count(), "jax": jax.__version__, "speeds": machine, "rows": rows}
-    output.write(out, "roofline", record)
+            record = {"device": name, "jax": jax.__version__, "speeds": machine, "rows": rows}
+            output.write(out, f"roofline_{device.platform}", record)
 
 
 if __name__ == "__main__":

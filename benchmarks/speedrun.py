@@ -1,4 +1,4 @@
-"""Seconds to an accuracy on CIFAR-10: `experiments.cifar_speedrun` beside airbench94_muon, on one GPU and the same images.
+"""Seconds to an accuracy on CIFAR-10: `experiments.cifar_speedrun` beside airbench94_muon, same GPU and images.
 
 python -m benchmarks.speedrun --airbench=DIR [--runs=20]     DIR: a clone of github.com/KellerJordan/cifar10-airbench
 
@@ -54,10 +54,9 @@ def row(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def line(found: dict[str, Any]) -> str:
     """One row as Markdown."""
-    return (
-        f"| {found['name']} | {found['runs']} | {found['accuracy_mean']:.4f} ± {found['accuracy_standard_error']:.4f} | "
-        f"{found['seconds_median']:.3f} ({found['seconds_min']:.3f} to {found['seconds_max']:.3f}) |"
-    )
+    accuracy = f"{found['accuracy_mean']:.4f} ± {found['accuracy_standard_error']:.4f}"
+    seconds = f"{found['seconds_median']:.3f} ({found['seconds_min']:.3f} to {found['seconds_max']:.3f})"
+    return f"| {found['name']} | {found['runs']} | {accuracy} | {seconds} |"
 
 
 def main(_: list[str]) -> None:

@@ -41,9 +41,12 @@ def airbench94() -> SpeedrunConfig:
     return SpeedrunConfig(
         num_epochs=8,
         batch_size=2000,
-        optimizer=OptimizerConfig(name="muon", learning_rate=0.1, weight_decay=0.2, schedule="linear", warmup=0.2),
+        optimizer=OptimizerConfig(
+            name="muon", learning_rate=0.24, momentum=0.6, weight_decay=1.0, fixed_norm=True, schedule="linear"
+        ),
         label_smoothing=0.2,
         mirror=True,
+        translate=True,
         model=CNNConfig(name="airbench", dtype="bfloat16"),
         augment=cifar_cnn.airbench().augment,
     )

@@ -10,7 +10,9 @@ that the process takes at most. "evaluation" and "sampling" train nothing. It ne
 (`TFDS_DATA_DIR`).
 """
 
+import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -32,6 +34,7 @@ RESULTS = Path(__file__).parent.parent / "results" / "peers.json"
 WORK = flags.DEFINE_list("work", list(works.WORKS), f"what to train: {', '.join(works.WORKS)}")
 PEER = flags.DEFINE_list("peer", list(PEERS), f"whom to compare with: {', '.join(PEERS)}; +variant for one of them")
 ROUNDS = flags.DEFINE_integer("rounds", 3, "how many times each is run", lower_bound=1)
+LONGER = flags.DEFINE_integer("longer", 1, "times as many steps an epoch, as far as the images go", lower_bound=1)
 EPOCHS = flags.DEFINE_integer("epochs", 3, "epochs of each run, the first of which is not timed", lower_bound=2)
 flags.register_validator("work", lambda names: set(names) <= set(works.WORKS), f"use {', '.join(works.WORKS)}")
 
@@ -57,6 +60,13 @@ def _arrays() -> tuple[dict[str, np.ndarray], np.ndarray]:
     return images, np.unique(text["text"], return_inverse=True)[1].astype(np.uint8)
 
 
+def _longer(work: works.Work, images: dict[str, np.ndarray]) -> works.Work:
+    """The work with more steps an epoch; text goes round, images do not."""
+    count = len(images["mnist" if work.network == "vae" else "cifar10"])
+    most = math.inf if work.network == "lstm" else count // work.batch_size
+    return dataclasses.replace(work, steps=min(work.steps * LONGER.value, most))
+
+
 def measure(work: works.Work, peers: list[str], folder: Path, rounds: int, epochs: int) -> list[dict[str, Any]]:
     """Runs this project and every peer in turn, and makes the rows of the table."""
     reports: dict[str, list[dict[str, Any]]] = {name: [] for name in (OURS, *peers)}
@@ -75,7 +85,7 @@ def main(_: list[str]) -> None:
     ]
     images, text = _arrays()
     rows = []
-    for work in (work for name in WORK.value for work in works.WORKS[name]):
+    for work in (_longer(work, images) for name in WORK.value for work in works.WORKS[name]):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             np.savez(folder / "arrays.npz", **works.make(work, images, text))  # pyright: ignore[reportArgumentType]

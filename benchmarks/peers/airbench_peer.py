@@ -1,6 +1,6 @@
-"""`python -m benchmarks.peers.airbench_peer SCRIPT RUNS DATA`: airbench94_muon.py on other images, timed as it times itself.
+"""`python -m benchmarks.peers.airbench_peer SCRIPT RUNS DATA`: airbench94_muon.py on other images, by its own clock.
 
-SCRIPT is that file of https://github.com/KellerJordan/cifar10-airbench, DATA the arrays that `benchmarks.speedrun` saves.
+SCRIPT is that file of https://github.com/KellerJordan/cifar10-airbench, DATA arrays that `benchmarks.speedrun` saves.
 Prints JSON: what each run reached with its test-time augmentation and the seconds it took, and those of the warm-up.
 """
 
@@ -31,7 +31,8 @@ def main(script: str, runs: str, data: str) -> None:
     path, count, arrays = Path(script).resolve(), int(runs), Path(data).resolve()
     sys.argv = [str(path)]  # it reads its own source
     spec = importlib.util.spec_from_file_location("airbench", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):

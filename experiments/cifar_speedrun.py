@@ -42,7 +42,7 @@ def airbench94() -> SpeedrunConfig:
         num_epochs=8,
         batch_size=2000,
         optimizer=OptimizerConfig(
-            name="muon", learning_rate=0.24, momentum=0.6, weight_decay=1.0, fixed_norm=True, schedule="linear"
+            name="muon", learning_rate=0.24, momentum=0.6, weight_decay=0.3, fixed_norm=True, schedule="linear"
         ),
         label_smoothing=0.2,
         mirror=True,

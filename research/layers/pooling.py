@@ -4,12 +4,11 @@ This serves windows that do not overlap and need no padding (rows and columns le
 pool is then an elementwise function of such a window's strided slices. Other windows go to `nnx`.
 """
 
-from functools import partial, reduce
+from functools import reduce
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
 
 def max_pool(x: jax.Array, window: int, stride: int | None = None, padding: str = "VALID") -> jax.Array:
@@ -30,11 +29,6 @@ def max_pool(x: jax.Array, window: int, stride: int | None = None, padding: str 
     stride = stride or window
     if stride != window or padding != "VALID":
         return nnx.max_pool(x, (window, window), (stride, stride), padding)
-    pairs, marks = _max_by_pairs, _max_by_marks
-    return lax.platform_dependent(x, cuda=partial(marks, window), default=partial(pairs, window))
-
-
-def _max_by_pairs(window: int, x: jax.Array) -> jax.Array:
     return reduce(_maximum, _slices(x, window))
 
 
@@ -55,40 +49,6 @@ def _maximum_jvp(
     (x, y), (dx, dy) = primals, tangents
     share = jnp.where(x > y, 1, jnp.where(x < y, 0, 0.5)).astype(x.dtype)
     return _maximum(x, y), share * dx + (1 - share) * dy
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _max_by_marks(window: int, x: jax.Array) -> jax.Array:
-    """The same with a gradient that reads, instead of x, a bit for each element: is it the largest of its window.
-
-    On an H200 it takes a third of the time of that by pairs (bfloat16 [2000, 31, 31, 64], jax 0.11.2: 0.23 ms with the
-    forward pass against 0.61); on a CPU it takes more.
-    """
-    return reduce(jnp.maximum, _slices(x, window))
-
-
-def _marks_forward(window: int, x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    slices = _slices(x, window)
-    largest = reduce(jnp.maximum, slices)
-    dtype = jnp.uint8 if window**2 <= 8 else jnp.uint32
-    marks = sum((part == largest).astype(dtype) << i for i, part in enumerate(slices))
-    return largest, (jnp.asarray(marks), x[:0])
-
-
-def _marks_backward(window: int, residuals: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array]:
-    marks, like = residuals
-    count, height, width, channels = dy.shape
-    # Or it would be computed anew for every element of a window.
-    share = lax.optimization_barrier(dy / lax.population_count(marks).astype(dy.dtype))
-    places = jnp.arange(window**2, dtype=marks.dtype).reshape(window, 1, window, 1)
-    marked = marks[:, :, None, :, None] >> places & 1
-    spread = jnp.where(marked == 1, share[:, :, None, :, None], 0)
-    spread = spread.reshape(count, height * window, width * window, channels)
-    left_over = [(0, size - side * window) for size, side in zip(like.shape[1:3], (height, width))]
-    return (jnp.pad(spread, ((0, 0), *left_over, (0, 0))),)
-
-
-_max_by_marks.defvjp(_marks_forward, _marks_backward)
 
 
 def avg_pool(x: jax.Array, window: int, stride: int | None = None, padding: str = "VALID") -> jax.Array:

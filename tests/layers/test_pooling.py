@@ -8,7 +8,6 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from research.layers import pooling
 from research.layers.pooling import avg_pool, max_pool
 
 PEERS = {max_pool: nnx.max_pool, avg_pool: nnx.avg_pool}
@@ -40,24 +39,11 @@ def test_value_and_gradient_are_those_of_nnx(pool, size, window, stride, padding
         np.testing.assert_allclose(np.float32(one), np.float32(other), rtol=1e-6 if dtype == "float32" else 2e-2)
 
 
-def _by_marks(x, window):
-    return pooling._max_by_marks(window, x)
-
-
-@pytest.mark.parametrize("window", [1, 2, 3])
-def test_by_marks_as_on_a_gpu_it_is_the_same(window):
-    x = jnp.asarray(np.random.default_rng(0).permutation(2 * 7 * 8 * 3).reshape(2, 7, 8, 3), jnp.float32)
-    by_marks = _value_and_gradient(lambda x: _by_marks(x, window), x)
-    for one, other in zip(by_marks, _value_and_gradient(lambda x: max_pool(x, window), x), strict=True):
-        np.testing.assert_array_equal(one, other)
-
-
-@pytest.mark.parametrize("pool", [max_pool, _by_marks])
 @pytest.mark.parametrize("ties", [1, 2, 3, 4])
-def test_ties_share_a_gradient_whose_sum_is_kept(ties, pool):
+def test_ties_share_a_gradient_whose_sum_is_kept(ties):
     window = np.zeros(4, np.float32)
     window[:ties] = 1.0
-    gradient = jax.grad(lambda x: pool(x, 2).sum())(jnp.asarray(window).reshape(1, 2, 2, 1)).ravel()
+    gradient = jax.grad(lambda x: max_pool(x, 2).sum())(jnp.asarray(window).reshape(1, 2, 2, 1)).ravel()
     assert gradient.sum() == 1.0
     assert (gradient[:ties] > 0).all()
     assert (gradient[ties:] == 0).all()

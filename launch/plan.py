@@ -84,7 +84,10 @@ def candidates(job: Job) -> list[Candidate]:
         return list(_sweep(found[0], config))
     if options.search:
         return list(_search(found[0], config))
-    meshes = [MeshConfig(*sharding.mesh_shape(config.mesh, topology.num_devices)) for topology in found]
+    meshes = [
+        MeshConfig(*sharding.mesh_shape(config.mesh, topology.num_devices), config.mesh.reduce_dtype)
+        for topology in found
+    ]
     return [Candidate(topology, _with(config, mesh)) for topology, mesh in zip(found, meshes)]
 
 

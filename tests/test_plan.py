@@ -14,6 +14,7 @@ import pytest
 from benchmarks import roofline as benchmark
 from launch import chips, plan, roofline, topologies
 from launch.hlo import Collective
+from research.config import MeshConfig
 from research.errors import UserError
 
 DIGITS = ["--config.dataset.name=digits", "--config.model.depth=1", "--config.model.latents=8"]
@@ -157,6 +158,12 @@ def test_a_sweep_leaves_every_plan_and_a_picture(sweep):
     assert "compiled by XLA:CPU" in words
     assert "stand in for the GPUs" in words
     assert "estimated, not measured" in words
+
+
+def test_a_plan_is_of_the_mesh_that_was_asked_for():
+    flags = ["--topology=h100-4", "--config.mesh.data=-1", "--config.mesh.reduce_dtype=bfloat16"]
+    (found,) = plan.candidates(plan.job_lib.parse("plan", "", plan.PlanOptions(), [*VAE, *flags]))
+    assert found.config.mesh == MeshConfig(data=4, reduce_dtype="bfloat16")
 
 
 def test_a_search_tries_meshes_and_microbatches_and_takes_the_fastest_that_fits():

@@ -10,6 +10,7 @@ import importlib
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -123,6 +124,22 @@ def check_remote(job: Job) -> None:
     """Raises `UserError` where the workdir is on a disk of machines that go when the run ends."""
     if "://" not in job.workdir:
         raise UserError(f"--workdir={job.workdir}: the machines' own disks go with them; give gs://BUCKET/FOLDER")
+
+
+def make_folder(workdir: str) -> Path:
+    """Makes the record's folder before there is anything to record, so that one that cannot be made costs nothing.
+
+    Raises:
+      UserError: it cannot be made, or is not on this machine.
+    """
+    if "://" in workdir:
+        raise UserError(f"--workdir={workdir}: this record is on a local disk; give a folder of this machine")
+    folder = Path(workdir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir={folder} cannot be made: {error.strerror}") from None
+    return folder
 
 
 def _experiment(module: str) -> Experiment:

@@ -125,7 +125,6 @@ def answer(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _write(workdir: Path, rows: Sequence[dict[str, Any]], options: PlanOptions) -> dict[str, Any]:
     """Leaves plan.json and plan.png; returns the row that answers the question."""
     chosen = answer(rows)
-    workdir.mkdir(parents=True, exist_ok=True)
     record = chosen | ({"plans": list(rows)} if len(rows) > 1 else {})
     storage.replace(workdir / "plan.json", (json.dumps(record, indent=2) + "\n").encode())
     if len(rows) > 1 and not options.search and any(row["fits"] for row in rows):
@@ -151,6 +150,7 @@ def run(argv: Sequence[str]) -> int:
 
     began = time.monotonic()
     planner = Planner(job, [(one.topology, one.config) for one in wanted])
+    workdir = job_lib.make_folder(job.workdir)
     print(plan_text.first_line(job.experiment.name, planner.what, len(wanted)), flush=True)
     rows = []
     if len(wanted) > 1:
@@ -160,7 +160,6 @@ def run(argv: Sequence[str]) -> int:
         rows.append(row | plan_text.price(row, options.price_per_chip_hour, one.config.num_epochs))
         if len(wanted) > 1:
             print(plan_text.table_row(rows[-1]), flush=True)
-    workdir = Path(job.workdir)
     chosen = _write(workdir, rows, options)
     if not chosen["fits"]:
         raise UserError(f"{plan_text.too_large(chosen)} (record: {workdir})")

@@ -17,7 +17,6 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from launch import job as job_lib
@@ -145,6 +144,7 @@ def run(argv: Sequence[str]) -> int:
     if options.dry_run:
         print("\n".join(shlex.join(command) for pair in commands.values() for command in pair))
         return 0
+    workdir = job_lib.make_folder(job.workdir)
     rows = []
     print("| devices | batch | ms a step | ms in collectives | examples/s | the same apart | efficiency |")
     print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
@@ -155,8 +155,6 @@ def run(argv: Sequence[str]) -> int:
             apart.append(_measured(concurrent, count, communicate=False) if count > 1 else together[-1])
         rows.append(row(together, apart, options.mode))
         print(line(rows[-1]), flush=True)
-    workdir = Path(job.workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
     storage.replace(workdir / "scaling.json", (json.dumps(rows, indent=2) + "\n").encode())
     scaling_plot(rows).savefig(workdir / "scaling.png", dpi=120)
     print(f"record: {workdir}")

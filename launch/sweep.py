@@ -105,11 +105,11 @@ def _run(job: Job, argv: Sequence[str], signals: Signals) -> int:
     if study.complete(sweep.trials):
         print(f"the sweep in {workdir} is finished: a larger --trials goes on with it")
         if options.processes and not (workdir / "sweep.json").exists():
-            _make_folder(workdir)
+            job_lib.make_folder(job.workdir)
             _finish(job, sweep, study)
         return 0
     if options.processes:
-        _make_folder(workdir)
+        job_lib.make_folder(job.workdir)
     study.plan(sweep.trials, points)
     print(
         f"{name}: {sweep.trials} trials of {sweep.metric}, {sweep.size} runs at once on {_devices(sweep)}", flush=True
@@ -127,14 +127,6 @@ def _run(job: Job, argv: Sequence[str], signals: Signals) -> int:
     else:
         print(f"no trial is left: {summary(study, sweep)['num_trials']} ended")
     return 0
-
-
-def _make_folder(path: Path) -> None:
-    """Makes the record's folder before there is anything to record, so that one that cannot be made costs nothing."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--workdir={path} cannot be made: {error.strerror}") from None
 
 
 def _work(sweep: "Sweep", study: "Study", signals: Signals, display: Any) -> None:

@@ -210,6 +210,18 @@ def test_impossible_flags_are_named_before_anything_is_compiled(args, words, tmp
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize(
+    ("workdir", "words"), [("file/x", "file/x cannot be made: Not a directory"), ("gs://b/x", "on a local disk")]
+)
+def test_a_record_that_cannot_be_kept_is_named_before_anything_is_compiled(workdir, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("launch.compiled.lower", None)
+    with pytest.raises(UserError, match=words):
+        plan.run([*VAE, "--topology=h100-2", "--config.batch_size=32", f"--workdir={workdir}"])
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_without_libtpu_it_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=r'pip install -e "\.\[tpu\]"'):

@@ -40,6 +40,18 @@ def test_a_batch_that_cannot_be_shared_is_named(env):
     assert "--config.batch_size=96 cannot be shared by 5 devices" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("workdir", "words"), [("file/x", "file/x cannot be made: Not a directory"), ("gs://b/x", "on a local disk")]
+)
+def test_a_record_that_cannot_be_kept_is_named_before_anything_is_measured(workdir, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(scaling, "_measured", None)
+    with pytest.raises(UserError, match=words):
+        scaling.run(["experiments.cifar_cnn", *DIGITS, "--devices=1", f"--workdir={workdir}"])
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_the_report_is_left(env, tmp_path):
     args = ["--devices=1,2", "--rounds=1", "--steps_per_dispatch=2", "--workdir=x"]
     done = subprocess.run([*SCALING, *args], env=env, capture_output=True, text=True)

@@ -35,6 +35,7 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 class ExportOptions:
     """What `launch.export` can be told."""
 
+    workdir: str = option("", "folder of the run to export; it must be given")
     out: str = option("", "folder of the artifact, a new one or empty; it must be given")
 
 
@@ -47,6 +48,8 @@ def run(argv: Sequence[str]) -> int:
     """
     job = job_lib.parse("export", str(__doc__), ExportOptions(), argv)
     out = _out(job)
+    if not job.options.workdir:
+        raise UserError("--workdir=DIR must name the folder of the run to export")
     if not (open_path(job.workdir) / "config.json").exists():
         raise UserError(f"--workdir={job.workdir} holds no run: name the folder of the run to export")
     asked = command.parse(job.experiment, [*job.args, "--mode=eval"])

@@ -37,6 +37,7 @@ _PORT = 8476  # of process 0; open within a cluster
 class GkeOptions:
     """What `launch.gke` can be told."""
 
+    workdir: str = option("", "folder of the record that all machines see, gs://BUCKET/FOLDER; it must be given")
     image: str = option("", "container image that holds this project")
     name: str = option("meshwork", "of the JobSet")
     namespace: str = option("default", "Kubernetes namespace")

@@ -60,7 +60,8 @@ def parse_options(where: str, doc: str, options: Any, argv: Sequence[str]) -> tu
     Args:
       where: the launcher's name, as in `python -m launch.<where>`.
       doc: its docstring, which `--help` shows.
-      options: a dataclass of `research.config.option` fields with their defaults; each is a flag.
+      options: a dataclass of `research.config.option` fields with their defaults; each is a flag. A `workdir` among
+        them says what that folder is, where it is not that of a new record.
       argv: the arguments.
 
     Returns:
@@ -72,7 +73,8 @@ def parse_options(where: str, doc: str, options: Any, argv: Sequence[str]) -> tu
     """
     values = flags.FlagValues()
     flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
-    flags.DEFINE_string("workdir", "", "folder of the record", flag_values=values)
+    if not hasattr(options, "workdir"):
+        flags.DEFINE_string("workdir", "", "folder of the record", flag_values=values)
     for name, field, value in config_lib.walk(options):
         command.DEFINE[field.type](name, value, field.metadata["help"], flag_values=values)
     try:
@@ -153,7 +155,9 @@ def _experiment(module: str) -> Experiment:
 
 
 def _help(where: str, doc: str, options: Any) -> str:
-    lines = [doc.strip(), "", f"  --workdir=DIR  folder of the record (default: runs/{where}/<what>/<date-time>)"]
+    lines = [doc.strip(), ""]
+    if not hasattr(options, "workdir"):
+        lines.append(f"  --workdir=DIR  folder of the record (default: runs/{where}/<what>/<date-time>)")
     for name, field, value in config_lib.walk(options):
         lines += command.field_help(name, field, value)
     lines += ["", "All other flags are the experiment's: `python -m experiments.WHAT --help` lists them."]

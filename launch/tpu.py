@@ -43,6 +43,7 @@ _INSTALL = (  # the hosts' own Python is older than 3.11
 class TpuOptions:
     """What `launch.tpu` can be told."""
 
+    workdir: str = option("", "folder of the record that all hosts see, gs://BUCKET/FOLDER; `up` and `run` need it")
     name: str = option("meshwork", "of the TPU")
     zone: str = option("", "zone, as in us-central1-a; empty: gcloud's default")
     project: str = option("", "project; empty: gcloud's default")

@@ -231,6 +231,7 @@ def test_bad_flags_are_named_before_anything_is_restored(run, tmp_path):
     (full / "file").touch()
     for args, words in (
         ([workdir], "--out=DIR must say"),
+        ([f"--out={tmp_path / 'x'}"], "--workdir=DIR must name the folder of the run"),
         ([workdir, f"--out={full}"], "full exists and is not an empty folder"),
         ([workdir, f"--out={full / 'file'}"], "exists and is not an empty folder"),
         ([workdir, "--out=gs://bucket/x"], "is not on this machine"),

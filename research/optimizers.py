@@ -218,9 +218,10 @@ def _fix_norms() -> optax.GradientTransformation:
             return update
         return update + (jnp.sqrt(kernel.shape[-1]) / global_norm(kernel) - 1) * kernel
 
-    return optax.GradientTransformation(
-        init, lambda updates, state, params: (jax.tree.map(one, updates, params), state)
-    )
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return jax.tree.map(one, updates, params), state
+
+    return optax.GradientTransformation(init, update)
 
 
 def _scale_by_width(rule: str, widths: Any) -> optax.GradientTransformation:

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from benchmarks import algorithms, growth, structures, trials, width
+from benchmarks import algorithms, growth, speedrun, structures, trials, width
 from benchmarks.peers import flax_peer, meshwork_peer, table, works
 from benchmarks.peers.clock import Clock
 from experiments import cifar_cnn
@@ -52,6 +52,13 @@ def test_a_ratio_is_that_of_the_same_round_and_leaves_the_first_epoch_out():
     assert (row["examples_per_second"], row["peer_examples_per_second"]) == (100.0, 50.0)
     assert row["flops_utilisation"] == 0.1  # ten steps a second, of 494.7 teraflops in TF32
     assert table.utilisation("cpu", "float32", 1e9) is None
+
+
+def test_a_speedruns_row_has_the_standard_error_of_its_accuracy():
+    runs = [{"test_accuracy": a, "seconds": s} for a, s in ((0.90, 1.0), (0.92, 3.0), (0.94, 2.0))]
+    row = speedrun.row("ours", runs)
+    assert row["accuracy_standard_error"] == pytest.approx(0.02 / 3**0.5)
+    assert speedrun.line(row) == "| ours | 3 | 0.9200 ± 0.0115 | 2.000 (1.000 to 3.000) |"
 
 
 def test_another_work_is_refused():

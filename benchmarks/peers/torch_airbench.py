@@ -1,4 +1,4 @@
-"""`python -m benchmarks.peers.airbench_peer SCRIPT RUNS DATA`: airbench94_muon.py on other images, by its own clock.
+"""`python -m benchmarks.peers.torch_airbench SCRIPT RUNS DATA`: airbench94_muon.py on other images, by its own clock.
 
 SCRIPT is that file of https://github.com/KellerJordan/cifar10-airbench, DATA arrays that `benchmarks.speedrun` saves.
 Prints JSON: what each run reached with its test-time augmentation and the seconds it took, and those of the warm-up.

@@ -8,8 +8,8 @@ python -m launch.plan experiments.cifar_cnn --topology=v5e:4x4 --search         
 The train step is compiled ahead of time, on any machine: for TPUs by libtpu (extra "tpu"), for GPUs by JAX's CUDA
 plugin (extra "cuda12" or "cuda13"), and without that by XLA's CPU compiler for as many devices. Memory, FLOPs and
 collectives are read from the compiled program; times are estimates from the vendors' figures (`launch/chips.py`). In a
-sweep `batch_size` and `microbatch_size` are a device's. `plan.json`, and `plan.png` where there are several, go to the
-workdir.
+sweep `batch_size` and `microbatch_size` are a device's, and so is a preset's batch that the devices cannot share.
+`plan.json`, and `plan.png` where there are several, go to the workdir.
 """
 
 import copy
@@ -88,7 +88,15 @@ def candidates(job: Job) -> list[Candidate]:
         MeshConfig(*sharding.mesh_shape(config.mesh, topology.num_devices), config.mesh.reduce_dtype)
         for topology in found
     ]
-    return [Candidate(topology, _with(config, mesh)) for topology, mesh in zip(found, meshes)]
+    factors = [_factor(job, mesh) for mesh in meshes]
+    return [Candidate(topology, _with(config, *with_)) for topology, *with_ in zip(found, meshes, factors)]
+
+
+def _factor(job: Job, mesh: MeshConfig) -> int:
+    """By how much the batch is to grow: a preset's that the devices cannot share becomes each one's."""
+    shards = mesh.data * mesh.fsdp
+    given = any(arg.startswith("--config.batch_size") for arg in job.args)
+    return 1 if given or job.config.batch_size % shards == 0 else shards
 
 
 def _sweep(topology: Topology, config: Any) -> Iterator[Candidate]:
@@ -152,6 +160,10 @@ def run(argv: Sequence[str]) -> int:
     planner = Planner(job, [(one.topology, one.config) for one in wanted])
     workdir = job_lib.make_folder(job.workdir)
     print(plan_text.first_line(job.experiment.name, planner.what, len(wanted)), flush=True)
+    if not options.sweep_topology and any(one.config.batch_size != job.config.batch_size for one in wanted):
+        print(
+            f"batch_size={job.config.batch_size} is each device's share here: --config.batch_size=N gives the whole's"
+        )
     rows = []
     if len(wanted) > 1:
         print(plan_text.table_head(), flush=True)

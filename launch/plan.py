@@ -88,8 +88,7 @@ def candidates(job: Job) -> list[Candidate]:
         MeshConfig(*sharding.mesh_shape(config.mesh, topology.num_devices), config.mesh.reduce_dtype)
         for topology in found
     ]
-    factors = [_factor(job, mesh) for mesh in meshes]
-    return [Candidate(topology, _with(config, *with_)) for topology, *with_ in zip(found, meshes, factors)]
+    return [Candidate(topology, _with(config, mesh, _factor(job, mesh))) for topology, mesh in zip(found, meshes)]
 
 
 def _factor(job: Job, mesh: MeshConfig) -> int:

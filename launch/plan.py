@@ -160,9 +160,7 @@ def run(argv: Sequence[str]) -> int:
     workdir = job_lib.make_folder(job.workdir)
     print(plan_text.first_line(job.experiment.name, planner.what, len(wanted)), flush=True)
     if not options.sweep_topology and any(one.config.batch_size != job.config.batch_size for one in wanted):
-        print(
-            f"batch_size={job.config.batch_size} is each device's share here: --config.batch_size=N gives the whole's"
-        )
+        print(f"batch_size={job.config.batch_size} is each device's here; --config.batch_size=N is for all of them")
     rows = []
     if len(wanted) > 1:
         print(plan_text.table_head(), flush=True)

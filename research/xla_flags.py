@@ -6,7 +6,8 @@ from importlib.metadata import version
 # By jaxlib version, since an XLA flag that a jaxlib does not know aborts the process: only where it was measured.
 # Empty: no YNN convolutions. On two cores with AVX-512 Eigen's made a step of the paper's CNN 1.7, 1.2 and 1.2 to 1.6
 # times as fast in these jaxlibs; with AVX2 they are 2 to 5 times as fast in the first.
-_BY_JAXLIB = dict.fromkeys(("0.10.2", "0.11.2", "0.12.0.1"), ("--xla_cpu_experimental_ynn_fusion_type=",))
+_FLAGS: tuple[str, ...] = ("--xla_cpu_experimental_ynn_fusion_type=",)
+_BY_JAXLIB = {"0.10.2": _FLAGS, "0.11.2": _FLAGS, "0.12.0.1": _FLAGS}
 
 
 def set_flags() -> None:

@@ -134,8 +134,7 @@ def run(argv: Sequence[str]) -> int:
         return 0
     if not shutil.which("sbatch"):
         raise UserError("there is no sbatch on this machine: run it on a login node, or look at --dry_run")
-    workdir = Path(job.workdir).absolute()
-    workdir.mkdir(parents=True, exist_ok=True)
+    workdir = job_lib.make_folder(job.workdir).absolute()
     path = workdir / "job.sh"
     path.write_text(text)
     number = _submit(path)

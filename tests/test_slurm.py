@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 from command import DIGITS, QUICK
 
+from launch import slurm as slurm_launcher
 from launch.local import free_port
+from research.errors import UserError
 
 SLURM = [sys.executable, "-m", "launch.slurm", "experiments.cifar_cnn"]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
@@ -153,3 +155,10 @@ def test_without_slurm_it_says_so(env, tmp_path):
     assert done.returncode == 2
     assert "there is no sbatch on this machine" in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_named_before_anything_is_submitted(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda _: "/bin/false")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file/x cannot be made: Not a directory"):
+        slurm_launcher.run(["experiments.cifar_cnn", *DIGITS, f"--workdir={tmp_path}/file/x"])

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from research import config as config_lib
+from research import config_record
 from research.command import Command, Experiment, parse
 from research.config import Config
 from research.data import sources
@@ -55,7 +55,7 @@ def run(experiment: Experiment, argv: Sequence[str], signals: Signals | None = N
             dataset, task = load(experiment, config)
         config.dataset.name = dataset.name
         if command.earlier:
-            config_lib.check_resumes(config, command.earlier, str(workdir))
+            config_record.check_resumes(config, command.earlier, str(workdir))
         _say(_first_line(experiment, dataset, mesh))
         finished = read_json(workdir / "summary.json")
         if finished and finished["num_epochs"] >= config.num_epochs:

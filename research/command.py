@@ -14,6 +14,7 @@ from typing import Any
 from absl import flags
 
 from research import config as config_lib
+from research import config_record
 from research.config import Config
 from research.data import sources
 from research.errors import UserError
@@ -214,4 +215,4 @@ def _sample_options(experiment: Experiment, values: flags.FlagValues, mode: str)
 def _stored_config(experiment: Experiment, workdir: Path) -> Config | None:
     path = workdir / "config.json"
     values = read_json(path)
-    return None if values is None else config_lib.load(experiment.default_config, values, str(path))
+    return None if values is None else config_record.load(experiment.default_config, values, str(path))

@@ -37,7 +37,11 @@ _OF_RECORDS = ("log_every_steps", "pictures_every_epochs", "checkpoint_every_ste
 
 
 def airbench94() -> SpeedrunConfig:
-    """The airbench network, bfloat16, in eight epochs of batches of 2,000 (Jordan 2024, section 3)."""
+    """The airbench network (Jordan 2024, section 3), bfloat16, in eight epochs of 2,000 images a step by Muon.
+
+    As in airbench94_muon.py, but for biases, which go by Adam here, and the classifier, whose kernel Muon trains too;
+    its weight decay of 0.3 is this project's.
+    """
     return SpeedrunConfig(
         num_epochs=8,
         batch_size=2000,

@@ -97,6 +97,15 @@ def test_gradients_are_those_of_plain_differentiation(name):
     )
 
 
+def test_as_on_a_gpu_several_steps_a_turn_change_nothing(monkeypatch):
+    """Five steps by twos: one is left over."""
+    arguments = _arguments("lstm")
+    by_ones = _gradients(recurrence.lstm, arguments)
+    monkeypatch.setattr(recurrence, "_unroll", lambda: 2)
+    assert "unroll=2" in str(jax.make_jaxpr(recurrence.lstm)(*arguments))
+    _agree(_gradients(lambda *arguments: recurrence.lstm(*arguments), arguments), by_ones, 1e-6)
+
+
 @pytest.mark.parametrize("name", CELLS)
 def test_gradients_are_those_of_central_differences(name):
     """Along a random direction through all arguments at once."""

@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 from launch import job as job_lib
@@ -26,6 +27,7 @@ from research import storage
 from research.config import option
 from research.errors import UserError
 from research.plots import scaling as scaling_plot
+from research.signals import Signals
 
 
 @dataclasses.dataclass
@@ -70,11 +72,27 @@ def _command(job: Job, devices: int, *, communicate: bool) -> list[str]:
 
 
 def _measured(command: list[str], devices: int, *, communicate: bool) -> list[dict[str, Any]]:
-    """What each of some processes that run a command at the same time reports."""
+    """What each of some processes that run a command at the same time reports; the first that fails ends them all."""
+    processes = _started(command, devices, communicate=communicate)
+    with ThreadPoolExecutor(devices) as pool:
+        ended = {pool.submit(process.communicate): index for index, process in enumerate(processes)}
+        try:
+            # As they end: in their order, one that failed would be noticed only when those before it gave up waiting.
+            for future in as_completed(ended):
+                if processes[ended[future]].returncode:
+                    last = (future.result()[1].strip().splitlines() or ["in silence"])[-1]
+                    raise UserError(f"process {ended[future]} of {devices} failed: {last}")
+        finally:
+            for process in processes:
+                process.kill()
+    return [json.loads(future.result()[0].splitlines()[-1]) for future in ended]
+
+
+def _started(command: list[str], devices: int, *, communicate: bool) -> list[subprocess.Popen[str]]:
+    """Processes that run a command, each on a core of its own."""
     cores = sorted(os.sched_getaffinity(0))
-    places = local.environments(devices, local.free_port())
     processes = []
-    for index, place in enumerate(places):
+    for index, place in enumerate(local.environments(devices, local.free_port())):
         if not communicate:
             place = {"JAX_LOCAL_DEVICE_IDS": str(index)}
         process = subprocess.Popen(
@@ -86,16 +104,7 @@ def _measured(command: list[str], devices: int, *, communicate: bool) -> list[di
         )
         os.sched_setaffinity(process.pid, {cores[index % len(cores)]})
         processes.append(process)
-    reports = []
-    for index, process in enumerate(processes):
-        output, errors = process.communicate()
-        if process.returncode:
-            for other in processes:
-                other.kill()
-            last = (errors.strip().splitlines() or ["in silence"])[-1]
-            raise UserError(f"process {index} of {devices} failed: {last}")
-        reports.append(json.loads(output.splitlines()[-1]))
-    return reports
+    return processes
 
 
 def row(together: list[list[dict[str, Any]]], apart: list[list[dict[str, Any]]], mode: str) -> dict[str, Any]:
@@ -134,7 +143,7 @@ def run(argv: Sequence[str]) -> int:
     """Measures what the command line says.
 
     Raises:
-      UserError: bad input, found before anything is started; or a process failed.
+      UserError: bad input, found before anything is started; a process failed; or a signal ended them all.
     """
     job = job_lib.parse("scaling", str(__doc__), ScalingOptions(), argv)
     options, devices = job.options, counts(job.options.devices)
@@ -148,13 +157,14 @@ def run(argv: Sequence[str]) -> int:
     rows = []
     print("| devices | batch | ms a step | ms in collectives | examples/s | the same apart | efficiency |")
     print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
-    for count, (communicating, concurrent) in commands.items():
-        together, apart = [], []
-        for _ in range(options.rounds):
-            together.append(_measured(communicating, count, communicate=True))
-            apart.append(_measured(concurrent, count, communicate=False) if count > 1 else together[-1])
-        rows.append(row(together, apart, options.mode))
-        print(line(rows[-1]), flush=True)
+    with Signals().handled():  # or the processes would outlive this one
+        for count, (communicating, concurrent) in commands.items():
+            together, apart = [], []
+            for _ in range(options.rounds):
+                together.append(_measured(communicating, count, communicate=True))
+                apart.append(_measured(concurrent, count, communicate=False) if count > 1 else together[-1])
+            rows.append(row(together, apart, options.mode))
+            print(line(rows[-1]), flush=True)
     storage.replace(workdir / "scaling.json", (json.dumps(rows, indent=2) + "\n").encode())
     scaling_plot(rows).savefig(workdir / "scaling.png", dpi=120)
     print(f"record: {workdir}")

@@ -1,6 +1,7 @@
 """`launch.scaling`: efficiency is communicating over concurrent, and the report is left."""
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ from command import DIGITS
 
 from launch import scaling
 from research.errors import UserError
+from research.signals import StoppedError
 
 SCALING = [sys.executable, "-m", "launch.scaling", "experiments.cifar_cnn", *DIGITS]
 
@@ -63,3 +65,40 @@ def test_the_report_is_left(env, tmp_path):
     assert 0 < two["collective_seconds"] < two["step_seconds"] * 5
     assert (tmp_path / "x/scaling.png").stat().st_size > 1000
     assert len([line for line in done.stdout.splitlines() if line.startswith("| 1 |") or line.startswith("| 2 |")]) == 2
+
+
+_FAILS_OR_HANGS = """
+import os, sys, time
+if os.environ["JAX_PROCESS_ID"] == "0":
+    time.sleep(60)
+sys.exit("error: no memory")
+"""
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The processes that are started."""
+    processes, start = [], scaling._started
+
+    def starts(*args, **kwargs):
+        processes.extend(start(*args, **kwargs))
+        return processes
+
+    monkeypatch.setattr(scaling, "_started", starts)
+    return processes
+
+
+def test_one_that_fails_ends_those_before_it_at_once(started):
+    """Process 0 hangs, as one that waits for another does."""
+    with pytest.raises(UserError, match="process 1 of 2 failed: error: no memory"):
+        scaling._measured([sys.executable, "-c", _FAILS_OR_HANGS], 2, communicate=True)
+    assert started[0].returncode == -signal.SIGKILL
+
+
+def test_a_signal_ends_the_processes_too(started, tmp_path, monkeypatch):
+    # Which sends its parent, this process, the signal.
+    sleeps = "import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
+    monkeypatch.setattr(scaling, "_command", lambda *_, **__: [sys.executable, "-c", sleeps])
+    with pytest.raises(StoppedError, match="SIGTERM"):
+        scaling.run(["experiments.cifar_cnn", *DIGITS, "--devices=1", f"--workdir={tmp_path}"])
+    assert [process.returncode for process in started] == [-signal.SIGKILL]

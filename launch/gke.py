@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from launch import job as job_lib
+from launch.chips import CHIPS
 from launch.job import Job
 from research.config import option
 from research.errors import UserError
@@ -61,6 +62,19 @@ def _check(options: GkeOptions) -> None:
         raise UserError(f"--name={options.name}: a JobSet has at most 40 of a-z, 0-9 and -, and begins with a letter")
     if options.tpu and not re.fullmatch(rf"({'|'.join(_TPUS)}):\d+(x\d+){{1,2}}", options.tpu):
         raise UserError(f"--tpu={options.tpu}: give one of {', '.join(_TPUS)} and a topology, as in v6e:4x4")
+    if options.tpu:
+        _check_topology(options.tpu)
+
+
+def _check_topology(tpu: str) -> None:
+    kind, _, topology = tpu.partition(":")
+    sizes = [int(size) for size in topology.split("x")]
+    chips, per_node, dimensions = math.prod(sizes), _TPUS[kind][1], CHIPS[kind].dimensions
+    if len(sizes) != dimensions or not chips or (chips > per_node and chips % per_node):
+        raise UserError(
+            f"--tpu={tpu}: a slice of {kind} has {dimensions} dimensions, and up to {per_node} chips or a multiple of "
+            f"{per_node}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

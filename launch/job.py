@@ -128,14 +128,19 @@ def check_remote(job: Job) -> None:
         raise UserError(f"--workdir={job.workdir}: the machines' own disks go with them; give gs://BUCKET/FOLDER")
 
 
+def check_local(workdir: str) -> None:
+    """Raises `UserError` where the workdir is not on this machine."""
+    if "://" in workdir:
+        raise UserError(f"--workdir={workdir}: this record is on a local disk; give a folder of this machine")
+
+
 def make_folder(workdir: str) -> Path:
     """Makes the record's folder before there is anything to record, so that one that cannot be made costs nothing.
 
     Raises:
       UserError: it cannot be made, or is not on this machine.
     """
-    if "://" in workdir:
-        raise UserError(f"--workdir={workdir}: this record is on a local disk; give a folder of this machine")
+    check_local(workdir)
     folder = Path(workdir)
     try:
         folder.mkdir(parents=True, exist_ok=True)

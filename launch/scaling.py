@@ -146,6 +146,7 @@ def run(argv: Sequence[str]) -> int:
       UserError: bad input, found before anything is started; a process failed; or a signal ended them all.
     """
     job = job_lib.parse("scaling", str(__doc__), ScalingOptions(), argv)
+    job_lib.check_local(job.workdir)
     options, devices = job.options, counts(job.options.devices)
     commands = {
         count: [_command(job, count, communicate=communicate) for communicate in (True, False)] for count in devices

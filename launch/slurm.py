@@ -62,7 +62,7 @@ def script(job: Job, folder: Path) -> str:
         "open-mode": "append",
         "signal": f"TERM@{options.seconds_to_stop}",
     }
-    lines = [f"#SBATCH --{name}={value}" for name, value in directives.items() if value != ""]
+    lines = [f"#SBATCH --{name}={shlex.quote(str(value))}" for name, value in directives.items() if value != ""]
     return f"""#!/bin/bash
 {chr(10).join(lines)}
 #SBATCH --requeue
@@ -128,6 +128,7 @@ def run(argv: Sequence[str]) -> int:
       UserError: bad input, found before anything is written; or sbatch refused the script.
     """
     job = job_lib.parse("slurm", str(__doc__), SlurmOptions(), argv)
+    job_lib.check_local(job.workdir)
     text = script(job, Path.cwd())
     if job.options.dry_run:
         print(text, end="")

@@ -145,6 +145,7 @@ def test_the_script_says_what_was_asked(env, tmp_path):
         "requeue",
     ):
         assert f"#SBATCH --{line}\n" in done.stdout
+    assert "#SBATCH --output='/shared/x y/slurm-%j.log'\n" in done.stdout
     assert "'--workdir=/shared/x y'" in done.stdout
     subprocess.run(["bash", "-n"], input=done.stdout, text=True, check=True)
     assert not Path("/shared/x y").exists()
@@ -155,6 +156,11 @@ def test_without_slurm_it_says_so(env, tmp_path):
     assert done.returncode == 2
     assert "there is no sbatch on this machine" in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_workdir_elsewhere_is_named_by_a_dry_run_too():
+    with pytest.raises(UserError, match="give a folder of this machine"):
+        slurm_launcher.run(["experiments.cifar_cnn", *DIGITS, "--workdir=gs://b/x", "--dry_run"])
 
 
 def test_a_folder_that_cannot_be_made_is_named_before_anything_is_submitted(tmp_path, monkeypatch):

@@ -99,6 +99,15 @@ class _Kept(preservation_policy.PreservationPolicy):
         return [i >= first or info.step == self._best_step() for i, info in enumerate(checkpoints)]
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, which leaves jax's agreement on where to stop to `distributed.asked_to_stop`."""
+
+    def reached_preemption(self, step: int) -> bool:
+        # jax agrees on the number after the last that it was asked about. Orbax asks with steps, the run with its
+        # calls: a signal that came between Orbax's question and the run's would stop at a call that never comes.
+        return False
+
+
 class Checkpoints:
     """The checkpoints of one workdir. A context manager: leaving it waits for what is being written.
 
@@ -130,10 +139,10 @@ class Checkpoints:
         """Orbax's manager; one that reads only may meet a checkpoint that the run is just deleting, and looks again."""
         for _ in range(_LOOKS if self._read_only else 0):
             try:
-                return ocp.CheckpointManager(self._folder, item_names=("state", "record"), options=options)
+                return _Manager(self._folder, item_names=("state", "record"), options=options)
             except (AttributeError, OSError):  # Orbax takes metadata that are gone for None
                 time.sleep(0.2)
-        return ocp.CheckpointManager(self._folder, item_names=("state", "record"), options=options)
+        return _Manager(self._folder, item_names=("state", "record"), options=options)
 
     def __enter__(self) -> "Checkpoints":
         return self

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from drawn import same
+from jax.experimental import multihost_utils
 
 from research import checkpoint, sharding
 from research.checkpoint import Checkpoints
@@ -58,6 +59,14 @@ def test_what_comes_back_is_what_was_saved(tmp_path):
     assert jax.tree.map(lambda x: x.dtype, restored) == jax.tree.map(lambda x: x.dtype, state)
     assert progress == PROGRESS
     assert not warnings
+
+
+def test_nobody_else_counts_for_the_processes_agreement(tmp_path, monkeypatch):
+    """jax agrees on the number after the last that it was asked about, so Orbax's steps would spoil the run's calls."""
+    asked = []
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
+    _save(tmp_path, _state(3), _state(6))
+    assert asked == []
 
 
 def test_without_checkpoints_there_is_nothing_to_restore(tmp_path):

@@ -108,7 +108,6 @@ def train(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs:
     training = _training(work, arrays, epochs)
     with jax.set_mesh(training.mesh):
         training.compile(train=True)
-        clock.step_flops = Program(training.train_program.as_text()).cost()["flops"]
         seconds, previous = 0.0, 0
         for end in training.ends:
             total = 0.0
@@ -117,6 +116,7 @@ def train(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs:
                 total += values["loss"].sum(dtype=np.float64)
             clock.epoch(total / (end - previous), training.progress.train_seconds - seconds)
             seconds, previous = training.progress.train_seconds, end
+        clock.step_flops = Program(training.train_program.as_text()).cost()["flops"]
 
 
 def evaluate(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs: int, clock: Clock) -> None:

@@ -16,8 +16,9 @@ from benchmarks.peers import works
 from benchmarks.peers.clock import Clock
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-torch.backends.cudnn.benchmark = True
-torch.set_float32_matmul_precision("high")
+if DEVICE == "cuda":
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")
 
 
 class CNN(nn.Module):

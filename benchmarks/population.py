@@ -7,58 +7,44 @@ is timed from its start to its end, its report and final run of the best trial i
 few are run, one after another.
 """
 
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from absl import app, flags
 
-from benchmarks import output
-from benchmarks.sweep import BATCH, EPOCHS, MODULES, OURS, TRIALS, WORK, command
+from benchmarks import command, output, sweep
 
 ALONE = flags.DEFINE_integer("alone", 4, "trials in processes of their own", lower_bound=2)
 
 
 def seconds(args: list[str], cache: str) -> float:
-    """Of a process of its own.
-
-    Raises:
-      SystemExit: it failed.
-    """
+    """Of a process of its own."""
     start = time.monotonic()
-    environment = os.environ | {"MESHWORK_CACHE_DIR": cache}
-    done = subprocess.run([sys.executable, *args], env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"error: {' '.join(args)} failed: {done.stderr.strip().splitlines()[-1]}")
+    command.run(" ".join(args), args, {"MESHWORK_CACHE_DIR": cache})
     return time.monotonic() - start
 
 
-def row(network: str, rates: list[float]) -> dict[str, float | str]:
+def row(work: dict[str, Any]) -> dict[str, Any]:
     """One network: trials a minute of the sweep, and of processes one after another."""
-    work = {"network": network, "rates": rates, "epochs": EPOCHS.value, "batch_size": BATCH}
+    rates = work["rates"]
     with tempfile.TemporaryDirectory() as name:
-        together = seconds(command(OURS, work, Path(name)), f"{name}/cache")
-    flags_ = ["--config.dataset.name=digits", "--config.dataset.validation_fraction=0.1"]
-    flags_ += [f"--config.num_epochs={EPOCHS.value}", f"--config.batch_size={BATCH}"]
+        together = seconds(sweep.arguments(sweep.OURS, work, Path(name)), f"{name}/cache")
+    common = ["-m", *sweep.training(work), "--config.dataset.validation_fraction=0.1"]
     with tempfile.TemporaryDirectory() as name:
         alone = [
-            seconds(
-                ["-m", *MODULES[network], *flags_, f"--config.optimizer.learning_rate={rate}", f"--workdir={name}/{i}"],
-                f"{name}/cache",
-            )
+            seconds([*common, f"--config.optimizer.learning_rate={rate}", f"--workdir={name}/{i}"], f"{name}/cache")
             for i, rate in enumerate(rates[: ALONE.value])
         ]
     per_minute = 60 * len(rates) / together, 60 / float(np.median(alone))
     return {
-        "work": network,
+        "work": work["network"],
         "trials": len(rates),
-        "epochs": EPOCHS.value,
-        "batch_size": BATCH,
+        "epochs": work["epochs"],
+        "batch_size": work["batch_size"],
         "trials_per_minute": round(per_minute[0], 1),
         "alone_trials_per_minute": round(per_minute[1], 2),
         "ratio": round(per_minute[0] / per_minute[1], 1),
@@ -67,9 +53,8 @@ def row(network: str, rates: list[float]) -> dict[str, float | str]:
 
 def main(_: list[str]) -> None:
     out, rows = output.folder(), []
-    rates = np.geomspace(1e-4, 1e-2, TRIALS.value).round(7).tolist()
-    for network in WORK.value:
-        rows.append(row(network, rates))
+    for work in sweep.works():
+        rows.append(row(work))
         print(" ".join(f"{key}={value}" for key, value in rows[-1].items()), flush=True)
     output.write(out, "population", {"device": jax.devices()[0].device_kind, "rows": rows})
 

@@ -9,8 +9,6 @@ seconds are from the first train step to the test accuracy. It needs PyTorch.
 import json
 import math
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,24 +16,12 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from benchmarks import output
+from benchmarks import command, output
 from research.config import DatasetConfig
 from research.data import sources
 
 AIRBENCH = flags.DEFINE_string("airbench", None, "the folder of airbench94_muon.py", required=True)
 RUNS = flags.DEFINE_integer("runs", 20, "runs of each", lower_bound=2)
-
-
-def _python(*args: str) -> str:
-    """What a process of its own prints.
-
-    Raises:
-      SystemExit: it failed.
-    """
-    done = subprocess.run([sys.executable, "-m", *args], capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"error: {args[0]} failed: {done.stderr.strip().splitlines()[-1]}")
-    return done.stdout
 
 
 def row(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -70,14 +56,15 @@ def main(_: list[str]) -> None:
         np.savez(f"{folder}/data.npz", **arrays)  # pyright: ignore[reportArgumentType]
         print("| what | runs | test accuracy | seconds, median |\n| --- | --- | --- | --- |")
         flags_ = ["--config.dataset.name=cifar10", f"--config.num_runs={runs}", f"--workdir={folder}/runs"]
-        _python("experiments.cifar_speedrun", *flags_)
+        command.run("cifar_speedrun", ["-m", "experiments.cifar_speedrun", *flags_])
         ours = json.loads(Path(f"{folder}/runs/speedrun.json").read_text())
         rows = [row("experiments.cifar_speedrun", ours["runs"])]
         rows[0]["warm_up_seconds"] = ours["runs"][0]["compile_seconds"]
         record = {"device": ours["device_kind"], "rows": rows}
         output.write(out, "speedrun", record)
         print(line(rows[0]), flush=True)
-        theirs = json.loads(_python("benchmarks.peers.torch_airbench", str(script), runs, f"{folder}/data.npz"))
+        args = ["-m", "benchmarks.peers.torch_airbench", str(script), runs, f"{folder}/data.npz"]
+        theirs = json.loads(command.run("airbench94_muon", args))
         rows.append(row("airbench94_muon", theirs["runs"]) | {"warm_up_seconds": theirs["warm_up_seconds"]})
         output.write(out, "speedrun", record)
         print(line(rows[1]))

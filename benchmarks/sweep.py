@@ -11,8 +11,6 @@ this project's trials a minute over the peer's of the same round.
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,12 +19,12 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from benchmarks import output
+from benchmarks import command, output
 
 Run = dict[str, float]
 OURS, PEERS = "meshwork", ("keras", "torch")
 MODULES = {"cnn": ["experiments.cifar_cnn", "--config=paper"], "mlp": ["benchmarks.mlp"]}
-BATCH = 32
+_BATCH = 32
 _NEAR = 0.05  # the best accuracies must be, or it was not the same work
 
 WORK = flags.DEFINE_list("work", list(MODULES), f"what to train: {', '.join(MODULES)}")
@@ -36,14 +34,30 @@ ROUNDS = flags.DEFINE_integer("rounds", 3, "how many times each is run", lower_b
 flags.register_validator("work", lambda names: set(names) <= set(MODULES), f"use {', '.join(MODULES)}")
 
 
-def command(name: str, work: dict[str, Any], folder: Path) -> list[str]:
+def works() -> list[dict[str, Any]]:
+    """What the flags ask for: the networks, with the learning rates of their trials."""
+    rates = np.geomspace(1e-4, 1e-2, TRIALS.value).round(7).tolist()
+    common = {"rates": rates, "epochs": EPOCHS.value, "batch_size": _BATCH}
+    return [{"network": network, **common} for network in WORK.value]
+
+
+def training(work: dict[str, Any]) -> list[str]:
+    """The module that trains, with the flags that all trials have."""
+    return [
+        *MODULES[work["network"]],
+        "--config.dataset.name=digits",
+        f"--config.num_epochs={work['epochs']}",
+        f"--config.batch_size={work['batch_size']}",
+    ]
+
+
+def arguments(name: str, work: dict[str, Any], folder: Path) -> list[str]:
     """The arguments of Python that sweep."""
     if name != OURS:
         return ["-m", "benchmarks.peers.optuna_process", name, str(folder)]
     rates = ",".join(map(str, work["rates"]))
     return [
-        *("-m", "launch.sweep", *MODULES[work["network"]], "--config.dataset.name=digits"),
-        *(f"--config.num_epochs={work['epochs']}", f"--config.batch_size={work['batch_size']}"),
+        *("-m", "launch.sweep", *training(work)),
         *("--sampler=grid", f"--search=optimizer.learning_rate=[{rates}]", f"--workdir={folder / 'sweep'}"),
     ]
 
@@ -58,16 +72,13 @@ def run(name: str, work: dict[str, Any], arrays: dict[str, np.ndarray]) -> Run:
         folder = Path(path)
         (folder / "work.json").write_text(json.dumps(work))
         np.savez(folder / "arrays.npz", **arrays)  # pyright: ignore[reportArgumentType]
-        environment = os.environ | {"MESHWORK_CACHE_DIR": str(folder / "cache"), "TF_CPP_MIN_LOG_LEVEL": "3"}
+        environment = {"MESHWORK_CACHE_DIR": str(folder / "cache"), "TF_CPP_MIN_LOG_LEVEL": "3"}
         start = time.monotonic()
-        args = [sys.executable, *command(name, work, folder)]
-        done = subprocess.run(args, env=environment, capture_output=True, text=True)
+        printed = command.run(name, arguments(name, work, folder), environment)
         seconds = time.monotonic() - start
-        if done.returncode:
-            raise SystemExit(f"error: {name} failed: {done.stderr.strip().splitlines()[-1]}")
         if name == OURS:
             return {"seconds": seconds, "best": json.loads((folder / "sweep/sweep.json").read_text())["best_value"]}
-        return {"seconds": seconds, "best": max(json.loads(done.stdout.splitlines()[-1]))}
+        return {"seconds": seconds, "best": max(json.loads(printed.splitlines()[-1]))}
 
 
 def examples() -> dict[str, np.ndarray]:
@@ -119,15 +130,13 @@ def row(work: dict[str, Any], peer: str, ours: list[Run], theirs: list[Run]) -> 
 
 def main(_: list[str]) -> None:
     out, arrays = output.folder(), examples()
-    rates = np.geomspace(1e-4, 1e-2, TRIALS.value).round(7).tolist()
     rows = []
-    for network in WORK.value:
-        work = {"network": network, "rates": rates, "epochs": EPOCHS.value, "batch_size": BATCH}
+    for work in works():
         runs: dict[str, list[Run]] = {name: [] for name in (OURS, *PEERS)}
         for number in range(ROUNDS.value):
             for name, done in runs.items():
                 done.append(run(name, work, arrays))
-                print(f"round {number + 1}  {network}  {name:<9} {done[-1]['seconds']:7.1f} s", flush=True)
+                print(f"round {number + 1}  {work['network']}  {name:<9} {done[-1]['seconds']:7.1f} s", flush=True)
         rows += [row(work, peer, runs[OURS], runs[peer]) for peer in PEERS]
         output.write(out, "sweep", {"cores": os.cpu_count(), "rows": rows})
     for found in rows:

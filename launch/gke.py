@@ -60,13 +60,13 @@ def _check(options: GkeOptions) -> None:
         raise UserError("give --tpu=TYPE:TOPOLOGY or --gpu=TYPE, one of them")
     if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", options.name):
         raise UserError(f"--name={options.name}: a JobSet has at most 40 of a-z, 0-9 and -, and begins with a letter")
-    if options.tpu and not re.fullmatch(rf"({'|'.join(_TPUS)}):\d+(x\d+){{1,2}}", options.tpu):
-        raise UserError(f"--tpu={options.tpu}: give one of {', '.join(_TPUS)} and a topology, as in v6e:4x4")
     if options.tpu:
         _check_topology(options.tpu)
 
 
 def _check_topology(tpu: str) -> None:
+    if not re.fullmatch(rf"({'|'.join(_TPUS)}):\d+(x\d+){{1,2}}", tpu):
+        raise UserError(f"--tpu={tpu}: give one of {', '.join(_TPUS)} and a topology, as in v6e:4x4")
     kind, _, topology = tpu.partition(":")
     sizes = [int(size) for size in topology.split("x")]
     chips, per_node, dimensions = math.prod(sizes), _TPUS[kind][1], CHIPS[kind].dimensions

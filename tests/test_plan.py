@@ -13,7 +13,6 @@ import pytest
 
 from benchmarks import roofline as benchmark
 from launch import chips, plan, roofline, topologies
-from launch import job as job_lib
 from launch.hlo import Collective
 from research.config import MeshConfig
 from research.errors import UserError
@@ -185,7 +184,7 @@ def test_a_search_tries_meshes_and_microbatches_and_takes_the_fastest_that_fits(
 
 @pytest.mark.parametrize(("args", "batch"), [(["--topology=h100-8"], 64), (["--topology=h100-24"], 64 * 24)])
 def test_a_presets_batch_that_cannot_be_shared_is_each_devices(args, batch):
-    job = job_lib.parse("plan", "", plan.PlanOptions(), ["experiments.cifar_cnn", *args])
+    job = plan.job_lib.parse("plan", "", plan.PlanOptions(), ["experiments.cifar_cnn", *args])
     assert [one.config.batch_size for one in plan.candidates(job)] == [batch]
 
 

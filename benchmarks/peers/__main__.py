@@ -13,9 +13,6 @@ that the process takes at most. "evaluation" and "sampling" train nothing. It ne
 import dataclasses
 import json
 import math
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -24,6 +21,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
+from benchmarks import command
 from benchmarks.peers import table, works
 
 OURS = "meshwork"
@@ -42,11 +40,8 @@ flags.register_validator("work", lambda names: set(names) <= set(works.WORKS), f
 def run(peer: str, folder: Path, epochs: int) -> dict[str, Any]:
     """What `peer` ("torch", "torch+compile") reports of the work in the folder."""
     backend = {"KERAS_BACKEND": "jax" if peer == "keras+jax" else "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3"}
-    args = [sys.executable, "-m", "benchmarks.peers.process", peer, str(folder), str(epochs), str(time.time())]
-    done = subprocess.run(args, env=os.environ | backend, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"error: {peer} failed: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    args = ["-m", "benchmarks.peers.process", peer, str(folder), str(epochs), str(time.time())]
+    return json.loads(command.run(peer, args, backend).splitlines()[-1])
 
 
 def _arrays() -> tuple[dict[str, np.ndarray], np.ndarray]:

@@ -80,7 +80,9 @@ class CNNConfig(NetworkConfig):
     width: int = option(
         0, "channels of the first convolution (wide_resnet: widening factor); 0: the published", minimum=0
     )
-    depth: int = option(0, "layers, where the architecture has a choice of them; 0: the published", minimum=0)
+    depth: int = option(
+        0, "layers (airbench: convolutions a group), where there is a choice of them; 0: the published", minimum=0
+    )
     pool: str = option("max", "pooling of the simple network", choices=("max", "average"))
     dropout: float = option(
         0.0, "dropout rate before the classifier (wide_resnet: within blocks)", minimum=0, below=1, step_input=True

@@ -1,6 +1,7 @@
-"""`python -m benchmarks.peers.torch_airbench SCRIPT RUNS DATA`: airbench94_muon.py on other images, by its own clock.
+"""`python -m benchmarks.peers.torch_airbench SCRIPT RUNS DATA`: airbench on other images, by its own clock.
 
-SCRIPT is that file of https://github.com/KellerJordan/cifar10-airbench, DATA arrays that `benchmarks.speedrun` saves.
+SCRIPT is airbench94_muon.py or airbench96_faster.py of https://github.com/KellerJordan/cifar10-airbench, DATA arrays
+that `benchmarks.speedrun` saves.
 Prints JSON: what each run reached with its test-time augmentation and the seconds it took, and those of the warm-up.
 """
 
@@ -11,7 +12,9 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +28,19 @@ def _save(path: Path, folder: Path) -> None:
             torch.save({"images": images, "labels": labels.long(), "classes": list(range(10))}, folder / f"{split}.pt")
 
 
+def _trainer(module: Any) -> Callable[[Any], float]:
+    """Trains once and gives the accuracy; the networks are compiled as the script does when it is run by itself."""
+    if hasattr(module, "CifarNet"):
+        model = module.CifarNet().cuda().to(memory_format=torch.channels_last)
+        model.compile(mode="max-autotune")
+        return lambda run: module.main(run, model)
+    proxy, train_bias, freeze_bias = (module.make_net(module.hyp[name]) for name in ("proxy", "net", "net"))
+    for model in (proxy, freeze_bias):
+        model[0].bias.requires_grad = False
+    models = [torch.compile(model, mode="max-autotune") for model in (proxy, train_bias, freeze_bias)]
+    return lambda run: module.main(run, module.hyp, *models)
+
+
 def main(script: str, runs: str, data: str) -> None:
     path, count, arrays = Path(script).resolve(), int(runs), Path(data).resolve()
     sys.argv = [str(path)]  # it reads its own source
@@ -36,13 +52,12 @@ def main(script: str, runs: str, data: str) -> None:
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         Path("cifar10").mkdir()
         _save(arrays, Path("cifar10"))
-        model = module.CifarNet().cuda().to(memory_format=torch.channels_last)
-        model.compile(mode="max-autotune")
+        train = _trainer(module)
         began = time.monotonic()
         done = []
         for run in ["warmup", *range(count)]:
             with contextlib.redirect_stdout(io.StringIO()) as printed:
-                accuracy = module.main(run, model)
+                accuracy = train(run)
             (last,) = [line for line in printed.getvalue().splitlines() if "eval" in line][-1:]
             done.append({"test_accuracy": accuracy, "seconds": float(last.split("|")[-2])})
             if run == "warmup":

@@ -5,7 +5,7 @@
 | simple | the paper: three convolutions and a hidden layer | 32, -, none |
 | resnet | He et al. 2016, arXiv 1512.03385, with a 3x3 stem for CIFAR | 64, 18, batch |
 | wide_resnet | Zagoruyko & Komodakis 2016, arXiv 1605.07146 | 10 (times 16), 28, batch |
-| airbench | Jordan 2024, arXiv 2404.00498: airbench94 | 64, -, batch without scale |
+| airbench | Jordan 2024, arXiv 2404.00498: airbench94; of depth 3 as airbench96 | 64, 2, batch without scale |
 
 Every network is called as `network(images, train=..., key=...)` with normalised images, float [b, h, w, c], and gives
 logits, float32 [b, classes]. `key` is for dropout, in training only.
@@ -34,7 +34,7 @@ _PUBLISHED = {  # width, depth, norm
     "simple": (32, 0, "none"),
     "resnet": (64, 18, "batch"),
     "wide_resnet": (10, 28, "batch"),
-    "airbench": (64, 0, "batch"),
+    "airbench": (64, 2, "batch"),
 }
 _SMALLEST_IMAGE = {"simple": 18, "resnet": 8, "wide_resnet": 4, "airbench": 25}
 _RESNET_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
@@ -53,6 +53,8 @@ def resolve(config: CNNConfig, image_shape: tuple[int, ...]) -> None:
     if config.pool != "max" and config.name != "simple":
         raise UserError(f"--config.model.pool={config.pool}: only the simple network has this choice")
     config.width, config.depth, config.norm = config.width or width, config.depth or depth, config.norm or norm
+    if config.name == "airbench" and config.depth not in (2, 3):
+        raise UserError(f"--config.model.depth={config.depth}: airbench has 2 or 3 convolutions a group")
     if config.name == "resnet" and config.depth not in _RESNET_BLOCKS:
         raise UserError(f"--config.model.depth={config.depth}: resnet has {' or '.join(map(str, _RESNET_BLOCKS))}")
     if config.name == "wide_resnet" and (config.depth < 10 or config.depth % 6 != 4):
@@ -100,7 +102,7 @@ def create(
             norm = {"norm_scale": False, "norm_momentum": 0.95, "norm_epsilon": 1e-12}
             style = Style(rngs, dtype, config.dropout, config.norm, _dirac, LECUN_THIRD, **norm)
             assert whitening is not None
-            return Airbench(style, width, whitening, image_shape, num_classes)
+            return Airbench(style, width, depth, whitening, image_shape, num_classes)
 
 
 def whitening_kernel(images: np.ndarray, epsilon: float = 5e-4) -> np.ndarray:
@@ -235,19 +237,38 @@ def _dirac(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32, **_: 
     return kernel.at[..., :same].set(identity)
 
 
-class Airbench(nnx.Module):
-    """Jordan 2024, section 3: a frozen whitening layer, three groups of two convolutions, GELU, a scaled classifier."""
+class AirbenchGroup(nnx.Module):
+    """Jordan 2024, section 3: convolutions, the first pooled; where there are three, the last adds what followed it."""
 
-    def __init__(self, style: Style, width: int, whitening: np.ndarray, image_shape: tuple[int, ...], num_classes: int):
+    def __init__(self, style: Style, inputs: int, outputs: int, depth: int):
+        self.convs = nnx.List([style.conv(inputs if i == 0 else outputs, outputs) for i in range(depth)])
+        self.norms = nnx.List([style.normalization(outputs) for _ in range(depth)])
+
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        first = x = nnx.gelu(self.norms[0](max_pool(self.convs[0](x), 2), train=train))
+        for i in range(1, len(self.convs)):
+            x = self.norms[i](self.convs[i](x), train=train)
+            x = nnx.gelu(x + first if i == 2 else x)
+        return x
+
+
+class Airbench(nnx.Module):
+    """Jordan 2024, section 3: a frozen whitening layer, three groups of convolutions, GELU, a scaled classifier."""
+
+    def __init__(
+        self,
+        style: Style,
+        width: int,
+        depth: int,
+        whitening: np.ndarray,
+        image_shape: tuple[int, ...],
+        num_classes: int,
+    ):
         whitened = whitening.shape[-1]
         self.whitening = Frozen(jnp.asarray(whitening))
         self.bias = Bias(whitened)
         features = [whitened, width, 4 * width, 4 * width]
-        self.convs = nnx.List([])
-        self.norms = nnx.List([])
-        for inputs, outputs in itertools.pairwise(features):
-            self.convs += [style.conv(inputs, outputs), style.conv(outputs, outputs)]
-            self.norms += [style.normalization(outputs), style.normalization(outputs)]
+        self.groups = nnx.List([AirbenchGroup(style, *pair, depth) for pair in itertools.pairwise(features)])
         self.dropout = style.dropout()
         sizes = [(side - 1) // 8 // 3 for side in image_shape[:2]]
         self.logits = style.linear(math.prod(sizes) * features[-1], num_classes, use_bias=False)
@@ -255,10 +276,7 @@ class Airbench(nnx.Module):
     def __call__(self, images: jax.Array, *, train: bool, key: jax.Array | None = None) -> jax.Array:
         x = images.astype(self.logits.dtype)
         x = nnx.gelu(self.bias(conv2d(x, self.whitening[...].astype(x.dtype), padding="VALID")))
-        for i, (conv, norm) in enumerate(zip(self.convs, self.norms)):
-            x = conv(x)
-            if i % 2 == 0:
-                x = max_pool(x, 2)
-            x = nnx.gelu(norm(x, train=train))
+        for group in self.groups:
+            x = group(x, train=train)
         x = max_pool(x, 3).reshape(x.shape[0], -1)
         return self.logits(self.dropout(x, train=train, key=key)).astype(jnp.float32) / 9

@@ -70,9 +70,10 @@ def _simple_params(w: int) -> int:
     return convolutions + (16 * 2 * w + 1) * 2 * w + (2 * w + 1) * 10
 
 
-def _airbench_params(w: int) -> int:
-    convolutions = 9 * (24 * w + w * w + w * 4 * w + 3 * 16 * w * w)
-    return 24 + convolutions + 2 * (w + 4 * w + 4 * w) + 4 * w * 10  # a bias a channel: in whitening and in norms
+def _airbench_params(w: int, depth: int = 2) -> int:
+    firsts, others = 24 * w + w * 4 * w + 16 * w * w, w * w + 2 * 16 * w * w
+    biases = 24 + depth * (w + 4 * w + 4 * w)  # a bias a channel: in whitening and in norms
+    return biases + 9 * (firsts + (depth - 1) * others) + 4 * w * 10
 
 
 @pytest.mark.parametrize(
@@ -86,6 +87,7 @@ def _airbench_params(w: int) -> int:
         ({"name": "wide_resnet", "depth": 16, "width": 8}, 10_961_370),  # and 11.0M
         ({"name": "airbench"}, _airbench_params(64)),
         ({"name": "airbench", "width": 32}, _airbench_params(32)),
+        ({"name": "airbench", "depth": 3}, _airbench_params(64, 3)),
     ],
 )
 def test_parameter_counts(fields, expected):
@@ -151,6 +153,26 @@ def test_the_simple_network_is_the_papers():
     np.testing.assert_allclose(_apply(model, x, train=False), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("depth", [2, 3])
+def test_an_airbench_group_is_as_published(depth):
+    """Against plain lax: pooled after the first convolution, and with three a shortcut before the last GELU."""
+    group = _filled(_config(name="airbench", width=4, depth=depth, norm="none")).groups[1]
+    x = _images(3, 14, 14, 4)
+    plain = functools.partial(
+        jax.lax.conv_general_dilated,
+        window_strides=(1, 1),
+        padding="SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    kernels = [conv.kernel[...] for conv in group.convs]
+    assert len(kernels) == depth
+    first = jax.nn.gelu(nnx.max_pool(plain(x, kernels[0]), (2, 2), (2, 2)))
+    expected = jax.nn.gelu(plain(first, kernels[1]))
+    if depth == 3:
+        expected = jax.nn.gelu(plain(expected, kernels[2]) + first)
+    np.testing.assert_allclose(group(x, train=False), expected, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["resnet", "airbench"])
 def test_batch_norm_learns_its_statistics_in_training_only(name):
     model = _filled(_config(name=name, width=4))
@@ -178,7 +200,7 @@ def test_whitening_makes_patches_white():
 
 def test_airbench_is_initialised_as_published():
     model = _create(_config(name="airbench", width=32))
-    for conv in model.convs:
+    for conv in [conv for group in model.groups for conv in group.convs]:
         kernel = np.asarray(conv.kernel[...])
         inputs, outputs = kernel.shape[2:]
         same = min(inputs, outputs)
@@ -195,7 +217,7 @@ def test_airbench_is_initialised_as_published():
     ("fields", "image_shape", "words"),
     [
         ({"name": "simple", "depth": 3}, CIFAR, "depth=3"),
-        ({"name": "airbench", "depth": 3}, CIFAR, "depth=3"),
+        ({"name": "airbench", "depth": 4}, CIFAR, "2 or 3 convolutions"),
         ({"name": "resnet", "depth": 20}, CIFAR, "18 or 34"),
         ({"name": "wide_resnet", "depth": 17}, CIFAR, "10, 16, 22, 28"),
         ({"name": "resnet", "pool": "average"}, CIFAR, "pool=average"),

@@ -102,6 +102,7 @@ def line(row: dict[str, Any]) -> str:
 def picture(rows: list[dict[str, Any]]) -> Any:
     """Test accuracy against parameters, FLOPs and seconds, a line a network."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure = Figure(figsize=(12, 3.8), layout="constrained")
     sizes = {"parameters": "parameters", "flops": "FLOPs of the training", "seconds": "seconds of training"}
@@ -111,6 +112,8 @@ def picture(rows: list[dict[str, Any]]) -> Any:
             figures = ([row[key] for row in line] for key in (size, "mean", "standard_deviation"))
             axes.errorbar(*figures, fmt="o-", capsize=3, label=network)
         axes.set(xlabel=label, xscale="log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("test accuracy")
     figure.axes[0].legend(fontsize="small")

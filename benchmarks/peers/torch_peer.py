@@ -147,7 +147,7 @@ def evaluate(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epoc
     def once():
         losses = []
         for batch in zip(*(x.split(work.batch_size) for x in examples)):
-            losses.append(loss_of(called, *batch))
+            losses.append(loss_of(called, *batch).clone())
             clock.step()
         return torch.stack(losses).mean().item()
 
@@ -171,7 +171,7 @@ def sample(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs
         tokens = [token]
         while len(tokens) < works.SEQUENCE:
             token, state = called(token[:, None], state)
-            tokens.append(token)
+            tokens.append(token.clone())
         return torch.stack(tokens).double().mean().item()
 
     clock.passes(epochs, once)
@@ -192,6 +192,6 @@ def train(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            losses.append(loss.detach())
+            losses.append(loss.detach().clone())  # a CUDA graph writes its result to one place
             clock.step()
         clock.epoch(torch.stack(losses).mean().item(), time.monotonic() - start)

@@ -39,8 +39,7 @@ def main(_: list[str]) -> None:
             member.seed = first + slot
             population.start(slot, member)
         began = time.monotonic()
-        for _ in range(config.num_epochs):
-            reports = population.train_epoch()
+        reports = [population.train_epoch() for _ in range(config.num_epochs)][-1]
         seconds = time.monotonic() - began
     accuracies = [report.figures["validation_accuracy"] for report in reports.values()]
     record = {

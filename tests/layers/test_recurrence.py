@@ -1,5 +1,7 @@
 """The recurrences are those of their equations, and so are their gradients."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,9 +103,17 @@ def test_as_on_a_gpu_several_steps_a_turn_change_nothing(monkeypatch):
     """Five steps by twos: one is left over."""
     arguments = _arguments("lstm")
     by_ones = _gradients(recurrence.lstm, arguments)
-    monkeypatch.setattr(recurrence, "_unroll", lambda: 2)
+    monkeypatch.setattr(recurrence, "_UNROLL", {"cpu": 2})
     assert "unroll=2" in str(jax.make_jaxpr(recurrence.lstm)(*arguments))
     _agree(_gradients(lambda *arguments: recurrence.lstm(*arguments), arguments), by_ones, 1e-6)
+
+
+@pytest.mark.parametrize(("platform", "turns"), [("cuda", 5), ("rocm", 5), ("cpu", 40), ("tpu", 40)])
+def test_a_program_for_a_gpu_makes_eight_steps_a_turn_wherever_it_is_made(platform, turns):
+    x, *others = _arguments("lstm")
+    arguments = (np.concatenate([x] * 8), *others)
+    text = jax.jit(recurrence.lstm).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+    assert {turns} == {5, 40} & {int(value) for value in re.findall(r"dense<(\d+)> : tensor<i32>", text)}
 
 
 @pytest.mark.parametrize("name", CELLS)
@@ -137,7 +147,8 @@ def test_the_kernels_gradient_is_made_outside_the_loop(name):
     arguments = _arguments(name)
     jaxpr = jax.make_jaxpr(jax.grad(lambda *arguments: _loss(function(*arguments)), argnums=2))(*arguments)
     shapes = list(_products_in_loops(jaxpr.jaxpr))
-    assert sorted(shapes) == sorted([(BATCH, gates * UNITS), (BATCH, UNITS)])
+    platforms = len(recurrence._UNROLL) + 1  # each has loops of its own, and one is for all others
+    assert sorted(shapes) == sorted(platforms * [(BATCH, gates * UNITS), (BATCH, UNITS)])
 
 
 @pytest.mark.parametrize("name", CELLS)

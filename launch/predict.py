@@ -158,21 +158,30 @@ def _reconstruct_or_draw(artifact: Artifact, options: argparse.Namespace) -> Non
     if options.images:
         shape = artifact.manifest["functions"]["encode"]["inputs"]["image"]["shape"][1:]
         inputs = {"image": image_files.read(options.images, shape), "index": _index(len(options.images))}
+        _make_folder(options.out)
         runtime = _runtime(artifact, options)
         latents = _in_batches(runtime, "encode", inputs, "images")["mean"]
         made = _in_batches(runtime, "decode", {"latents": latents}, "images")["image"]
         names = [f"{i:04}-{Path(path).stem}.png" for i, path in enumerate(options.images)]
     else:
         inputs = {"seed": np.array(options.sample_seed or 0, np.uint32), "index": _index(options.num_samples)}
+        _make_folder(options.out)
         made = _in_batches(_runtime(artifact, options), "sample", inputs, "images")["image"]
         names = [f"{i:04}.png" for i in range(len(made))]
     try:
-        options.out.mkdir(parents=True, exist_ok=True)
         for name, image in zip(names, made):
             image_files.write(options.out / name, image)
             print(options.out / name)
     except OSError as error:
         raise ArtifactError(f"--out={options.out} could not be written: {error.strerror}") from None
+
+
+def _make_folder(out: Path) -> None:
+    """Before the network runs, so that one that cannot be made costs nothing."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArtifactError(f"--out={out} could not be made: {error.strerror}; give another folder") from None
 
 
 def _index(count: int) -> np.ndarray:

@@ -195,13 +195,15 @@ class Checkpoints:
         Damaged ones are named and, unless `read_only`, set aside as `checkpoints/damaged-<step>`.
 
         Raises:
-          UserError: there are checkpoints, and none is whole.
+          UserError: there are checkpoints, and none is whole, or the newest that is has other arrays than `like`.
         """
         steps = sorted(self._manager.all_steps(), reverse=True) if self._folder.exists() else []
         reason = ""
         for step in steps:
             try:
                 return self._restore(step, like)
+            except UserError:
+                raise
             except Exception as error:  # Orbax raises whatever its readers do, where files are cut or gone
                 reason = " ".join(str(error).split())[:200]
                 self._message(f"checkpoint {step} is damaged ({reason}): using the one before")
@@ -222,7 +224,11 @@ class Checkpoints:
         for name in sorted(kinds.keys() | record["kinds"].keys()):
             has, wants = record["kinds"].get(name, "nothing"), kinds.get(name, "nothing")
             if has != wants:
-                raise _DamagedError(f"{name}: it holds {has} where this program has {wants}")
+                raise UserError(
+                    f"checkpoint {step} in {self._place} is another network's or version's ({name}: it holds {has} "
+                    f"where this program has {wants}): leave out the flags by which this command differs from the "
+                    "run's, or use the version that wrote it"
+                )
         shapes = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for n, x in arrays.items()}
         args = ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
         restored = self._manager.restore(step, args=args)["state"]

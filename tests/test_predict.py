@@ -237,10 +237,13 @@ def test_an_artifact_that_is_not_right_gets_one_line(classifier, tmp_path, capsy
         ("autoencoder", ["--num_samples=2"], "--out=DIR must say where the images go"),
         ("autoencoder", ["--out=o", "--sample_seed=1", "x.png"], "--sample_seed is for --num_samples"),
         ("autoencoder", ["--out=.", "--num_samples=2"], "--out=. exists and is not an empty folder"),
+        ("autoencoder", ["--out=file/o", "--num_samples=2"], "--out=file/o could not be made: Not a directory"),
     ],
 )
 def test_options_that_do_not_apply_are_refused(request, tmp_path, monkeypatch, kind, args, words):
+    """Before the network is compiled."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(predict, "_runtime", None)
     (tmp_path / "file").touch()
     with pytest.raises(ArtifactError) as error:
         predict.run([f"--artifact={request.getfixturevalue(kind)}", *args])

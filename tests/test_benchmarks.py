@@ -124,6 +124,14 @@ def test_a_rule_is_tuned_on_the_validation_split_and_reported_on_the_test_split(
     assert [label.get_text() for label in axes.get_xticklabels()] == ["adam", "sgd"]
 
 
+def test_a_study_measured_anew_replaces_its_own_rows_alone(tmp_path):
+    vae = algorithms.studies()["vae"]
+    assert algorithms.kept(tmp_path, [vae]) == []
+    rows = [{"what": "VAE, digits", "rule": "sgd"}, {"what": "CNN, digits", "rule": "sgd"}]
+    (tmp_path / "algorithms.json").write_text(json.dumps({"rows": rows}))
+    assert algorithms.kept(tmp_path, [vae]) == rows[1:]
+
+
 def test_the_best_run_is_the_most_accurate_or_else_of_the_least_loss():
     assert trials.best([{"loss": 2.0}, {"loss": 1.0}, {}]) == 1
     assert trials.best([{}, {"loss": 2.0, "accuracy": 0.9}, {"loss": 1.0, "accuracy": 0.8}]) == 1

@@ -78,8 +78,8 @@ def _kill_often(forks, name, kills, rng, **options):
 @pytest.mark.faults
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_killed_at_a_random_moment(name, forks):
-    """Two kills each; the soak has 50, and draws the pictures."""
-    _kill_often(forks, name, 2, random.Random(os.urandom(4)))
+    """Five kills each; the soak has 50, and draws the pictures."""
+    _kill_often(forks, name, 5, random.Random(os.urandom(4)))
 
 
 @pytest.mark.soak

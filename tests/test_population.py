@@ -75,11 +75,10 @@ def _agree(report, expected):
     assert report.figures["validation_accuracy"] == pytest.approx(expected["validation_accuracy"])
 
 
-@pytest.mark.parametrize(("devices", "platform"), [(1, "cpu"), (2, "cpu"), (1, "gpu")])
-def test_a_member_is_the_same_config_trained_alone(devices, platform, alone, monkeypatch):
-    """One after another, over two devices, and all at once as on an accelerator."""
-    each = population._each
-    monkeypatch.setattr(population, "_each", lambda _, function: each(platform, function))
+@pytest.mark.parametrize(("devices", "at_once"), [(1, 1), (2, 1), (1, 4), (1, 3)])
+def test_a_member_is_the_same_config_trained_alone(devices, at_once, alone, monkeypatch):
+    """One after another, over two devices, and on an accelerator all at once, or three and one."""
+    monkeypatch.setattr(population, "_at_once", lambda *_: at_once)
     members = _make(devices)
     for slot, config in enumerate(CONFIGS):
         members.start(slot, config)
@@ -88,6 +87,12 @@ def test_a_member_is_the_same_config_trained_alone(devices, platform, alone, mon
     for slot, expected in enumerate(alone):
         _agree(reports[slot], expected)
     assert len({report.figures["validation_loss"] for report in reports.values()}) == 4
+
+
+def test_as_many_members_at_once_as_leave_a_device_idle():
+    chosen = {batch: population._at_once("gpu", batch) for batch in (32, 1024, 2000)}
+    assert chosen == {32: 32, 1024: 1, 2000: 1}
+    assert population._at_once("cpu", 32) == 1
 
 
 def test_a_slot_is_refilled_without_compiling(alone):

@@ -62,11 +62,7 @@ class _Processes:
 
     def failed(self) -> tuple[int, int] | None:
         """(number, exit code) of a process that failed; one that a signal ended took the others with it."""
-        codes = [(code, number) for number, process in enumerate(self._processes) if (code := process.poll())]
-        if not codes:
-            return None
-        code, number = min(codes)
-        return number, code
+        return first_failed([process.poll() for process in self._processes])
 
     def running(self) -> bool:
         return any(process.poll() is None for process in self._processes)
@@ -83,6 +79,18 @@ class _Processes:
         for reader in self._readers:
             reader.join(timeout=5)
         return late
+
+
+def first_failed(codes: Sequence[int | None]) -> tuple[int, int] | None:
+    """(index, exit code) of the process that failed and took others with it, of those that have failed by now.
+
+    jax ends by SIGABRT what has lost another process.
+    """
+    failed = [(code == -signal.SIGABRT, code, index) for index, code in enumerate(codes) if code]
+    if not failed:
+        return None
+    _, code, index = min(failed)
+    return index, code
 
 
 def _start(command: list[str], environment: dict[str, str]) -> subprocess.Popen:

@@ -199,9 +199,10 @@ def main(
     try:
         with lasting_output(), signals.handled():
             run(experiment, sys.argv[1:] if argv is None else argv, signals)
-    except UserError as error:
-        exit_with(error)
     except Exception as error:
-        if (exhausted := of_memory(error)) is None:
+        known = error if isinstance(error, UserError) else of_memory(error)
+        if distributed := sys.modules.get("research.distributed"):  # else this process is alone
+            distributed.insist(known.exit_code if known else 1)
+        if known is None:
             raise
-        exit_with(exhausted)
+        exit_with(known)

@@ -168,3 +168,44 @@ def test_bad_input_starts_nothing(env, tmp_path):
     assert len(lines) == 3
     assert all(f"JAX_PROCESS_ID={i} " in line and "experiments.cifar_cnn" in line for i, line in enumerate(lines))
     assert not list(tmp_path.glob("runs"))
+
+
+# One of two fails where the other waits for it: jax, left alone, would end both by SIGABRT.
+FAILING = """
+import dataclasses, os
+from experiments import cifar_cnn
+from research import app, errors
+
+def make_task(config, dataset):
+    if os.environ["JAX_PROCESS_ID"] == os.environ["FAILS"]:
+        raise errors.OutOfMemoryError("no memory")
+    return cifar_cnn.EXPERIMENT.make_task(config, dataset)
+
+EXPERIMENT = dataclasses.replace(cifar_cnn.EXPERIMENT, make_task=make_task)
+
+if __name__ == "__main__":
+    app.main(EXPERIMENT)
+"""
+
+
+@pytest.mark.parametrize(
+    ("launcher", "fails", "said"),
+    [
+        (["launch.local", "--processes=2"], "0", "error: process 0 ended with exit code 5, and the others with it"),
+    ],
+)
+def test_one_that_fails_alone_has_its_own_exit_code(launcher, fails, said, env, tmp_path):
+    (tmp_path / "failing.py").write_text(FAILING)
+    env = env | {"FAILS": fails, "PYTHONPATH": f"{env['PYTHONPATH']}:{tmp_path}"}
+    module, *flags = launcher
+    command = [sys.executable, "-m", module, "failing", *flags, *DIGITS, "--workdir=x"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 5, done.stderr
+    assert done.stderr.splitlines()[-1] == said
+
+
+@pytest.mark.parametrize(
+    ("codes", "failed"), [([None, 0], None), ([None, -6, 5], (2, 5)), ([-6, -9], (1, -9)), ([0, -6], (1, -6))]
+)
+def test_the_first_that_failed_is_none_that_jax_ended(codes, failed):
+    assert local.first_failed(codes) == failed

@@ -13,10 +13,11 @@ import dataclasses
 import json
 import os
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
@@ -71,40 +72,67 @@ def _command(job: Job, devices: int, *, communicate: bool) -> list[str]:
     return [sys.executable, "-m", "launch.measure", job.module, *job.args, *changed, dispatch]
 
 
+class _ProcessError(UserError):
+    """A process failed; the exit code is its own."""
+
+    def __init__(self, text: str, code: int):
+        super().__init__(text)
+        self.exit_code = code if code > 0 else 128 - code
+
+
+def _failure(name: str, code: int, errors: str) -> _ProcessError:
+    lines = errors.strip().splitlines() or ["in silence"]
+    said = [line for line in lines if line.startswith("error: ")]
+    if not said:  # a traceback, then
+        sys.stderr.write(errors)
+    what = "failed" if code > 0 else f"was ended by {signal.Signals(-code).name}"
+    return _ProcessError(f"process {name} {what}: {(said or lines)[-1]}", code)
+
+
 def _measured(command: list[str], devices: int, *, communicate: bool) -> list[dict[str, Any]]:
     """What each of some processes that run a command at the same time reports; the first that fails ends them all."""
     processes = _started(command, devices, communicate=communicate)
     with ThreadPoolExecutor(devices) as pool:
-        ended = {pool.submit(process.communicate): index for index, process in enumerate(processes)}
+        ended = [pool.submit(process.communicate) for process in processes]
         try:
             # As they end: in their order, one that failed would be noticed only when those before it gave up waiting.
-            for future in as_completed(ended):
-                if processes[ended[future]].returncode:
-                    last = (future.result()[1].strip().splitlines() or ["in silence"])[-1]
-                    raise UserError(f"process {ended[future]} of {devices} failed: {last}")
+            for _ in as_completed(ended):
+                if failed := local.first_failed([process.poll() for process in processes]):
+                    index, code = failed
+                    raise _failure(f"{index} of {devices}", code, ended[index].result()[1])
         finally:
             for process in processes:
                 process.kill()
     return [json.loads(future.result()[0].splitlines()[-1]) for future in ended]
 
 
+def _places(devices: int, *, communicate: bool) -> list[tuple[dict[str, str], int]]:
+    """What each process has in its environment beside this one's, and its core."""
+    environments = local.environments(devices, local.free_port())
+    if not communicate or devices == 1:  # and so calls no `jax.distributed.initialize`, which would choose the GPU
+        gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(devices)))).split(",")
+        environments = [{"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]} for index in range(devices)]
+    cores = sorted(os.sched_getaffinity(0))
+    return [(environment, cores[index % len(cores)]) for index, environment in enumerate(environments)]
+
+
 def _started(command: list[str], devices: int, *, communicate: bool) -> list[subprocess.Popen[str]]:
     """Processes that run a command, each on a core of its own."""
-    cores = sorted(os.sched_getaffinity(0))
     processes = []
-    for index, place in enumerate(local.environments(devices, local.free_port())):
-        if not communicate:
-            place = {"JAX_LOCAL_DEVICE_IDS": str(index)}
+    for environment, core in _places(devices, communicate=communicate):
         process = subprocess.Popen(
-            command,
-            env=os.environ | place,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+            command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-        os.sched_setaffinity(process.pid, {cores[index % len(cores)]})
+        os.sched_setaffinity(process.pid, {core})
         processes.append(process)
     return processes
+
+
+def _shell(command: list[str], devices: int, *, communicate: bool) -> Iterator[str]:
+    """What `_started` starts, a line each."""
+    for environment, core in _places(devices, communicate=communicate):
+        named = [f"{name}={value}" for name, value in environment.items()]
+        yield shlex.join(["env", *named, "taskset", "--cpu-list", str(core), *command])
 
 
 def row(together: list[list[dict[str, Any]]], apart: list[list[dict[str, Any]]], mode: str) -> dict[str, Any]:
@@ -149,21 +177,28 @@ def run(argv: Sequence[str]) -> int:
     job_lib.check_local(job.workdir)
     options, devices = job.options, counts(job.options.devices)
     commands = {
-        count: [_command(job, count, communicate=communicate) for communicate in (True, False)] for count in devices
+        # One has nobody to communicate with.
+        count: {both: _command(job, count, communicate=both) for both in ((True, False) if count > 1 else (True,))}
+        for count in devices
     }
     if options.dry_run:
-        print("\n".join(shlex.join(command) for pair in commands.values() for command in pair))
+        for count, kinds in commands.items():
+            for communicate, command in kinds.items():
+                how = "together" if communicate else "apart"
+                print(f"# {options.rounds} times, {count} at once, {how}:")
+                print(*_shell(command, count, communicate=communicate), sep="\n")
         return 0
     workdir = job_lib.make_folder(job.workdir)
     rows = []
     print("| devices | batch | ms a step | ms in collectives | examples/s | the same apart | efficiency |")
     print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
     with Signals().handled():  # or the processes would outlive this one
-        for count, (communicating, concurrent) in commands.items():
-            together, apart = [], []
+        for count, kinds in commands.items():
+            reports = {communicate: [] for communicate in kinds}
             for _ in range(options.rounds):
-                together.append(_measured(communicating, count, communicate=True))
-                apart.append(_measured(concurrent, count, communicate=False) if count > 1 else together[-1])
+                for communicate, command in kinds.items():
+                    reports[communicate].append(_measured(command, count, communicate=communicate))
+            together, apart = reports[True], reports.get(False, reports[True])
             rows.append(row(together, apart, options.mode))
             print(line(rows[-1]), flush=True)
     storage.replace(workdir / "scaling.json", (json.dumps(rows, indent=2) + "\n").encode())

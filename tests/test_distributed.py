@@ -192,6 +192,7 @@ if __name__ == "__main__":
     ("launcher", "fails", "said"),
     [
         (["launch.local", "--processes=2"], "0", "error: process 0 ended with exit code 5, and the others with it"),
+        (["launch.scaling", "--devices=2"], "1", "error: process 1 of 2 failed: error: no memory"),
     ],
 )
 def test_one_that_fails_alone_has_its_own_exit_code(launcher, fails, said, env, tmp_path):

@@ -1,6 +1,7 @@
 """`launch.scaling`: efficiency is communicating over concurrent, and the report is left."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import sys
 import pytest
 from command import DIGITS
 
+from launch import job as job_lib
 from launch import scaling
 from research.errors import UserError
 from research.signals import StoppedError
@@ -102,3 +104,56 @@ def test_a_signal_ends_the_processes_too(started, tmp_path, monkeypatch):
     with pytest.raises(StoppedError, match="SIGTERM"):
         scaling.run(["experiments.cifar_cnn", *DIGITS, "--devices=1", f"--workdir={tmp_path}"])
     assert [process.returncode for process in started] == [-signal.SIGKILL]
+
+
+@pytest.mark.parametrize(
+    ("ends", "code", "said"),
+    [
+        ("print('error: no memory'); print('W0101 noise'); sys.exit(5)", 5, "process 0 of 1 failed: error: no memory"),
+        ("raise ValueError('a defect')", 1, "process 0 of 1 failed: ValueError: a defect"),
+        ("os.kill(os.getpid(), 9)", 137, "process 0 of 1 was ended by SIGKILL: in silence"),
+    ],
+)
+def test_the_exit_code_is_that_of_the_process_that_failed(ends, code, said, tmp_path, monkeypatch, capsys):
+    program = f"import os, sys; sys.stdout = sys.stderr; {ends}"
+    monkeypatch.setattr(scaling, "_command", lambda *_, **__: [sys.executable, "-c", program])
+    arguments = ["experiments.cifar_cnn", *DIGITS, "--devices=1", f"--workdir={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", ["launch.scaling", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        job_lib.main(scaling.run)
+    errors = capsys.readouterr().err.splitlines()
+    assert (exit_.value.code, errors[-1]) == (code, f"error: {said}")
+    assert ("Traceback (most recent call last):" in errors) == (code == 1)
+
+
+# Notes what it is, and reports.
+_NOTES = """
+import json, os, sys
+names = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "JAX_LOCAL_DEVICE_IDS", "CUDA_VISIBLE_DEVICES")
+there = "JAX_COORDINATOR_ADDRESS" in os.environ
+with open("notes", "a") as file:
+    print([os.environ.get(n) for n in names], there, sorted(os.sched_getaffinity(0)), sys.argv[1:], file=file)
+print(json.dumps({"batch_size": 1, "step_seconds": 1.0, "collective_seconds": 0.0}))
+"""
+
+
+@pytest.mark.parametrize("gpus", [None, "2,3"])
+def test_a_dry_run_prints_what_is_run(gpus, tmp_path, monkeypatch, capsys):
+    if gpus:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+    else:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(scaling, "_command", lambda _, n, **kind: [sys.executable, "-c", _NOTES, str(n), str(kind)])
+    arguments = ["experiments.cifar_cnn", *DIGITS, "--devices=1,2", "--rounds=1", "--workdir=x"]
+    assert scaling.run(arguments) == 0
+    done = sorted((tmp_path / "notes").read_text().splitlines())
+    (tmp_path / "notes").unlink()
+    capsys.readouterr()
+    assert scaling.run([*arguments, "--dry_run"]) == 0
+    subprocess.run(["bash", "-e"], input=capsys.readouterr().out, text=True, check=True, stdout=subprocess.DEVNULL)
+    assert sorted((tmp_path / "notes").read_text().splitlines()) == done
+    assert len(done) == 1 + 2 + 2  # one has nobody to be apart from
+    first, second = gpus.split(",") if gpus else "01"
+    # Of processes that do not communicate, and so do not learn from jax which GPU is theirs: one, and two.
+    assert re.findall(r"'(\d)'\] False", "\n".join(done)) == [first, first, second]

@@ -4,8 +4,9 @@ python -m launch.gke experiments.cifar_cnn --image=IMAGE --tpu=v6e:4x4 --workdir
 python -m launch.gke experiments.cifar_cnn --image=IMAGE --tpu=tpu7x:2x2x2 --slices=2 --workdir=gs://... --dry_run
 python -m launch.gke experiments.cifar_cnn --image=IMAGE --gpu=nvidia-h100-80gb --nodes=2 --workdir=gs://...
 
-`Dockerfile` makes the image. The cluster needs JobSet (`kubectl api-resources | grep jobset`). A failed or preempted
-node restarts all of them, which go on from the newest checkpoint.
+`Dockerfile` makes the image. The cluster needs JobSet 0.6 or newer (`kubectl api-resources | grep jobset`). A failed or
+preempted node restarts all of them, which go on from the newest checkpoint; what another try would not change (bad
+input, a loss that is not finite, a full disk, no memory) ends them.
 """
 
 import dataclasses
@@ -31,6 +32,7 @@ _TPUS = {
     "v6e": ("tpu-v6e-slice", 4),
     "tpu7x": ("tpu7x", 4),
 }
+_CONTAINER = "meshwork"
 _PORT = 8476  # of process 0; open within a cluster
 
 
@@ -62,6 +64,16 @@ def _check(options: GkeOptions) -> None:
         raise UserError(f"--name={options.name}: a JobSet has at most 40 of a-z, 0-9 and -, and begins with a letter")
     if options.tpu:
         _check_topology(options.tpu)
+    _check_ignored(options)
+
+
+def _check_ignored(options: GkeOptions) -> None:
+    kind, names, instead = "--tpu", ("nodes", "gpus_per_node"), "the topology and --slices say how many chips there are"
+    if options.gpu:
+        kind, names, instead = "--gpu", ("slices",), "--nodes and --gpus_per_node say how many GPUs there are"
+    for name in names:
+        if (value := getattr(options, name)) != getattr(GkeOptions(), name):
+            raise UserError(f"--{name}={value} means nothing with {kind}, where {instead}: leave it out")
 
 
 def _check_topology(tpu: str) -> None:
@@ -99,11 +111,8 @@ def _pool(options: GkeOptions) -> _Pool:
     return _Pool(labels, chips // count, "google.com/tpu", count)
 
 
-def jobset(job: Job) -> dict[str, Any]:
-    """The JobSet (jobset.x-k8s.io/v1alpha2) that runs a job whose options are `GkeOptions`."""
-    options, pool = job.options, _pool(job.options)
-    args = [job.module, *job.args]
-    environment = []
+def _container(job: Job, pool: _Pool) -> dict[str, Any]:
+    options, args, environment = job.options, [job.module, *job.args], []
     if options.gpu:
         # Kubernetes gives each pod its number (JOB_COMPLETION_INDEX); on TPUs, GKE tells jax everything.
         address = f"{options.name}-workers-0-0.{options.name}:{_PORT}"
@@ -113,41 +122,61 @@ def jobset(job: Job) -> dict[str, Any]:
         ]
     else:
         args.append("--config.distributed.start=always")
-    container = {
-        "name": "meshwork",
+    return {
+        "name": _CONTAINER,
         "image": options.image,
         "command": ["python", "-m", *args],
         "env": environment,
         "ports": [{"containerPort": _PORT}],
         "resources": {"limits": {pool.resource: pool.count}},
     }
+
+
+def _job(job: Job, pool: _Pool) -> dict[str, Any]:
+    """The Kubernetes Job of one slice, or of all GPU machines."""
+    options = job.options
     spot = {"cloud.google.com/gke-spot": "true"} if options.spot else {}
     pod = {
         "restartPolicy": "Never",  # one lost node ends them all: the JobSet restarts them together
         "serviceAccountName": options.service_account,
         "terminationGracePeriodSeconds": 120,  # for the checkpoint after SIGTERM
         "nodeSelector": pool.labels | spot,
-        "containers": [container],
+        "containers": [_container(job, pool)],
     }
-    job_spec = {
+    lasting = {"containerName": _CONTAINER, "operator": "In", "values": list(job_lib.LASTING)}
+    return {
         "parallelism": pool.nodes,
         "completions": pool.nodes,
         "completionMode": "Indexed",
         "backoffLimit": 0,
+        "podFailurePolicy": {"rules": [{"action": "FailJob", "onExitCodes": lasting}]},
         "template": {"spec": pod},
     }
-    replicas = {"name": "workers", "replicas": options.slices if options.tpu else 1, "template": {"spec": job_spec}}
+
+
+def jobset(job: Job) -> dict[str, Any]:
+    """The JobSet (jobset.x-k8s.io/v1alpha2) that runs a job whose options are `GkeOptions`."""
+    options, pool = job.options, _pool(job.options)
+    slices = {
+        "name": "workers",
+        "replicas": options.slices,
+        "template": {"spec": _job(job, pool)},
+    }
     # Each TPU slice is a node pool of its own.
     exclusive = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
-    annotations = exclusive if options.tpu else {}
+    no_restart = {"name": "lasting", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
         "kind": "JobSet",
-        "metadata": {"name": options.name, "namespace": options.namespace, "annotations": annotations},
+        "metadata": {
+            "name": options.name,
+            "namespace": options.namespace,
+            "annotations": exclusive if options.tpu else {},
+        },
         "spec": {
             "network": {"enableDNSHostnames": True, "subdomain": options.name},
-            "failurePolicy": {"maxRestarts": options.max_restarts},
-            "replicatedJobs": [replicas],
+            "failurePolicy": {"maxRestarts": options.max_restarts, "rules": [no_restart]},
+            "replicatedJobs": [slices],
         },
     }
 

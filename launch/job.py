@@ -123,9 +123,11 @@ def _without_sweep_options(args: Sequence[str]) -> list[str]:
 
 
 def check_remote(job: Job) -> None:
-    """Raises `UserError` where the workdir is on a disk of machines that go when the run ends."""
+    """Raises `UserError` where what a run leaves would be on a disk of machines that go when it ends."""
     if "://" not in job.workdir:
         raise UserError(f"--workdir={job.workdir}: the machines' own disks go with them; give gs://BUCKET/FOLDER")
+    if job.module == _SWEEP and not any(arg.lstrip("-").startswith("storage=") for arg in job.args):
+        raise UserError("a sweep's workers meet in its --storage: give one that all machines reach, postgresql://...")
 
 
 def check_local(workdir: str) -> None:

@@ -48,7 +48,8 @@ def test_a_tpu_slice_has_its_nodes_and_chips(tpu, label, nodes, chips, capsys):
 def test_gpu_nodes_find_each_other_and_options_are_there(capsys):
     more = ["--name=t", "--nodes=2", "--gpus_per_node=4", "--spot", "--service_account=sa", "--max_restarts=3"]
     spec, _, job, pod = _rendered(capsys, "--gpu=nvidia-h100-80gb", "--namespace=ns", *more)
-    assert spec["failurePolicy"] == {"maxRestarts": 3}
+    rule = {"name": "lasting", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+    assert spec["failurePolicy"] == {"maxRestarts": 3, "rules": [rule]}
     assert spec["network"] == {"enableDNSHostnames": True, "subdomain": "t"}
     assert (job["parallelism"], pod["serviceAccountName"]) == (2, "sa")
     assert pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
@@ -56,6 +57,12 @@ def test_gpu_nodes_find_each_other_and_options_are_there(capsys):
     place = {entry["name"]: entry["value"] for entry in container["env"]}
     assert place == {"JAX_COORDINATOR_ADDRESS": "t-workers-0-0.t:8476", "JAX_NUM_PROCESSES": "2"}
     assert container["resources"] == {"limits": {"nvidia.com/gpu": 4}}
+
+
+def test_what_another_try_would_not_change_fails_the_job(capsys):
+    _, _, job, pod = _rendered(capsys, "--tpu=v6e:4x4")
+    codes = {"containerName": pod["containers"][0]["name"], "operator": "In", "values": [2, 3, 4, 5]}
+    assert job["podFailurePolicy"] == {"rules": [{"action": "FailJob", "onExitCodes": codes}]}
 
 
 @pytest.mark.parametrize(
@@ -69,7 +76,11 @@ def test_gpu_nodes_find_each_other_and_options_are_there(capsys):
         (["--tpu=v6e:2x2x2"], "a slice of v6e has 2 dimensions"),
         (["--tpu=v5p:4x4"], "a slice of v5p has 3 dimensions"),
         (["--tpu=v5e:5x5"], "up to 4 chips or a multiple of 4"),
+        (["--gpu=x", "--slices=2"], "--slices=2 means nothing with --gpu, where --nodes"),
+        (["--tpu=v6e:4x4", "--nodes=2"], "--nodes=2 means nothing with --tpu, where the topology and --slices"),
+        (["--tpu=v6e:4x4", "--gpus_per_node=4"], "--gpus_per_node=4 means nothing with --tpu"),
         (["--tpu=v6e:4x4", "--name=No_Name"], "at most 40 of a-z"),
+        (["--tpu=v6e:4x4", f"--name={'n' * 41}"], "at most 40 of a-z"),
         (["--tpu=v6e:4x4", "--image="], "name the container image"),
         (["--tpu=v6e:4x4", "--workdir=here"], "give gs://BUCKET/FOLDER"),
     ],
@@ -77,6 +88,11 @@ def test_gpu_nodes_find_each_other_and_options_are_there(capsys):
 def test_bad_input_is_named(args, words):
     with pytest.raises(UserError, match=words):
         gke.run([*ARGS, *args])
+
+
+def test_a_sweep_without_a_storage_is_named():
+    with pytest.raises(UserError, match="a sweep's workers meet in its --storage"):
+        gke.run(["launch.sweep", *ARGS, "--tpu=v6e:4x4"])
 
 
 def test_it_is_applied_by_kubectl(monkeypatch, tmp_path, capfd):

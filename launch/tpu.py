@@ -3,124 +3,65 @@
 python -m launch.tpu up experiments.cifar_cnn --name=NAME --zone=ZONE --accelerator=v6e-8 --spot --workdir=gs://B/DIR
 python -m launch.tpu create|setup|run|status|logs|stop|delete --name=NAME --zone=ZONE ...
 
-`up` is create, setup and run, again from the newest checkpoint where the TPU is preempted, and delete at the end.
-`setup` copies this repository, as git sees it, to every host and installs it; `run` shows what the hosts print, and
-keeps it in `runs/tpu/<what>/<date-time>/log.txt`. The workdir must be one that all hosts see: gs://.
+`up` is create, setup and run, again from the newest checkpoint where the TPU is preempted at any time of these, and
+delete at the end, which a signal may be. `setup` copies this repository, as git sees it, to every host and installs it;
+`run` shows what the hosts print, and keeps it in `runs/tpu/<what>/<date-time>/log.txt`; `stop` asks what `run` started
+for a checkpoint and an end. The workdir must be one that all hosts see: gs://.
 """
 
-import dataclasses
 import shlex
+import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from launch import gcloud
 from launch import job as job_lib
+from launch.gcloud import GcloudError, Tpu, TpuOptions
 from launch.job import Job
-from research.config import option
 from research.errors import UserError
+from research.signals import Signals
 
 _SECONDS_BETWEEN_LOOKS = 10.0
-_NO_RESTART = (0, *job_lib.LASTING, 129, 130, 143)  # done, or an end that another TPU would not change
-_THERE = ("READY", "ACTIVE")  # states of a TPU VM, of a queued resource
-
-_RUNTIMES = {  # https://cloud.google.com/tpu/docs/runtimes
-    "v4": "tpu-ubuntu2204-base",
-    "v5litepod": "v2-alpha-tpuv5-lite",
-    "v5p": "v2-alpha-tpuv5",
-    "v6e": "v2-alpha-tpuv6e",
-}
-_INSTALL = (  # the hosts' own Python is older than 3.11
-    "python3 -m pip install --quiet --user uv && ~/.local/bin/uv venv --quiet --clear --python=3.12 meshwork/.venv && "
-    "~/.local/bin/uv pip install --quiet --python=meshwork/.venv/bin/python -e 'meshwork[tpu,gcs]'"
-)
+_NO_RESTART = (0, *job_lib.LASTING)  # done, or an end that another TPU would not change
 
 
-@dataclasses.dataclass
-class TpuOptions:
-    """What `launch.tpu` can be told."""
+class _LostError(UserError):
+    """The TPU was taken away: another one may do. The exit code is that of a run that was terminated."""
 
-    workdir: str = option("", "folder of the record that all hosts see, gs://BUCKET/FOLDER; `up` and `run` need it")
-    name: str = option("meshwork", "of the TPU")
-    zone: str = option("", "zone, as in us-central1-a; empty: gcloud's default")
-    project: str = option("", "project; empty: gcloud's default")
-    accelerator: str = option("v6e-8", "accelerator type, as in v4-8, v5litepod-16, v5p-8, v6e-256")
-    runtime: str = option("", "runtime version; empty: the one for the accelerator")
-    queued: bool = option(False, "ask by a queued resource, which waits until there is one")
-    spot: bool = option(False, "cheaper, and may be preempted")
-    reserved: bool = option(False, "from the project's reservation")
-    install: str = option(_INSTALL, "shell command that makes meshwork/.venv on each host")
-    max_restarts: int = option(10, "TPUs that `up` creates anew where one was preempted", minimum=0)
-    keep: bool = option(False, "`up` leaves the TPU there at its end")
-    dry_run: bool = option(False, "print the commands and run none")
+    exit_code = 143
 
 
-class Tpu:
-    """The gcloud commands for one TPU; each method is one of them, as a list of arguments."""
-
-    def __init__(self, options: TpuOptions):
-        self._options = options
-        self._kind = "queued-resources" if options.queued else "tpu-vm"
-
-    def _gcloud(self, kind: str, verb: str, *args: str) -> list[str]:
-        where = [f"--{name}={value}" for name in ("zone", "project") if (value := getattr(self._options, name))]
-        return ["gcloud", "compute", "tpus", kind, verb, *args, *where]
-
-    def create(self) -> list[str]:
-        o = self._options
-        family = o.accelerator.partition("-")[0]
-        runtime = o.runtime or _RUNTIMES[family]
-        rest = [f"--accelerator-type={o.accelerator}", *(f"--{n}" for n in ("spot", "reserved") if getattr(o, n))]
-        first = [f"--node-id={o.name}", f"--runtime-version={runtime}"] if o.queued else [f"--version={runtime}"]
-        return self._gcloud(self._kind, "create", o.name, *first, *rest)
-
-    def state(self) -> list[str]:
-        key = "state.state" if self._options.queued else "state"
-        return self._gcloud(self._kind, "describe", self._options.name, f"--format=value({key})")
-
-    def copy(self, path: Path) -> list[str]:
-        return self._gcloud("tpu-vm", "scp", str(path), f"{self._options.name}:{path.name}", "--worker=all")
-
-    def ssh(self, command: str, worker: str = "all") -> list[str]:
-        return self._gcloud("tpu-vm", "ssh", self._options.name, f"--worker={worker}", f"--command={command}")
-
-    def delete(self) -> list[str]:
-        force = ["--force"] if self._options.queued else []
-        return self._gcloud(self._kind, "delete", self._options.name, *force, "--quiet")
+def _lost(state: str) -> _LostError:
+    return _LostError(f"the TPU was {state.lower() if state in gcloud.LOST else 'lost'}")
 
 
-def check(options: TpuOptions) -> None:
-    """Raises `UserError` for an accelerator without a known runtime."""
-    family = options.accelerator.partition("-")[0]
-    if family.startswith("tpu7") or family == "v7x":
-        raise UserError(f"--accelerator={options.accelerator}: the Cloud TPU API does not serve it; use launch.gke")
-    if not options.runtime and family not in _RUNTIMES:
-        known = ", ".join(f"{name}-N" for name in _RUNTIMES)
-        raise UserError(f"--accelerator={options.accelerator} is none of {known}; another needs --runtime")
-
-
-def _call(command: list[str]) -> None:
-    """Runs a command whose failure ends the launch; what it prints is shown."""
-    done = subprocess.run(command)
-    if done.returncode:
-        raise UserError(f"{shlex.join(command[:6])} failed with exit code {done.returncode}: what it said stands above")
-
-
-def _state(tpu: Tpu) -> str:
-    return subprocess.run(tpu.state(), capture_output=True, text=True).stdout.strip()
+def _check_there(tpu: Tpu) -> None:
+    if (state := gcloud.state(tpu)) not in gcloud.THERE:
+        raise _lost(state)
 
 
 def _wait(tpu: Tpu) -> None:
-    """Returns when the TPU is there."""
-    state = ""
-    while (now := _state(tpu)) not in _THERE:
-        if now in ("FAILED", "SUSPENDED"):
-            raise UserError(f"the TPU is {now.lower()}: look at gcloud compute tpus queued-resources describe")
+    """Returns when the TPU is there.
+
+    Raises:
+      _LostError: it was taken away before it was ready.
+      UserError: there will be none.
+    """
+    state = None
+    while (now := gcloud.state(tpu)) not in gcloud.THERE:
+        if now in (*gcloud.LOST, gcloud.NOT_FOUND):
+            raise _lost(now)
+        if now == gcloud.FAILED:
+            gcloud.call(tpu.describe())
+            raise UserError("the queued resource failed, for the reason that stands above: mend that and start again")
         if now != state:
-            print(f"TPU: {(now or 'not there yet').lower()}", file=sys.stderr)
+            print(f"TPU: {now.lower() or 'gcloud cannot say, and `launch.tpu status` shows why'}", file=sys.stderr)
         state = now
         time.sleep(_SECONDS_BETWEEN_LOOKS)
 
@@ -141,22 +82,18 @@ def archive(folder: Path, to: Path) -> None:
                 tar.add(folder / name, f"meshwork/{name}", recursive=False)
 
 
-def _setup_commands(tpu: Tpu, options: TpuOptions, path: Path) -> list[list[str]]:
-    unpack = f"rm -rf meshwork && tar -xzf {path.name} && {options.install}"
-    return [tpu.copy(path), tpu.ssh(unpack)]
-
-
-def _setup(tpu: Tpu, options: TpuOptions) -> None:
+@contextmanager
+def _archived() -> Iterator[Path]:
+    """Within it there is an archive of this folder."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "meshwork.tar.gz"
         archive(Path.cwd(), path)
-        for command in _setup_commands(tpu, options, path):
-            _call(command)
+        yield path
 
 
-def _run_command(tpu: Tpu, job: Job) -> list[str]:
-    args = shlex.join([job.module, *job.args, "--config.distributed.start=always"])
-    return tpu.ssh(f"cd meshwork && set -o pipefail && .venv/bin/python -m {args} 2>&1 | tee -a ~/meshwork.log")
+def _setup(tpu: Tpu, path: Path) -> None:
+    for command in tpu.setup(path):
+        gcloud.call(command)
 
 
 def _run(tpu: Tpu, job: Job) -> int:
@@ -164,67 +101,126 @@ def _run(tpu: Tpu, job: Job) -> int:
     log = Path(f"runs/tpu/{job.experiment.name}/{time.strftime('%Y-%m-%d-%H%M%S')}/log.txt")
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
-        process = subprocess.Popen(_run_command(tpu, job), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(tpu.run(job), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         assert process.stdout
-        for line in process.stdout:
-            file.write(line)
-            file.flush()
-            sys.stdout.write(line.decode(errors="replace"))
-            sys.stdout.flush()
-        code = process.wait()
+        try:
+            for line in process.stdout:
+                file.write(line)
+                file.flush()
+                sys.stdout.write(line.decode(errors="replace"))
+                sys.stdout.flush()
+            code = process.wait()
+        finally:
+            process.kill()  # where a signal came: it would go on
     print(f"log: {log}", file=sys.stderr)
     return code
 
 
-def _up(tpu: Tpu, job: Job) -> int:
-    options = job.options
-    code = 1
+def _train(tpu: Tpu, job: Job, path: Path) -> int:
+    """Everything from the TPU's creation to the run's end; returns the run's exit code.
+
+    Raises:
+      _LostError: the TPU was taken away meanwhile.
+      UserError: gcloud failed.
+    """
     try:
-        for restart in range(options.max_restarts + 1):
-            _call(tpu.create())
-            _wait(tpu)
-            _setup(tpu, options)
-            code = _run(tpu, job)
-            if code in _NO_RESTART or _state(tpu) in _THERE:
-                break
-            print(f"the TPU was preempted: restart {restart + 1} of {options.max_restarts}", file=sys.stderr)
-            _call(tpu.delete())
-    finally:
-        if not options.keep:
-            subprocess.run(tpu.delete())
+        gcloud.call(tpu.create())
+    except GcloudError:
+        if gcloud.state(tpu) not in gcloud.LOST:  # as it may be before it was ready
+            raise
+    _wait(tpu)
+    try:
+        _setup(tpu, path)
+    except GcloudError:
+        _check_there(tpu)
+        raise
+    code = _run(tpu, job)
+    if code not in _NO_RESTART:
+        _check_there(tpu)
     return code
+
+
+def _delete(tpu: Tpu) -> None:
+    command = tpu.delete()
+    if subprocess.run(command).returncode and gcloud.state(tpu) != gcloud.NOT_FOUND:
+        print(f"the TPU may still be there, and cost: `{shlex.join(command)}` deletes it", file=sys.stderr)
+
+
+def _make_room(tpu: Tpu, name: str) -> None:
+    """Deletes what is left of a TPU of this name; one that somebody may be using is refused."""
+    state = gcloud.state(tpu)
+    if state in (*gcloud.LOST, gcloud.FAILED):
+        _delete(tpu)
+    elif state not in ("", gcloud.NOT_FOUND):
+        raise UserError(
+            f"--name={name}: there is such a TPU already ({state.lower()}); `run` uses it, `delete` ends it, or give "
+            "another name"
+        )
+
+
+def _up(tpu: Tpu, job: Job) -> int:
+    restarts, lost = job.options.max_restarts, None
+    with _archived() as path:  # which may be impossible, before anything is created
+        _make_room(tpu, job.options.name)
+        try:
+            for restart in range(restarts + 1):
+                if lost:
+                    print(f"{lost}: restart {restart} of {restarts}", file=sys.stderr)
+                    _delete(tpu)
+                try:
+                    return _train(tpu, job, path)
+                except _LostError as error:
+                    lost = error
+            raise _LostError(
+                f"{lost}, and --max_restarts={restarts} allows no other: the same command goes on from the newest "
+                "checkpoint"
+            )
+        finally:
+            if not job.options.keep:
+                _delete(tpu)
 
 
 _EXPERIMENT_VERBS = ("up", "run")
 _VERBS = (*_EXPERIMENT_VERBS, "create", "setup", "status", "logs", "stop", "delete")
 
 
-def _commands(verb: str, tpu: Tpu, options: TpuOptions, job: Job | None) -> list[list[str]]:
+def _commands(verb: str, tpu: Tpu, job: Job | None) -> list[list[str]]:
     """The gcloud commands of a verb, in order."""
     path = Path("meshwork.tar.gz")
     match verb:
         case "create":
             return [tpu.create()]
         case "setup":
-            return _setup_commands(tpu, options, path)
+            return tpu.setup(path)
         case "status":
             return [tpu.state()]
         case "logs":
             return [tpu.ssh("tail -n 1000 -f meshwork.log", "0")]
         case "stop":
-            return [tpu.ssh("pkill -TERM -f 'python -m experiments[.]'")]
+            return [tpu.stop()]
         case "delete":
             return [tpu.delete()]
     assert job
-    run = _run_command(tpu, job)
-    return [run] if verb == "run" else [tpu.create(), *_setup_commands(tpu, options, path), run, tpu.delete()]
+    run = tpu.run(job)
+    return [run] if verb == "run" else [tpu.create(), *tpu.setup(path), run, tpu.delete()]
+
+
+def _do(verb: str, tpu: Tpu, job: Job | None) -> int:
+    if job:
+        return _up(tpu, job) if verb == "up" else _run(tpu, job)
+    if verb == "setup":
+        with _archived() as path:
+            _setup(tpu, path)
+        return 0
+    return subprocess.run(_commands(verb, tpu, job)[0]).returncode
 
 
 def run(argv: Sequence[str]) -> int:
     """Does what the command line says; returns the exit code.
 
     Raises:
-      UserError: bad input, found before anything is created; or gcloud failed.
+      UserError: bad input, found before anything is created; gcloud failed; or `up` lost more TPUs than it may.
+      StoppedError: a signal came.
     """
     options, job = TpuOptions(), None
     verb = argv[0] if argv else "--help"
@@ -235,18 +231,16 @@ def run(argv: Sequence[str]) -> int:
         _, rest = job_lib.parse_options("tpu", str(__doc__), options, argv[verb in _VERBS :])
         if verb not in _VERBS or rest:
             raise UserError(f"unexpected {(rest or argv)[0]!r}: the first argument is one of {', '.join(_VERBS)}")
-    check(options)
+    gcloud.check(options)
     tpu = Tpu(options)
     if options.dry_run:
-        for command in _commands(verb, tpu, options, job):
+        for command in _commands(verb, tpu, job):
             print(shlex.join(command))
         return 0
-    if job:
-        return _up(tpu, job) if verb == "up" else _run(tpu, job)
-    if verb == "setup":
-        _setup(tpu, options)
-        return 0
-    return subprocess.run(_commands(verb, tpu, options, job)[0]).returncode
+    if not shutil.which("gcloud"):
+        raise UserError("there is no gcloud on this machine: install the Google Cloud CLI, or look at --dry_run")
+    with Signals().handled():  # or a TPU would outlive the `up` that made it
+        return _do(verb, tpu, job)
 
 
 if __name__ == "__main__":

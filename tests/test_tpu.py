@@ -31,7 +31,7 @@ if verb == "create":
         host.mkdir()
     state.write_text("READY")
 elif verb == "describe":
-    print(state.read_text() if state.exists() else "")
+    print(state.read_text() if state.exists() else sys.exit("ERROR: (gcloud.compute.tpus.tpu-vm) NOT_FOUND: t"))
 elif verb == "delete":
     for host in hosts:
         shutil.rmtree(host)
@@ -90,6 +90,7 @@ def test_up_creates_installs_trains_comes_back_from_preemption_and_deletes(gclou
     once = ["create", "describe", "scp", "ssh", "ssh"]
     verbs = [call.split()[1] for call in calls]
     assert [v for i, v in enumerate(verbs) if v != verbs[i - 1] or v != "describe"] == [
+        "describe",  # whether there is one of that name
         *once,
         "describe",
         "delete",

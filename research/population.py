@@ -35,7 +35,7 @@ def _at_once(platform: str, batch_size: int) -> int:
 
     One on a CPU, where convolutions with a kernel for each member are slow and one member fills the cores. On an
     accelerator, which one small network leaves idle, as many as have a thousand examples together. A large batch fills
-    it: airbench94's eight epochs of 2,000 images a step take a member 1.3 s alone, 2.9 s as one of eight at once (H200).
+    it: eight epochs of airbench94, 2,000 images a step, take 1.3 s alone and 2.9 s for each of eight at once (H200).
     """
     return 1 if platform == "cpu" else max(1, 1024 // batch_size)
 

@@ -1,6 +1,7 @@
 """A disk that is full, read-only, out of inodes or beyond a limit: one line, and the last checkpoint as it was."""
 
 import os
+import shutil
 import subprocess
 
 import pytest
@@ -27,6 +28,31 @@ def disk(tmp_path):
         pytest.skip(f"mounting is not permitted here: {reason}")
     yield folder, remount
     subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture
+def quota(tmp_path):
+    """A subvolume of a Btrfs file system, in a file, and what sets its quota: root too must keep to it."""
+    image, top = tmp_path / "image", tmp_path / "btrfs"
+    if not shutil.which("mkfs.btrfs"):
+        pytest.skip("mkfs.btrfs is missing: apt-get install btrfs-progs")
+    image.touch()
+    os.truncate(image, 128 * 2**20)
+    top.mkdir()
+    subprocess.run(["mkfs.btrfs", "-q", image], check=True, capture_output=True)
+    mounted = subprocess.run(["mount", "-o", "loop", image, top], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"mounting is not permitted here: {mounted.stderr.strip()}")
+
+    def btrfs(*args):
+        subprocess.run(["btrfs", *args], check=True, capture_output=True)
+
+    try:
+        btrfs("quota", "enable", top)
+        btrfs("subvolume", "create", top / "mine")
+        yield top / "mine", lambda limit: btrfs("qgroup", "limit", limit, top / "mine")
+    finally:
+        subprocess.run(["umount", top], check=True)
 
 
 ARGS = [*DIGITS, "--config.batch_size=256", "--config.checkpoint_every_steps=2", "--config.keep_checkpoints=100"]
@@ -65,8 +91,21 @@ def test_a_full_disk_ends_a_run_that_goes_on_when_there_is_room(disk, forks):
     assert read_summary(folder / "x")["num_epochs"] == 4
 
 
+def test_a_quota_that_is_reached_ends_a_run_that_goes_on_when_there_is_more(quota, forks):
+    folder, limit = quota
+    args = [*ARGS, "--config.num_epochs=4", f"--workdir={folder / 'x'}"]
+    limit("400k")
+    _stops_with_one_line(forks.run("experiments.cifar_cnn", args), "Disk quota exceeded")
+    assert not (folder / "x/summary.json").exists()
+    limit("none")
+    resumed = forks.run("experiments.cifar_cnn", [f"--workdir={folder / 'x'}"])
+    assert resumed.code == 0, resumed.output
+    assert "resumed at step " in resumed.output
+    assert "damaged" not in resumed.output
+
+
 def test_a_file_that_reaches_its_limit_ends_a_run(forks, tmp_path):
-    """As `ulimit -f` has it; a quota is the same error of another number."""
+    """As `ulimit -f` has it."""
     args = [*ARGS, "--config.log_every_steps=1", f"--workdir={tmp_path / 'x'}"]
     _stops_with_one_line(forks.run("experiments.cifar_cnn", args, limits={"FSIZE": 3000}), "File too large")
     assert (tmp_path / "x/config.json").exists()

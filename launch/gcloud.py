@@ -11,7 +11,8 @@ from research.errors import UserError
 
 # States of a TPU VM, of a queued resource: https://cloud.google.com/tpu/docs/reference/rest (v2).
 THERE = ("READY", "ACTIVE")
-LOST = ("PREEMPTED", "TERMINATED", "STOPPED", "SUSPENDED")
+GONE = ("PREEMPTED", "TERMINATED", "SUSPENDED")
+LOST = (*GONE, "STOPPED")  # which its owner may want to start again
 FAILED = "FAILED"
 NOT_FOUND = "NOT_FOUND"  # gcloud's error, in the place of a state
 

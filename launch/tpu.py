@@ -149,7 +149,7 @@ def _delete(tpu: Tpu) -> None:
 def _make_room(tpu: Tpu, name: str) -> None:
     """Deletes what is left of a TPU of this name; one that somebody may be using is refused."""
     state = gcloud.state(tpu)
-    if state in (*gcloud.LOST, gcloud.FAILED):
+    if state in (*gcloud.GONE, gcloud.FAILED):
         _delete(tpu)
     elif state not in ("", gcloud.NOT_FOUND):
         raise UserError(

@@ -124,7 +124,7 @@ def test_what_is_left_of_a_lost_one_makes_room(up):
     assert called == ["describe", "delete", *ALL, "delete"]
 
 
-@pytest.mark.parametrize("state", ["READY", "CREATING"])
+@pytest.mark.parametrize("state", ["READY", "CREATING", "STOPPED"])
 def test_one_that_somebody_may_use_is_left_alone(up, state):
     code, called, errors = up(state=state)
     assert (code, called) == (2, ["describe"])

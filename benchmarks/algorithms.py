@@ -10,9 +10,7 @@ batch sizes. Rows of other studies stay in the record.
 
 import copy
 import dataclasses
-import json
 import os
-from pathlib import Path
 from typing import Any
 
 from absl import app, flags
@@ -117,17 +115,10 @@ def picture(rows: list[dict[str, Any]]) -> Any:
     return figure
 
 
-def kept(out: Path, chosen: list[Study]) -> list[dict[str, Any]]:
-    """The rows that are in the folder already, but for those of the chosen studies."""
-    path = out / "algorithms.json"
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    return [row for row in rows if row["what"] not in {study.what for study in chosen}]
-
-
 def main(_: list[str]) -> None:
     out, chosen = output.folder(), [studies()[name] for name in STUDY.value]
     trials.check_data(study.config.dataset for study in chosen)
-    rows = kept(out, chosen)
+    rows = output.kept(out, "algorithms", "what", [study.what for study in chosen])
     print("| network, data | batch | rule | learning rate | test, mean ± standard deviation |")
     print("| --- | --- | --- | --- | --- |")
     for study in chosen:

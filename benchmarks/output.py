@@ -1,6 +1,7 @@
 """Where a benchmark's results go: the flag `--out`."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,13 @@ def folder() -> Path:
     if not out.is_dir():
         raise SystemExit(f"error: --out={out} is not a folder")
     return out
+
+
+def kept(out: Path, name: str, key: str, anew: Collection[str]) -> list[dict[str, Any]]:
+    """The rows of `<name>.json` in the folder, but for those whose `key` is measured anew."""
+    path = out / f"{name}.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    return [row for row in rows if row[key] not in anew]
 
 
 def write(out: Path, name: str, record: Any) -> None:

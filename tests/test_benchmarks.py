@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from benchmarks import algorithms, growth, speedrun, structures, trials, width
+from benchmarks import algorithms, growth, output, speedrun, structures, trials, width
 from benchmarks.peers import flax_peer, meshwork_peer, table, works
 from benchmarks.peers.clock import Clock
 from experiments import cifar_cnn
@@ -124,12 +124,11 @@ def test_a_rule_is_tuned_on_the_validation_split_and_reported_on_the_test_split(
     assert [label.get_text() for label in axes.get_xticklabels()] == ["adam", "sgd"]
 
 
-def test_a_study_measured_anew_replaces_its_own_rows_alone(tmp_path):
-    vae = algorithms.studies()["vae"]
-    assert algorithms.kept(tmp_path, [vae]) == []
-    rows = [{"what": "VAE, digits", "rule": "sgd"}, {"what": "CNN, digits", "rule": "sgd"}]
-    (tmp_path / "algorithms.json").write_text(json.dumps({"rows": rows}))
-    assert algorithms.kept(tmp_path, [vae]) == rows[1:]
+def test_what_is_measured_anew_replaces_its_own_rows_alone(tmp_path):
+    assert output.kept(tmp_path, "width", "network", ["vae"]) == []
+    rows = [{"network": "vae"}, {"network": "cnn"}, {"network": "vae"}]
+    output.write(tmp_path, "width", {"rows": rows})
+    assert output.kept(tmp_path, "width", "network", ["vae"]) == [{"network": "cnn"}]
 
 
 def test_the_best_run_is_the_most_accurate_or_else_of_the_least_loss():

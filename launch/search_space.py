@@ -14,6 +14,7 @@ import importlib.util
 import itertools
 import math
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,11 @@ from research import config as config_lib
 from research.command import nearest
 from research.config import Config
 from research.errors import UserError
+
+# What it tells of its own affairs is not the sweep's output.
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+warnings.filterwarnings("ignore", module="optuna")
+warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
 
 _ALONE = ("mesh.", "distributed.")  # how a trial is spread over devices is not searched
 RECOVERY = ("max_skipped_steps", "max_rewinds")
@@ -210,9 +216,14 @@ def _from_file(name: str, config: Config) -> SearchSpace:
         function = module.search
         space = SearchSpace((path.read_text(),), {}, function)
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    except Exception as error:  # whatever the user's file does
+    except (Exception, SystemExit) as error:  # whatever the user's file does
         raise UserError(f"--search={name} has no `def search(trial)` that can be run: {error!r}") from None
     draws = [space.suggest(study.ask()) for _ in range(_TRIED)]
-    for field, value in {(field, value) for draw in draws for field, value in draw.items()}:
-        check_value(field, value, config)
+    if not any(draws):
+        raise UserError(
+            f"--search={name}: `search(trial)` varies nothing: call trial.suggest_... by the names of fields, or return "
+            "a dict of fields"
+        )
+    for field, value in (item for draw in draws for item in draw.items()):
+        check_value(str(field), value, config)
     return space

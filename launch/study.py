@@ -11,7 +11,6 @@ import re
 import socket
 import threading
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -36,8 +35,6 @@ def open_storage(text: str, workdir: Path) -> optuna.storages.BaseStorage:
     Raises:
       UserError: it cannot be reached.
     """
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     try:
         if "://" in text:
             return optuna.storages.get_storage(text)

@@ -243,6 +243,7 @@ def _finish(job: Job, sweep: "Sweep", study: "Study") -> None:
       UserError: no trial was trained to its end.
     """
     from launch import sweep_report as report
+    from launch.worker import fields
     from research import app
 
     workdir, ranked = Path(job.workdir), report.best(study, sweep)
@@ -251,7 +252,7 @@ def _finish(job: Job, sweep: "Sweep", study: "Study") -> None:
         raise UserError(f"no trial was trained to its end; {workdir}/trials.csv says why")
     first = ranked[0]
     args = [arg for arg in job.args if not arg.startswith("--workdir")]
-    commands = report.commands(job.module, args, sweep, first.params)
+    commands = report.commands(job.module, args, sweep, fields(first))
     figures: dict[str, Any] = {"best_command": report.shell(commands[0])}
     report.write(workdir, study, sweep, figures)
     print(f"best: {report.line(first, sweep.metric)}\n  {figures['best_command']}", flush=True)

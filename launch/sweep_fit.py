@@ -12,7 +12,7 @@ import numpy as np
 from optuna.trial import FrozenTrial
 
 from launch import hlo, lowering, scaling_law
-from launch.worker import SEED_VALUES, Sweep
+from launch.worker import SEED_VALUES, Sweep, fields
 from research import app, hyperparams, sharding
 from research.config import MeshConfig
 from research.errors import UserError
@@ -23,9 +23,9 @@ _BEYOND = (2, 4, 10)  # times the largest size
 
 def check(by: str, searched: Sequence[str]) -> None:
     """Raises `UserError` where nothing that is searched changes what is fitted against."""
-    fields = {"examples": ["dataset.train_fraction"]}.get(by, ["model.width", "model.depth", "model.layers"])
-    if not set(fields) & set(searched):
-        flags = " or ".join(f"--search='{field}=[...]'" for field in fields)
+    sizes = {"examples": ["dataset.train_fraction"]}.get(by, ["model.width", "model.depth", "model.layers"])
+    if not set(sizes) & set(searched):
+        flags = " or ".join(f"--search='{field}=[...]'" for field in sizes)
         raise UserError(f"--fit={by} needs trials of several sizes: give {flags}")
 
 
@@ -58,7 +58,7 @@ def measurements(by: str, sweep: Sweep, ranked: Sequence[FrozenTrial]) -> list[t
     known: dict[Any, int] = {}  # trials of one program are of one size, and measuring may mean to compile
     best: dict[int, FrozenTrial] = {}
     for trial in ranked:
-        config = sweep.trial_config(trial.params)
+        config = sweep.trial_config(fields(trial))
         if (signature := hyperparams.signature(config)) not in known:
             known[signature] = size_of(by, sweep, config)
         best.setdefault(known[signature], trial)

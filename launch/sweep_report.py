@@ -14,7 +14,7 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from launch.study import DIVERGED_AT, REASON, RETRY_OF, Study
-from launch.worker import SEED_VALUES, Sweep
+from launch.worker import SEED_VALUES, Sweep, fields
 from research import storage
 
 _SHOWN = 5  # of the best trials, in the table
@@ -28,10 +28,10 @@ def commands(module: str, args: list[str], sweep: Sweep, params: dict[str, Any])
       module: of the experiment.
       args: its flags, without --workdir.
       sweep: for its validation split and seeds.
-      params: of the trial.
+      params: the fields of the trial.
     """
-    fields = {"dataset.validation_fraction": sweep.config.dataset.validation_fraction, **params}
-    flags = [f"--config.{path}={value}" for path, value in fields.items()]
+    values = {"dataset.validation_fraction": sweep.config.dataset.validation_fraction, **params}
+    flags = [f"--config.{path}={value}" for path, value in values.items()]
     first = params.get("seed", sweep.config.seed)
     seeds = [f"--config.seed={first + number}" for number in range(sweep.seeds)] if sweep.seeds > 1 else [None]
     return [["-m", module, *args, *flags, *filter(None, [seed])] for seed in seeds]
@@ -65,7 +65,7 @@ def summary(study: Study, sweep: Sweep) -> dict[str, Any]:
         "best_trial": first and first.number,
         "best_value": first and first.value,
         "best_seed_values": first and first.user_attrs[SEED_VALUES],
-        "best_params": first and first.params,
+        "best_params": first and fields(first),
         "num_compilations": study.num_compilations(),
         "wall_seconds": seconds,
         "trials_per_minute": 60 * len(trials) / seconds if seconds else 0.0,
@@ -102,16 +102,16 @@ def write_summary(workdir: Path, study: Study, sweep: Sweep, figures: dict[str, 
 
 def _csv(study: Study) -> str:
     trials = study.trials()
-    params = sorted({name for trial in trials for name in trial.params})
+    names = sorted({name for trial in trials for name in fields(trial)})
     noted = [DIVERGED_AT, REASON, RETRY_OF]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["number", "state", "value", "epochs", *params, SEED_VALUES, *noted, "seconds"])
+    writer.writerow(["number", "state", "value", "epochs", *names, SEED_VALUES, *noted, "seconds"])
     for trial in trials:
         seconds = trial.duration.total_seconds() if trial.duration else None
         seeds = " ".join(map(str, trial.user_attrs.get(SEED_VALUES, [])))
         last = max(trial.intermediate_values, default=None)
-        row = [trial.number, trial.state.name.lower(), trial.value, last, *map(trial.params.get, params), seeds]
+        row = [trial.number, trial.state.name.lower(), trial.value, last, *map(fields(trial).get, names), seeds]
         writer.writerow([*row, *map(trial.user_attrs.get, noted), seconds])
     return text.getvalue()
 
@@ -160,7 +160,7 @@ def _figures(study: Study, sweep: Sweep) -> Iterator[Any]:
 
 def line(trial: FrozenTrial, metric: str) -> str:
     """One trial that ended, as a line."""
-    values = " ".join(f"{n}={v:.4g}" if isinstance(v, float) else f"{n}={v}" for n, v in trial.params.items())
+    values = " ".join(f"{n}={v:.4g}" if isinstance(v, float) else f"{n}={v}" for n, v in fields(trial).items())
     what = {
         TrialState.COMPLETE: f"{metric} {trial.value:.4f}" if trial.value is not None else "",
         TrialState.PRUNED: f"pruned after epoch {max(trial.intermediate_values, default=0)}",
@@ -207,7 +207,7 @@ class Display:
         for heading in ("trial", self._sweep.metric, "values"):
             table.add_column(heading)
         for trial in best(self._study, self._sweep)[:_SHOWN]:
-            values = " ".join(f"{name}={value}" for name, value in trial.params.items())
+            values = " ".join(f"{name}={value}" for name, value in fields(trial).items())
             table.add_row(str(trial.number), f"{trial.value:.4f}", values)
         return table
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import optuna
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from launch.search_space import SearchSpace, check_value
 from launch.study import DIVERGED_AT, REASON, Study
@@ -21,7 +21,7 @@ from research.errors import NonFiniteLossError, UserError
 from research.population import Population, Report
 from research.signals import Signals, StoppedError
 
-FIGURES, SEED_VALUES = "figures", "seed_values"
+FIGURES, SEED_VALUES, FIELDS = "figures", "seed_values", "fields"
 _FAILURES_IN_A_ROW = 10
 
 
@@ -127,7 +127,10 @@ class Worker:
         if trial is None:
             return False
         try:
-            config = self._sweep.trial_config(self._sweep.space.suggest(trial))
+            values = self._sweep.space.suggest(trial)
+            config = self._sweep.trial_config(values)
+            if self._sweep.space.function:  # which may make fields of what it suggested
+                trial.set_user_attr(FIELDS, values)
         except UserError as error:
             self._fail(trial, str(error))
         else:
@@ -233,6 +236,11 @@ class Worker:
                 "--config.optimizer.clip_norm=1"
             )
         raise UserError(f"{len(self._failures)} trials in a row failed, {count} of them by: {common}")
+
+
+def fields(trial: FrozenTrial) -> dict[str, Any]:
+    """The fields of the Config that a trial sets: what was suggested, or what a Python file made of it."""
+    return trial.user_attrs.get(FIELDS, trial.params)
 
 
 def load(config: DatasetConfig) -> Dataset:

@@ -91,6 +91,21 @@ def test_a_python_file_searches_and_is_checked(tmp_path):
         _parse(str(path))
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (f"def search(trial):\n    return {{'{RATE}': [1]}}", "is not of type float"),
+        ("def search(trial):\n    return {1: 2}", "there is no field 1"),
+        ("def search(trial):\n    pass", "varies nothing: call trial.suggest_"),
+        ("raise SystemExit(0)", "has no `def search"),
+    ],
+)
+def test_a_python_file_that_cannot_be_searched_is_named(text, words, tmp_path):
+    (tmp_path / "search.py").write_text(text)
+    with pytest.raises(UserError, match=words):
+        _parse(str(tmp_path / "search.py"))
+
+
 class _Fake:
     """In the place of a population: the figure of a config is a function of its epoch, rate and seed."""
 
@@ -324,6 +339,23 @@ def test_a_sweep_leaves_its_record_and_goes_on(folder, capsys):
     ):
         with pytest.raises(UserError, match=words):
             sweep.run(changed)
+
+
+def test_what_a_python_file_makes_of_its_draws_is_in_the_record_and_the_command(env, folder):
+    (folder / "search.py").write_text(
+        f"def search(trial):\n    return {{'{RATE}': 10 ** trial.suggest_float('power', -2, -1)}}\n"
+    )
+    env["PYTHONPATH"] += f":{Path(__file__).parent}"
+    argv = [*SWEEP, "--search=search.py", "--trials=2", "--sampler=halton"]
+    command = [sys.executable, "-m", "launch.sweep", *argv]
+    done = subprocess.run(command, env=env, cwd=folder, check=True, capture_output=True, text=True)
+    assert done.stderr == ""
+    found = json.loads((folder / "w/sweep.json").read_text())
+    (rate,) = found["best_params"].values()
+    assert f"--config.{RATE}={rate}" in shlex.split(found["best_command"])
+    assert found["best_command_value"] == pytest.approx(found["best_value"], abs=0.02)
+    rows = list(csv.DictReader((folder / "w/trials.csv").open()))
+    assert rate in [float(row[RATE]) for row in rows]
 
 
 def test_the_record_has_its_folder_whatever_the_storage(folder):

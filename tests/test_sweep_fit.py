@@ -40,12 +40,12 @@ def test_flops_are_those_of_the_products_and_little_else(sweep):
     assert 1 < found / ((forward + backward) * steps) < 1.1
 
 
-def _trial(value, **params):
+def _trial(value, fields=None, **params):
     distributions = {
         name: optuna.distributions.CategoricalDistribution([param])
         for name, param in params.items()  # only to be shown
     }
-    attributes = {worker.SEED_VALUES: [value, value + 0.5]}
+    attributes = {worker.SEED_VALUES: [value, value + 0.5]} | ({worker.FIELDS: fields} if fields else {})
     return optuna.trial.create_trial(value=value, params=params, distributions=distributions, user_attrs=attributes)
 
 
@@ -53,6 +53,8 @@ def test_the_best_trial_of_each_size_counts_with_all_its_seeds(sweep):
     ranked = [_trial(value, **{"dataset.train_fraction": part}) for value, part in ((1, 1.0), (2, 0.5), (3, 1.0))]
     points = sweep_fit.measurements("examples", sweep, ranked)
     assert points == [(646, 2.0), (646, 2.5), (1293, 1.0), (1293, 1.5)]
+    of_file = _trial(1, {"dataset.train_fraction": 0.5}, halves=1)
+    assert sweep_fit.measurements("examples", sweep, [of_file]) == [(646, 1.0), (646, 1.5)]
 
 
 def test_a_law_is_found_again_and_tested_on_the_largest():

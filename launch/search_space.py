@@ -221,8 +221,8 @@ def _from_file(name: str, config: Config) -> SearchSpace:
     draws = [space.suggest(study.ask()) for _ in range(_TRIED)]
     if not any(draws):
         raise UserError(
-            f"--search={name}: `search(trial)` varies nothing: call trial.suggest_... by the names of fields, or return "
-            "a dict of fields"
+            f"--search={name}: `search(trial)` varies nothing: call trial.suggest_... by the names of fields, or "
+            "return a dict of fields"
         )
     for field, value in (item for draw in draws for item in draw.items()):
         check_value(str(field), value, config)

@@ -16,7 +16,6 @@ import dataclasses
 import importlib.util
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -93,6 +92,7 @@ def run(argv: Sequence[str]) -> int:
 
 def _run(job: Job, argv: Sequence[str], signals: Signals) -> int:
     options, workdir = job.options, Path(job.workdir)
+    from launch import sweep_best
     from launch.study import Study, open_storage
     from launch.sweep_report import Display, summary
 
@@ -104,9 +104,9 @@ def _run(job: Job, argv: Sequence[str], signals: Signals) -> int:
     study = Study(storage, name, direction, identity, options.sampler, options.pruner, job.config.seed)
     if study.complete(sweep.trials):
         print(f"the sweep in {workdir} is finished: a larger --trials goes on with it")
-        if options.processes and not (workdir / "sweep.json").exists():
+        if options.processes and not sweep_best.is_recorded(workdir, options.fit):
             job_lib.make_folder(job.workdir)
-            _finish(job, sweep, study)
+            sweep_best.finish(job, sweep, study)
         return 0
     if options.processes:
         job_lib.make_folder(job.workdir)
@@ -123,7 +123,7 @@ def _run(job: Job, argv: Sequence[str], signals: Signals) -> int:
             display.update()
             _work(sweep, study, signals, display)
     if options.processes:
-        _finish(job, sweep, study)
+        sweep_best.finish(job, sweep, study)
     else:
         print(f"no trial is left: {summary(study, sweep)['num_trials']} ended")
     return 0
@@ -234,61 +234,6 @@ def _run_processes(count: int, argv: Sequence[str], display: Any) -> None:
     failed = [process.returncode for process in processes if process.returncode > 0]
     if len(failed) == count:
         raise UserError(f"all workers failed, the first with exit code {failed[0]}; their errors are above")
-
-
-def _finish(job: Job, sweep: "Sweep", study: "Study") -> None:
-    """Writes the record, then runs the best trial's command, which says what the test split has.
-
-    Raises:
-      UserError: no trial was trained to its end.
-    """
-    from launch import sweep_report as report
-    from launch.worker import fields
-    from research import app
-
-    workdir, ranked = Path(job.workdir), report.best(study, sweep)
-    if not ranked:
-        report.write(workdir, study, sweep, {})
-        raise UserError(f"no trial was trained to its end; {workdir}/trials.csv says why")
-    first = ranked[0]
-    args = [arg for arg in job.args if not arg.startswith("--workdir")]
-    commands = report.commands(job.module, args, sweep, fields(first))
-    figures: dict[str, Any] = {"best_command": report.shell(commands[0])}
-    report.write(workdir, study, sweep, figures)
-    print(f"best: {report.line(first, sweep.metric)}\n  {figures['best_command']}", flush=True)
-    runs = []
-    for number, command in enumerate(commands):
-        folder = workdir / (f"best-{first.number}" + (f"-seed{number}" if sweep.seeds > 1 else ""))
-        runs.append(app.run(job.experiment, [*command[2:], f"--workdir={folder}", "--config.distributed.start=never"]))
-    for name in runs[0]:
-        if name.startswith("test_"):
-            values = [run[name] for run in runs]
-            figures[name] = statistics.mean(values)
-            if len(values) > 1:
-                figures[f"{name}_std"] = statistics.stdev(values)
-    figures["best_command_value"] = statistics.mean(run[sweep.metric] for run in runs)
-    report.write_summary(workdir, study, sweep, figures)
-    if job.options.fit:  # which may turn out to be impossible: what there is has been recorded
-        figures["fit"] = _fit(job.options.fit, sweep, ranked, workdir)
-        report.write_summary(workdir, study, sweep, figures)
-    found = report.summary(study, sweep)
-    print(
-        f"{found['num_trials']} trials ({found['num_pruned']} pruned, {found['num_failed']} failed), "
-        f"{found['num_compilations']} compilations, {found['wall_seconds']:.1f} s, "
-        f"{found['trials_per_minute']:.1f} trials a minute\n  record: {workdir}/sweep.html"
-    )
-
-
-def _fit(by: str, sweep: "Sweep", ranked: Sequence[Any], workdir: Path) -> dict[str, Any]:
-    """The power law through the best trials, drawn as fit.png and printed."""
-    from launch import sweep_fit
-    from research import plots
-
-    points = sweep_fit.measurements(by, sweep, ranked)
-    found = sweep_fit.fitted(by, "error" if sweep.maximizes else sweep.metric, points)
-    plots.scaling_law(found).savefig(workdir / "fit.png", dpi=120)
-    print(sweep_fit.lines(found), flush=True)
-    return found
 
 
 if __name__ == "__main__":

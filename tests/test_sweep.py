@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import html
 import json
 import os
 import shlex
@@ -339,6 +340,31 @@ def test_a_sweep_leaves_its_record_and_goes_on(folder, capsys):
     ):
         with pytest.raises(UserError, match=words):
             sweep.run(changed)
+
+
+def test_the_end_of_a_finished_sweep_is_made_up_for(folder, capsys, monkeypatch):
+    """Of one that was stopped while its best command ran, for all seeds; and of one whose fit is asked for later."""
+    argv = [*SWEEP, "--search=dataset.train_fraction=[0.3,0.6,1]", "--sampler=grid", "--seeds=2"]
+    with monkeypatch.context() as stopping:
+        stopping.setattr(app, "run", lambda *_: (_ for _ in ()).throw(StoppedError("stopped", signal.SIGINT)))
+        with pytest.raises(StoppedError):
+            sweep.run(argv)
+    path = folder / "w/sweep.json"
+    assert "test_accuracy" not in json.loads(path.read_text())
+    for again in (argv, [*argv, "--fit=examples"]):
+        assert sweep.run(again) == 0
+        found = json.loads(path.read_text())
+        assert found["best_command_value"] == pytest.approx(found["best_value"], abs=0.02)
+        assert found["test_accuracy_std"] >= 0
+    assert found["fit"]["by"] == "examples"
+    commands = found["best_command"].splitlines()
+    assert [shlex.split(command)[-1] for command in commands] == ["--config.seed=0", "--config.seed=1"]
+    assert html.escape(found["best_command"]) in (folder / "w/sweep.html").read_text()
+    printed = capsys.readouterr().out
+    assert all(command in printed for command in commands)
+    before = path.stat().st_mtime_ns
+    assert sweep.run([*argv, "--fit=examples"]) == 0
+    assert path.stat().st_mtime_ns == before
 
 
 def test_what_a_python_file_makes_of_its_draws_is_in_the_record_and_the_command(env, folder):

@@ -1,0 +1,83 @@
+"""The end of a sweep: the best trial's command is run, which says what the test split has, and the record completed."""
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from optuna.trial import FrozenTrial
+
+from launch import sweep_report as report
+from launch.job import Job
+from launch.study import Study
+from launch.worker import Sweep, fields
+from research import app
+from research.errors import UserError
+
+_VALUE = "best_command_value"
+
+
+def is_recorded(workdir: Path, fit: str) -> bool:
+    """Whether `finish` was not stopped before its end, and has made this fit ("": none is asked for)."""
+    path = workdir / "sweep.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return _VALUE in found and (not fit or found.get("fit", {}).get("by") == fit)
+
+
+def finish(job: Job, sweep: Sweep, study: Study) -> None:
+    """Writes the record, then runs the best trial's command for each seed.
+
+    Raises:
+      UserError: no trial was trained to its end.
+    """
+    workdir, ranked = Path(job.workdir), report.best(study, sweep)
+    if not ranked:
+        report.write(workdir, study, sweep, {})
+        raise UserError(f"no trial was trained to its end; {workdir}/trials.csv says why")
+    first = ranked[0]
+    args = [arg for arg in job.args if not arg.startswith("--workdir")]
+    commands = report.commands(job.module, args, sweep, fields(first))
+    lines = [report.shell(command) for command in commands]
+    figures: dict[str, Any] = {"best_command": "\n".join(lines)}
+    report.write(workdir, study, sweep, figures)
+    print("\n  ".join([f"best: {report.line(first, sweep.metric)}", *lines]), flush=True)
+    figures |= _run(job, sweep, first, commands)
+    report.write_summary(workdir, study, sweep, figures)
+    if job.options.fit:  # which may turn out to be impossible: what there is has been recorded
+        figures["fit"] = _fit(job.options.fit, sweep, ranked, workdir)
+        report.write_summary(workdir, study, sweep, figures)
+    found = report.summary(study, sweep)
+    print(
+        f"{found['num_trials']} trials ({found['num_pruned']} pruned, {found['num_failed']} failed), "
+        f"{found['num_compilations']} compilations, {found['wall_seconds']:.1f} s, "
+        f"{found['trials_per_minute']:.1f} trials a minute\n  record: {workdir}/sweep.html"
+    )
+
+
+def _run(job: Job, sweep: Sweep, best: FrozenTrial, commands: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """The test figures of the commands, and their mean of the metric."""
+    runs = []
+    for number, command in enumerate(commands):
+        folder = Path(job.workdir) / (f"best-{best.number}" + (f"-seed{number}" if sweep.seeds > 1 else ""))
+        runs.append(app.run(job.experiment, [*command[2:], f"--workdir={folder}", "--config.distributed.start=never"]))
+    figures: dict[str, Any] = {}
+    for name in runs[0]:
+        if name.startswith("test_"):
+            values = [run[name] for run in runs]
+            figures[name] = statistics.mean(values)
+            if len(values) > 1:
+                figures[f"{name}_std"] = statistics.stdev(values)
+    return figures | {_VALUE: statistics.mean(run[sweep.metric] for run in runs)}
+
+
+def _fit(by: str, sweep: Sweep, ranked: Sequence[FrozenTrial], workdir: Path) -> dict[str, Any]:
+    """The power law through the best trials, drawn as fit.png and printed."""
+    from launch import sweep_fit  # SciPy takes a while
+    from research import plots
+
+    points = sweep_fit.measurements(by, sweep, ranked)
+    found = sweep_fit.fitted(by, "error" if sweep.maximizes else sweep.metric, points)
+    plots.scaling_law(found).savefig(workdir / "fit.png", dpi=120)
+    print(sweep_fit.lines(found), flush=True)
+    return found

@@ -23,6 +23,7 @@ from research.signals import Signals, StoppedError
 
 FIGURES, SEED_VALUES, FIELDS = "figures", "seed_values", "fields"
 _FAILURES_IN_A_ROW = 10
+_DIVERGED = "the loss or the gradient became NaN or infinite"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +199,7 @@ class Worker:
         trial, metric = running.trial, self._sweep.metric
         diverged = [report.diverged_at for report in reports if report.diverged_at is not None]
         if diverged:
-            reason = f"the loss became NaN or infinite at step {min(diverged)}"
+            reason = f"{_DIVERGED} at step {min(diverged)}"
             self._failures.append(reason)
             attributes = {DIVERGED_AT: min(diverged), REASON: reason}
             self._study.finish(trial, None, TrialState.PRUNED, **attributes)
@@ -227,11 +228,11 @@ class Worker:
     def _stop_if_all_fail(self) -> None:
         if len(self._failures) < _FAILURES_IN_A_ROW:
             return
-        diverged = [reason for reason in self._failures if reason.startswith("the loss became")]
+        diverged = [reason for reason in self._failures if reason.startswith(_DIVERGED)]
         ((common, count),) = Counter(self._failures).most_common(1)
         if len(diverged) >= count:
             raise NonFiniteLossError(
-                f"{len(self._failures)} trials in a row failed, of {len(diverged)} the loss became NaN or infinite "
+                f"{len(self._failures)} trials in a row failed, of {len(diverged)} {_DIVERGED} "
                 f"(the last: {diverged[-1].rpartition('at ')[2]}): search lower learning rates, or give "
                 "--config.optimizer.clip_norm=1"
             )

@@ -22,6 +22,7 @@ from research.config import Config
 from research.data.pipeline import EvalBatches, TrainBatches, epoch_ends, is_resident
 from research.data.sources import Dataset
 from research.pace import Pace
+from research.progress import QUANTITIES
 from research.state import TrainState, make_init
 from research.steps import Steps
 from research.tasks.task import Task
@@ -76,7 +77,7 @@ class Report:
     Attributes:
       epoch: epochs finished.
       figures: the validation split's, as `validation_<name>`; {} if it diverged.
-      diverged_at: the step whose loss was not finite, or after which that of validation was not; or None.
+      diverged_at: the step whose loss or gradient was not finite, or after which the loss of validation was not; or None.
       finished: whether there is nothing left to train.
     """
 
@@ -146,7 +147,7 @@ class Population:
         def train(states: Any, inputs: Any, counts: Any, given: Any, data: Any) -> Any:
             def one(state: Any, inputs: Any, count: Any, given: Any) -> Any:
                 state, metrics = steps.train_steps(state, data, inputs, count, given)
-                return state, metrics["loss"]
+                return state, {name: metrics[name] for name in QUANTITIES}
 
             return _each(at_once, one)(states, inputs, counts, given)
 
@@ -231,12 +232,12 @@ class Population:
         inputs = self._stack(taken, self._zeros)
         given = self._stack({slot: member.given for slot, member in self._members.items()}, self._given)
         numbers = np.array([counts.get(slot, 0) for slot in range(self.size)], np.int32)
-        self._states, losses = self._train(self._states, inputs, numbers, given, self._batches.data)
-        losses = jax.device_get(losses)
+        self._states, metrics = self._train(self._states, inputs, numbers, given, self._batches.data)
+        finite = np.logical_and(*(np.isfinite(values) for values in jax.device_get(metrics).values()))
         self._pace.measured(max(counts.values()), time.monotonic() - began)
         for slot, count in counts.items():
             member = self._members[slot]
-            wrong = np.flatnonzero(~np.isfinite(losses[slot, :count]))
+            wrong = np.flatnonzero(~finite[slot, :count])
             if len(wrong):
                 member.diverged_at = member.step + int(wrong[0]) + 1
             member.step += count

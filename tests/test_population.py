@@ -15,6 +15,7 @@ from research.config import OptimizerConfig
 from research.data.sources import Dataset
 from research.layers.dropout import Dropout
 from research.population import Population
+from research.steps import Steps
 from research.training import Training
 
 
@@ -131,6 +132,20 @@ def test_a_member_that_diverges_leaves_the_others_alone(alone):
     assert not first[0].finished
     members.stop(1)
     _agree(members.train_epoch()[0], alone[0])
+
+
+def test_a_gradient_that_is_not_finite_ends_a_member_as_it_ends_a_run(monkeypatch):
+    """Its loss may stay finite: a run alone stops there, and the command of such a trial would give no figure."""
+    train_step = Steps.train_step
+
+    def spoilt(self, state, *args):
+        new, metrics = train_step(self, state, *args)
+        return new, metrics | {"grad_norm": jnp.where(state.step == 2, jnp.inf, metrics["grad_norm"])}
+
+    monkeypatch.setattr(Steps, "train_step", spoilt)
+    members = _make(size=1)
+    members.start(0, CONFIGS[0])
+    assert members.train_epoch()[0] == population.Report(0, {}, 3, finished=True)
 
 
 def test_what_is_an_input_does_not_change_the_signature_and_all_else_does():

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import socket
 import threading
 import time
@@ -78,7 +79,8 @@ class Study:
         seed: int,
     ):
         self._sampler, self._seed = sampler, seed
-        self._worker = f"{socket.gethostname()}:{os.getpid()}"
+        # A container's process has the same number each time it is started, and mostly the same host's name.
+        self._worker = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         self._storage = storage
         try:
             self.optuna = optuna.create_study(
@@ -163,7 +165,7 @@ class Study:
         worker = trial.user_attrs.get(WORKER, "")
         if worker == self._worker:
             return False
-        host, _, number = worker.rpartition(":")
+        host, number, *_ = *worker.split(":"), ""
         if host == socket.gethostname() and not Path(f"/proc/{number}").exists():
             return True
         began = trial.datetime_start.timestamp() if trial.datetime_start else 0.0

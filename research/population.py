@@ -77,7 +77,7 @@ class Report:
     Attributes:
       epoch: epochs finished.
       figures: the validation split's, as `validation_<name>`; {} if it diverged.
-      diverged_at: the step whose loss or gradient was not finite, or after which the loss of validation was not; or None.
+      diverged_at: the step whose loss or gradient was not finite, or after which the validation loss was not; or None.
       finished: whether there is nothing left to train.
     """
 

@@ -267,6 +267,17 @@ def test_a_worker_elsewhere_is_lost_when_it_has_been_silent_for_long(fake, monke
     assert study.retry_lost() == 1
 
 
+def test_a_worker_with_the_host_and_number_of_a_lost_one_is_another(fake, tmp_path):
+    """As a container that is started again: process 1 of the same host."""
+    _, study, _ = fake(f"{RATE}=float(0.1,1)", trials=2)
+    trial = study.claim(2)
+    worker = next(t.user_attrs["worker"] for t in study.trials() if t.number == trial.number)
+    study.optuna.set_user_attr(f"alive:{worker}", time.time() - 90)
+    again = Study(open_storage("", tmp_path), "s", "maximize", {"search": [f"{RATE}=float(0.1,1)"]}, "tpe", "none", 0)
+    with again.alive():
+        assert again.retry_lost() == 1
+
+
 def test_a_study_of_another_search_is_refused(fake, tmp_path):
     fake(f"{RATE}=float(0.1,1)")
     with pytest.raises(UserError, match="is another sweep \\(search differs\\)"):

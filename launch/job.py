@@ -105,7 +105,7 @@ def parse(where: str, doc: str, options: Any, argv: Sequence[str]) -> Job:
     experiment = _experiment(modules[-1])
     workdir = workdir or f"runs/{where}/{experiment.name}/{time.strftime('%Y-%m-%d-%H%M%S')}"
     args = [arg for arg in rest if arg.startswith("-")]
-    own = _without_sweep_options(args) if sweeps else args
+    own = _without_sweep_options(workdir, args) if sweeps else args
     # What only the machines of the run can open is theirs to read.
     check_no_password(workdir)
     remote = "://" in workdir
@@ -115,19 +115,20 @@ def parse(where: str, doc: str, options: Any, argv: Sequence[str]) -> Job:
     return Job(modules[0], experiment, (*worker, f"--workdir={workdir}"), workdir, config, options)
 
 
-def _without_sweep_options(args: Sequence[str]) -> list[str]:
+def _without_sweep_options(workdir: str, args: Sequence[str]) -> list[str]:
     """The experiment's flags among those of a sweep's worker."""
     from launch import sweep
 
-    return parse_options("sweep", str(sweep.__doc__), sweep.SweepOptions(), args)[1]
+    options = sweep.SweepOptions()
+    _, rest = parse_options("sweep", str(sweep.__doc__), options, [*args, "--processes=0"])
+    sweep.check_place(workdir, options)
+    return rest
 
 
 def check_remote(job: Job) -> None:
     """Raises `UserError` where what a run leaves would be on a disk of machines that go when it ends."""
     if "://" not in job.workdir:
         raise UserError(f"--workdir={job.workdir}: the machines' own disks go with them; give gs://BUCKET/FOLDER")
-    if job.module == _SWEEP and not any(arg.lstrip("-").startswith("storage=") for arg in job.args):
-        raise UserError("a sweep's workers meet in its --storage: give one that all machines reach, postgresql://...")
 
 
 def check_local(workdir: str) -> None:

@@ -78,16 +78,21 @@ def run(argv: Sequence[str]) -> int:
     for package in ("optuna", "plotly", "cmaes"):
         if importlib.util.find_spec(package) is None:
             raise UserError(f'sweeps need {package}: pip install -e ".[sweep]"')
-    if "://" in job.workdir and (options.processes or not options.storage):
-        raise UserError(
-            f"--workdir={job.workdir}: a sweep's record is on a local disk; workers elsewhere (--processes=0) need "
-            "nothing but the --storage"
-        )
+    check_place(job.workdir, options)
     if job.config.mesh != MeshConfig():
         raise UserError("--config.mesh: in a sweep each trial has one device, and trials are spread over all devices")
     signals = Signals()
     with lasting_output(), signals.handled():
         return _run(job, argv, signals)
+
+
+def check_place(workdir: str, options: SweepOptions) -> None:
+    """Raises `UserError` where the record or the study would be in a workdir that is not on a local disk."""
+    if "://" in workdir and (options.processes or not options.storage):
+        raise UserError(
+            f"--workdir={workdir}: a sweep's record is on a local disk; workers elsewhere (--processes=0) need "
+            "nothing but the --storage: give it a URL that they reach, as in --storage=postgresql://HOST/NAME"
+        )
 
 
 def _run(job: Job, argv: Sequence[str], signals: Signals) -> int:
@@ -125,7 +130,9 @@ def _run(job: Job, argv: Sequence[str], signals: Signals) -> int:
     if options.processes:
         sweep_best.finish(job, sweep, study)
     else:
-        print(f"no trial is left: {summary(study, sweep)['num_trials']} ended")
+        print(
+            f"no trial is left: {summary(study, sweep)['num_trials']} ended; the record is made without --processes=0"
+        )
     return 0
 
 

@@ -91,7 +91,7 @@ def test_bad_input_is_named(args, words):
 
 
 def test_a_sweep_without_a_storage_is_named():
-    with pytest.raises(UserError, match="a sweep's workers meet in its --storage"):
+    with pytest.raises(UserError, match="need nothing but the --storage: give it a URL that they reach"):
         gke.run(["launch.sweep", *ARGS, "--tpu=v6e:4x4"])
 
 

@@ -22,7 +22,7 @@ from optuna.trial import TrialState  # noqa: E402
 
 from experiments import cifar_cnn  # noqa: E402
 from launch import job as job_lib  # noqa: E402
-from launch import search_space, sweep, sweep_report, worker  # noqa: E402
+from launch import search_space, sweep, sweep_report, tpu, worker  # noqa: E402
 from launch.local import LocalOptions  # noqa: E402
 from launch.study import PRUNERS, SAMPLERS, Study, open_storage  # noqa: E402
 from research import app, hyperparams  # noqa: E402
@@ -299,6 +299,8 @@ def test_other_launchers_run_workers():
     module = job.command[1:4]
     assert module == ["-m", "launch.sweep", "experiments.cifar_cnn"]
     assert {"--processes=0", "--storage=sqlite:///x.db", f"--search={RATE}=log(1e-4,1)"} <= set(job.args)
+    with pytest.raises(UserError, match="give it a URL that they reach"):  # before a machine is rented
+        job_lib.parse("tpu", "", tpu.TpuOptions(), [*argv[:2], argv[3], "--workdir=gs://b/x"])
 
 
 SWEEP = ["linear", "--population=2", "--workdir=w"]

@@ -107,6 +107,11 @@ def _dry(capsys, *args):
     return [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
 
 
+def test_hosts_can_run_a_worker_of_a_sweep(capsys):
+    assert "sweep]" in _dry(capsys, "setup")[1][-1]
+    assert "sweep]" in (Path(__file__).parent.parent / "Dockerfile").read_text()
+
+
 @pytest.mark.parametrize(
     "args",
     [

@@ -17,7 +17,7 @@ from research.command import Experiment
 from research.config import Config, DatasetConfig
 from research.data import sources
 from research.data.sources import Dataset
-from research.errors import NonFiniteLossError, UserError
+from research.errors import NonFiniteLossError, UserError, of_memory
 from research.population import Population, Report
 from research.signals import Signals, StoppedError
 
@@ -104,6 +104,7 @@ class Worker:
         Raises:
           StoppedError: a signal came; what was running is planned once more.
           UserError: ten trials failed in a row.
+          OutOfMemoryError: what was running is planned once more.
         """
         try:
             while self._claim_a_few():
@@ -113,6 +114,9 @@ class Worker:
             reason = str(error) if isinstance(error, StoppedError) else "its worker failed"
             for running in [*self._running, *(r for queue in self._queues.values() for r in queue)]:
                 self._study.retry(running.trial, reason)
+            advice = f"give --population={max(1, self._sweep.size // 2)} to go on, or search smaller networks"
+            if exhausted := of_memory(error, advice):
+                raise exhausted from None
             raise
 
     def _claim_a_few(self) -> bool:

@@ -45,15 +45,18 @@ class OutOfMemoryError(UserError):
     exit_code = 5
 
 
-def of_memory(error: Exception) -> OutOfMemoryError | None:
+_LESS = (
+    "lower --config.microbatch_size, a divisor of --config.batch_size that changes only how many examples are there at "
+    "once, or --config.batch_size itself"
+)
+
+
+def of_memory(error: BaseException, advice: str = _LESS) -> OutOfMemoryError | None:
     """What to say of an error that means that there was no memory; None: it means something else."""
     text = " ".join(str(error).split())
     if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in text:
         return None
-    return OutOfMemoryError(
-        f"out of memory ({text[:150] or 'of the host'}): lower --config.microbatch_size, a divisor of "
-        "--config.batch_size that changes only how many examples are there at once, or --config.batch_size itself"
-    )
+    return OutOfMemoryError(f"out of memory ({text[:150] or 'of the host'}): {advice}")
 
 
 def exit_with(error: UserError) -> NoReturn:

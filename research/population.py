@@ -184,7 +184,7 @@ class Population:
     def figure_names(self) -> list[str]:
         """The names of what a report's `figures` has."""
         with jax.set_mesh(self._mesh):
-            arrays = *self._eval_arrays(self._all_states()), next(iter(self._validation))
+            arrays = *self._eval_arrays(self._state_shapes()), next(iter(self._validation))
             shapes = jax.eval_shape(self._eval, *arrays)[1]
         sums = {name: np.ones(x.shape[2:]) for name, x in shapes.items()}
         return list(figures(self._task, "validation", sums))
@@ -207,8 +207,11 @@ class Population:
     def _all_states(self) -> TrainState:
         if self._states is not None:
             return self._states
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=self._placed), self._state_shapes())
+
+    def _state_shapes(self) -> TrainState:
         shapes = jax.eval_shape(self._init, jax.random.key(0))
-        return jax.tree.map(lambda x: jnp.zeros((self.size, *x.shape), x.dtype, device=self._placed), shapes)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((self.size, *x.shape), x.dtype), shapes)
 
     def train_epoch(self, stops: Callable[[], bool] = lambda: False) -> dict[int, Report]:
         """Every member's next epoch; returns what each did, by slot, or {} where `stops` said so between dispatches."""

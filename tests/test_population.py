@@ -121,6 +121,12 @@ def test_a_slot_is_refilled_without_compiling(alone):
     assert members.num_compilations == 1
 
 
+def test_the_names_of_figures_take_no_memory_for_states(monkeypatch):
+    members = _make()
+    monkeypatch.delattr(Population, "_all_states")
+    assert set(members.figure_names()) >= {"validation_loss", "validation_accuracy"}
+
+
 def test_a_member_that_diverges_leaves_the_others_alone(alone):
     members = _make()
     members.start(0, CONFIGS[0])

@@ -26,7 +26,7 @@ from launch import search_space, sweep, sweep_report, tpu, worker  # noqa: E402
 from launch.local import LocalOptions  # noqa: E402
 from launch.study import PRUNERS, SAMPLERS, Study, open_storage  # noqa: E402
 from research import app, hyperparams  # noqa: E402
-from research.errors import NonFiniteLossError, UserError  # noqa: E402
+from research.errors import NonFiniteLossError, OutOfMemoryError, UserError  # noqa: E402
 from research.population import Report  # noqa: E402
 from research.signals import Signals, StoppedError  # noqa: E402
 
@@ -225,6 +225,15 @@ def test_ten_failures_in_a_row_end_the_sweep(fake):
         made.run()
     assert "step 3" in str(error.value)
     assert len(study.trials(TrialState.PRUNED)) == 12  # three populations of four
+
+
+def test_out_of_memory_says_how_to_go_on_and_gives_back_what_was_running(fake, monkeypatch):
+    _, study, made = fake(f"{RATE}=float(0.1,1)", trials=4)
+    error = RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes")
+    monkeypatch.setattr(_Fake, "train_epoch", lambda *_: (_ for _ in ()).throw(error))
+    with pytest.raises(OutOfMemoryError, match=r"allocating 8 bytes.*give --population=2 to go on"):
+        made.run()
+    assert len(study.trials(TrialState.WAITING)) == 4
 
 
 def test_a_signal_gives_back_what_was_running(fake):

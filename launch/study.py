@@ -36,21 +36,25 @@ def open_storage(text: str, workdir: Path) -> optuna.storages.BaseStorage:
     Raises:
       UserError: it cannot be reached.
     """
+    path = Path(text) if text else workdir / "journal.log"
     try:
         if "://" in text:
-            return optuna.storages.get_storage(text)
-        path = Path(text) if text else workdir / "journal.log"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # The lock is a link to the path. Were that relative, it would lead nowhere, and Optuna would wait for ever
-        # where a worker was killed with the lock.
-        return optuna.storages.JournalStorage(JournalFileBackend(str(path.absolute())))
+            storage = optuna.storages.get_storage(text)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # The lock is a link to the path. Were that relative, it would lead nowhere, and Optuna would wait for ever
+            # where a worker was killed with the lock.
+            storage = optuna.storages.JournalStorage(JournalFileBackend(str(path.absolute())))
+        storage.get_all_studies()  # a journal is not read before
+        return storage
     except Exception as error:  # each database driver raises its own
-        raise _unreachable(text, error) from None
+        raise _unreachable(text or str(path), error) from None
 
 
 def _unreachable(text: str, error: Exception) -> UserError:
     shown = re.sub(r"//[^@/]*@", "//***@", text)  # a password may be in it
-    return UserError(f"--storage={shown} cannot be reached: {' '.join(str(error).split())[:200]}")
+    why = " ".join(str(error).split())[:200]
+    return UserError(f"--storage={shown} cannot be reached: {why}; give another, or none: journal.log in --workdir")
 
 
 class Study:
@@ -95,8 +99,8 @@ class Study:
         elif known != now:
             differing = ", ".join(key for key in now if now[key] != known.get(key))
             raise UserError(
-                f"--study={name} of that storage is another sweep ({differing} differs): give another --study or "
-                "--workdir, or the flags that it was begun with"
+                f"--study={name} of that storage is another sweep ({differing} differs): give another --workdir, "
+                "and --study where --storage is shared, or the flags that it was begun with"
             )
 
     def trials(self, *states: TrialState) -> list[FrozenTrial]:

@@ -103,6 +103,8 @@ def _run(job: Job, argv: Sequence[str], signals: Signals) -> int:
 
     sweep, points = _sweep(job)
     name = options.study or job.experiment.name
+    if options.processes:
+        sweep_best.check_folder(workdir, name)
     identity = _identity(job, sweep)
     direction = "maximize" if sweep.maximizes else "minimize"
     storage = open_storage(options.storage, workdir)
@@ -189,7 +191,7 @@ def _sweep(job: Job) -> tuple["Sweep", list[dict[str, Any]]]:
     resolved = copy.deepcopy(config)
     optimizers.resolve(resolved.optimizer)
     dataset = job.experiment.prepare(resolved, dataset)
-    devices = jax.devices()
+    devices = jax.local_devices()  # hosts of one TPU slice see each other's
     population = Population(resolved, job.experiment.make_task(resolved, dataset), dataset, devices, len(devices))
     names = population.figure_names()
     metric = options.metric or ("validation_accuracy" if "validation_accuracy" in names else "validation_loss")

@@ -18,10 +18,21 @@ from research.errors import UserError
 _VALUE = "best_command_value"
 
 
+def _recorded(workdir: Path) -> dict[str, Any]:
+    path = workdir / "sweep.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def check_folder(workdir: Path, study: str) -> None:
+    """Raises `UserError` where the folder has the record of another study."""
+    other = _recorded(workdir).get("study", study)
+    if other != study:
+        raise UserError(f"--workdir={workdir} has the record of the study {other}: give another --workdir")
+
+
 def is_recorded(workdir: Path, fit: str) -> bool:
     """Whether `finish` was not stopped before its end, and has made this fit ("": none is asked for)."""
-    path = workdir / "sweep.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
+    found = _recorded(workdir)
     return _VALUE in found and (not fit or found.get("fit", {}).get("by") == fit)
 
 

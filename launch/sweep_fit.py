@@ -41,7 +41,7 @@ def size_of(by: str, sweep: Sweep, config: Any) -> int:
     what = lowering.Subject(config, *app.load(sweep.experiment, config))
     if by == "examples":
         return what.num_examples
-    lowered, state = lowering.lower(what, config, sharding.make_mesh(config, jax.devices()[:1]))
+    lowered, state = lowering.lower(what, config, sharding.make_mesh(config, jax.local_devices()[:1]))
     if by == "parameters":
         return num_params(state)
     return round(hlo.Program(lowered.compile().as_text() or "").cost()["flops"]) * what.num_train_steps

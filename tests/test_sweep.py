@@ -236,6 +236,15 @@ def test_out_of_memory_says_how_to_go_on_and_gives_back_what_was_running(fake, m
     assert len(study.trials(TrialState.WAITING)) == 4
 
 
+def test_a_worker_has_the_devices_of_its_own_process(monkeypatch):
+    import jax
+
+    one = jax.devices()[:1]
+    monkeypatch.setattr(jax, "local_devices", lambda: one)
+    job = job_lib.parse("sweep", "", sweep.SweepOptions(), ["linear", f"--search={RATE}=log(1e-4,1)"])
+    assert sweep._sweep(job)[0].devices == one
+
+
 def test_a_signal_gives_back_what_was_running(fake):
     signals = Signals()
     swept, study, made = fake(f"{RATE}=float(0.1,1)", trials=6, signals=signals)
@@ -300,6 +309,12 @@ def test_a_storage_out_of_reach_is_named_without_its_password(url, tmp_path):
     assert "secret" not in str(error.value)
 
 
+def test_a_journal_that_is_none_is_named(tmp_path):
+    (tmp_path / "journal.log").write_text("no\njournal\n")
+    with pytest.raises(UserError, match=f"--storage={tmp_path}/journal.log cannot be reached: .*; give another"):
+        open_storage("", tmp_path)
+
+
 def test_other_launchers_run_workers():
     argv = ["launch.sweep", "experiments.cifar_cnn", "--processes=3", f"--search={RATE}=log(1e-4,1)", "--workdir=x"]
     job = job_lib.parse("local", "", LocalOptions(), [*argv, "--storage=sqlite:///x.db", "--config.num_epochs=2"])
@@ -324,6 +339,7 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     one = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda *_: one)
+    monkeypatch.setattr(jax, "local_devices", lambda *_, **__: one)
     return tmp_path
 
 
@@ -359,6 +375,7 @@ def test_a_sweep_leaves_its_record_and_goes_on(folder, capsys):
         ([*WIDTHS, "--config.max_rewinds=1"], "a trial whose loss is not finite is over"),
         ([*SWEEP, "--search=max_skipped_steps=[1,2]"], "a trial whose loss is not finite is over"),
         ([*WIDTHS, "--workdir=gs://x/y"], "is on a local disk"),
+        ([*WIDTHS, "--study=other"], "has the record of the study linear"),
     ):
         with pytest.raises(UserError, match=words):
             sweep.run(changed)

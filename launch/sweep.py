@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from launch import job as job_lib
 from launch.job import Job
 from research.config import MeshConfig, option
-from research.errors import UserError
+from research.errors import RecordError, UserError
 from research.signals import Signals
 from research.terminal import lasting_output
 
@@ -72,6 +72,7 @@ def run(argv: Sequence[str]) -> int:
     Raises:
       UserError: bad input, found before the first trial; no trial was trained to its end, or ten in a row failed.
       StoppedError: a signal came; the same command goes on.
+      RecordError: the storage went out of reach, or is full.
     """
     options = SweepOptions()
     job = job_lib.parse("sweep", str(__doc__), options, argv)
@@ -82,8 +83,16 @@ def run(argv: Sequence[str]) -> int:
     if job.config.mesh != MeshConfig():
         raise UserError("--config.mesh: in a sweep each trial has one device, and trials are spread over all devices")
     signals = Signals()
-    with lasting_output(), signals.handled():
-        return _run(job, argv, signals)
+    from optuna.exceptions import StorageInternalError
+
+    try:
+        with lasting_output(), signals.handled():
+            return _run(job, argv, signals)
+    except (OSError, StorageInternalError) as error:
+        why = " ".join(str(error.__cause__ or error).split())[:200]
+        raise RecordError(
+            f"the study or the record is out of reach: {why}; when it is back the same command goes on"
+        ) from None
 
 
 def check_place(workdir: str, options: SweepOptions) -> None:
@@ -113,7 +122,7 @@ def _run(job: Job, argv: Sequence[str], signals: Signals) -> int:
         print(f"the sweep in {workdir} is finished: a larger --trials goes on with it")
         if options.processes and not sweep_best.is_recorded(workdir, options.fit):
             job_lib.make_folder(job.workdir)
-            sweep_best.finish(job, sweep, study)
+            sweep_best.finish(job, sweep, study, signals)
         return 0
     if options.processes:
         job_lib.make_folder(job.workdir)
@@ -130,7 +139,7 @@ def _run(job: Job, argv: Sequence[str], signals: Signals) -> int:
             display.update()
             _work(sweep, study, signals, display)
     if options.processes:
-        sweep_best.finish(job, sweep, study)
+        sweep_best.finish(job, sweep, study, signals)
     else:
         print(
             f"no trial is left: {summary(study, sweep)['num_trials']} ended; the record is made without --processes=0"

@@ -14,6 +14,7 @@ from launch.study import Study
 from launch.worker import Sweep, fields
 from research import app
 from research.errors import UserError
+from research.signals import Signals
 
 _VALUE = "best_command_value"
 
@@ -36,11 +37,12 @@ def is_recorded(workdir: Path, fit: str) -> bool:
     return _VALUE in found and (not fit or found.get("fit", {}).get("by") == fit)
 
 
-def finish(job: Job, sweep: Sweep, study: Study) -> None:
+def finish(job: Job, sweep: Sweep, study: Study, signals: Signals) -> None:
     """Writes the record, then runs the best trial's command for each seed.
 
     Raises:
       UserError: no trial was trained to its end.
+      StoppedError: a signal came; the run under way has a checkpoint.
     """
     workdir, ranked = Path(job.workdir), report.best(study, sweep)
     if not ranked:
@@ -53,7 +55,7 @@ def finish(job: Job, sweep: Sweep, study: Study) -> None:
     figures: dict[str, Any] = {"best_command": "\n".join(lines)}
     report.write(workdir, study, sweep, figures)
     print("\n  ".join([f"best: {report.line(first, sweep.metric)}", *lines]), flush=True)
-    figures |= _run(job, sweep, first, commands)
+    figures |= _run(job, sweep, first, commands, signals)
     report.write_summary(workdir, study, sweep, figures)
     if job.options.fit:  # which may turn out to be impossible: what there is has been recorded
         figures["fit"] = _fit(job.options.fit, sweep, ranked, workdir)
@@ -66,12 +68,15 @@ def finish(job: Job, sweep: Sweep, study: Study) -> None:
     )
 
 
-def _run(job: Job, sweep: Sweep, best: FrozenTrial, commands: Sequence[Sequence[str]]) -> dict[str, Any]:
+def _run(
+    job: Job, sweep: Sweep, best: FrozenTrial, commands: Sequence[Sequence[str]], signals: Signals
+) -> dict[str, Any]:
     """The test figures of the commands, and their mean of the metric."""
     runs = []
     for number, command in enumerate(commands):
         folder = Path(job.workdir) / (f"best-{best.number}" + (f"-seed{number}" if sweep.seeds > 1 else ""))
-        runs.append(app.run(job.experiment, [*command[2:], f"--workdir={folder}", "--config.distributed.start=never"]))
+        flags = [*command[2:], f"--workdir={folder}", "--config.distributed.start=never"]
+        runs.append(app.run(job.experiment, flags, signals))
     figures: dict[str, Any] = {}
     for name in runs[0]:
         if name.startswith("test_"):

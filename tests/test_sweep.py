@@ -26,7 +26,7 @@ from launch import search_space, sweep, sweep_report, tpu, worker  # noqa: E402
 from launch.local import LocalOptions  # noqa: E402
 from launch.study import PRUNERS, SAMPLERS, Study, open_storage  # noqa: E402
 from research import app, hyperparams  # noqa: E402
-from research.errors import NonFiniteLossError, OutOfMemoryError, UserError  # noqa: E402
+from research.errors import NonFiniteLossError, OutOfMemoryError, RecordError, UserError  # noqa: E402
 from research.population import Report  # noqa: E402
 from research.signals import Signals, StoppedError  # noqa: E402
 
@@ -385,8 +385,14 @@ def test_the_end_of_a_finished_sweep_is_made_up_for(folder, capsys, monkeypatch)
     """Of one that was stopped while its best command ran, for all seeds; and of one whose fit is asked for later."""
     argv = [*SWEEP, "--search=dataset.train_fraction=[0.3,0.6,1]", "--sampler=grid", "--seeds=2"]
     with monkeypatch.context() as stopping:
-        stopping.setattr(app, "run", lambda *_: (_ for _ in ()).throw(StoppedError("stopped", signal.SIGINT)))
-        with pytest.raises(StoppedError):
+        train = app.run
+
+        def stopped(experiment, flags, signals):
+            signals.received = signal.SIGINT  # as it came while a step was made
+            return train(experiment, flags, signals)
+
+        stopping.setattr(app, "run", stopped)
+        with pytest.raises(StoppedError, match="checkpoint"):
             sweep.run(argv)
     path = folder / "w/sweep.json"
     assert "test_accuracy" not in json.loads(path.read_text())
@@ -404,6 +410,15 @@ def test_the_end_of_a_finished_sweep_is_made_up_for(folder, capsys, monkeypatch)
     before = path.stat().st_mtime_ns
     assert sweep.run([*argv, "--fit=examples"]) == 0
     assert path.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left"), optuna.exceptions.StorageInternalError("No space left")]
+)
+def test_a_storage_that_goes_away_is_one_line(error, folder, monkeypatch):
+    monkeypatch.setattr(Study, "claim", lambda *_: (_ for _ in ()).throw(error))
+    with pytest.raises(RecordError, match=r"out of reach: .*No space left; when it is back the same command goes on"):
+        sweep.run([*SWEEP, f"--search={RATE}=log(1e-4,1)"])
 
 
 def test_what_a_python_file_makes_of_its_draws_is_in_the_record_and_the_command(env, folder):

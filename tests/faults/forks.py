@@ -24,6 +24,7 @@ from research.data import cache
 
 # What changes files, as `sys.addaudithook` names it; "open" too, where it is for writing.
 _OPERATIONS = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree")
+_SECONDS = 600  # after which a run that should have ended dies of SIGALRM
 _IMPORTED = [f"experiments.{name}" for name in ("cifar_cnn", "char_rnn", "mnist_vae", "cifar_speedrun")]
 _IMPORTED += ["research.distributed", "research.compilation_cache", "drawn", "tensorboardX", "matplotlib.pyplot"]
 _IMPORTED += ["sklearn.datasets", "orbax.checkpoint.multihost"]
@@ -114,6 +115,7 @@ def _child(job):
     output = os.open("output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    signal.alarm(_SECONDS)
     if not job.get("pictures"):
         train._draw = lambda *_: None
     _limit(job.get("limits", {}))
@@ -150,6 +152,7 @@ def _hurt(child, job, over):
 
 
 def _serve():
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup pytest` has its children ignore it
     for name in _IMPORTED:
         importlib.import_module(name)
     for line in sys.stdin:

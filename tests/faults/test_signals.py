@@ -48,6 +48,7 @@ def test_a_terminal_that_is_closed(env, tmp_path):
     process, terminal = pty.fork()
     if not process:
         os.chdir(tmp_path)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which `nohup pytest` has it ignore
         os.execve(COMMAND[0], [*COMMAND, *ARGS, "--workdir=x"], env)
     deadline = time.monotonic() + 240
     while not (tmp_path / "x/checkpoints/14").exists():

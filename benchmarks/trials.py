@@ -16,7 +16,7 @@ from research.command import Experiment
 from research.config import Config, DatasetConfig
 from research.data import sources
 from research.errors import UserError, exit_with
-from research.population import Population
+from research.population import Population, Report
 
 DIGITS = DatasetConfig(name="digits", validation_fraction=0.1)
 TEXT = DatasetConfig(name="pydoc", train_fraction=0.25)
@@ -43,22 +43,32 @@ def train(
       changes: the fields of each run that differ, by path; inputs of the step (`research.hyperparams`) or the seed.
       test: whether figures are those of the test split, not of validation.
     """
+    reports = together(population(experiment, config, len(changes), test=test), changes)
+    return [{n.removeprefix("validation_"): value for n, value in report.figures.items()} for report in reports]
+
+
+def population(experiment: Experiment, config: Config, size: int, *, test: bool = False) -> tuple[Config, Population]:
+    """Slots for so many runs or more, evenly over the devices; with the config resolved. Arguments as of `train`."""
     config = copy.deepcopy(config)
     optimizers.resolve(config.optimizer)
     dataset, task = app.load(experiment, config)
     if test:
         dataset = dataclasses.replace(dataset, validation=dataset.test)
-    size = -(-len(changes) // jax.device_count()) * jax.device_count()
-    population = Population(config, task, dataset, jax.devices(), size)
+    size = -(-size // jax.device_count()) * jax.device_count()
+    return config, Population(config, task, dataset, jax.devices(), size)
+
+
+def together(of: tuple[Config, Population], changes: Sequence[Mapping[str, Any]]) -> list[Report]:
+    """Trains the runs from their start to their end; may be called again."""
+    config, members = of
     for slot, fields in enumerate(changes):
         member = copy.deepcopy(config)
         for path, value in fields.items():
             config_lib.assign(member, path, value)
-        population.start(slot, member)
+        members.start(slot, member)
     for _ in range(config.num_epochs):
-        reports = population.train_epoch()
-    found = [reports[slot].figures for slot in range(len(changes))]
-    return [{name.removeprefix("validation_"): value for name, value in figures.items()} for figures in found]
+        reports = members.train_epoch()
+    return [reports[slot] for slot in range(len(changes))]
 
 
 def best(figures: Sequence[Mapping[str, float]]) -> int:

@@ -104,14 +104,14 @@ def parse(where: str, doc: str, options: Any, argv: Sequence[str]) -> Job:
         raise UserError(f"name one experiment, as in `python -m launch.{where} experiments.cifar_cnn`")
     experiment = _experiment(modules[-1])
     workdir = workdir or f"runs/{where}/{experiment.name}/{time.strftime('%Y-%m-%d-%H%M%S')}"
-    args = [arg for arg in rest if arg.startswith("-")]
+    args = [arg for arg in rest if arg.startswith("-")] + ["--processes=0"] * sweeps
     own = _without_sweep_options(workdir, args) if sweeps else args
     # What only the machines of the run can open is theirs to read.
     check_no_password(workdir)
     remote = "://" in workdir
     checked = [arg for arg in own if not arg.startswith("--mode")] if remote else [*own, f"--workdir={workdir}"]
     config = command.parse(experiment, checked).config
-    worker = [modules[-1], *args, "--processes=0"] if sweeps else args
+    worker = [modules[-1], *args] if sweeps else args
     return Job(modules[0], experiment, (*worker, f"--workdir={workdir}"), workdir, config, options)
 
 
@@ -120,7 +120,7 @@ def _without_sweep_options(workdir: str, args: Sequence[str]) -> list[str]:
     from launch import sweep
 
     options = sweep.SweepOptions()
-    _, rest = parse_options("sweep", str(sweep.__doc__), options, [*args, "--processes=0"])
+    _, rest = parse_options("sweep", str(sweep.__doc__), options, args)
     sweep.check_place(workdir, options)
     return rest
 

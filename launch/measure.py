@@ -17,7 +17,7 @@ from launch import job as job_lib
 from launch.job import Job
 from research import app
 from research.config import option
-from research.errors import UserError, of_memory
+from research.errors import own_exit_code
 
 # The partitioner's names, and those of what the code itself asks for.
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "psum", "all_gather")
@@ -96,16 +96,8 @@ def run(argv: Sequence[str]) -> int:
       UserError: it cannot be run; or there was no memory.
     """
     job = job_lib.parse("measure", str(__doc__), MeasureOptions(), argv)
-    from research import distributed  # which imports jax
-
-    try:
+    with own_exit_code():
         print(json.dumps(measure(job)), flush=True)
-    except Exception as error:
-        known = error if isinstance(error, UserError) else of_memory(error)
-        distributed.insist(known.exit_code if known else 1)
-        if known is None:
-            raise
-        raise known from None
     return 0
 
 

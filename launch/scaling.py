@@ -108,8 +108,9 @@ def _measured(command: list[str], devices: int, *, communicate: bool) -> list[di
 
 def _places(devices: int, *, communicate: bool) -> list[tuple[dict[str, str], int]]:
     """What each process has in its environment beside this one's, and its core."""
-    environments = local.environments(devices, local.free_port())
-    if not communicate or devices == 1:  # and so calls no `jax.distributed.initialize`, which would choose the GPU
+    if communicate and devices > 1:
+        environments = local.environments(devices, local.free_port())
+    else:  # none calls `jax.distributed.initialize`, which would choose the GPU
         gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(devices)))).split(",")
         environments = [{"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]} for index in range(devices)]
     cores = sorted(os.sched_getaffinity(0))

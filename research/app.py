@@ -10,7 +10,7 @@ from research import config_record
 from research.command import Command, Experiment, parse
 from research.config import Config
 from research.data import sources
-from research.errors import UserError, exit_with, of_memory
+from research.errors import UserError, exit_with, own_exit_code
 from research.signals import Signals
 from research.tasks.task import Task
 from research.terminal import lasting_output
@@ -197,12 +197,7 @@ def main(
     """
     signals = Signals()
     try:
-        with lasting_output(), signals.handled():
+        with own_exit_code(), lasting_output(), signals.handled():
             run(experiment, sys.argv[1:] if argv is None else argv, signals)
-    except Exception as error:
-        known = error if isinstance(error, UserError) else of_memory(error)
-        if distributed := sys.modules.get("research.distributed"):  # else this process is alone
-            distributed.insist(known.exit_code if known else 1)
-        if known is None:
-            raise
-        exit_with(known)
+    except UserError as error:
+        exit_with(error)

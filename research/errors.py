@@ -14,6 +14,8 @@
 """
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 
@@ -57,6 +59,23 @@ def of_memory(error: BaseException, advice: str = _LESS) -> OutOfMemoryError | N
     if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in text:
         return None
     return OutOfMemoryError(f"out of memory ({text[:150] or 'of the host'}): {advice}")
+
+
+@contextmanager
+def own_exit_code() -> Iterator[None]:
+    """Within it an error that means that there was no memory says so, and one that ends this process gives it its code.
+
+    Several processes need the latter (`distributed.insist`); a process without `research.distributed` is alone.
+    """
+    try:
+        yield
+    except Exception as error:
+        known = error if isinstance(error, UserError) else of_memory(error)
+        if distributed := sys.modules.get("research.distributed"):
+            distributed.insist(known.exit_code if known else 1)
+        if known is None or known is error:
+            raise
+        raise known from None
 
 
 def exit_with(error: UserError) -> NoReturn:

@@ -3,7 +3,9 @@
 The file is TFRecord: each event's length and its checksum, the event, its checksum.
 """
 
+import importlib
 import struct
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,9 +17,21 @@ _NAME = "events.out.tfevents.run"
 _CONFIG = "config"
 
 
-def _frame(data: bytes) -> bytes:
-    from tensorboardX.record_writer import masked_crc32c
+def _tensorboardx(module: str) -> Any:
+    """A module of tensorboardX, imported where it is wanted: it imports PyTorch where there is one, for seconds and in
+    vain, unless it is kept from finding it."""
+    blocks = "torch" not in sys.modules and f"tensorboardX.{module}" not in sys.modules
+    if blocks:
+        sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
+    try:
+        return importlib.import_module(f"tensorboardX.{module}")
+    finally:
+        if blocks:
+            del sys.modules["torch"]
 
+
+def _frame(data: bytes) -> bytes:
+    masked_crc32c = _tensorboardx("record_writer").masked_crc32c
     header = struct.pack("<Q", len(data))
     return header + struct.pack("<I", masked_crc32c(header)) + data + struct.pack("<I", masked_crc32c(data))
 
@@ -56,10 +70,7 @@ class Events:
         """
 
         def restart(log: Log) -> None:
-            # Slow to import, and only wanted here and below.
-            from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
-            from tensorboardX.summary import text
-
+            Event, text = _tensorboardx("proto.event_pb2").Event, _tensorboardx("summary").text
             kept = bytearray(_frame(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString()))
             kept += _frame(Event(wall_time=time.time(), summary=text(_CONFIG, config)).SerializeToString())
             for data in _frames(self._path.read_bytes()) if self._path.exists() else ():
@@ -90,9 +101,7 @@ class Events:
 
     def _add(self, step: int, values: list[dict[str, Any]]) -> None:
         def append(log: Log) -> None:
-            from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
-
-            event = Event(wall_time=time.time(), step=step, summary={"value": values})
+            event = _tensorboardx("proto.event_pb2").Event(wall_time=time.time(), step=step, summary={"value": values})
             log.append(_frame(event.SerializeToString()))
 
         self._try(append)

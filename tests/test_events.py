@@ -1,6 +1,10 @@
 """TensorBoard events, read back by TensorBoard's own reader."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from drawn import read_lines, run
@@ -45,3 +49,16 @@ def test_where_they_fail_the_run_goes_on_with_one_warning(tmp_path, capfd):
     assert len(warnings) == 1
     assert "no more TensorBoard events are written: " in warnings[0]
     assert (tmp_path / "curves.png").exists()
+
+
+def test_pytorch_is_not_imported_for_them(tmp_path):
+    """Which takes seconds where it is installed; it can still be imported afterwards."""
+    (tmp_path / "torch.py").write_text("print('imported')")
+    code = (
+        "import pathlib; from research.events import Events; "
+        "Events(pathlib.Path('.'), print).start('config', 0, 0); print('written'); import torch"
+    )
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(events.__file__).parent.parent)])}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.stdout.split() == ["written", "imported"], done.stderr
+    assert _read(tmp_path).Tensors("config/text_summary")

@@ -59,3 +59,6 @@ def make_task(config: MLPConfig, dataset: Dataset) -> Classification:
 
 
 EXPERIMENT = app.Experiment("mlp", str(__doc__), {"default": get_config}, make_task)
+
+if __name__ == "__main__":
+    app.main(EXPERIMENT)

@@ -7,6 +7,8 @@ is timed from its start to its end, its report and final run of the best trial i
 few are run, one after another.
 """
 
+import csv
+import json
 import tempfile
 import time
 from pathlib import Path
@@ -29,16 +31,26 @@ def seconds(args: list[str], cache: str) -> float:
 
 
 def row(work: dict[str, Any]) -> dict[str, Any]:
-    """One network: trials a minute of the sweep, and of processes one after another."""
+    """One network: trials a minute of the sweep, and of processes one after another.
+
+    Raises:
+      SystemExit: what they found differs: it was not the same work.
+    """
     rates = work["rates"]
     with tempfile.TemporaryDirectory() as name:
         together = seconds(sweep.arguments(sweep.OURS, work, Path(name)), f"{name}/cache")
+        with Path(name, "sweep/trials.csv").open() as file:
+            values = [float(trial["value"]) for trial in csv.DictReader(file)]
     common = ["-m", *sweep.training(work), "--config.dataset.validation_fraction=0.1"]
+    alone = []
     with tempfile.TemporaryDirectory() as name:
-        alone = [
-            seconds([*common, f"--config.optimizer.learning_rate={rate}", f"--workdir={name}/{i}"], f"{name}/cache")
-            for i, rate in enumerate(rates[: ALONE.value])
-        ]
+        for rate, value in zip(rates[: ALONE.value], values):
+            workdir = Path(name, str(rate))
+            args = [*common, f"--config.optimizer.learning_rate={rate}", f"--workdir={workdir}"]
+            alone.append(seconds(args, f"{name}/cache"))
+            found = json.loads((workdir / "summary.json").read_text())["validation_accuracy"]
+            if abs(found - value) > sweep.NEAR:
+                raise SystemExit(f"error: {work['network']}, rate {rate}: {found:.3f} alone, {value:.3f} in the sweep")
     per_minute = 60 * len(rates) / together, 60 / float(np.median(alone))
     return {
         "work": work["network"],

@@ -25,7 +25,7 @@ Run = dict[str, float]
 OURS, PEERS = "meshwork", ("keras", "torch")
 MODULES = {"cnn": ["experiments.cifar_cnn", "--config=paper"], "mlp": ["benchmarks.mlp"]}
 _BATCH = 32
-_NEAR = 0.05  # the best accuracies must be, or it was not the same work
+NEAR = 0.05  # the best accuracies must be, or it was not the same work
 
 WORK = flags.DEFINE_list("work", list(MODULES), f"what to train: {', '.join(MODULES)}")
 TRIALS = flags.DEFINE_integer("trials", 32, "trials of a sweep", lower_bound=2)
@@ -104,7 +104,7 @@ def row(work: dict[str, Any], peer: str, ours: list[Run], theirs: list[Run]) -> 
       SystemExit: what they found differs: it was not the same work.
     """
     for mine, other in zip(ours, theirs):
-        if abs(mine["best"] - other["best"]) > _NEAR:
+        if abs(mine["best"] - other["best"]) > NEAR:
             raise SystemExit(
                 f"error: {work['network']} with {peer} is not the same work: the best accuracy is {mine['best']:.3f} "
                 f"here, {other['best']:.3f} there"

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import algorithms, growth, output, speedrun, structures, trials, width
+from benchmarks import command as command_lib
 from benchmarks.peers import flax_peer, meshwork_peer, table, works
 from benchmarks.peers.clock import Clock
 from experiments import cifar_cnn
@@ -167,3 +168,9 @@ def test_each_structure_is_a_command_that_exists_and_their_errors_follow_a_law()
     assert found["floor"] == pytest.approx(0.2, abs=0.01)
     assert found["widest_expected"] == pytest.approx(found["widest_measured"], rel=0.05)
     assert found["widest_interval"][0] < found["widest_measured"] < found["widest_interval"][1]
+
+
+def test_the_perceptron_trains_as_a_command_of_its_own(tmp_path):
+    args = ["--config.num_epochs=1", "--config.dataset.train_fraction=0.2", f"--workdir={tmp_path / 'run'}"]
+    command_lib.run("the perceptron", ["-m", "benchmarks.mlp", *args])
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["num_train_steps"] == 287 // 32

@@ -60,7 +60,7 @@ def airbench94() -> SpeedrunConfig:
 def airbench96() -> SpeedrunConfig:
     """The network of airbench96 by the recipe of `airbench94`, with its larger shifts and its cutout."""
     config = airbench94()
-    config.num_epochs = 20
+    config.num_epochs = 34
     config.model.width, config.model.depth = 96, 3
     config.augment = AugmentConfig(crop=4, flip="alternating", cutout=12)
     return config

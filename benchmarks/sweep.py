@@ -130,7 +130,7 @@ def row(work: dict[str, Any], peer: str, ours: list[Run], theirs: list[Run]) -> 
 
 def main(_: list[str]) -> None:
     out, arrays = output.folder(), examples()
-    rows = []
+    rows = output.kept(out, "sweep", "trials", [TRIALS.value])
     for work in works():
         runs: dict[str, list[Run]] = {name: [] for name in (OURS, *PEERS)}
         for number in range(ROUNDS.value):

@@ -54,7 +54,10 @@ class SweepOptions:
     sampler: str = option("tpe", "how values are chosen", choices=("tpe", "random", "grid", "halton", "cmaes"))
     pruner: str = option("none", "which trials end early, judged after each epoch", choices=("asha", "median", "none"))
     population: int = option(
-        0, "runs that train together in one program; 0: 8 on a CPU, 32 on each accelerator", minimum=0
+        0,
+        "runs that train together in one program; 0: 8 on a CPU, or 2 on each core, which trains one at a time; 32 on "
+        "each accelerator",
+        minimum=0,
     )
     processes: int = option(1, "workers here; 0: one that joins the study, and leaves the record to others", minimum=0)
     storage: str = option("", "a storage URL of Optuna's, or a journal file; empty: journal.log in the workdir")
@@ -166,7 +169,7 @@ def _sweep(job: Job) -> tuple["Sweep", list[dict[str, Any]]]:
       UserError: something is impossible.
     """
     options, config = job.options, job.config
-    from launch import search_space, sweep_fit
+    from launch import search_space
     from launch.worker import Sweep, load
 
     if not options.search and options.seeds == 1:
@@ -178,6 +181,8 @@ def _sweep(job: Job) -> tuple["Sweep", list[dict[str, Any]]]:
     if options.seeds > 1 and "seed" in space.distributions:
         raise UserError("--seeds and --search=seed=... exclude each other")
     if options.fit and not space.function:
+        from launch import sweep_fit  # SciPy takes a while
+
         sweep_fit.check(options.fit, list(space.distributions))
     grid = options.sampler == "grid" or not options.search
     points = space.grid() if grid else []
@@ -189,9 +194,11 @@ def _sweep(job: Job) -> tuple["Sweep", list[dict[str, Any]]]:
 
     from research import compilation_cache, optimizers
     from research.data import sources
-    from research.population import Population, default_size
+    from research.population import Population
+    from research.population_devices import default_size, split_cpu
 
     compilation_cache.enable()
+    split = split_cpu(options.population)
     dataset = sources.load(config.dataset)
     if dataset.validation is None:
         config.dataset.validation_fraction = _VALIDATION
@@ -200,7 +207,8 @@ def _sweep(job: Job) -> tuple["Sweep", list[dict[str, Any]]]:
     resolved = copy.deepcopy(config)
     optimizers.resolve(resolved.optimizer)
     dataset = job.experiment.prepare(resolved, dataset)
-    devices = jax.local_devices()  # hosts of one TPU slice see each other's
+    devices = jax.local_devices()[: options.population or None]  # hosts of one TPU slice see each other's
+    alone = devices[:1] if split and devices[0].platform == "cpu" else None
     population = Population(resolved, job.experiment.make_task(resolved, dataset), dataset, devices, len(devices))
     names = population.figure_names()
     metric = options.metric or ("validation_accuracy" if "validation_accuracy" in names else "validation_loss")
@@ -208,7 +216,7 @@ def _sweep(job: Job) -> tuple["Sweep", list[dict[str, Any]]]:
         raise UserError(f"--metric={metric}: {job.experiment.name} has {', '.join(names)}; use validation_loss")
     size = options.population or default_size(devices)
     trials = len(points) or options.trials or _TRIALS
-    return Sweep(job.experiment, config, space, metric, trials, options.seeds, size, devices), points
+    return Sweep(job.experiment, config, space, metric, trials, options.seeds, size, devices, alone), points
 
 
 def _identity(job: Job, sweep: "Sweep") -> dict[str, Any]:

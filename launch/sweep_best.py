@@ -76,7 +76,7 @@ def _run(
     for number, command in enumerate(commands):
         folder = Path(job.workdir) / (f"best-{best.number}" + (f"-seed{number}" if sweep.seeds > 1 else ""))
         flags = [*command[2:], f"--workdir={folder}", "--config.distributed.start=never"]
-        runs.append(app.run(job.experiment, flags, signals))
+        runs.append(app.run(job.experiment, flags, signals, sweep.alone))
     figures: dict[str, Any] = {}
     for name in runs[0]:
         if name.startswith("test_"):

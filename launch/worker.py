@@ -39,6 +39,7 @@ class Sweep:
       seeds: members of each trial, which count by their mean; the first has the config's seed.
       size: members that train together.
       devices: on which.
+      alone: those that the command of one trial has; None: all.
     """
 
     experiment: Experiment
@@ -49,6 +50,7 @@ class Sweep:
     seeds: int
     size: int
     devices: Sequence[Any]
+    alone: Sequence[Any] | None = None
 
     @property
     def maximizes(self) -> bool:

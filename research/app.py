@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 __all__ = ["Experiment", "load", "main", "parse", "restored", "run", "start"]
 
 
-def run(experiment: Experiment, argv: Sequence[str], signals: Signals | None = None) -> dict[str, Any]:
-    """Runs the experiment as the arguments say.
+def run(
+    experiment: Experiment, argv: Sequence[str], signals: Signals | None = None, devices: Sequence[Any] | None = None
+) -> dict[str, Any]:
+    """Runs the experiment as the arguments say, on `devices` (default: all).
 
     Returns:
       What summary.json holds; of an evaluation alone, its results.
@@ -33,7 +35,7 @@ def run(experiment: Experiment, argv: Sequence[str], signals: Signals | None = N
     """
     command = parse(experiment, argv)
     config, workdir = command.config, command.workdir
-    mesh = start(config)
+    mesh = start(config, devices)
     # Imported here so that --help and a misspelt flag answer at once.
     import jax
 
@@ -80,11 +82,12 @@ def _remains(workdir: Path) -> str | None:
     return "checkpoints" if saved.is_dir() and any(path.name.isdigit() for path in saved.iterdir()) else None
 
 
-def start(config: Config) -> Any:
+def start(config: Config, devices: Sequence[Any] | None = None) -> Any:
     """What comes before the data: finds the cache of compiled programs, and the run's other processes.
 
     Args:
       config: checked; what it leaves to the optimiser is filled in place.
+      devices: of the mesh; None: all.
 
     Returns:
       The mesh.
@@ -97,7 +100,7 @@ def start(config: Config) -> Any:
     compilation_cache.enable()
     optimizers.resolve(config.optimizer)
     distributed.join(config.distributed)
-    return sharding.make_mesh(config)
+    return sharding.make_mesh(config, devices)
 
 
 def _say(text: str) -> None:

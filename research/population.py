@@ -8,54 +8,27 @@ examples, the same draws.
 import dataclasses
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from research import hyperparams, sharding
+from research import hyperparams, population_devices
 from research.config import Config
 from research.data.pipeline import EvalBatches, TrainBatches, epoch_ends, is_resident
 from research.data.sources import Dataset
 from research.pace import Pace
+from research.population_devices import AXIS
 from research.progress import QUANTITIES
 from research.state import TrainState, make_init
 from research.steps import Steps
 from research.tasks.task import Task
 from research.training import figures
-
-AXIS = "population"
-
-
-def _at_once(platform: str, batch_size: int) -> int:
-    """Members of a device that one operation is made for, the others after them.
-
-    One on a CPU, where convolutions with a kernel for each member are slow and one member fills the cores. On an
-    accelerator, which one small network leaves idle, as many as have a thousand examples together. A large batch fills
-    it: eight epochs of airbench94, 2,000 images a step, take 1.3 s alone and 2.9 s for each of eight at once (H200).
-    """
-    return 1 if platform == "cpu" else max(1, 1024 // batch_size)
-
-
-def _each(at_once: int, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` of every member: the leading axis of its arguments."""
-    options = {"batch_size": at_once} if at_once > 1 else {}
-    return lambda *members: jax.lax.map(lambda member: function(*member), members, **options)
-
-
-def default_size(devices: Sequence[Any]) -> int:
-    """Members that use these devices well."""
-    return len(devices) * (8 if devices[0].platform == "cpu" else 32)
-
-
-def make_mesh(devices: Sequence[Any]) -> Mesh:
-    """A mesh that spreads members over devices; each has one."""
-    shape = (len(devices), *[1] * len(sharding.AXES))
-    return jax.make_mesh(shape, (AXIS, *sharding.AXES), axis_types=(AxisType.Auto,) * len(shape), devices=devices)
 
 
 @dataclasses.dataclass
@@ -115,7 +88,7 @@ class Population:
         self.size = size
         self._task = task
         self._dataset = dataset
-        self._mesh = make_mesh(devices) if beside is None else beside._mesh
+        self._mesh = population_devices.make_mesh(devices) if beside is None else beside._mesh
         shared = beside if beside and beside._dataset is dataset else None
         self._members: dict[int, _Member] = {}
         self._num_examples = len(next(iter(dataset.train.values())))
@@ -136,7 +109,7 @@ class Population:
         self._states: TrainState | None = None
 
     def _jit(self, steps: Steps, batch_size: int) -> None:
-        at_once = _at_once(self._mesh.devices.flat[0].platform, batch_size)
+        at_once = population_devices.at_once(self._mesh.devices.flat[0].platform, batch_size)
         members, whole = P(AXIS), P()
 
         def spread(function: Callable[..., Any], *specs: P) -> Callable[..., Any]:
@@ -149,7 +122,7 @@ class Population:
                 state, metrics = steps.train_steps(state, data, inputs, count, given)
                 return state, {name: metrics[name] for name in QUANTITIES}
 
-            return _each(at_once, one)(states, inputs, counts, given)
+            return population_devices.each(at_once, one)(states, inputs, counts, given)
 
         def evaluate(params: Any, model_state: Any, carry: Any, active: Any, data: Any, inputs: Any) -> Any:
             def one(params: Any, model_state: Any, carry: Any, active: Any) -> Any:
@@ -158,7 +131,7 @@ class Population:
                 zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
                 return jax.lax.cond(active, lambda: steps.eval_steps(*arrays), lambda: zeros)
 
-            return _each(at_once, one)(params, model_state, carry, active)
+            return population_devices.each(at_once, one)(params, model_state, carry, active)
 
         def put(states: Any, slot: Any, state: Any) -> Any:
             return jax.tree.map(lambda all_, one: all_.at[slot].set(one), states, state)
@@ -178,8 +151,14 @@ class Population:
 
     @property
     def free(self) -> list[int]:
-        """The slots without a member."""
-        return [slot for slot in range(self.size) if slot not in self._members]
+        """The slots without a member, in the order to fill them: on the emptiest device first."""
+        left: Counter[int] = Counter()  # by device
+        ranks = {}
+        for slot in reversed([slot for slot in range(self.size) if slot not in self._members]):
+            device = slot * self._mesh.size // self.size
+            left[device] += 1
+            ranks[slot] = -left[device], slot
+        return sorted(ranks, key=ranks.__getitem__)
 
     def figure_names(self) -> list[str]:
         """The names of what a report's `figures` has."""

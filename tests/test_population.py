@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from linear import LinearConfig, ModelConfig, make_task
 
-from research import hyperparams, optimizers, population, sharding
+from research import hyperparams, optimizers, population, population_devices, sharding
 from research.config import OptimizerConfig
 from research.data.sources import Dataset
 from research.layers.dropout import Dropout
@@ -79,7 +79,7 @@ def _agree(report, expected):
 @pytest.mark.parametrize(("devices", "at_once"), [(1, 1), (2, 1), (1, 4), (1, 3)])
 def test_a_member_is_the_same_config_trained_alone(devices, at_once, alone, monkeypatch):
     """One after another, over two devices, and on an accelerator all at once, or three and one."""
-    monkeypatch.setattr(population, "_at_once", lambda *_: at_once)
+    monkeypatch.setattr(population_devices, "at_once", lambda *_: at_once)
     members = _make(devices)
     for slot, config in enumerate(CONFIGS):
         members.start(slot, config)
@@ -90,10 +90,12 @@ def test_a_member_is_the_same_config_trained_alone(devices, at_once, alone, monk
     assert len({report.figures["validation_loss"] for report in reports.values()}) == 4
 
 
-def test_as_many_members_at_once_as_leave_a_device_idle():
-    chosen = {batch: population._at_once("gpu", batch) for batch in (32, 1024, 2000)}
-    assert chosen == {32: 32, 1024: 1, 2000: 1}
-    assert population._at_once("cpu", 32) == 1
+def test_slots_are_filled_evenly_over_the_devices():
+    members = _make(devices=2, size=6)
+    assert members.free == [0, 3, 1, 4, 2, 5]
+    for slot in (0, 3, 1):
+        members.start(slot, CONFIGS[0])
+    assert members.free == [4, 2, 5]
 
 
 def test_a_slot_is_refilled_without_compiling(alone):

@@ -20,7 +20,7 @@ from optuna.trial import TrialState  # noqa: E402
 
 from launch import sweep  # noqa: E402
 from launch.study import Study, open_storage  # noqa: E402
-from research import app  # noqa: E402
+from research import app, population_devices  # noqa: E402
 from research.errors import RecordError, UserError  # noqa: E402
 from research.signals import StoppedError  # noqa: E402
 
@@ -81,15 +81,28 @@ def test_a_sweep_leaves_its_record_and_goes_on(folder, capsys):
             sweep.run(changed)
 
 
+def test_where_each_core_is_a_device_the_best_command_has_the_one_that_it_has_by_itself(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(population_devices, "split_cpu", lambda most: True)  # the tests have eight devices
+    for population, words in ((0, "16 runs at once on 8 cpu devices"), (3, "3 runs at once on 3 cpu devices")):
+        argv = ["linear", f"--workdir=w{population}", f"--search={RATE}=[0.01,0.1,0.2]", "--sampler=grid"]
+        assert sweep.run([*argv, f"--population={population}"]) == 0
+        assert words in capsys.readouterr().out
+        (summary,) = tmp_path.glob(f"w{population}/best-*/summary.json")
+        assert json.loads(summary.read_text())["device_count"] == 1
+        found = json.loads((tmp_path / f"w{population}/sweep.json").read_text())
+        assert found["best_value"] == pytest.approx(found["best_command_value"], abs=0.02)
+
+
 def test_the_end_of_a_finished_sweep_is_made_up_for(folder, capsys, monkeypatch):
     """Of one that was stopped while its best command ran, for all seeds; and of one whose fit is asked for later."""
     argv = [*SWEEP, "--search=dataset.train_fraction=[0.3,0.6,1]", "--sampler=grid", "--seeds=2"]
     with monkeypatch.context() as stopping:
         train = app.run
 
-        def stopped(experiment, flags, signals):
+        def stopped(experiment, flags, signals, devices):
             signals.received = signal.SIGINT  # as it came while a step was made
-            return train(experiment, flags, signals)
+            return train(experiment, flags, signals, devices)
 
         stopping.setattr(app, "run", stopped)
         with pytest.raises(StoppedError, match="checkpoint"):

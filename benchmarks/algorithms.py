@@ -15,7 +15,7 @@ from typing import Any
 
 from absl import app, flags
 
-from benchmarks import output, trials
+from benchmarks import output, several_seeds, trials
 from experiments import char_rnn, cifar_cnn, mnist_vae
 from research import optimizers
 from research.command import Experiment
@@ -84,7 +84,7 @@ def measure(study: Study, rule: str, batch_size: int, seeds: int) -> dict[str, A
         "validation": [run.get(figure) for run in tried],
         "learning_rate": chosen,
         "test": values,
-        **trials.spread(values),
+        **several_seeds.spread(values),
     }
 
 
@@ -92,7 +92,7 @@ def line(row: dict[str, Any]) -> str:
     """One row as Markdown."""
     return (
         f"| {row['what']} | {row['batch_size']} | {row['rule']} | {row['learning_rate']:.2g} | "
-        f"{row['figure']} {trials.shown(row)} |"
+        f"{row['figure']} {several_seeds.shown(row)} |"
     )
 
 
@@ -124,7 +124,7 @@ def main(_: list[str]) -> None:
     for study in chosen:
         for batch_size in study.batch_sizes:
             for rule in _RULES:
-                rows.append(measure(study, rule, batch_size, trials.SEEDS.value))
+                rows.append(measure(study, rule, batch_size, several_seeds.SEEDS.value))
                 print(line(rows[-1]), flush=True)
                 output.write(out, "algorithms", {"cores": os.cpu_count(), "rows": rows})
     picture(rows).savefig(out / "algorithms.png", dpi=100)

@@ -18,7 +18,7 @@ def folder() -> Path:
     return out
 
 
-def kept(out: Path, name: str, key: str, anew: Collection[str]) -> list[dict[str, Any]]:
+def kept(out: Path, name: str, key: str, anew: Collection[str | int]) -> list[dict[str, Any]]:
     """The rows of `<name>.json` in the folder, but for those whose `key` is measured anew."""
     path = out / f"{name}.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []

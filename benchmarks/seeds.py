@@ -13,15 +13,16 @@ import jax
 from absl import app, flags
 
 from benchmarks import output, trials
+from benchmarks.several_seeds import SEEDS
 from experiments import cifar_speedrun
 
 CONFIG = flags.DEFINE_enum("config", "airbench94", list(cifar_speedrun.EXPERIMENT.presets), "what is run")
 DATASET = flags.DEFINE_string("dataset", "cifar10", "the images")
-flags.set_default(trials.SEEDS, 20)
+flags.set_default(SEEDS, 20)
 
 
 def main(_: list[str]) -> None:
-    out, runs = output.folder(), trials.SEEDS.value
+    out, runs = output.folder(), SEEDS.value
     config = cifar_speedrun.EXPERIMENT.presets[CONFIG.value]()
     config.dataset.name = DATASET.value
     members = trials.population(cifar_speedrun.EXPERIMENT, config, runs, test=True)

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from benchmarks import output, trials
+from benchmarks import output, several_seeds, trials
 from launch import job as job_lib
 from launch import measure, scaling_law
 from launch.hlo import Program
@@ -71,7 +71,7 @@ def row(name: str, fields: dict[str, int], dataset: str, seeds: int) -> dict[str
         "flops": flops(args) * runs[0]["num_train_steps"],
         "seconds": statistics.median(run["train_seconds"] for run in runs),
         "test_accuracy": accuracies,
-        **trials.spread(accuracies),
+        **several_seeds.spread(accuracies),
     }
 
 
@@ -95,7 +95,7 @@ def line(row: dict[str, Any]) -> str:
     """One row as Markdown."""
     return (
         f"| {row['network']} | {row['width']} | {row['parameters']:,} | {row['flops'] / 1e12:.2f} | "
-        f"{row['seconds']:.1f} | {trials.shown(row)} |"
+        f"{row['seconds']:.1f} | {several_seeds.shown(row)} |"
     )
 
 
@@ -128,7 +128,7 @@ def main(_: list[str]) -> None:
     print("| --- | --- | --- | --- | --- | --- |")
     for name, sizes in NETWORKS.items():
         for fields in sizes:
-            rows.append(row(name, fields, DATASET.value, trials.SEEDS.value))
+            rows.append(row(name, fields, DATASET.value, several_seeds.SEEDS.value))
             print(line(rows[-1]), flush=True)
             output.write(out, "structures", record)
     record["law"] = law(rows)

@@ -1,14 +1,12 @@
-"""What the studies share: their small data, many runs of one config in one program, and what comes of several seeds."""
+"""What the studies share: their small data, and many runs of one config in one program."""
 
 import copy
 import dataclasses
 import math
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-from absl import flags
 
 from research import app, optimizers
 from research import config as config_lib
@@ -20,7 +18,6 @@ from research.population import Population, Report
 
 DIGITS = DatasetConfig(name="digits", validation_fraction=0.1)
 TEXT = DatasetConfig(name="pydoc", train_fraction=0.25)
-SEEDS = flags.DEFINE_integer("seeds", 5, "runs that give a mean and a standard deviation", lower_bound=2)
 
 
 def check_data(datasets: Iterable[DatasetConfig]) -> None:
@@ -75,19 +72,3 @@ def best(figures: Sequence[Mapping[str, float]]) -> int:
     """The number of the run with the highest accuracy, or else the least loss."""
     values = [run.get("accuracy", -run["loss"]) if run else -math.inf for run in figures]
     return values.index(max(values))
-
-
-def spread(values: Sequence[float | None]) -> dict[str, float | None]:
-    """Mean and standard deviation of the runs that did not diverge (None); None where too few are left."""
-    whole = [value for value in values if value is not None]
-    return {
-        "mean": statistics.mean(whole) if whole else None,
-        "standard_deviation": statistics.stdev(whole) if len(whole) > 1 else None,
-    }
-
-
-def shown(row: Mapping[str, Any]) -> str:
-    """The `spread` in a row, as a table has it."""
-    if row["standard_deviation"] is None:
-        return "diverged"
-    return f"{row['mean']:.4f} ± {row['standard_deviation']:.4f}"

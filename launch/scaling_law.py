@@ -12,7 +12,8 @@ from numpy.typing import ArrayLike
 from scipy import optimize, stats
 
 _EXPONENTS = (1e-3, 5.0)
-_FEWEST = 4  # points; three parameters leave the interval at least one degree of freedom
+FEWEST = 4  # points; three parameters leave the interval at least one degree of freedom
+FEWEST_SIZES = 3
 _CONFIDENCE = 0.95
 
 
@@ -71,8 +72,8 @@ def fit(x: ArrayLike, y: ArrayLike) -> ScalingLaw:
       ValueError: there are fewer than four measurements, or fewer than three different x, or one is not positive.
     """
     sizes, values = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    if len(sizes) < _FEWEST or len(np.unique(sizes)) < 3:
-        raise ValueError(f"a power law needs {_FEWEST} measurements or more, at three sizes or more, not {len(sizes)}")
+    if len(sizes) < FEWEST or len(np.unique(sizes)) < FEWEST_SIZES:
+        raise ValueError(f"a power law needs {FEWEST} measurements or more, at three sizes or more, not {len(sizes)}")
     if values.min() <= 0:
         raise ValueError(f"a power law needs measurements above 0, and one is {values.min()}")
     scale = float(np.exp(np.log(sizes).mean()))

@@ -5,7 +5,6 @@ says every few seconds that it is alive; the trials of one that is not are plann
 """
 
 import contextlib
-import json
 import os
 import re
 import secrets
@@ -57,6 +56,11 @@ def _unreachable(text: str, error: Exception) -> UserError:
     return UserError(f"--storage={shown} cannot be reached: {why}; give another, or none: journal.log in --workdir")
 
 
+def differing(identity: dict[str, Any], known: dict[str, Any]) -> str:
+    """The names of what differs from what is known of a study; "": it is the same sweep."""
+    return ", ".join(key for key in identity if identity[key] != known.get(key))
+
+
 class Study:
     """The trials of one sweep.
 
@@ -64,7 +68,7 @@ class Study:
       storage: where they are.
       name: of the study.
       direction: "maximize" or "minimize".
-      identity: what the sweep is, JSON; a study belongs to one.
+      identity: what the sweep is, as it is read from JSON; a study belongs to one.
       sampler, pruner: of `SAMPLERS`, `PRUNERS`.
       seed: of the sampler.
 
@@ -86,6 +90,7 @@ class Study:
         # A container's process has the same number each time it is started, and mostly the same host's name.
         self._worker = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         self._storage = storage
+        self.identity = identity
         try:
             self.optuna = optuna.create_study(
                 storage=storage, study_name=name, direction=direction, pruner=_pruner(pruner), load_if_exists=True
@@ -93,13 +98,11 @@ class Study:
         except Exception as error:  # each database driver raises its own
             raise _unreachable("...", error) from None
         known = self.optuna.user_attrs.get("identity", {})
-        now = json.loads(json.dumps(identity))
         if not known and not self.trials():
-            self.optuna.set_user_attr("identity", now)
-        elif known != now:
-            differing = ", ".join(key for key in now if now[key] != known.get(key))
+            self.optuna.set_user_attr("identity", identity)
+        elif found := differing(identity, known):
             raise UserError(
-                f"--study={name} of that storage is another sweep ({differing} differs): give another --workdir, "
+                f"--study={name} of that storage is another sweep ({found} differs): give another --workdir, "
                 "and --study where --storage is shared, or the flags that it was begun with"
             )
 

@@ -14,6 +14,7 @@ sweep.json, trials.csv, sweep.html, journal.log, and the run of the best trial.
 import copy
 import dataclasses
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -91,7 +92,7 @@ def run(argv: Sequence[str]) -> int:
     try:
         with lasting_output(), signals.handled():
             return _run(job, argv, signals)
-    except (OSError, StorageInternalError) as error:
+    except (OSError, StorageInternalError, json.JSONDecodeError) as error:
         why = " ".join(str(error.__cause__ or error).split())[:200]
         raise RecordError(
             f"the study or the record is out of reach: {why}; when it is back the same command goes on"
@@ -114,10 +115,9 @@ def _run(job: Job, argv: Sequence[str], signals: Signals) -> int:
     from launch.sweep_report import Display, summary
 
     sweep, points = _sweep(job)
-    name = options.study or job.experiment.name
+    name, identity = options.study or job.experiment.name, _identity(job, sweep)
     if options.processes:
-        sweep_best.check_folder(workdir, name)
-    identity = _identity(job, sweep)
+        sweep_best.check_folder(workdir, name, identity)
     direction = "maximize" if sweep.maximizes else "minimize"
     storage = open_storage(options.storage, workdir)
     study = Study(storage, name, direction, identity, options.sampler, options.pruner, job.config.seed)
@@ -183,7 +183,7 @@ def _sweep(job: Job) -> tuple["Sweep", list[dict[str, Any]]]:
     if options.fit and not space.function:
         from launch import sweep_fit  # SciPy takes a while
 
-        sweep_fit.check(options.fit, list(space.distributions))
+        sweep_fit.check(options.fit, space.distributions, options.seeds)
     grid = options.sampler == "grid" or not options.search
     points = space.grid() if grid else []
     if grid and options.trials not in (0, len(points)):
@@ -223,7 +223,7 @@ def _identity(job: Job, sweep: "Sweep") -> dict[str, Any]:
     """What a study is of; all else may differ between its workers."""
     config = dataclasses.asdict(sweep.config)
     del config["dataset"]["data_dir"], config["distributed"]
-    return {
+    identity = {
         "experiment": job.module,
         "config": config,
         "search": list(sweep.space.text),
@@ -231,6 +231,7 @@ def _identity(job: Job, sweep: "Sweep") -> dict[str, Any]:
         "seeds": sweep.seeds,
         "grid": job.options.sampler == "grid",
     }
+    return json.loads(json.dumps(identity))
 
 
 def _run_processes(count: int, argv: Sequence[str], display: Any) -> None:

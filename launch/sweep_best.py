@@ -10,7 +10,7 @@ from optuna.trial import FrozenTrial
 
 from launch import sweep_report as report
 from launch.job import Job
-from launch.study import Study
+from launch.study import Study, differing
 from launch.worker import Sweep, fields
 from research import app
 from research.errors import UserError
@@ -24,11 +24,16 @@ def _recorded(workdir: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def check_folder(workdir: Path, study: str) -> None:
-    """Raises `UserError` where the folder has the record of another study."""
-    other = _recorded(workdir).get("study", study)
-    if other != study:
-        raise UserError(f"--workdir={workdir} has the record of the study {other}: give another --workdir")
+def check_folder(workdir: Path, study: str, identity: dict[str, Any]) -> None:
+    """Raises `UserError` where the folder has the record of another study, or of one of its name in another storage."""
+    recorded = {"study": study, "identity": identity} | _recorded(workdir)
+    if recorded["study"] != study:
+        raise UserError(f"--workdir={workdir} has the record of the study {recorded['study']}: give another --workdir")
+    if found := differing(identity, recorded["identity"]):
+        raise UserError(
+            f"--workdir={workdir} has the record of another sweep ({found} differs): give another --workdir, or the "
+            "flags that it was begun with"
+        )
 
 
 def is_recorded(workdir: Path, fit: str) -> bool:

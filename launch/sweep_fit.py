@@ -4,14 +4,17 @@ Of each size the best trial counts, and each of its seeds is a measurement. An a
 it.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+import optuna
 from optuna.trial import FrozenTrial
 
 from launch import hlo, lowering, scaling_law
+from launch.search_space import Distribution
 from launch.worker import SEED_VALUES, Sweep, fields
 from research import app, hyperparams, sharding
 from research.config import MeshConfig
@@ -21,12 +24,34 @@ from research.state import num_params
 _BEYOND = (2, 4, 10)  # times the largest size
 
 
-def check(by: str, searched: Sequence[str]) -> None:
-    """Raises `UserError` where nothing that is searched changes what is fitted against."""
+def check(by: str, searched: Mapping[str, Distribution], seeds: int) -> None:
+    """Raises `UserError` where what is searched has too few sizes of what is fitted against.
+
+    Args:
+      by: of `size_of`.
+      searched: the fields of the trials.
+      seeds: measurements of each size.
+    """
     sizes = {"examples": ["dataset.train_fraction"]}.get(by, ["model.width", "model.depth", "model.layers"])
-    if not set(sizes) & set(searched):
+    varied = [_count(searched[field]) for field in sizes if field in searched]
+    count = math.prod(varied) if varied else 1
+    if count < scaling_law.FEWEST_SIZES or count * seeds < scaling_law.FEWEST:
         flags = " or ".join(f"--search='{field}=[...]'" for field in sizes)
-        raise UserError(f"--fit={by} needs trials of several sizes: give {flags}")
+        raise UserError(
+            f"--fit={by} needs {scaling_law.FEWEST_SIZES} sizes or more, {scaling_law.FEWEST} with one seed each, and "
+            f"the search has {count}: give {flags}"
+        )
+
+
+def _count(distribution: Distribution) -> float:
+    """How many values there are."""
+    match distribution:
+        case optuna.distributions.CategoricalDistribution():
+            return len(set(distribution.choices))
+        case optuna.distributions.IntDistribution():
+            return len(range(distribution.low, distribution.high + 1, distribution.step))
+        case _:
+            return math.inf
 
 
 def size_of(by: str, sweep: Sweep, config: Any) -> int:

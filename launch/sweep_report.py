@@ -57,6 +57,7 @@ def summary(study: Study, sweep: Sweep) -> dict[str, Any]:
     first = ranked[0] if ranked else None
     return {
         "study": study.optuna.study_name,
+        "identity": study.identity,
         "metric": sweep.metric,
         "num_trials": len(trials),
         "num_complete": len(ranked),

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from benchmarks import algorithms, growth, output, speedrun, structures, trials, width
+from benchmarks import algorithms, growth, output, several_seeds, speedrun, structures, trials, width
 from benchmarks import command as command_lib
 from benchmarks.peers import flax_peer, meshwork_peer, table, works
 from benchmarks.peers.clock import Clock
@@ -138,9 +138,13 @@ def test_the_best_run_is_the_most_accurate_or_else_of_the_least_loss():
 
 
 def test_runs_that_diverged_do_not_count():
-    assert trials.spread([0.5, None, 0.7]) == {"mean": 0.6, "standard_deviation": pytest.approx(0.02**0.5)}
-    assert trials.shown(trials.spread([0.5, None, 0.7])) == "0.6000 ± 0.1414"
-    assert trials.shown(trials.spread([None, 0.5])) == trials.shown(trials.spread([None])) == "diverged"
+    assert several_seeds.spread([0.5, None, 0.7]) == {"mean": 0.6, "standard_deviation": pytest.approx(0.02**0.5)}
+    assert several_seeds.shown(several_seeds.spread([0.5, None, 0.7])) == "0.6000 ± 0.1414"
+    assert (
+        several_seeds.shown(several_seeds.spread([None, 0.5]))
+        == several_seeds.shown(several_seeds.spread([None]))
+        == "diverged"
+    )
 
 
 def test_data_that_cannot_be_had_is_named_before_anything_is_trained(env, monkeypatch, capsys):

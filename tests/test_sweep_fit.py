@@ -71,7 +71,18 @@ def test_a_law_is_found_again_and_tested_on_the_largest():
 
 
 def test_what_cannot_be_fitted_is_named():
-    with pytest.raises(UserError, match=r"--fit=examples needs trials of several sizes: give --search='dataset\.train"):
-        sweep_fit.check("examples", ["model.width"])
+    def check(by, seeds, **fields):
+        config = linear.get_config()
+        texts = [f"{name.replace('_', '.', 1)}={values}" for name, values in fields.items()]
+        sweep_fit.check(by, search_space.parse(texts, config).distributions, seeds)
+
+    with pytest.raises(UserError, match=r"--fit=examples needs 3 sizes.*search has 1: give --search='dataset\.train"):
+        check("examples", 9, model_width="[2,4,6,8]")
+    for seeds, widths, count in ((1, "[2,4,6]", 3), (2, "[2,4]", 2), (3, "int(2,5,step=3)", 2)):
+        with pytest.raises(UserError, match=f"the search has {count}: give --search='model.width"):
+            check("parameters", seeds, model_width=widths)
+    check("parameters", 2, model_width="[2,4,6]")
+    check("flops", 1, model_width="int(2,8,step=2)")
+    check("examples", 1, dataset_train_fraction="float(0.1,1)")
     with pytest.raises(UserError, match="search more sizes"):
         sweep_fit.fitted("parameters", "error", [(1, 3.0), (2, 2.0)])

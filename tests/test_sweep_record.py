@@ -76,6 +76,7 @@ def test_a_sweep_leaves_its_record_and_goes_on(folder, capsys):
         ([*SWEEP, "--search=max_skipped_steps=[1,2]"], "a trial whose loss is not finite is over"),
         ([*WIDTHS, "--workdir=gs://x/y"], "is on a local disk"),
         ([*WIDTHS, "--study=other"], "has the record of the study linear"),
+        ([*SWEEP, f"--search={RATE}=log(0.01,0.1)", "--storage=other.log"], r"another sweep \(search, grid differs"),
     ):
         with pytest.raises(UserError, match=words):
             sweep.run(changed)

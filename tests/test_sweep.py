@@ -1,4 +1,4 @@
-"""`launch.sweep`: what is searched is checked, trials are planned once, lost ones come again, the record is left."""
+"""`launch.sweep`: trials are planned once, lost ones come again, the record is left."""
 
 import dataclasses
 import os
@@ -22,80 +22,6 @@ from research.population import Report  # noqa: E402
 from research.signals import Signals, StoppedError  # noqa: E402
 
 RATE = "optimizer.learning_rate"
-
-
-def _parse(*texts):
-    return search_space.parse(texts, cifar_cnn.get_config())
-
-
-BAD_SPACES = {
-    "optimizer.learning_rat=log(1,2)": "did you mean optimizer.learning_rate",
-    "model.width=int(16,4)": "from 16 to 4 is reversed",
-    f"{RATE}=float(1,1)": "is empty",
-    f"{RATE}=log(0,1)": "a logarithmic range is above 0",
-    f"{RATE}=log(-1,1)": "a logarithmic range is above 0",
-    f"{RATE}=log(1e-4,x)": "'x' is not of type float",
-    f"{RATE}=float(0,1,step=0.3)": "do not lead from",
-    f"{RATE}=1": "write log",
-    "model.width=float(1,2)": "use int or log",
-    "model.dropout=float(0,1.5)": "model.dropout=1.5: must be below 1",
-    "optimizer.name=[sgd,sdg]": "'sdg': use one of",
-    "optimizer.name=[]": "one or more different values",
-    "mirror=[maybe]": "'maybe' is not of type bool",
-    "mesh.fsdp=[1,2]": "is not searched",
-    "no_such_file.py": "has no `def search(trial)`",
-}
-
-
-@pytest.mark.parametrize("text", BAD_SPACES)
-def test_a_space_that_cannot_be_searched_is_named(text):
-    with pytest.raises(UserError) as error:
-        _parse(text)
-    assert text.partition("=")[0] in str(error.value)
-    assert BAD_SPACES[text] in str(error.value)
-
-
-def test_a_grid_is_all_combinations_and_keeps_types():
-    space = _parse("model.width=int(8,24,step=8)", f"{RATE}=[1e-2,1]", "mirror=[true,false]", "label_smoothing=[0.1]")
-    grid = space.grid()
-    assert len(grid) == len({tuple(point.items()) for point in grid}) == 12
-    assert {type(value) for point in grid for value in point.values()} == {int, float, bool}
-    assert {point["model.width"] for point in grid} == {8, 16, 24}
-    with pytest.raises(UserError, match="has no steps"):
-        _parse(f"{RATE}=log(1e-4,1)").grid()
-
-
-def test_a_python_file_searches_and_is_checked(tmp_path):
-    path = tmp_path / "search.py"
-    path.write_text(
-        "def search(trial):\n"
-        f"    rate = trial.suggest_float('{RATE}', 1e-3, 1e-1, log=True)\n"
-        "    name = trial.suggest_categorical('optimizer.name', ['sgd', 'momentum'])\n"
-        f"    values = {{'{RATE}': rate, 'optimizer.name': name}}\n"
-        "    return values if name == 'sgd' else values | {'optimizer.momentum': trial.suggest_float('m', 0.5, 0.9)}\n"
-    )
-    space = _parse(str(path))
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    draws = [space.suggest(study.ask()) for _ in range(10)]
-    assert {len(draw) for draw in draws} == {2, 3}
-    path.write_text("def search(trial):\n    trial.suggest_float('no_field', 0, 1)\n")
-    with pytest.raises(UserError, match="no field no_field"):
-        _parse(str(path))
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        (f"def search(trial):\n    return {{'{RATE}': [1]}}", "is not of type float"),
-        ("def search(trial):\n    return {1: 2}", "there is no field 1"),
-        ("def search(trial):\n    pass", "varies nothing: call trial.suggest_"),
-        ("raise SystemExit(0)", "has no `def search"),
-    ],
-)
-def test_a_python_file_that_cannot_be_searched_is_named(text, words, tmp_path):
-    (tmp_path / "search.py").write_text(text)
-    with pytest.raises(UserError, match=words):
-        _parse(str(tmp_path / "search.py"))
 
 
 class _Fake:
@@ -145,7 +71,7 @@ def fake(monkeypatch, tmp_path):
     def make(*texts, trials=12, seeds=1, size=4, sampler="random", pruner="none", epochs=3, signals=None):
         config = cifar_cnn.get_config()
         config.num_epochs = epochs
-        space = _parse(*texts)
+        space = search_space.parse(texts, config)
         points = space.grid() if sampler == "grid" else []
         trials = len(points) or trials
         swept = worker.Sweep(experiment, config, space, "validation_accuracy", trials, seeds, size, [None])

@@ -76,7 +76,7 @@ def run(argv: Sequence[str]) -> int:
     Raises:
       UserError: bad input, found before the first trial; no trial was trained to its end, or ten in a row failed.
       StoppedError: a signal came; the same command goes on.
-      RecordError: the storage went out of reach, or is full.
+      RecordError: the storage went out of reach, is full, or was written over.
     """
     options = SweepOptions()
     job = job_lib.parse("sweep", str(__doc__), options, argv)
@@ -95,7 +95,7 @@ def run(argv: Sequence[str]) -> int:
     except (OSError, StorageInternalError, json.JSONDecodeError) as error:
         why = " ".join(str(error.__cause__ or error).split())[:200]
         raise RecordError(
-            f"the study or the record is out of reach: {why}; when it is back the same command goes on"
+            f"the study or the record cannot be read or written: {why}; when it can the same command goes on"
         ) from None
 
 

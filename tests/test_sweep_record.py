@@ -127,11 +127,16 @@ def test_the_end_of_a_finished_sweep_is_made_up_for(folder, capsys, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(28, "No space left"), optuna.exceptions.StorageInternalError("No space left")]
+    "error",
+    [
+        OSError(28, "No space left"),
+        optuna.exceptions.StorageInternalError("No space left"),
+        json.JSONDecodeError("No space left", "a journal", 0),
+    ],
 )
-def test_a_storage_that_goes_away_is_one_line(error, folder, monkeypatch):
+def test_a_storage_that_goes_away_or_is_written_over_is_one_line(error, folder, monkeypatch):
     monkeypatch.setattr(Study, "claim", lambda *_: (_ for _ in ()).throw(error))
-    with pytest.raises(RecordError, match=r"out of reach: .*No space left; when it is back the same command goes on"):
+    with pytest.raises(RecordError, match=r"cannot be read or written: .*No space left.*; when it can the same"):
         sweep.run([*SWEEP, f"--search={RATE}=log(1e-4,1)"])
 
 

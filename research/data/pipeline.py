@@ -64,6 +64,13 @@ def is_resident(config: Config, *splits: Arrays | None) -> bool:
     return size <= config.dataset.max_device_gib * 2**30
 
 
+def _shareable(array: np.ndarray, mesh: Mesh) -> np.ndarray:
+    """The same, of which several CPU devices will not have a copy each: in memory of jax's own."""
+    if mesh.size == 1 or mesh.devices.flat[0].platform != "cpu":
+        return np.asarray(array)
+    return np.asarray(jax.device_put(array, mesh.local_devices[0]))
+
+
 class _Split:
     """A split's arrays, on the devices or on the host, and this process's part of what a step takes."""
 
@@ -73,7 +80,7 @@ class _Split:
         self._streamed = {} if resident else arrays
         whole = sharding.replicated(mesh)
         self.data = data or {
-            name: jax.make_array_from_process_local_data(whole, np.asarray(array), array.shape)
+            name: jax.make_array_from_process_local_data(whole, _shareable(array, mesh), array.shape)
             for name, array in (arrays if resident else {}).items()
         }
 

@@ -56,6 +56,17 @@ def test_what_fits_is_resident(limit, resident):
     assert pipeline.is_resident(config, split, split, None) is resident
 
 
+def test_devices_of_one_cpu_share_what_is_resident():
+    """Sweeps make a device of each core; the arrays begin where memory of numpy's own does not for jax."""
+    memory = np.arange(64 * 12 + 1, dtype=np.uint8)
+    images = memory[1:].reshape(64, 2, 2, 3)
+    batches = pipeline.EvalBatches({"image": images}, Config(batch_size=8), _mesh(devices=4), resident=True)
+    parts = [part.data for part in batches.data["image"].addressable_shards]
+    assert len({part.unsafe_buffer_pointer() for part in parts}) == 1
+    for part in parts:
+        np.testing.assert_array_equal(part, images)
+
+
 def _examples(batches, inputs):
     """The examples that the inputs name or carry, in order of the steps."""
     data = {name: np.asarray(x) for name, x in batches.data.items()}

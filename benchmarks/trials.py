@@ -51,7 +51,6 @@ def population(experiment: Experiment, config: Config, size: int, *, test: bool 
     dataset, task = app.load(experiment, config)
     if test:
         dataset = dataclasses.replace(dataset, validation=dataset.test)
-    size = -(-size // jax.device_count()) * jax.device_count()
     return config, Population(config, task, dataset, jax.devices(), size)
 
 

@@ -33,8 +33,7 @@ def check(by: str, searched: Mapping[str, Distribution], seeds: int) -> None:
       seeds: measurements of each size.
     """
     sizes = {"examples": ["dataset.train_fraction"]}.get(by, ["model.width", "model.depth", "model.layers"])
-    varied = [_count(searched[field]) for field in sizes if field in searched]
-    count = math.prod(varied) if varied else 1
+    count = math.prod(_count(searched[field]) for field in sizes if field in searched)
     if count < scaling_law.FEWEST_SIZES or count * seeds < scaling_law.FEWEST:
         flags = " or ".join(f"--search='{field}=[...]'" for field in sizes)
         raise UserError(

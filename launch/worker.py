@@ -153,9 +153,8 @@ class Worker:
             experiment, sweep = self._sweep.experiment, self._sweep
             dataset = experiment.prepare(config, self._datasets[key])
             task = experiment.make_task(config, dataset)
-            # All trials of a population train at once, and a device has as many members as the others.
+            # All trials of a population train at once.
             size = self._places * sweep.seeds
-            size += -size % len(sweep.devices)
             beside = next(iter(self._populations.values()), None)
             self._populations[signature] = Population(config, task, dataset, sweep.devices, size, beside)
         return self._populations[signature]

@@ -8,7 +8,6 @@ examples, the same draws.
 import dataclasses
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -68,7 +67,7 @@ class Population:
       task: what is learned; built from that config.
       dataset: the examples; it has a validation split.
       devices: over which the members are spread evenly.
-      size: the number of slots, a multiple of that of devices.
+      size: the number of slots, which is made a multiple of that of devices.
       beside: a population on the same devices, whose data set is used where it is the same object.
 
     Raises:
@@ -85,7 +84,7 @@ class Population:
         beside: "Population | None" = None,
     ):
         assert dataset.validation is not None
-        self.size = size
+        self.size = size + -size % len(devices)
         self._task = task
         self._dataset = dataset
         self._mesh = population_devices.make_mesh(devices) if beside is None else beside._mesh
@@ -105,7 +104,7 @@ class Population:
         graphdef, self._init = make_init(task, tx, config, self._mesh)
         self._jit(Steps(task, graphdef, config, self._mesh), config.batch_size)
         carry = task.initial_carry(config.examples_at_once)
-        self._carry = jax.tree.map(lambda x: np.broadcast_to(x, (size, *x.shape)), carry)
+        self._carry = jax.tree.map(lambda x: np.broadcast_to(x, (self.size, *x.shape)), carry)
         self._states: TrainState | None = None
 
     def _jit(self, steps: Steps, batch_size: int) -> None:
@@ -152,13 +151,11 @@ class Population:
     @property
     def free(self) -> list[int]:
         """The slots without a member, in the order to fill them: on the emptiest device first."""
-        left: Counter[int] = Counter()  # by device
-        ranks = {}
-        for slot in reversed([slot for slot in range(self.size) if slot not in self._members]):
-            device = slot * self._mesh.size // self.size
-            left[device] += 1
-            ranks[slot] = -left[device], slot
-        return sorted(ranks, key=ranks.__getitem__)
+        each, ranked = self.size // self._mesh.size, []
+        for first in range(0, self.size, each):
+            free = [slot for slot in range(first, first + each) if slot not in self._members]
+            ranked += zip(range(-len(free), 0), free)
+        return [slot for _, slot in sorted(ranked)]
 
     def figure_names(self) -> list[str]:
         """The names of what a report's `figures` has."""

@@ -56,8 +56,8 @@ def split_cpu(most: int) -> bool:
 
 def default_size(devices: Sequence[Any]) -> int:
     """Members that use these devices well; few, since a sampler learns nothing of those that still train."""
-    each = max(2, -(-8 // len(devices))) if devices[0].platform == "cpu" else 32
-    return len(devices) * each
+    of_each = max(2, -(-8 // len(devices))) if devices[0].platform == "cpu" else 32
+    return len(devices) * of_each
 
 
 def make_mesh(devices: Sequence[Any]) -> Mesh:

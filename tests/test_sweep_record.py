@@ -136,7 +136,8 @@ def test_the_end_of_a_finished_sweep_is_made_up_for(folder, capsys, monkeypatch)
 )
 def test_a_storage_that_goes_away_or_is_written_over_is_one_line(error, folder, monkeypatch):
     monkeypatch.setattr(Study, "claim", lambda *_: (_ for _ in ()).throw(error))
-    with pytest.raises(RecordError, match=r"cannot be read or written: .*No space left.*; when it can the same"):
+    words = r"cannot be read or written: .*No space left(: line 1 .*)?; when it can the same command goes on"
+    with pytest.raises(RecordError, match=words):
         sweep.run([*SWEEP, f"--search={RATE}=log(1e-4,1)"])
 
 

@@ -1,4 +1,4 @@
-"""What README shows works as it stands there."""
+"""What README and those of the folders show works as it stands there."""
 
 import importlib
 import json
@@ -17,6 +17,8 @@ from research.errors import UserError
 MODULES = (cifar_cnn, cifar_speedrun, char_rnn, mnist_vae)
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+FOLDERS = [ROOT / name / "README.md" for name in ("launch", "experiments", "research", "benchmarks", "tests/faults")]
+ALL = "\n".join([README, *(path.read_text() for path in FOLDERS)])
 
 
 def test_the_experiment_of_one_file_runs(tmp_path):
@@ -29,7 +31,7 @@ def test_the_experiment_of_one_file_runs(tmp_path):
     assert json.loads((tmp_path / "run/summary.json").read_text())["test_accuracy"] > 0.85
 
 
-@pytest.mark.parametrize("flag", sorted(set(re.findall(r"--config[.\w]*=[\w|.-]+", README))))
+@pytest.mark.parametrize("flag", sorted(set(re.findall(r"--config[.\w]*=[\w|.-]+", ALL))))
 def test_every_flag_exists_and_takes_its_value(flag):
     name, values = flag.split("=")
     for value in values.split("|"):
@@ -46,9 +48,26 @@ def _takes(experiment, flag):
         return False
 
 
-@pytest.mark.parametrize("line", re.findall(r"^python -m launch\.(.*?)(?:\s+#.*)?$", README, re.MULTILINE))
+@pytest.mark.parametrize("line", re.findall(r"^python -m launch\.(.*?)(?:\s+#.*)?$", ALL, re.MULTILINE))
 def test_every_launch_is_understood(line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     where, *args = line.split()
     assert importlib.import_module(f"launch.{where}").run([*args, "--dry_run"]) == 0
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *FOLDERS], ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_leads_somewhere(page):
+    for target in re.findall(r"\]\((?!https?:)(.*?)\)", page.read_text()):
+        name, _, anchor = target.partition("#")
+        found = page.parent / name
+        assert found.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", found.read_text(), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings], target
+
+
+def test_every_module_of_a_folder_is_named_in_its_readme():
+    for page in FOLDERS[:1] + FOLDERS[2:4]:
+        named = set(re.findall(r"\w+\.py", page.read_text()))
+        assert {path.name for path in page.parent.glob("*.py")} - named == {"__init__.py"}

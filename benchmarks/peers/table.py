@@ -81,7 +81,7 @@ def merged(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The rows as tables for README: speed, and its ratio to each peer's; then first step and memory.
+    """The rows as tables for `benchmarks/README.md`: speed, and its ratio to each peer's; then first step and memory.
 
     A cell of the first has the median ratio and, in brackets, the least and the largest; of the second, seconds to the
     first step and MiB at most.

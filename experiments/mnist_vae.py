@@ -7,8 +7,8 @@ python -m experiments.mnist_vae --config=conv     a convolutional network
 python -m experiments.mnist_vae --mode=sample --workdir=DIR --num_samples=64    draws from a trained one
 
 The default reaches 85.32 nats (-log p(x) of MNIST's test set, stochastically binarised, 5,000 samples; one run) after
-200 epochs in 311 s on 2 x86 CPU cores with AVX-512, shared with other work; --config=iwae 86.52 after 60 epochs in
-1,330 s on older ones.
+200 epochs in 311 s on 2 x86 CPU cores with AVX-512, shared with other work; --config=iwae 86.48 after 60 epochs in
+1,577 s.
 
 Any set of images will do, as in --config.dataset.name=cifar10 --config.model.likelihood=gaussian. The result of a run
 is test_nll: -log p(x) of the test set in nats, estimated by 5,000 samples an image.

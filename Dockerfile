@@ -3,4 +3,4 @@ FROM python:3.12-slim
 ARG EXTRA=tpu
 WORKDIR /meshwork
 COPY . .
-RUN pip install --no-cache-dir -c constraints.txt -e ".[${EXTRA},gcs,sweep]"
+RUN pip install --no-cache-dir -c constraints.txt -e ".[${EXTRA},gcs,sweep,postgres]"

@@ -115,6 +115,9 @@ def _check(command: app.Command, path: Any) -> None:
         raise UserError("a speedrun always starts anew: leave out --mode and --reproduce")
     if path.exists() or command.earlier:
         raise UserError(f"--workdir={command.workdir} holds another run: give a folder of its own")
+    config: Any = command.config
+    if config.seed + config.num_runs > 2**32:
+        raise UserError(f"--config.seed={config.seed}: that of the last run must be below 2**32")
     for name in _OF_RECORDS:
         if getattr(command.config, name) != getattr(SpeedrunConfig(), name):
             raise UserError(f"--config.{name}: a speedrun leaves nothing but speedrun.json; leave it out")
@@ -172,7 +175,8 @@ EXPERIMENT = app.Experiment(
     str(__doc__),
     {"airbench94": airbench94, "airbench96": airbench96, "quick": quick},
     cifar_cnn.make_task,
+    run=run,
 )
 
 if __name__ == "__main__":
-    app.main(EXPERIMENT, run=run)
+    app.main(EXPERIMENT)

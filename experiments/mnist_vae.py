@@ -15,17 +15,18 @@ is test_nll: -log p(x) of the test set in nats, estimated by 5,000 samples an im
 """
 
 import dataclasses
+import io
 from pathlib import Path
 
 import numpy as np
 from flax import nnx
 
-from research import app, plots
+from research import app, plots, storage
 from research.config import Config, DatasetConfig, OptimizerConfig, VAEConfig, option
 from research.data import images
 from research.data.pipeline import epoch_ends
 from research.data.sources import Dataset
-from research.errors import UserError
+from research.errors import RecordError, UserError
 from research.models import vae
 from research.parametrization import Network
 from research.predictor import Predictor
@@ -160,7 +161,12 @@ def sample(predict: Predictor, config: MnistVAEConfig, dataset: Dataset, options
     drawn = task.draw_prior(predict, config.model.latents, options.num_samples, options.sample_seed)
     columns = int(np.ceil(np.sqrt(len(drawn))))
     path = workdir / f"samples-{options.num_samples}-seed{options.sample_seed}.png"
-    plots.image_grid(drawn, columns, f"samples of the prior, seed {options.sample_seed}").savefig(path, dpi=120)
+    png = io.BytesIO()
+    plots.image_grid(drawn, columns, f"samples of the prior, seed {options.sample_seed}").savefig(png, dpi=120)
+    try:
+        storage.replace(path, png.getvalue())
+    except OSError as error:
+        raise RecordError(f"{path} could not be written: {error.strerror or error}") from None
     print(path)
 
 

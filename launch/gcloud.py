@@ -25,7 +25,7 @@ _RUNTIMES = {  # https://cloud.google.com/tpu/docs/runtimes
 _PYTHON = "meshwork/.venv/bin/python"  # in the home folder of each host
 _INSTALL = (  # the hosts' own Python is older than 3.11
     "python3 -m pip install --quiet --user uv && ~/.local/bin/uv venv --quiet --clear --python=3.12 meshwork/.venv && "
-    f"~/.local/bin/uv pip install --quiet --python={_PYTHON} -e 'meshwork[tpu,gcs,sweep]'"
+    f"~/.local/bin/uv pip install --quiet --python={_PYTHON} -e 'meshwork[tpu,gcs,sweep,postgres]'"
 )
 
 

@@ -21,17 +21,19 @@ import yaml
 from launch import job as job_lib
 from launch.chips import CHIPS
 from launch.job import Job
+from launch.topologies import LARGEST_SLICE
 from research.config import option
 from research.errors import UserError
 
-# https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus: node label, chips of a node in a slice of several.
+# https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus: node labels.
 _TPUS = {
-    "v4": ("tpu-v4-podslice", 4),
-    "v5e": ("tpu-v5-lite-podslice", 4),
-    "v5p": ("tpu-v5p-slice", 4),
-    "v6e": ("tpu-v6e-slice", 4),
-    "tpu7x": ("tpu7x", 4),
+    "v4": "tpu-v4-podslice",
+    "v5e": "tpu-v5-lite-podslice",
+    "v5p": "tpu-v5p-slice",
+    "v6e": "tpu-v6e-slice",
+    "tpu7x": "tpu7x",
 }
+_CHIPS_OF_A_NODE = 4  # in a slice of several
 _CONTAINER = "meshwork"
 _PORT = 8476  # of process 0; open within a cluster
 
@@ -81,11 +83,11 @@ def _check_topology(tpu: str) -> None:
         raise UserError(f"--tpu={tpu}: give one of {', '.join(_TPUS)} and a topology, as in v6e:4x4")
     kind, _, topology = tpu.partition(":")
     sizes = [int(size) for size in topology.split("x")]
-    chips, per_node, dimensions = math.prod(sizes), _TPUS[kind][1], CHIPS[kind].dimensions
-    if len(sizes) != dimensions or not chips or (chips > per_node and chips % per_node):
+    chips, dimensions = math.prod(sizes), CHIPS[kind].dimensions
+    if len(sizes) != dimensions or (chips != 1 and chips % _CHIPS_OF_A_NODE) or not 0 < chips <= LARGEST_SLICE[kind]:
         raise UserError(
-            f"--tpu={tpu}: a slice of {kind} has {dimensions} dimensions, and up to {per_node} chips or a multiple of "
-            f"{per_node}"
+            f"--tpu={tpu}: a slice of {kind} has {dimensions} dimensions, and one chip or a multiple of "
+            f"{_CHIPS_OF_A_NODE}, at most {LARGEST_SLICE[kind]:,}"
         )
 
 
@@ -104,10 +106,9 @@ def _pool(options: GkeOptions) -> _Pool:
         labels = {"cloud.google.com/gke-accelerator": options.gpu}
         return _Pool(labels, options.nodes, "nvidia.com/gpu", options.gpus_per_node)
     kind, _, topology = options.tpu.partition(":")
-    label, per_node = _TPUS[kind]
     chips = math.prod(map(int, topology.split("x")))
-    count = chips if chips <= per_node else per_node
-    labels = {"cloud.google.com/gke-tpu-accelerator": label, "cloud.google.com/gke-tpu-topology": topology}
+    count = min(chips, _CHIPS_OF_A_NODE)
+    labels = {"cloud.google.com/gke-tpu-accelerator": _TPUS[kind], "cloud.google.com/gke-tpu-topology": topology}
     return _Pool(labels, chips // count, "google.com/tpu", count)
 
 

@@ -7,6 +7,7 @@ A flag that WHERE does not have is the experiment's.
 
 import dataclasses
 import importlib
+import importlib.util
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +23,9 @@ from research.errors import UserError, exit_with
 from research.storage import check_no_password
 from research.terminal import lasting_output
 
-_SWEEP = "launch.sweep"  # what other launchers run as a worker that joins a study
+_SWEEP = "launch.sweep"  # what these run as a worker that joins a study
+_RUN_WORKERS = ("local", "slurm", "tpu", "gke")
+_OF_THEIR_OWN = ("sweep", "scaling")  # records, that is
 
 # Exit codes that another try would end with as well: bad input, a loss that is not finite, a full disk, no memory.
 LASTING = (2, 3, 4, 5)
@@ -99,30 +102,45 @@ def parse(where: str, doc: str, options: Any, argv: Sequence[str]) -> Job:
     """
     workdir, rest = parse_options(where, doc, options, argv)
     modules = [arg for arg in rest if not arg.startswith("-")]
-    sweeps = modules[:1] == [_SWEEP] and where != "sweep"
+    sweeps = modules[:1] == [_SWEEP] and where in _RUN_WORKERS
     if len(modules) != 1 + sweeps:
         raise UserError(f"name one experiment, as in `python -m launch.{where} experiments.cifar_cnn`")
     experiment = _experiment(modules[-1])
     workdir = workdir or f"runs/{where}/{experiment.name}/{time.strftime('%Y-%m-%d-%H%M%S')}"
     args = [arg for arg in rest if arg.startswith("-")] + ["--processes=0"] * sweeps
-    own = _without_sweep_options(workdir, args) if sweeps else args
+    own, options_of_sweep = _sweep_options(workdir, args) if sweeps else (args, None)
     # What only the machines of the run can open is theirs to read.
     check_no_password(workdir)
     remote = "://" in workdir
+    if where in _OF_THEIR_OWN and not remote and (Path(workdir) / "config.json").exists():
+        raise UserError(f"--workdir={workdir} holds a run, whose config it would take: give a folder of its own")
     checked = [arg for arg in own if not arg.startswith("--mode")] if remote else [*own, f"--workdir={workdir}"]
     config = command.parse(experiment, checked).config
+    if options_of_sweep:
+        _check_sweep(where, experiment, options_of_sweep, config)
     worker = [modules[-1], *args] if sweeps else args
     return Job(modules[0], experiment, (*worker, f"--workdir={workdir}"), workdir, config, options)
 
 
-def _without_sweep_options(workdir: str, args: Sequence[str]) -> list[str]:
-    """The experiment's flags among those of a sweep's worker."""
+def _sweep_options(workdir: str, args: Sequence[str]) -> tuple[list[str], Any]:
+    """Of the flags of a sweep's worker those of the experiment, and the sweep's own options."""
     from launch import sweep
 
     options = sweep.SweepOptions()
     _, rest = parse_options("sweep", str(sweep.__doc__), options, args)
     sweep.check_place(workdir, options)
-    return rest
+    return rest, options
+
+
+def _check_sweep(where: str, experiment: Experiment, options: Any, config: Any) -> None:
+    """Raises `UserError` where a worker elsewhere could not begin; a search space only where Optuna is installed."""
+    from launch import sweep
+
+    for text in options.search if where in ("tpu", "gke") else ():
+        if Path(text).is_absolute():
+            raise UserError(f"--search={text}: the machines have this project alone; give a path within it")
+    if importlib.util.find_spec("optuna"):
+        sweep.check_search(experiment, options, config)
 
 
 def check_remote(job: Job) -> None:
@@ -155,7 +173,7 @@ def make_folder(workdir: str) -> Path:
 def _experiment(module: str) -> Experiment:
     try:
         found = importlib.import_module(module)
-    except ModuleNotFoundError as error:
+    except (ModuleNotFoundError, TypeError, ValueError) as error:  # "", and names that begin with a dot
         raise UserError(f"there is no {module} ({error}): name a module, as in experiments.cifar_cnn") from None
     if not isinstance(experiment := getattr(found, "EXPERIMENT", None), Experiment):
         raise UserError(f"{module} defines no EXPERIMENT, by which launchers know its flags")

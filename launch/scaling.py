@@ -30,6 +30,8 @@ from research.errors import UserError
 from research.plots import scaling as scaling_plot
 from research.signals import Signals
 
+_STEPS_PER_DISPATCH = 8  # where the config leaves it open
+
 
 @dataclasses.dataclass
 class ScalingOptions:
@@ -38,7 +40,6 @@ class ScalingOptions:
     devices: str = option("1,2", "numbers of devices, separated by commas")
     mode: str = option("weak", "what stays the same: a device's share, or the whole batch", choices=("weak", "strong"))
     rounds: int = option(3, "how many times each is run", minimum=1)
-    steps_per_dispatch: int = option(8, "train steps per call of the compiled program", minimum=1)
     dry_run: bool = option(False, "print the commands and start nothing")
 
 
@@ -68,8 +69,10 @@ def _command(job: Job, devices: int, *, communicate: bool) -> list[str]:
                 f"--config.{name}={size} cannot be shared by {devices} devices: use a multiple of {devices}"
             )
     changed = [f"--config.{name}={int(size * factor)}" for name, size in sizes.items()]
-    dispatch = f"--config.steps_per_dispatch={job.options.steps_per_dispatch}"
-    return [sys.executable, "-m", "launch.measure", job.module, *job.args, *changed, dispatch]
+    changed.append(f"--config.steps_per_dispatch={config.steps_per_dispatch or _STEPS_PER_DISPATCH}")
+    if devices == 1 or not communicate:  # each has one device, however the mesh of all is split
+        changed += ["--config.mesh.data=-1", *(f"--config.mesh.{name}=1" for name in ("fsdp", "sequence", "model"))]
+    return [sys.executable, "-m", "launch.measure", job.module, *job.args, *changed]
 
 
 class _ProcessError(UserError):
@@ -202,7 +205,7 @@ def run(argv: Sequence[str]) -> int:
             together, apart = reports[True], reports.get(False, reports[True])
             rows.append(row(together, apart, options.mode))
             print(line(rows[-1]), flush=True)
-    storage.replace(workdir / "scaling.json", (json.dumps(rows, indent=2) + "\n").encode())
+            storage.replace(workdir / "scaling.json", (json.dumps(rows, indent=2) + "\n").encode())
     scaling_plot(rows).savefig(workdir / "scaling.png", dpi=120)
     print(f"record: {workdir}")
     return 0

@@ -58,7 +58,7 @@ def script(job: Job, folder: Path) -> str:
         "partition": options.partition,
         "time": options.time,
         "account": options.account,
-        "output": f"{workdir}/slurm-%j.log",
+        "output": f"{str(workdir).replace('%', '%%')}/slurm-%j.log",
         "open-mode": "append",
         "signal": f"TERM@{options.seconds_to_stop}",
     }

@@ -21,12 +21,12 @@ from optuna.trial import FrozenTrial, TrialState
 
 from research.errors import UserError
 
-SAMPLERS = ("tpe", "random", "grid", "halton", "cmaes")
-PRUNERS = ("asha", "median", "none")
 _BEAT_SECONDS = 5.0
+_SECONDS_TO_MAKE_TABLES = 1.0
 _LOST_SECONDS = 60.0  # without a sign of life; on this host a process that is gone is known to be
 _RUNNING, _WAITING = (TrialState.RUNNING,), (TrialState.WAITING,)
-RETRY_OF, REASON, WORKER, DIVERGED_AT = "retry_of", "reason", "worker", "diverged_at"
+RETRY_OF, REASON, WORKER, DIVERGED_AT, _PLANNED = "retry_of", "reason", "worker", "diverged_at", "planned"
+LOST = "its worker was lost"
 
 
 def open_storage(text: str, workdir: Path) -> optuna.storages.BaseStorage:
@@ -38,16 +38,23 @@ def open_storage(text: str, workdir: Path) -> optuna.storages.BaseStorage:
     path = Path(text) if text else workdir / "journal.log"
     try:
         if "://" in text:
-            storage = optuna.storages.get_storage(text)
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # The lock is a link to the path. Were that relative, it would lead nowhere, and Optuna would wait for ever
-            # where a worker was killed with the lock.
-            storage = optuna.storages.JournalStorage(JournalFileBackend(str(path.absolute())))
+            return _database(text)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # The lock is a link to the path. Were that relative, it would lead nowhere, and Optuna would wait for ever
+        # where a worker was killed with the lock.
+        storage = optuna.storages.JournalStorage(JournalFileBackend(str(path.absolute())))
         storage.get_all_studies()  # a journal is not read before
         return storage
     except Exception as error:  # each database driver raises its own
         raise _unreachable(text or str(path), error) from None
+
+
+def _database(url: str) -> optuna.storages.BaseStorage:
+    try:
+        return optuna.storages.get_storage(url)
+    except Exception:  # another worker may have made the same tables at the same time
+        time.sleep(_SECONDS_TO_MAKE_TABLES)
+        return optuna.storages.get_storage(url)
 
 
 def _unreachable(text: str, error: Exception) -> UserError:
@@ -69,7 +76,7 @@ class Study:
       name: of the study.
       direction: "maximize" or "minimize".
       identity: what the sweep is, as it is read from JSON; a study belongs to one.
-      sampler, pruner: of `SAMPLERS`, `PRUNERS`.
+      sampler, pruner: as in `launch.sweep.SweepOptions`.
       seed: of the sampler.
 
     Raises:
@@ -110,9 +117,20 @@ class Study:
         """All trials, or those in these states; what was lost and planned once more counts once."""
         return self.optuna.get_trials(deepcopy=False, states=states or None)
 
+    def _planned(self) -> dict[int, FrozenTrial]:
+        """The trials that are to be, retries not counted, by their place in the plan.
+
+        Workers that start together plan the same places: the first trial of each is the one that counts.
+        """
+        planned: dict[int, FrozenTrial] = {}
+        for trial in self.trials():
+            if RETRY_OF not in trial.user_attrs:
+                planned.setdefault(trial.user_attrs.get(_PLANNED, trial.number), trial)
+        return planned
+
     def planned(self) -> int:
         """How many trials there are to be, retries not counted."""
-        return sum(RETRY_OF not in trial.user_attrs for trial in self.trials())
+        return len(self._planned())
 
     def complete(self, count: int) -> bool:
         """Whether `count` trials were planned and none is left to end."""
@@ -124,13 +142,13 @@ class Study:
 
     def _left(self, count: int) -> list[FrozenTrial]:
         """The waiting ones of the first `count` planned trials, and of retries."""
-        planned = {trial.number for trial in [t for t in self.trials() if RETRY_OF not in t.user_attrs][:count]}
+        planned = {trial.number for place, trial in self._planned().items() if place < count}
         return [t for t in self.trials(*_WAITING) if RETRY_OF in t.user_attrs or t.number in planned]
 
     def plan(self, count: int, points: Sequence[dict[str, Any]]) -> None:
         """Plans trials up to `count`; of a grid, these points."""
         for number in range(self.planned(), count):
-            self.optuna.enqueue_trial(points[number] if points else {})
+            self.optuna.enqueue_trial(points[number] if points else {}, user_attrs={_PLANNED: number})
 
     def claim(self, count: int) -> optuna.Trial | None:
         """The next of the first `count` planned trials, now this worker's; None: there is none."""
@@ -154,17 +172,19 @@ class Study:
         with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
             self._storage.set_trial_user_attr(trial._trial_id, REASON, reason)
             if self._storage.set_trial_state_values(trial._trial_id, state=TrialState.FAIL):
-                self.optuna.enqueue_trial(trial.params, user_attrs={RETRY_OF: trial.number})
+                lost = self._storage.get_trial(trial._trial_id)  # perhaps before it was told its values
+                values = lost.system_attrs.get("fixed_params", {}) | lost.params
+                self.optuna.enqueue_trial(values, user_attrs={RETRY_OF: trial.number})
 
     def retry_lost(self) -> int:
         """Plans once more the trials of workers that are no more, but no retry; returns how many were lost."""
         lost = [trial for trial in self.trials(*_RUNNING) if self._is_lost(trial)]
         for trial in lost:
             if RETRY_OF not in trial.user_attrs:
-                self.retry(trial, "its worker was lost")
+                self.retry(trial, LOST)
                 continue
             with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
-                self._storage.set_trial_user_attr(trial._trial_id, REASON, "its worker was lost, twice")
+                self._storage.set_trial_user_attr(trial._trial_id, REASON, f"{LOST}, twice")
                 self._storage.set_trial_state_values(trial._trial_id, state=TrialState.FAIL)
         return len(lost)
 
@@ -176,8 +196,11 @@ class Study:
         if host == socket.gethostname() and not Path(f"/proc/{number}").exists():
             return True
         began = trial.datetime_start.timestamp() if trial.datetime_start else 0.0
-        last = self.optuna.user_attrs.get(f"alive:{worker}", began)
-        return time.time() - last > _LOST_SECONDS
+        return time.time() - (self.last_seen(trial) or began) > _LOST_SECONDS
+
+    def last_seen(self, trial: FrozenTrial) -> float | None:
+        """When the worker of a trial last said that it was alive, in seconds since 1970."""
+        return self.optuna.user_attrs.get(f"alive:{trial.user_attrs.get(WORKER)}")
 
     @contextlib.contextmanager
     def alive(self) -> Iterator[None]:

@@ -26,12 +26,15 @@ from typing import TYPE_CHECKING, Any
 
 from launch import job as job_lib
 from launch.job import Job
-from research.config import MeshConfig, option
-from research.errors import RecordError, UserError
-from research.signals import Signals
+from research.command import Experiment
+from research.config import Config, MeshConfig, option
+from research.errors import NonFiniteLossError, RecordError, UserError
+from research.signals import Signals, StoppedError
+from research.storage import check_no_password
 from research.terminal import lasting_output
 
 if TYPE_CHECKING:
+    from launch.search_space import SearchSpace
     from launch.study import Study
     from launch.worker import Sweep
 
@@ -100,7 +103,11 @@ def run(argv: Sequence[str]) -> int:
 
 
 def check_place(workdir: str, options: SweepOptions) -> None:
-    """Raises `UserError` where the record or the study would be in a workdir that is not on a local disk."""
+    """Raises `UserError` where the record or the study would be in a workdir that is not on a local disk.
+
+    And where the storage's URL holds a password, which would stand in scripts, manifests and lists of processes.
+    """
+    check_no_password(options.storage)
     if "://" in workdir and (options.processes or not options.storage):
         raise UserError(
             f"--workdir={workdir}: a sweep's record is on a local disk; workers elsewhere (--processes=0) need "
@@ -110,7 +117,7 @@ def check_place(workdir: str, options: SweepOptions) -> None:
 
 def _run(job: Job, argv: Sequence[str], signals: Signals) -> int:
     options, workdir = job.options, Path(job.workdir)
-    from launch import sweep_best
+    from launch import sweep_best, sweep_report
     from launch.study import Study, open_storage
     from launch.sweep_report import Display, summary
 
@@ -136,11 +143,16 @@ def _run(job: Job, argv: Sequence[str], signals: Signals) -> int:
     with Display(study, sweep).shown() as display:
         if options.processes > 1:
             _run_processes(options.processes, [*argv, f"--workdir={workdir}"], display)
-        _work(sweep, study, signals, display)
-        while options.processes and study.others_run():
-            time.sleep(_POLL_SECONDS)
-            display.update()
+        try:
             _work(sweep, study, signals, display)
+            while options.processes and study.others_run():
+                time.sleep(_POLL_SECONDS)
+                display.update()
+                _work(sweep, study, signals, display)
+        except (NonFiniteLossError, UserError) as error:
+            if options.processes and not isinstance(error, StoppedError):
+                sweep_report.write(workdir, study, sweep, {})
+            raise
     if options.processes:
         sweep_best.finish(job, sweep, study, signals)
     else:
@@ -162,16 +174,16 @@ def _devices(sweep: "Sweep") -> str:
     return f"{len(sweep.devices)} {sweep.devices[0].platform} device{'s' if len(sweep.devices) > 1 else ''}"
 
 
-def _sweep(job: Job) -> tuple["Sweep", list[dict[str, Any]]]:
-    """What is swept, checked, and the points of a grid.
+def check_search(experiment: Experiment, options: SweepOptions, config: Config) -> "SearchSpace":
+    """The search space of the options.
 
     Raises:
-      UserError: something is impossible.
+      UserError: there is none, or it is impossible with the other options or the config.
     """
-    options, config = job.options, job.config
     from launch import search_space
-    from launch.worker import Sweep, load
 
+    if experiment.run:
+        raise UserError(f"{experiment.name} makes runs of its own, which a sweep does not: sweep another experiment")
     if not options.search and options.seeds == 1:
         raise UserError("say what to vary, as in --search='optimizer.learning_rate=log(1e-4,1)', or give --seeds=5")
     for name in search_space.RECOVERY:
@@ -180,6 +192,21 @@ def _sweep(job: Job) -> tuple["Sweep", list[dict[str, Any]]]:
     space = search_space.parse(options.search, config)
     if options.seeds > 1 and "seed" in space.distributions:
         raise UserError("--seeds and --search=seed=... exclude each other")
+    if options.seeds > 1:
+        search_space.check_value("seed", config.seed + options.seeds - 1, config)
+    return space
+
+
+def _sweep(job: Job) -> tuple["Sweep", list[dict[str, Any]]]:
+    """What is swept, checked, and the points of a grid.
+
+    Raises:
+      UserError: something is impossible.
+    """
+    options, config = job.options, job.config
+    from launch.worker import Sweep, load
+
+    space = check_search(job.experiment, options, config)
     if options.fit and not space.function:
         from launch import sweep_fit  # SciPy takes a while
 

@@ -1,6 +1,7 @@
 """The end of a sweep: the best trial's command is run, which says what the test split has, and the record completed."""
 
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,6 +62,11 @@ def finish(job: Job, sweep: Sweep, study: Study, signals: Signals) -> None:
     report.write(workdir, study, sweep, figures)
     print("\n  ".join([f"best: {report.line(first, sweep.metric)}", *lines]), flush=True)
     figures |= _run(job, sweep, first, commands, signals)
+    if not math.isclose(figures[_VALUE], report.summary(study, sweep)["best_value"], rel_tol=1e-6):
+        print(
+            f"  {sweep.metric} of that command here: {figures[_VALUE]:.4f}; its trial's differs, since a CPU's sums "
+            "depend on how many cores make them"
+        )
     report.write_summary(workdir, study, sweep, figures)
     if job.options.fit:  # which may turn out to be impossible: what there is has been recorded
         figures["fit"] = _fit(job.options.fit, sweep, ranked, workdir)

@@ -13,7 +13,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
-from launch.study import DIVERGED_AT, REASON, RETRY_OF, Study
+from launch.study import DIVERGED_AT, LOST, REASON, RETRY_OF, Study
 from launch.worker import SEED_VALUES, Sweep, fields
 from research import storage
 
@@ -76,7 +76,13 @@ def summary(study: Study, sweep: Sweep) -> dict[str, Any]:
 def _busy_seconds(study: Study) -> float:
     """How long any trial was running: the union of their times, so that the pause before a resumption is left out."""
     now = datetime.now()
-    times = [(t.datetime_start, t.datetime_complete or now) for t in study.trials() if t.datetime_start]
+    times = []
+    for trial in study.trials():
+        end = trial.datetime_complete or now
+        if str(trial.user_attrs.get(REASON)).startswith(LOST) and (seen := study.last_seen(trial)):
+            end = min(end, datetime.fromtimestamp(seen))  # it was found to be lost long after, perhaps
+        if trial.datetime_start:
+            times.append((trial.datetime_start, max(end, trial.datetime_start)))
     total, until = 0.0, None
     for start, end in sorted(times):
         begin = max(start, until) if until else start

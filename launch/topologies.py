@@ -18,7 +18,7 @@ from launch.chips import CHIPS, Chip
 from launch.gpu_targets import TARGETS
 from research.errors import UserError
 
-_LARGEST_SLICE = {"v4": 4096, "v5e": 256, "v5p": 6144, "v6e": 256, "tpu7x": 9216}  # chips, by the pages in CHIPS
+LARGEST_SLICE = {"v4": 4096, "v5e": 256, "v5p": 6144, "v6e": 256, "tpu7x": 9216}  # chips, by the pages in CHIPS
 _GPUS_OF_A_MACHINE = 8
 _CORES_COUNT = ("v4", "v5p", "tpu7x")  # in the names of whose slices
 
@@ -83,7 +83,7 @@ def _shape(chip: Chip, count: int) -> tuple[int, ...]:
 def _slice_names(chip: Chip) -> dict[str, tuple[int, ...]]:
     """Of the slices that are a power of two of chips."""
     cores = 2 if chip.name in _CORES_COUNT else 1
-    counts = [2**i for i in range(20) if 2**i <= _LARGEST_SLICE[chip.name] and i != 1]
+    counts = [2**i for i in range(20) if 2**i <= LARGEST_SLICE[chip.name] and i != 1]
     return {f"{chip.name}-{count * cores}": _shape(chip, count) for count in counts}
 
 
@@ -114,7 +114,7 @@ def parse(name: str, slices: int = 1) -> Topology:
     shape = tuple(map(int, found[3].split("x"))) if found[3] else _slice_names(chip).get(name.strip())
     if shape is None:
         raise UserError(f"--topology={name} is no slice of {chip.name}; known are {known()}")
-    largest = _LARGEST_SLICE[chip.name]
+    largest = LARGEST_SLICE[chip.name]
     if len(shape) != chip.dimensions or 0 in shape or math.prod(shape) > largest:
         raise UserError(
             f"--topology={name}: a slice of {chip.name} has {chip.dimensions} dimensions and at most {largest:,} chips"

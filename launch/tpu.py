@@ -223,7 +223,8 @@ def run(argv: Sequence[str]) -> int:
       StoppedError: a signal came.
     """
     options, job = TpuOptions(), None
-    verb = argv[0] if argv else "--help"
+    argv = argv or ["--help"]
+    verb = argv[0]
     if verb in _EXPERIMENT_VERBS:
         job = job_lib.parse("tpu", str(__doc__), options, argv[1:])
         job_lib.check_remote(job)

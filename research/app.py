@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,10 +118,17 @@ def load(experiment: Experiment, config: Config) -> tuple[sources.Dataset, Task]
 
 
 def restored(experiment: Experiment, command: Command, mesh: Any) -> "Training":
-    """The run in the workdir, at its newest checkpoint."""
+    """The run in the workdir, at its newest checkpoint.
+
+    Raises:
+      UserError: the command's config is not that of the run, or there is no checkpoint.
+    """
     from research import train
 
     dataset, task = load(experiment, command.config)
+    command.config.dataset.name = dataset.name
+    assert command.earlier is not None, "parse has seen to it"
+    config_record.check_evaluates(command.config, command.earlier, str(command.workdir))
     return train.restore(command.config, task, dataset, mesh, command.workdir)
 
 
@@ -189,11 +196,7 @@ def _noise(summary: dict[str, Any]) -> str:
     return f"  critical batch size (gradient noise scale of the last epoch): {size:,.0f}\n" if size is not None else ""
 
 
-def main(
-    experiment: Experiment,
-    argv: Sequence[str] | None = None,
-    run: Callable[[Experiment, Sequence[str], Signals], Any] = run,
-) -> None:
+def main(experiment: Experiment, argv: Sequence[str] | None = None) -> None:
     """The whole command: runs the experiment and exits with one of the codes of `research.errors`.
 
     Where nobody reads its output any more it goes on in silence: the record is what a run is for.
@@ -201,6 +204,6 @@ def main(
     signals = Signals()
     try:
         with own_exit_code(), lasting_output(), signals.handled():
-            run(experiment, sys.argv[1:] if argv is None else argv, signals)
+            (experiment.run or run)(experiment, sys.argv[1:] if argv is None else argv, signals)
     except UserError as error:
         exit_with(error)

@@ -19,6 +19,7 @@ from research.config import Config
 from research.data import sources
 from research.errors import UserError
 from research.predictor import Predictor
+from research.signals import Signals
 from research.storage import open_path
 from research.tasks.task import Task
 from research.workdir import read_json
@@ -37,6 +38,7 @@ class Experiment:
       sample: what `--mode=sample` does with a trained network, given the options, of type `sample_options`, and the
         workdir; may raise `UserError`.
       sample_options: a dataclass of `research.config.option` fields, each of them a flag.
+      run: what the whole command does in the place of `app.run`; None: that. Sweeps refuse an experiment that has one.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Experiment:
     prepare: Callable[[Any, sources.Dataset], sources.Dataset] = lambda _, dataset: dataset
     sample: Callable[[Predictor, Any, sources.Dataset, Any, Path], None] | None = None
     sample_options: type | None = None
+    run: Callable[["Experiment", Sequence[str], Signals], Any] | None = None
 
     @property
     def modes(self) -> dict[str, str]:
@@ -186,8 +189,10 @@ def parse(experiment: Experiment, argv: Sequence[str]) -> Command:
     if values["reproduce"].value:
         path = open_path(values["reproduce"].value)
         reproduces, reproduced = read_json(path), _stored_config(experiment, path.parent)
-        if reproduces is None or reproduced is None:
-            raise UserError(f"--reproduce={path}: there is no such file, or no config.json beside it")
+        if reproduces is None or reproduced is None or "num_train_steps" not in reproduces:
+            raise UserError(f"--reproduce={path}: there is no such summary.json, or no config.json beside it")
+        if mode != "train":
+            raise UserError(f"--reproduce is for training: leave it or --mode={mode} out")
     config = experiment.presets[str(values["config"].value)]()
     if not values["config"].present:
         config = copy.deepcopy(reproduced or earlier or config)

@@ -76,9 +76,13 @@ def run(argv: Sequence[str]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    lines = {str(workdir): read_metrics(workdir) for workdir in workdirs}
+    if not any(lines.values()):
+        print("no picture: no run has recorded a figure yet")
+        return
     picture = open_path(str(values["picture"].value))
     try:
-        figure = plots.curves({str(workdir): read_metrics(workdir) for workdir in workdirs})
+        figure = plots.curves(lines)
         drawn = io.BytesIO()
         figure.savefig(drawn, format=picture.suffix[1:] or "png", dpi=120)
         picture.write_bytes(drawn.getvalue())

@@ -213,6 +213,11 @@ class Config:
         return self.microbatch_size or self.batch_size
 
 
+def is_on(value: Any) -> bool:
+    """Whether a number that means "off" at 0 is another: always, where it is an input of the step and so traced."""
+    return not isinstance(value, (int, float)) or value != 0
+
+
 def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
     """Yields (path, field, value) of every leaf field, e.g. ("optimizer.name", Field, "adam")."""
     for field in dataclasses.fields(config):

@@ -51,19 +51,32 @@ _FREE = (
 )
 
 
-def check_resumes(config: Config, earlier: Config, workdir: str) -> None:
-    """Raises `UserError` naming the fields by which `config` is not that of the run that `workdir` holds."""
+# And between a run and an evaluation of it: how the network is evaluated, and by how much at once.
+_OF_EVALUATION = ("mirror", "translate", "final_samples", "batch_size", "microbatch_size", "log_every_steps")
+
+
+def _check_same(config: Config, earlier: Config, workdir: str, free: tuple[str, ...]) -> None:
     pairs = zip(walk(config), walk(earlier))
     differing = [
         f"{path} {old!r} there, {new!r} here"
         for (path, _, new), (_, _, old) in pairs
-        if new != old and path not in _FREE
+        if new != old and path not in free
     ]
     if differing:
         raise UserError(
             f"--workdir={workdir} holds a run with another config: {'; '.join(differing)}. Give another --workdir, or "
-            "leave these flags out to resume it"
+            "leave these flags out"
         )
+
+
+def check_evaluates(config: Config, earlier: Config, workdir: str) -> None:
+    """Raises `UserError` naming the fields by which `config` would evaluate another run than `workdir` holds."""
+    _check_same(config, earlier, workdir, (*_FREE, *_OF_EVALUATION))
+
+
+def check_resumes(config: Config, earlier: Config, workdir: str) -> None:
+    """Raises `UserError` naming the fields by which `config` is not that of the run that `workdir` holds."""
+    _check_same(config, earlier, workdir, _FREE)
     if config.num_epochs < earlier.num_epochs:
         raise UserError(
             f"--config.num_epochs={config.num_epochs}: the run in --workdir={workdir} has {earlier.num_epochs} epochs, "

@@ -47,16 +47,17 @@ class OutOfMemoryError(UserError):
     exit_code = 5
 
 
+_NO_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory allocating")  # XLA:CPU calls the second INTERNAL
 _LESS = (
-    "lower --config.microbatch_size, a divisor of --config.batch_size that changes only how many examples are there at "
-    "once, or --config.batch_size itself"
+    "lower --config.microbatch_size, a divisor of --config.batch_size: how many examples are there at once (and make "
+    "one batch norm's statistics), or --config.batch_size itself"
 )
 
 
 def of_memory(error: BaseException, advice: str = _LESS) -> OutOfMemoryError | None:
     """What to say of an error that means that there was no memory; None: it means something else."""
     text = " ".join(str(error).split())
-    if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in text:
+    if not isinstance(error, MemoryError) and not any(words in text for words in _NO_MEMORY):
         return None
     return OutOfMemoryError(f"out of memory ({text[:150] or 'of the host'}): {advice}")
 

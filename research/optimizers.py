@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from research.config import OptimizerConfig
+from research.config import OptimizerConfig, is_on
 from research.errors import UserError
 
 # The customary learning rate and momentum of each rule (Adam, AdamW and Lion: beta1); None: the rule has no momentum.
@@ -121,12 +121,15 @@ def unit_schedule(config: OptimizerConfig, boundaries: Any) -> Callable[[Any], j
     return schedule
 
 
-def learning_rates(config: OptimizerConfig, num_train_steps: int) -> np.ndarray:
-    """The learning rate of every step, float [num_train_steps], on the host."""
+def learning_rates(config: OptimizerConfig, num_train_steps: int) -> Callable[[np.ndarray], np.ndarray]:
+    """The learning rate as a function on the host, from step numbers, int [n], to float [n].
+
+    It is compiled for each n.
+    """
     assert config.learning_rate is not None, "resolve fills it"
-    schedule = unit_schedule(config, boundaries(config, num_train_steps))
-    parts = jax.jit(jax.vmap(schedule))(np.arange(num_train_steps))
-    return np.asarray(parts, np.float64) * config.learning_rate
+    peak = config.learning_rate
+    parts = jax.jit(jax.vmap(unit_schedule(config, boundaries(config, num_train_steps))))
+    return lambda steps: np.asarray(parts(steps), np.float64) * peak
 
 
 def _kernels(params: Any) -> Any:
@@ -154,8 +157,9 @@ def _rule(name: str, rate: Any, momentum: Any, weight_decay: Any) -> optax.Gradi
         "adam": lambda: optax.adam(rate, b1=momentum),
         "adamw": lambda: optax.adam(rate, b1=momentum),
         "lion": lambda: optax.lion(rate, b1=momentum, weight_decay=0.0),
-        # You et al. 2017, arXiv 1708.03888, equation 6. What is not scaled by its own norm, biases and norms, goes at
-        # the same small part of the rate.
+        # Optax's form of You et al. 2017, arXiv 1708.03888, equation 6: the ratio is |w| / |g + decay w|, not
+        # |w| / (|g| + decay |w|). What is not scaled by its own norm, biases and norms, goes at the same small part of
+        # the rate.
         "lars": lambda: optax.lars(
             _LARS_TRUST * rate,
             weight_decay,
@@ -179,15 +183,16 @@ def _rule(name: str, rate: Any, momentum: Any, weight_decay: Any) -> optax.Gradi
 def make_optimizer(config: OptimizerConfig, boundaries: Any, widths: Any = None) -> optax.GradientTransformation:
     """The gradient's way to the update: clipping, weight decay, the rule, each parameter's rate, the schedule.
 
-    AdamW, Lion, Muon, LARS and LAMB decay the kernels themselves (decoupled, as published); for the others weight decay
-    adds weight_decay * kernel to the gradient, as in PyTorch.
+    AdamW, Lion, Muon and LAMB decay the kernels themselves (decoupled, as published); for the others weight decay adds
+    weight_decay * kernel to the gradient, as in PyTorch, for LARS before it measures the gradient. The schedule scales
+    what the rule has made, its momentum included.
 
     Args:
       config: resolved (`resolve`); the numbers in it may be traced.
       boundaries: of the schedule, by the function of that name; may be traced.
       widths: a tree of `research.parametrization.Widths`, by which parameters' rates differ; None: they do not.
     """
-    clip = [optax.clip_by_global_norm(config.clip_norm)] if _is_on(config.clip_norm) else []
+    clip = [optax.clip_by_global_norm(config.clip_norm)] if is_on(config.clip_norm) else []
     weight_decay, momentum = config.weight_decay, 0.0 if config.momentum is None else config.momentum
     rule = _rule(config.name, 1.0, momentum, weight_decay)
     coupled = decoupled = []
@@ -226,11 +231,6 @@ def _fix_norms() -> optax.GradientTransformation:
 
 def _scale_by_width(rule: str, widths: Any) -> optax.GradientTransformation:
     return optax.stateless(lambda updates, _: jax.tree.map(lambda u, w: w.rate_scale(rule) * u, updates, widths))
-
-
-def _is_on(value: Any) -> bool:
-    """Whether a number that means "off" at 0 is another: always, where it is traced."""
-    return isinstance(value, jax.Array) or value != 0
 
 
 def global_norm(tree: Any) -> jax.Array:

@@ -11,7 +11,8 @@ it is r times as wide, r_in for a kernel's inputs and r_out for its outputs (a v
 | output kernels (r_out = 1) | by fan-in, / sqrt(r_in) | 1 / r_in | 1 / r_in | 1 / sqrt(r_in) |
 
 Muon's column is Yang et al. 2023, arXiv 2310.17813, condition 1: Optax scales its orthogonal updates by
-sqrt(max(1, out / in)), where the condition has sqrt(out / in).
+sqrt(max(1, out / in)), where the condition has sqrt(out / in). It stands for input kernels with fewer inputs than
+outputs and output kernels with more; for others the rate makes up for Optax's factor at the two widths as well.
 """
 
 import dataclasses
@@ -33,23 +34,28 @@ class Widths:
     Attributes:
       inputs, outputs: along its last axis but one (and those before it), and along its last.
       ndim: its number of axes.
+      shape: its outputs over its inputs, at this width.
     """
 
     inputs: float
     outputs: float
     ndim: int
+    shape: float
 
     @property
     def init_scale(self) -> float:
         """By how much the initial kernel differs from one drawn by its fan-in."""
-        return math.sqrt(min(1.0, self.outputs / self.inputs))
+        return 1 / math.sqrt(self.inputs) if self.outputs == 1 and self.ndim > 1 else 1.0
 
     def rate_scale(self, rule: str) -> float:
         """By how much the learning rate of an `OptimizerConfig.name` differs from the one at the base width."""
         if rule in _BY_GRADIENT:
             return self.outputs / self.inputs
         if rule == "muon":
-            return self.init_scale if self.ndim > 1 else 1.0  # vectors go by Adam
+            if self.ndim == 1:  # vectors go by Adam
+                return 1.0
+            ratio = self.outputs / self.inputs
+            return math.sqrt(ratio * max(1.0, self.shape / ratio) / max(1.0, self.shape))
         return 1 / self.inputs
 
 
@@ -88,4 +94,5 @@ class Network:
 
 def _widths(leaf: jax.ShapeDtypeStruct, base: jax.ShapeDtypeStruct) -> Widths:
     *inputs, outputs = (size / base_size for size, base_size in zip(leaf.shape, base.shape))
-    return Widths(math.prod(inputs), outputs, len(leaf.shape))
+    *fan_in, fan_out = leaf.shape
+    return Widths(math.prod(inputs), outputs, len(leaf.shape), fan_out / math.prod(fan_in))

@@ -55,7 +55,7 @@ def check_no_password(text: str) -> None:
     if at and ":" in before:
         raise UserError(
             f"{text.partition('://')[0]}://...: a URL with a password would stand in logs and records: leave the "
-            "password out, and give it by the file system's environment variables or its configuration (fsspec.json)"
+            "password out, and give it by the environment or a file of its own (fsspec.json, ~/.pgpass)"
         )
 
 

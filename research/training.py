@@ -248,7 +248,9 @@ class Training:
 
     def _record(self, values: dict[str, np.ndarray], writer: Writer) -> None:
         """Writes the lines of the steps just made."""
-        rates = self._rates[self.progress.updates_before(values)]
+        updates = self.progress.updates_before(values)
+        # Always as many, so that it is compiled once.
+        rates = self._rates(np.resize(updates, self._pace.capacity))[: len(updates)]
         first_step = self.progress.step - len(rates) + 1
         for i, step in enumerate(range(first_step, self.progress.step + 1)):
             if step % self.config.log_every_steps == 0:

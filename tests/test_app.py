@@ -1,13 +1,14 @@
 """The command line: every field is a flag that changes something, and bad input is one clear line."""
 
 import functools
+import math
 import pathlib
 
 import jax
 import numpy as np
 import pytest
 
-from experiments import cifar_cnn
+from experiments import char_rnn, cifar_cnn, mnist_vae
 from research import app, optimizers, sharding, training
 from research import config as config_lib
 from research.data import sources
@@ -213,3 +214,17 @@ def test_no_field_is_left_out():
     for place in ELSEWHERE.values():
         file, name = place.split("::")
         assert f"def {name}(" in (pathlib.Path(__file__).parent / file).read_text()
+
+
+@pytest.mark.parametrize("module", [cifar_cnn, char_rnn, mnist_vae], ids=lambda module: module.__name__)
+def test_all_inputs_of_the_step_can_be_on_at_once(module, tmp_path, monkeypatch):
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+    config = module.EXPERIMENT.default_config
+    off = [path for path, field, value in config_lib.walk(config) if field.metadata["step_input"] and value == 0]
+    assert off
+    name = "pydoc" if module is char_rnn else "digits"
+    small = [f"--config.dataset.name={name}", "--config.dataset.train_fraction=0.1", "--config.model.width=8"]
+    small += ["--config.num_epochs=1", "--config.batch_size=8", f"--workdir={tmp_path / 'x'}"]
+    small += ["--config.final_samples=2"] if module is mnist_vae else []
+    summary = app.run(module.EXPERIMENT, [*small, *(f"--config.{path}=0.1" for path in off)])
+    assert math.isfinite(summary["test_loss"])

@@ -26,7 +26,7 @@ def test_every_run_has_another_seed_and_its_accuracy_is_recorded(tmp_path, capsy
         cifar_speedrun.run(cifar_speedrun.EXPERIMENT, args, Signals())
 
 
-@pytest.mark.parametrize("flag", ["--mode=eval", "--reproduce=x"])
+@pytest.mark.parametrize("flag", ["--mode=eval", "--reproduce=x", "--config.seed=4294967295"])
 def test_what_it_would_ignore_is_refused(flag, tmp_path):
     with pytest.raises(UserError):
         cifar_speedrun.run(cifar_speedrun.EXPERIMENT, [*ARGS, flag, f"--workdir={tmp_path / 'x'}"], Signals())

@@ -50,6 +50,13 @@ def test_a_run_draws_its_curves_and_one_that_is_not_finished_compares(two_runs, 
     assert (tmp_path / "compare.png").exists()
 
 
+def test_a_run_that_has_recorded_nothing_yet_has_no_picture(two_runs, tmp_path, capsys):
+    (tmp_path / "slow/metrics.jsonl").write_text("")
+    compare.run(["slow", "--picture=none.png"])
+    assert "no picture: no run has recorded a figure yet" in capsys.readouterr().out
+    assert not (tmp_path / "none.png").exists()
+
+
 def test_a_picture_that_fails_stops_nothing(tmp_path, monkeypatch, capfd):
     def full(*_):
         raise OSError("No space left on device")

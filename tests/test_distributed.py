@@ -121,6 +121,32 @@ def test_two_processes_learn_what_one_learns(two, env, tmp_path):
     np.testing.assert_allclose(*losses, rtol=1e-3)
 
 
+# A mesh as on a TPU slice, where a host's chips are a block of the torus and so not next to each other in it.
+TANGLED = """
+from experiments.cifar_cnn import EXPERIMENT
+from research import app, sharding
+
+arranged = sharding._arranged
+sharding._arranged = lambda shape, devices: arranged(shape, [devices[i] for i in (0, 2, 1, 3)])
+
+if __name__ == "__main__":
+    app.main(EXPERIMENT)
+"""
+
+
+@pytest.mark.parametrize("gibibytes", ["2", "0"])
+def test_hosts_need_not_have_neighbouring_rows(gibibytes, two, env, tmp_path):
+    (tmp_path / "tangled.py").write_text(TANGLED)
+    flags = {"XLA_FLAGS": f"{QUICKLY} --xla_force_host_platform_device_count=2"}
+    command = [*LOCAL[:-1], "tangled", "--processes=2", *ARGS, "--workdir=x", "--config.log_every_steps=1"]
+    env = env | flags | {"PYTHONPATH": f"{env['PYTHONPATH']}:{tmp_path}"}
+    args = [*command, f"--config.dataset.max_device_gib={gibibytes}"]
+    done = subprocess.run(args, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    losses = [[line["loss"] for line in _lines(each) if "loss" in line] for each in (two[0], tmp_path / "x")]
+    np.testing.assert_allclose(*losses, rtol=1e-3)
+
+
 def test_one_process_goes_on_with_the_run_of_two(two, env):
     folder, _ = two
     command = [sys.executable, "-m", "experiments.cifar_cnn", f"--workdir={folder}", "--config.num_epochs=3"]

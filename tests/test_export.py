@@ -238,6 +238,10 @@ def test_bad_flags_are_named_before_anything_is_restored(run, tmp_path):
         ([f"--workdir={full}", f"--out={tmp_path / 'x'}"], "full holds no run"),
         ([workdir, f"--out={tmp_path / 'x'}", "--mode=eval"], "--mode is for the experiment itself"),
         ([workdir, f"--out={tmp_path / 'x'}", "--reproduce=x"], "--reproduce"),
+        (
+            [workdir, f"--out={tmp_path / 'x'}", "--config.model.pool=average"],
+            "holds a run with another config: model.pool",
+        ),
     ):
         with pytest.raises(UserError, match=words):
             export.run(["experiments.cifar_cnn", *args])

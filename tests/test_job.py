@@ -2,7 +2,12 @@
 
 import pytest
 
-from launch import export, gke, plan, tpu
+from launch import export, gke, local, plan, scaling, slurm, sweep, tpu
+from research.errors import UserError
+
+pytest.importorskip("optuna", reason="the extra `sweep` is not installed")
+
+RATE = "--search=optimizer.learning_rate=log(1e-3,1)"
 
 
 @pytest.mark.parametrize(
@@ -22,3 +27,48 @@ def test_help_names_a_workdir_of_its_own_only_where_there_is_one(launcher, args,
     assert said in out
     assert out.count("\n  --workdir") == 1
     assert ("(default: runs/" in out) == (launcher is plan)
+
+
+@pytest.mark.parametrize("launcher", [plan, scaling, export])
+def test_only_those_that_run_workers_take_a_sweep(launcher):
+    with pytest.raises(UserError, match="name one experiment"):
+        launcher.run(["launch.sweep", "experiments.cifar_cnn"])
+
+
+@pytest.mark.parametrize("launcher", [sweep, scaling])
+def test_a_folder_of_a_run_is_not_taken_for_one_of_its_own(launcher, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="holds a run"):
+        launcher.run(["experiments.cifar_cnn", f"--workdir={tmp_path}", *([RATE] if launcher is sweep else [])])
+
+
+@pytest.mark.parametrize("module", ["", ".experiments", "experiments.nothing"])
+def test_what_is_no_module_is_named(module):
+    with pytest.raises(UserError, match=f"there is no {module} "):
+        plan.run([module, "--topology=v5e-4"])
+
+
+LOCAL, TPU = ["--workdir=x", "--dry_run"], ["--workdir=gs://b/x", "--storage=postgresql://h/d", "--dry_run"]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "args", "words"),
+    [
+        (slurm, [*LOCAL, "--search=nofield=[1]"], "there is no field nofield"),
+        (local, [*LOCAL], "say what to vary"),
+        (slurm, [*LOCAL, "--search=model.width=[8,9]", "--config.max_rewinds=1"], "--config.max_rewinds"),
+        (slurm, [*LOCAL, RATE, "--storage=postgresql://u:secret@h/d"], "a URL with a password would stand in logs"),
+        (tpu, [*TPU, "--search=/home/me/space.py"], "give a path within it"),
+        (local, [*LOCAL, "--seeds=3", "--config.seed=4294967295"], "seed"),
+    ],
+)
+def test_a_worker_that_could_not_begin_is_not_sent(launcher, args, words):
+    verb = ["run"] if launcher is tpu else []
+    with pytest.raises(UserError, match=words) as error:
+        launcher.run([*verb, "launch.sweep", "experiments.cifar_cnn", *args])
+    assert "secret" not in str(error.value)
+
+
+def test_what_makes_runs_of_its_own_is_not_swept():
+    with pytest.raises(UserError, match="cifar_speedrun makes runs of its own"):
+        sweep.run(["experiments.cifar_speedrun", RATE, "--workdir=x"])

@@ -7,12 +7,13 @@ import jax
 import numpy as np
 import pytest
 from drawn import read_lines, same
+from upath import UPath
 
 from experiments import mnist_vae
 from research import app, optimizers, sharding, train
 from research import config as config_lib
 from research.data import sources
-from research.errors import UserError
+from research.errors import RecordError, UserError
 
 
 def _drawn(count=40):
@@ -75,6 +76,25 @@ def test_the_command_trains_evaluates_and_samples(tmp_path, monkeypatch):
     assert app.run(mnist_vae.EXPERIMENT, [workdir, "--mode=eval"])["test_nll"] == pytest.approx(summary["test_nll"])
     app.run(mnist_vae.EXPERIMENT, [workdir, "--mode=sample", "--num_samples=4"])
     assert (tmp_path / "run/samples-4-seed0.png").exists()
+    (tmp_path / "run/samples-5-seed0.png").mkdir()
+    with pytest.raises(RecordError, match=r"samples-5-seed0.png could not be written"):
+        app.run(mnist_vae.EXPERIMENT, [workdir, "--mode=sample", "--num_samples=5"])
+    for args, words in (
+        (["--config.free_bits=0.1"], "free_bits 0.0 there, 0.1 here"),
+        (["--config.dataset.validation_fraction=0.3"], "dataset.validation_fraction"),
+        ([f"--reproduce={tmp_path / 'run/summary.json'}"], "--reproduce is for training"),
+    ):
+        with pytest.raises(UserError, match=words):
+            app.run(mnist_vae.EXPERIMENT, [workdir, "--mode=eval", *args])
+    with pytest.raises(UserError, match=r"config.json: there is no such summary.json"):
+        app.parse(mnist_vae.EXPERIMENT, [f"--reproduce={tmp_path / 'run/config.json'}"])
+
+
+def test_samples_go_where_the_record_is():
+    config, dataset, workdir = _config(), _drawn(), UPath("memory://samples")
+    options = mnist_vae.SampleOptions(num_samples=5, sample_seed=0)
+    mnist_vae.sample(lambda _, x: np.zeros((5, 8, 8, 1)), config, dataset, options, workdir)  # pyright: ignore
+    assert (workdir / "samples-5-seed0.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_samples_are_saved_and_follow_their_seed(tmp_path, capsys):

@@ -34,10 +34,11 @@ def _task(kind, rule="adam", **model):
         tokens = TEXT["text"][:208].reshape(16, 13)
         batch = {"tokens": tokens, "first": np.ones(16, bool), "count": np.full(16, 12)}
         return char_rnn.make_task(config, dataset), config, index | batch
-    experiment, config = {
-        "cnn": (cifar_cnn, cifar_cnn.CifarConfig(**options, model=CNNConfig(**model))),
-        "vae": (mnist_vae, mnist_vae.MnistVAEConfig(**options, model=VAEConfig(**model))),
+    experiment, make_config, make_model = {
+        "cnn": (cifar_cnn, cifar_cnn.CifarConfig, CNNConfig),
+        "vae": (mnist_vae, mnist_vae.MnistVAEConfig, VAEConfig),
     }[kind]
+    config = make_config(**options, model=make_model(**model))
     dataset = Dataset("drawn", names[:4], IMAGES, None, IMAGES)
     return experiment.make_task(config, dataset), config, index | IMAGES
 
@@ -90,7 +91,8 @@ def test_initial_kernels_and_rates_are_those_of_the_table():
     widths = nnx.to_pure_dict(task.widths)
     # Four times as wide; the table has inputs, hidden layers, outputs, and a bias.
     hand = {
-        ("convs", 0, "kernel"): {"sgd": 4.0, "adam": 1.0, "muon": 1.0},
+        # Optax scales the narrow one's update, 9 to 8, by 1, where the spectral condition has sqrt(8 / 9).
+        ("convs", 0, "kernel"): {"sgd": 4.0, "adam": 1.0, "muon": (9 / 8) ** 0.5},
         ("convs", 1, "kernel"): {"nesterov": 1.0, "lion": 0.25, "muon": 1.0},
         ("hidden", "kernel"): {"momentum": 1.0, "adagrad": 0.25, "muon": 1.0},
         ("logits", "kernel"): {"sgd": 0.25, "adamw": 0.25, "muon": 0.5},
@@ -103,6 +105,26 @@ def test_initial_kernels_and_rates_are_those_of_the_table():
     deviation = {path: float(functools.reduce(lambda t, n: t[n], path, params).std()) for path in hand}
     assert deviation["convs", 1, "kernel"] == pytest.approx((9 * 32) ** -0.5, rel=0.03)
     assert deviation["logits", "kernel"] == pytest.approx(64**-0.5 / 2, rel=0.15)  # of 256 values
+
+
+def test_a_network_narrower_than_the_base_keeps_its_norms_and_fan_in():
+    task, _, _ = _task("cnn", width=8, norm="batch", parametrization="mup", base_width=32)
+    params = nnx.to_pure_dict(nnx.state(task.create_model(nnx.Rngs(0)), nnx.Param))
+    assert (params["norms"][0]["layer"]["scale"] == 1).all()
+    assert float(params["convs"][1]["kernel"].std()) == pytest.approx((9 * 8) ** -0.5, rel=0.1)
+    assert float(params["logits"]["kernel"].std()) == pytest.approx(16**-0.5 * 2, rel=0.15)
+
+
+@pytest.mark.parametrize(("width", "base"), [(64, 16), (512, 128), (1024, 64), (16, 64)])
+def test_muon_has_the_spectral_condition_at_every_shape(width, base):
+    """An update's norm is Optax's sqrt(max(1, out / in)) times the rate, and goes as sqrt(out / in)."""
+    sizes = {("encoder", "hidden", 0): (324, width, 324, base), ("decoder", "out"): (width, 324, base, 324)}
+    task, _, _ = _task("vae", "muon", width=width, parametrization="mup", base_width=base)
+    widths = nnx.to_pure_dict(task.widths)
+    for path, (fan_in, fan_out, base_in, base_out) in sizes.items():
+        rate = functools.reduce(lambda tree, name: tree[name], path, widths)["kernel"].rate_scale("muon")
+        grown = max(1, fan_out / fan_in) ** 0.5 * rate / max(1, base_out / base_in) ** 0.5
+        assert grown == pytest.approx((fan_out / fan_in / (base_out / base_in)) ** 0.5)
 
 
 @pytest.mark.parametrize(

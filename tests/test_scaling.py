@@ -57,7 +57,7 @@ def test_a_record_that_cannot_be_kept_is_named_before_anything_is_measured(workd
 
 
 def test_the_report_is_left(env, tmp_path):
-    args = ["--devices=1,2", "--rounds=1", "--steps_per_dispatch=2", "--workdir=x"]
+    args = ["--devices=1,2", "--rounds=1", "--config.steps_per_dispatch=2", "--workdir=x"]
     done = subprocess.run([*SCALING, *args], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     one, two = json.loads((tmp_path / "x/scaling.json").read_text())

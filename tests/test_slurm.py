@@ -130,7 +130,7 @@ def test_two_nodes_train_are_requeued_go_on_and_are_cancelled(slurm, tmp_path):
 
 def test_the_script_says_what_was_asked(env, tmp_path):
     options = ["--nodes=4", "--gpus_per_node=8", "--partition=gpu", "--time=1:00:00", "--account=me", "--dry_run"]
-    more = ["--cpus_per_process=12", "--seconds_to_stop=300", "--workdir=/shared/x y"]
+    more = ["--cpus_per_process=12", "--seconds_to_stop=300", "--workdir=/shared/x y%j"]
     done = subprocess.run([*SLURM, *options, *more, *DIGITS], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for line in (
@@ -145,10 +145,10 @@ def test_the_script_says_what_was_asked(env, tmp_path):
         "requeue",
     ):
         assert f"#SBATCH --{line}\n" in done.stdout
-    assert "#SBATCH --output='/shared/x y/slurm-%j.log'\n" in done.stdout
-    assert "'--workdir=/shared/x y'" in done.stdout
+    assert "#SBATCH --output='/shared/x y%%j/slurm-%j.log'\n" in done.stdout
+    assert "'--workdir=/shared/x y%j'" in done.stdout
     subprocess.run(["bash", "-n"], input=done.stdout, text=True, check=True)
-    assert not Path("/shared/x y").exists()
+    assert not Path("/shared/x y%j").exists()
 
 
 def test_without_slurm_it_says_so(env, tmp_path):

@@ -15,13 +15,14 @@ from experiments import cifar_cnn  # noqa: E402
 from launch import job as job_lib  # noqa: E402
 from launch import search_space, sweep, sweep_report, tpu, worker  # noqa: E402
 from launch.local import LocalOptions  # noqa: E402
-from launch.study import PRUNERS, SAMPLERS, Study, open_storage  # noqa: E402
+from launch.study import Study, open_storage  # noqa: E402
 from research import hyperparams  # noqa: E402
 from research.errors import NonFiniteLossError, OutOfMemoryError, UserError  # noqa: E402
 from research.population import Report  # noqa: E402
 from research.signals import Signals, StoppedError  # noqa: E402
 
 RATE = "optimizer.learning_rate"
+CHOICES = {field.name: field.metadata["choices"] for field in dataclasses.fields(sweep.SweepOptions)}
 
 
 class _Fake:
@@ -82,7 +83,7 @@ def fake(monkeypatch, tmp_path):
     return make
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", CHOICES["sampler"])
 def test_every_sampler_makes_exactly_the_planned_trials(fake, sampler):
     grid = ["optimizer.name=[sgd,momentum]", f"{RATE}=[0.1,0.2,0.3]"]
     texts = grid if sampler == "grid" else [f"{RATE}=log(1e-3,1)", "label_smoothing=float(0.1,0.2)"]
@@ -114,7 +115,7 @@ def test_seeds_count_by_their_mean(fake):
     assert [command[-1] for command in commands] == [f"--config.seed={seed}" for seed in range(3)]
 
 
-@pytest.mark.parametrize("pruner", PRUNERS)
+@pytest.mark.parametrize("pruner", CHOICES["pruner"])
 def test_pruners_end_the_worst_early(fake, pruner):
     swept, study, made = fake(f"{RATE}=float(0.01,1)", trials=30, epochs=9, pruner=pruner)
     made.run()

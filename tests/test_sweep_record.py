@@ -95,6 +95,14 @@ def test_where_each_core_is_a_device_the_best_command_has_the_one_that_it_has_by
         assert found["best_value"] == pytest.approx(found["best_command_value"], abs=0.02)
 
 
+def test_a_sweep_that_only_fails_leaves_its_record(folder):
+    with pytest.raises(UserError, match="trials in a row failed"):
+        sweep.run([*SWEEP, f"--search={RATE}=[{','.join(f'{n}e30' for n in range(1, 11))}]", "--sampler=grid"])
+    found = json.loads((folder / "w/sweep.json").read_text())
+    assert (found["num_trials"], found["num_failed"], found["best_value"]) == (10, 10, None)
+    assert len((folder / "w/trials.csv").read_text().splitlines()) == 11
+
+
 def test_the_end_of_a_finished_sweep_is_made_up_for(folder, capsys, monkeypatch):
     """Of one that was stopped while its best command ran, for all seeds; and of one whose fit is asked for later."""
     argv = [*SWEEP, "--search=dataset.train_fraction=[0.3,0.6,1]", "--sampler=grid", "--seeds=2"]

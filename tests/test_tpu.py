@@ -108,8 +108,8 @@ def _dry(capsys, *args):
 
 
 def test_hosts_can_run_a_worker_of_a_sweep(capsys):
-    assert "sweep]" in _dry(capsys, "setup")[1][-1]
-    assert "sweep]" in (Path(__file__).parent.parent / "Dockerfile").read_text()
+    assert "sweep,postgres]" in _dry(capsys, "setup")[1][-1]
+    assert "sweep,postgres]" in (Path(__file__).parent.parent / "Dockerfile").read_text()
 
 
 @pytest.mark.parametrize(

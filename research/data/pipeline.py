@@ -84,11 +84,13 @@ class _Split:
             for name, array in (arrays if resident else {}).items()
         }
 
-    def _local(self, size: int) -> slice:
-        """The part of a batch of `size` examples that this process's devices hold."""
+    def _local(self, size: int) -> np.ndarray:
+        """The rows of a batch of `size` examples that this process's devices hold, in order: int [n].
+
+        They need not be next to each other: a mesh goes along a TPU's torus, of which a host has a block.
+        """
         parts = sharding.batch_sharding(self._mesh, 0).addressable_devices_indices_map((size,)).values()
-        starts, stops, _ = zip(*(part[0].indices(size) for part in parts if part))
-        return slice(min(starts), max(stops))
+        return np.unique([np.arange(size)[part[0]] for part in parts if part])
 
     def _examples(self, inputs: Arrays) -> Arrays:
         return inputs | {name: array[inputs["index"]] for name, array in self._streamed.items()}

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from research import sharding
+from research.config import is_on
 
 
 class Dropout(nnx.Module):
@@ -23,7 +24,7 @@ class Dropout(nnx.Module):
     @property
     def off(self) -> bool:
         """Whether it does nothing, so that the program has nothing of it."""
-        return isinstance(self.rate, float) and self.rate == 0.0
+        return not is_on(self.rate)
 
     def __call__(self, x: jax.Array, *, train: bool, key: jax.Array | None) -> jax.Array:
         """x in evaluation.
@@ -38,7 +39,7 @@ class Dropout(nnx.Module):
         keys = sharding.example_keys(key, x.shape[self.batch_axis])
         shape = (*x.shape[: self.batch_axis], *x.shape[self.batch_axis + 1 :])
         draw = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.rate, shape), out_axes=self.batch_axis)
-        return jnp.where(draw(keys), x / (1 - self.rate), 0)
+        return jnp.where(draw(keys), x / (1 - self.rate), 0).astype(x.dtype)
 
 
 def set_rate(model: nnx.Module, rate: Any) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from research import densities, plots, sharding
+from research.config import is_on
 from research.data.sources import Dataset
 from research.predictor import Predictor
 from research.tasks.task import Batch, Function, Metrics, Task
@@ -104,7 +105,7 @@ class VAE(Task):
             return values | {"loss": -bound}
         # A latent whose mean over the batch is below the limit costs the limit in every example: the mean over the
         # batch is then max(limit, mean), and so is its gradient.
-        if self.free_bits:
+        if is_on(self.free_bits):
             kl = jnp.where(sharding.batch_mean(kl) < self.free_bits, self.free_bits, kl)
         return values | {"loss": reconstruction + beta * kl.sum(-1)}
 

@@ -130,7 +130,7 @@ def _child(job):
             folder, options = job["args"]
             getattr(module, function)(Path(folder), **options)
         else:
-            module.app.main(module.EXPERIMENT, job["args"], getattr(module, "run", module.app.run))
+            module.app.main(module.EXPERIMENT, job["args"])
     except SystemExit as exit_:
         code = int(exit_.code or 0)
     Path("operations").write_text(str(len(operations)))

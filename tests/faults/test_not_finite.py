@@ -201,7 +201,7 @@ def test_every_experiment_counts_what_it_skips(name, env, capsys):
     module, args = SMALL[name]
     small = ["--config.model.width=4", "--config.optimizer.learning_rate=1e39", "--config.max_skipped_steps=2"]
     with pytest.raises(SystemExit) as exit_:
-        app.main(module.EXPERIMENT, [*args, *small, "--workdir=x"], getattr(module, "run", app.run))
+        app.main(module.EXPERIMENT, [*args, *small, "--workdir=x"])
     assert exit_.value.code == 3
     errors = capsys.readouterr().err
     assert re.search(r"^error: the (training loss|gradient's norm) became (nan|inf) at step 4: ", errors, re.MULTILINE)

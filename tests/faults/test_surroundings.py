@@ -69,7 +69,14 @@ def test_out_of_memory_names_what_to_lower(forks, tmp_path):
     assert "Traceback" not in ended.output
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes"),
+        RuntimeError("INTERNAL: Error dispatching computation: Out of memory allocating 46592929092 bytes."),
+    ],
+)
 def test_what_means_that_there_is_no_memory(error):
     found = of_memory(error)
     assert isinstance(found, OutOfMemoryError)

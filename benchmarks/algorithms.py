@@ -13,9 +13,9 @@ import dataclasses
 import os
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
-from benchmarks import output, several_seeds, trials
+from benchmarks import command, output, several_seeds, trials
 from experiments import char_rnn, cifar_cnn, mnist_vae
 from research import optimizers
 from research.command import Experiment
@@ -115,7 +115,7 @@ def picture(rows: list[dict[str, Any]]) -> Any:
     return figure
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     out, chosen = output.folder(), [studies()[name] for name in STUDY.value]
     trials.check_data(study.config.dataset for study in chosen)
     rows = output.kept(out, "algorithms", "what", [study.what for study in chosen])
@@ -131,4 +131,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.start(main)

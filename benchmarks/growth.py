@@ -14,9 +14,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app
 
-from benchmarks import output
+from benchmarks import command, output
 from experiments import char_rnn, cifar_cnn
 from experiments.char_rnn import CharRNNConfig
 from experiments.cifar_cnn import CifarConfig
@@ -145,7 +144,7 @@ def picture(rows: list[dict[str, Any]]) -> Any:
     return figure
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     out, rows = output.folder(), []
     print("| grows | size | GFLOP a step | temporary MiB | ms a step | GFLOP/s |")
     print("| --- | --- | --- | --- | --- | --- |")
@@ -157,4 +156,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.start(main)

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from benchmarks import command, output, sweep
 
@@ -63,7 +63,7 @@ def row(work: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     out, rows = output.folder(), []
     for work in sweep.works():
         rows.append(row(work))
@@ -72,4 +72,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.start(main)

@@ -14,9 +14,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import app
 
-from benchmarks import output
+from benchmarks import command, output
 from launch import job as job_lib
 from launch import measure
 from launch.hlo import Program
@@ -87,7 +86,7 @@ def line(found: dict[str, Any]) -> str:
     )
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     out = output.folder()
     machine = speeds()
     device = jax.devices()[0]
@@ -105,4 +104,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.start(main)

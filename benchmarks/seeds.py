@@ -10,9 +10,9 @@ import statistics
 import time
 
 import jax
-from absl import app, flags
+from absl import flags
 
-from benchmarks import output, trials
+from benchmarks import command, output, trials
 from benchmarks.several_seeds import SEEDS
 from experiments import cifar_speedrun
 
@@ -21,7 +21,7 @@ DATASET = flags.DEFINE_string("dataset", "cifar10", "the images")
 flags.set_default(SEEDS, 20)
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     out, runs = output.folder(), SEEDS.value
     config = cifar_speedrun.EXPERIMENT.presets[CONFIG.value]()
     config.dataset.name = DATASET.value
@@ -44,4 +44,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.start(main)

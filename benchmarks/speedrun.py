@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from benchmarks import command, output
 from research.config import DatasetConfig
@@ -49,7 +49,7 @@ def line(found: dict[str, Any]) -> str:
     return f"| {found['name']} | {found['runs']} | {accuracy} | {seconds} |"
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     out, runs = output.folder(), str(RUNS.value)
     peer, preset = PEERS[GOAL.value], f"--config=airbench{GOAL.value}"
     script = Path(AIRBENCH.value) / f"{peer}.py"
@@ -76,4 +76,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.start(main)

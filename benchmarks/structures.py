@@ -18,9 +18,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from benchmarks import output, several_seeds, trials
+from benchmarks import command, output, several_seeds, trials
 from launch import job as job_lib
 from launch import measure, scaling_law
 from launch.hlo import Program
@@ -120,7 +120,7 @@ def picture(rows: list[dict[str, Any]]) -> Any:
     return figure
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     out, rows = output.folder(), []
     trials.check_data([DatasetConfig(name=DATASET.value)])
     record = {"cores": os.cpu_count(), "dataset": DATASET.value, "rows": rows}
@@ -138,4 +138,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.start(main)

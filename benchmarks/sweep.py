@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from benchmarks import command, output
 
@@ -128,7 +128,7 @@ def row(work: dict[str, Any], peer: str, ours: list[Run], theirs: list[Run]) -> 
     }
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     out, arrays = output.folder(), examples()
     rows = output.kept(out, "sweep", "trials", [TRIALS.value])
     for work in works():
@@ -147,4 +147,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.start(main)

@@ -13,9 +13,9 @@ import math
 import os
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
-from benchmarks import output, trials
+from benchmarks import command, output, trials
 from experiments import char_rnn, cifar_cnn, mnist_vae
 from research.command import Experiment
 from research.config import CNNConfig, Config, OptimizerConfig, RNNConfig, VAEConfig
@@ -95,7 +95,7 @@ def picture(rows: list[dict[str, Any]]) -> Any:
     return figure
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     out = output.folder()
     rows = output.kept(out, "width", "network", NETWORK.value)
     for name in NETWORK.value:
@@ -111,4 +111,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.start(main)

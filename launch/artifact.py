@@ -16,7 +16,6 @@ import os
 import re
 import shutil
 import stat
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -183,12 +182,8 @@ def _checked(folder: Path, name: str, entry: Mapping[str, Any]) -> bytes:
 
 
 def _packed(weights: Mapping[str, np.ndarray]) -> bytes:
-    """As `np.savez` does, but without the time, so that the same weights give the same bytes."""
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for name, array in weights.items():
-            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as file:
-                np.lib.format.write_array(file, _plain(array), allow_pickle=False)
+    np.savez(buffer, **{name: _plain(array) for name, array in weights.items()})  # pyright: ignore[reportArgumentType]
     return buffer.getvalue()
 
 

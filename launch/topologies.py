@@ -20,6 +20,8 @@ from research.errors import UserError
 
 LARGEST_SLICE = {"v4": 4096, "v5e": 256, "v5p": 6144, "v6e": 256, "tpu7x": 9216}  # chips, by the pages in CHIPS
 _GPUS_OF_A_MACHINE = 8
+_MOST_GPUS = 131_072
+_MOST_STAND_INS = 2048  # XLA:CPU takes further devices for another process's
 _CORES_COUNT = ("v4", "v5p", "tpu7x")  # in the names of whose slices
 
 
@@ -124,8 +126,11 @@ def parse(name: str, slices: int = 1) -> Topology:
 
 def _gpus(name: str, chip: Chip, count: int, slices: int) -> Topology:
     machine = min(count, _GPUS_OF_A_MACHINE)
-    if not count or count % machine:
-        raise UserError(f"--topology={name}: give 1 to {_GPUS_OF_A_MACHINE} GPUs, or a multiple, as in {chip.name}-64")
+    if not count or count % machine or count > _MOST_GPUS:
+        raise UserError(
+            f"--topology={name}: give 1 to {_GPUS_OF_A_MACHINE} GPUs, or a multiple up to {_MOST_GPUS:,}, as in "
+            f"{chip.name}-64"
+        )
     return Topology(chip, (machine,), slices * (count // machine))
 
 
@@ -180,6 +185,11 @@ def _stand_ins(topology: Topology) -> Sequence[Any]:
     import jax
 
     count = topology.num_devices
+    if count > _MOST_STAND_INS:
+        raise UserError(
+            f"for {count:,} GPUs no CPU devices can stand in, at most {_MOST_STAND_INS:,} do: install JAX's CUDA "
+            'plugin, pip install -e ".[cuda12]"'
+        )
     if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):  # JAX has started; there may be enough
             jax.config.update("jax_num_cpu_devices", count)

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import re
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -178,3 +181,19 @@ def test_the_perceptron_trains_as_a_command_of_its_own(tmp_path):
     args = ["--config.num_epochs=1", "--config.dataset.train_fraction=0.2", f"--workdir={tmp_path / 'run'}"]
     command_lib.run("the perceptron", ["-m", "benchmarks.mlp", *args])
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["num_train_steps"] == 287 // 32
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["roofline", "extra"], "unexpected argument 'extra'"),
+        (["sweep", "--trials=x"], "flag --trials=x"),
+        (["peers", "--peer=nosuch"], "use flax, keras"),
+        (["seeds", "--dataset=nosuch"], "nosuch"),
+    ],
+)
+def test_bad_input_of_a_benchmark_is_one_line(args, words, env):
+    name, *rest = args
+    done = subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *rest], env=env, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert re.fullmatch(rf"error: .*{re.escape(words)}.*\n", done.stderr)

@@ -200,6 +200,8 @@ def test_what_does_not_fit_is_said_in_one_line_and_recorded(tmp_path, monkeypatc
     ("args", "words"),
     [
         ([], "give --topology=NAME; known are"),
+        (["--topology=h100-99999992"], "or a multiple up to 131,072"),
+        (["--topology=h100-4096"], "at most 2,048 do"),
         (["--topology=h100-8", "--config.batch_size=12"], "batch_size=12 cannot be split evenly over 8 devices"),
         (["--topology=h100-8", "--config.mesh.fsdp=3"], "must multiply to the 8 devices"),
         (["--topology=h100-8,h100-4", "--search"], "--search: give one topology"),

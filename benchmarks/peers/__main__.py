@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from benchmarks import command
 from benchmarks.peers import table, works
 
 OURS = "meshwork"
 PEERS = {"keras": ("", "graph", "jax"), "torch": ("", "compile"), "flax": ("",)}  # and their variants
+_KNOWN = set(PEERS) | {f"{name}+{variant}" for name, variants in PEERS.items() for variant in variants if variant}
 WITHOUT = {"sample": "keras"}  # its recurrent networks have no call for one step
 RESULTS = Path(__file__).parent.parent / "results" / "peers.json"
 
@@ -34,6 +35,7 @@ PEER = flags.DEFINE_list("peer", list(PEERS), f"whom to compare with: {', '.join
 ROUNDS = flags.DEFINE_integer("rounds", 3, "how many times each is run", lower_bound=1)
 LONGER = flags.DEFINE_integer("longer", 1, "times as many steps an epoch, as far as the images go", lower_bound=1)
 EPOCHS = flags.DEFINE_integer("epochs", 3, "epochs of each run, the first of which is not timed", lower_bound=2)
+flags.register_validator("peer", lambda names: set(names) <= _KNOWN, f"use {', '.join(sorted(_KNOWN))}")
 flags.register_validator("work", lambda names: set(names) <= set(works.WORKS), f"use {', '.join(works.WORKS)}")
 
 
@@ -72,7 +74,7 @@ def measure(work: works.Work, peers: list[str], folder: Path, rounds: int, epoch
     return [table.row(work, name, reports[OURS], reports[name]) for name in peers]
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
     chosen = [
         name if "+" in name or not variant else f"{name}+{variant}"
         for name in PEER.value
@@ -94,4 +96,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.start(main)

@@ -1,17 +1,16 @@
 """Pooling by strided slices, whose gradient costs a fraction of that of `lax.reduce_window` on the CPU.
 
-This serves windows that do not overlap and need no padding (rows and columns left over at the end are dropped): the
-pool is then an elementwise function of such a window's strided slices. Other windows go to `nnx`.
+Windows do not overlap and have no padding (rows and columns left over at the end are dropped), so that the pool is an
+elementwise function of their strided slices.
 """
 
 from functools import reduce
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 
-def max_pool(x: jax.Array, window: int, stride: int | None = None, padding: str = "VALID") -> jax.Array:
+def max_pool(x: jax.Array, window: int) -> jax.Array:
     """The maximum over square windows.
 
     Where several elements of a window are the largest they share its gradient: a subgradient whose sum is kept.
@@ -20,15 +19,10 @@ def max_pool(x: jax.Array, window: int, stride: int | None = None, padding: str 
     Args:
       x: float [b, h, w, c].
       window: side of the window.
-      stride: distance of the windows; default: their side.
-      padding: "VALID" or "SAME".
 
     Returns:
-      [b, h', w', c], of x's dtype.
+      [b, h // window, w // window, c], of x's dtype.
     """
-    stride = stride or window
-    if stride != window or padding != "VALID":
-        return nnx.max_pool(x, (window, window), (stride, stride), padding)
     return reduce(_maximum, _slices(x, window))
 
 
@@ -51,11 +45,8 @@ def _maximum_jvp(
     return _maximum(x, y), share * dx + (1 - share) * dy
 
 
-def avg_pool(x: jax.Array, window: int, stride: int | None = None, padding: str = "VALID") -> jax.Array:
-    """The mean over square windows (padding counts as zeros); arguments and result as of `max_pool`."""
-    stride = stride or window
-    if stride != window or padding != "VALID":
-        return nnx.avg_pool(x, (window, window), (stride, stride), padding)
+def avg_pool(x: jax.Array, window: int) -> jax.Array:
+    """The mean over square windows; arguments and result as of `max_pool`."""
     return reduce(jnp.add, _slices(x, window)) / window**2
 
 

@@ -189,8 +189,10 @@ def parse(experiment: Experiment, argv: Sequence[str]) -> Command:
     if values["reproduce"].value:
         path = open_path(values["reproduce"].value)
         reproduces, reproduced = read_json(path), _stored_config(experiment, path.parent)
-        if reproduces is None or reproduced is None or "num_train_steps" not in reproduces:
-            raise UserError(f"--reproduce={path}: there is no such summary.json, or no config.json beside it")
+        if reproduces is None or reproduced is None:
+            raise UserError(f"--reproduce={path}: there is no such file, or no config.json beside it")
+        if "num_train_steps" not in reproduces:
+            raise UserError(f"--reproduce={path}: it is no summary.json of a run")
         if mode != "train":
             raise UserError(f"--reproduce is for training: leave it or --mode={mode} out")
     config = experiment.presets[str(values["config"].value)]()

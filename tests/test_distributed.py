@@ -134,14 +134,15 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("gibibytes", ["2", "0"])
-def test_hosts_need_not_have_neighbouring_rows(gibibytes, two, env, tmp_path):
+def test_hosts_need_not_have_neighbouring_rows(two, env, tmp_path):
+    """Each streams the examples of its own rows."""
     (tmp_path / "tangled.py").write_text(TANGLED)
     flags = {"XLA_FLAGS": f"{QUICKLY} --xla_force_host_platform_device_count=2"}
     command = [*LOCAL[:-1], "tangled", "--processes=2", *ARGS, "--workdir=x", "--config.log_every_steps=1"]
     env = env | flags | {"PYTHONPATH": f"{env['PYTHONPATH']}:{tmp_path}"}
-    args = [*command, f"--config.dataset.max_device_gib={gibibytes}"]
-    done = subprocess.run(args, env=env, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [*command, "--config.dataset.max_device_gib=0"], env=env, capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr
     losses = [[line["loss"] for line in _lines(each) if "loss" in line] for each in (two[0], tmp_path / "x")]
     np.testing.assert_allclose(*losses, rtol=1e-3)

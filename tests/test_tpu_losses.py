@@ -170,7 +170,11 @@ time.sleep(60)
 
 
 @pytest.mark.parametrize(
-    "args", [["experiments.cifar_cnn"], ["launch.sweep", "experiments.cifar_cnn", "--storage=postgresql://h/d"]]
+    "args",
+    [
+        ["experiments.cifar_cnn"],
+        ["launch.sweep", "experiments.cifar_cnn", "--storage=postgresql://h/d", "--search=model.width=[8,16]"],
+    ],
 )
 def test_stop_ends_what_run_started_once_it_has_saved(args, tmp_path):
     python = tmp_path / "meshwork/.venv/bin/python"

@@ -9,8 +9,10 @@ import sys
 import pytest
 from command import DIGITS
 
+from experiments.cifar_cnn import EXPERIMENT
 from launch import job as job_lib
 from launch import scaling
+from research import command
 from research.errors import UserError
 from research.signals import StoppedError
 
@@ -157,3 +159,13 @@ def test_a_dry_run_prints_what_is_run(gpus, tmp_path, monkeypatch, capsys):
     first, second = gpus.split(",") if gpus else "01"
     # Of processes that do not communicate, and so do not learn from jax which GPU is theirs: one, and two.
     assert re.findall(r"'(\d)'\] False", "\n".join(done)) == [first, first, second]
+
+
+def test_a_device_by_itself_has_a_mesh_of_its_own(capsys):
+    """However the mesh of those that communicate is split; and the config's own steps a dispatch count."""
+    flags = ["--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.steps_per_dispatch=3"]
+    assert scaling.run(["experiments.cifar_cnn", *DIGITS, "--devices=1,2", "--dry_run", *flags]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("#")]
+    configs = [command.parse(EXPERIMENT, line.partition("experiments.cifar_cnn ")[2].split()).config for line in lines]
+    assert [(config.mesh.data, config.mesh.fsdp) for config in configs] == [(-1, 1), *[(1, 2)] * 2, *[(-1, 1)] * 2]
+    assert {config.steps_per_dispatch for config in configs} == {3}

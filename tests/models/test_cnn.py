@@ -10,6 +10,7 @@ from flax import nnx
 
 from research.config import CNNConfig
 from research.errors import UserError
+from research.layers.dropout import Dropout
 from research.models import cnn
 
 CIFAR = (32, 32, 3)
@@ -236,3 +237,9 @@ def test_the_smallest_images_and_larger_ones_work(name, side, more):
     config = _config(name=name, width=4)
     shape = (side + more, side + more, 1)
     assert jax.eval_shape(lambda: _create(config, shape)(jnp.zeros((2, *shape)), train=False)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("rate", [0.5, jnp.float32(0.5)])
+def test_dropout_keeps_the_dtype(rate):
+    x = jnp.ones((2, 8), jnp.bfloat16)
+    assert Dropout(rate)(x, train=True, key=jax.random.key(0)).dtype == jnp.bfloat16

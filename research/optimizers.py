@@ -35,6 +35,7 @@ _DECOUPLED = ("adamw", "lion", "muon")  # decay the kernels themselves, whatever
 _OWN_DECAY = ("lars", "lamb")
 _ONE_CYCLE_WARMUP = 0.3
 _MUON_ADAM_FACTOR = 0.1  # biases and norms go by Nesterov's Adam, whose customary rate is a tenth of Muon's
+_RATES_AT_ONCE = 2**16
 _LARS_TRUST = 0.001  # You et al.'s trust coefficient
 _DECAYING = ("cosine", "linear", "one_cycle")
 
@@ -121,15 +122,20 @@ def unit_schedule(config: OptimizerConfig, boundaries: Any) -> Callable[[Any], j
     return schedule
 
 
-def learning_rates(config: OptimizerConfig, num_train_steps: int) -> Callable[[np.ndarray], np.ndarray]:
-    """The learning rate as a function on the host, from step numbers, int [n], to float [n].
+def learning_rate(config: OptimizerConfig, num_train_steps: int) -> Callable[[int], float]:
+    """The learning rate on the host, as a function of the step.
 
-    It is compiled for each n.
+    It is made for many steps at a time: each time the device ends first what it has been given.
     """
     assert config.learning_rate is not None, "resolve fills it"
     peak = config.learning_rate
     parts = jax.jit(jax.vmap(unit_schedule(config, boundaries(config, num_train_steps))))
-    return lambda steps: np.asarray(parts(steps), np.float64) * peak
+
+    @functools.lru_cache(maxsize=1)
+    def block(number: int) -> np.ndarray:
+        return np.asarray(parts(number * _RATES_AT_ONCE + np.arange(_RATES_AT_ONCE)), np.float64) * peak
+
+    return lambda step: float(block(step // _RATES_AT_ONCE)[step % _RATES_AT_ONCE])
 
 
 def _kernels(params: Any) -> Any:

@@ -66,7 +66,10 @@ class Training:
             if split is not None
         }
         self._given = hyperparams.inputs(config, self.ends[-1])
-        self._rates = optimizers.learning_rates(optimizers.scaled(config.optimizer, config.batch_size), self.ends[-1])
+        self._learning_rate = optimizers.learning_rate(
+            optimizers.scaled(config.optimizer, config.batch_size), self.ends[-1]
+        )
+        self._learning_rate(0)  # compiled now, not while training
         tx = hyperparams.make_optimizer(config, self._given, task.widths)
         self.graphdef, self.state = create_state(task, tx, config, mesh)
         self._steps = Steps(task, self.graphdef, config, mesh)
@@ -249,13 +252,12 @@ class Training:
     def _record(self, values: dict[str, np.ndarray], writer: Writer) -> None:
         """Writes the lines of the steps just made."""
         updates = self.progress.updates_before(values)
-        # Always as many, so that it is compiled once.
-        rates = self._rates(np.resize(updates, self._pace.capacity))[: len(updates)]
-        first_step = self.progress.step - len(rates) + 1
+        first_step = self.progress.step - len(updates) + 1
         for i, step in enumerate(range(first_step, self.progress.step + 1)):
             if step % self.config.log_every_steps == 0:
                 line = {name: float(x[i]) for name, x in values.items()}
-                writer.scalars(step, self.progress.epoch + 1, line | {"learning_rate": float(rates[i])})
+                line["learning_rate"] = self._learning_rate(int(updates[i]))
+                writer.scalars(step, self.progress.epoch + 1, line)
         if count := int(values.get("skipped", np.zeros(1)).sum()):
             writer.warning(f"{count} of the steps {first_step} to {step} skipped: loss or gradient not finite")
 

@@ -316,3 +316,12 @@ def test_the_global_norm_is_that_of_numpy():
     tree = [rng.normal(size=shape).astype(np.float32) for shape in ((), (7,), (30, 40), (3, 3, 8, 16))]
     expected = np.linalg.norm(np.concatenate([x.astype(np.float64).ravel() for x in tree]))
     np.testing.assert_allclose(optimizers.global_norm(tree), expected, rtol=1e-6)
+
+
+def test_the_recorded_rate_is_the_schedules_at_every_step(monkeypatch):
+    monkeypatch.setattr(optimizers, "_RATES_AT_ONCE", 4)  # so that there are several blocks
+    config = OptimizerConfig(name="sgd", learning_rate=0.5, schedule="cosine", warmup=0.2)
+    schedule = optimizers.unit_schedule(config, optimizers.boundaries(config, 10))
+    rate = optimizers.learning_rate(config, 10)
+    for step in (0, 1, 5, 9, 3, 4):
+        assert rate(step) == pytest.approx(0.5 * float(schedule(step)))

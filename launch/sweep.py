@@ -28,7 +28,7 @@ from launch import job as job_lib
 from launch.job import Job
 from research.command import Experiment
 from research.config import Config, MeshConfig, option
-from research.errors import NonFiniteLossError, RecordError, UserError
+from research.errors import RecordError, UserError
 from research.signals import Signals, StoppedError
 from research.storage import check_no_password
 from research.terminal import lasting_output
@@ -149,8 +149,10 @@ def _run(job: Job, argv: Sequence[str], signals: Signals) -> int:
                 time.sleep(_POLL_SECONDS)
                 display.update()
                 _work(sweep, study, signals, display)
-        except (NonFiniteLossError, UserError) as error:
-            if options.processes and not isinstance(error, StoppedError):
+        except StoppedError:
+            raise
+        except UserError:
+            if options.processes:
                 sweep_report.write(workdir, study, sweep, {})
             raise
     if options.processes:

@@ -25,8 +25,12 @@ from benchmarks import command
 from benchmarks.peers import table, works
 
 OURS = "meshwork"
-PEERS = {"keras": ("", "graph", "jax"), "torch": ("", "compile"), "flax": ("",)}  # and their variants
-_KNOWN = set(PEERS) | {f"{name}+{variant}" for name, variants in PEERS.items() for variant in variants if variant}
+PEERS = {
+    "keras": ("keras", "keras+graph", "keras+jax"),
+    "torch": ("torch", "torch+compile"),
+    "flax": ("flax",),
+}  # and their variants
+_KNOWN = {*PEERS, *(variant for variants in PEERS.values() for variant in variants)}
 WITHOUT = {"sample": "keras"}  # its recurrent networks have no call for one step
 RESULTS = Path(__file__).parent.parent / "results" / "peers.json"
 
@@ -75,11 +79,7 @@ def measure(work: works.Work, peers: list[str], folder: Path, rounds: int, epoch
 
 
 def main() -> None:
-    chosen = [
-        name if "+" in name or not variant else f"{name}+{variant}"
-        for name in PEER.value
-        for variant in PEERS.get(name, ("",))
-    ]
+    chosen = [variant for name in PEER.value for variant in PEERS.get(name, (name,))]
     images, text = _arrays()
     rows = []
     for work in (_longer(work, images) for name in WORK.value for work in works.WORKS[name]):

@@ -2,11 +2,16 @@
 
 XLA:CPU hands a convolution to its fast kernels only if it is laid out NHWC x HWIO -> NHWC. It rewrites other layouts in
 the entry computation, never in a loop's body (https://github.com/jax-ml/jax/issues/12868), and the gradients that JAX
-derives have other layouts. So here both gradients are themselves NHWC x HWIO convolutions between explicit transposes.
-And those kernels take few input channels, as an image has, one pixel at a time: there the patches are laid out and
-multiplied (3 channels, 3x3, batch 32 on 2 x86 cores: 0.65 ms against 1.6). Elsewhere than on the CPU all is JAX's own.
+derives have other layouts. So here both gradients are themselves NHWC x HWIO convolutions between explicit transposes,
+over parts of the batch that a cache holds: XLA:CPU also computes an operand's normalisation and sums anew in each
+transpose of it, place by place, unless a loop has the operand. Strides are taken apart, where JAX's gradient multiplies
+zeros. Together they make a train step of ResNet-18 at batch 128 1.60 s, 1.94 before (2 x86 cores with AVX-512, medians
+of 4 interleaved runs). And those kernels take few input channels, as an image has, one pixel at a time: there the
+patches are laid out and multiplied (3 channels, 3x3, batch 32 on 2 x86 cores: 0.65 ms against 1.6). Elsewhere than on
+the CPU all is JAX's own.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -20,6 +25,7 @@ Pair = tuple[int, int]
 
 _LAYOUTS = ("NHWC", "HWIO", "NHWC")
 _FEW_CHANNELS = 4
+_PART = 4 * 2**20  # bytes of the input of which a kernel's gradient is computed at once
 
 
 def conv2d(
@@ -113,22 +119,42 @@ _conv2d.defvjp(_forward, _backward)
 
 
 def _input_gradient(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
-    """dx[b, i, j, :]: the gradient, spread out by the strides, convolved with the mirrored kernel."""
-    backward_pads = []
-    for axis in (0, 1):
-        size, reach = kernel.shape[axis], (dy.shape[axis + 1] - 1) * strides[axis] + 1
-        low = size - 1 - pads[axis][0]
-        backward_pads.append((low, x.shape[axis + 1] + size - 1 - reach - low))
-    mirrored = kernel[::-1, ::-1].transpose(0, 1, 3, 2)
-    return _lax_conv(dy, mirrored, (1, 1), backward_pads, lhs_dilation=strides)
+    """dx: for each place within a stride the gradient convolved with those taps, mirrored, that meet the place."""
+
+    def of(offsets: Pair) -> jax.Array:
+        taps, backward_pads = [], []
+        for axis, (offset, stride) in enumerate(zip(offsets, strides)):
+            shift, first = divmod(offset + pads[axis][0], stride)
+            taps.append(slice(first, None, stride))
+            low = len(range(kernel.shape[axis])[taps[axis]]) - 1 - shift
+            backward_pads.append((low, sizes[axis] + shift - dy.shape[axis + 1]))
+        mirrored = kernel[tuple(taps)][::-1, ::-1].transpose(0, 1, 3, 2)
+        if not mirrored.size:
+            return jnp.zeros((len(x), *sizes, x.shape[-1]), x.dtype)
+        return _lax_conv(dy, mirrored, (1, 1), backward_pads)
+
+    sizes = [-(-size // stride) for size, stride in zip(x.shape[1:3], strides)]
+    down, right = (range(stride) for stride in strides)
+    dx = jnp.stack([jnp.stack([of((i, j)) for j in right], 3) for i in down], 2)  # [b, h/s, s, w/s, s, in]
+    return dx.reshape(len(x), sizes[0] * strides[0], -1, x.shape[-1])[:, : x.shape[1], : x.shape[2]]
 
 
 def _kernel_gradient(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
-    """dk[i, j, :, :]: the input's channels as the batch, the batch as the channels, and the gradient as the kernel."""
+    """dk[i, j, :, :]: the input's channels as the batch, the batch as the channels, and the gradient as the kernel.
+
+    Summed over parts of the batch, in float32.
+    """
     backward_pads = []
     for axis in (0, 1):
         size, reach = kernel.shape[axis], (dy.shape[axis + 1] - 1) * strides[axis] + 1
         low = pads[axis][0]
         backward_pads.append((low, size - 1 + reach - x.shape[axis + 1] - low))
-    gradient = _lax_conv(x.transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3), (1, 1), backward_pads, rhs_dilation=strides)
-    return gradient.transpose(1, 2, 0, 3)
+
+    def add(gradient: jax.Array, pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        x, dy = pair[0].transpose(3, 1, 2, 0), pair[1].transpose(1, 2, 0, 3)
+        return gradient + _lax_conv(x, dy, (1, 1), backward_pads, rhs_dilation=strides), None
+
+    parts = math.gcd(len(x), 1 << ((x.nbytes - 1) // _PART).bit_length())
+    pairs = x.reshape(parts, -1, *x.shape[1:]), dy.reshape(parts, -1, *dy.shape[1:])
+    gradient, _ = lax.scan(add, jnp.zeros([kernel.shape[i] for i in (2, 0, 1, 3)], jnp.float32), pairs)
+    return gradient.transpose(1, 2, 0, 3).astype(x.dtype)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
+from research.layers import convolution
 from research.layers.bias import bias_add
 from research.layers.convolution import conv2d, conv_general_dilated
 
@@ -84,10 +85,38 @@ def test_gradients_in_a_loop_are_canonical_convolutions():
     def body(kernel, x):
         return kernel - jax.grad(loss)(kernel, x), None
 
-    text = jax.jit(lambda k, xs: lax.scan(body, k, xs)[0]).lower(kernel, _random(0, 3, 2, 8, 8, 4)).as_text()
-    convolutions = [line for line in text.splitlines() if "stablehlo.convolution" in line]
+    convolutions = _convolutions(lambda k, xs: lax.scan(body, k, xs)[0], kernel, _random(0, 3, 2, 8, 8, 4))
     assert convolutions
     assert all("[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]" in line for line in convolutions)
+
+
+def test_the_gradient_of_strides_multiplies_no_zeros():
+    def loss(x):
+        return jnp.square(conv2d(x, _random(1, 3, 3, 8, 8), strides=(2, 2), padding="SAME")).sum()
+
+    _, *backward = _convolutions(jax.grad(loss), _random(0, 2, 8, 8, 8))
+    assert len(backward) == 4  # of 1x1, 1x2, 2x1 and 2x2 taps
+    assert all("lhs_dilate = [1, 1]" in line for line in backward)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_kernels_gradient_is_the_sum_of_the_parts(dtype, monkeypatch):
+    x, kernel = _random(0, 12, 9, 9, 8).astype(dtype), _random(1, 3, 3, 8, 6).astype(dtype)
+
+    def gradients(x, kernel):
+        return _value_and_gradients(lambda x, k: conv2d(x, k, padding="SAME"), x, kernel)[1:]
+
+    whole = gradients(x, kernel)
+    monkeypatch.setattr(convolution, "_PART", x.nbytes // 3)
+    loops = str(jax.make_jaxpr(gradients)(x, kernel)).count("length=4")
+    assert loops == 1
+    _agree(gradients(x, kernel), whole, 1e-6 if dtype == "float32" else 1e-2)
+
+
+def _convolutions(function, *arrays):
+    """The convolutions of the program for this platform."""
+    text = jax.jit(function).lower(*arrays).as_text()
+    return [line for line in text.splitlines() if "stablehlo.convolution" in line]
 
 
 @pytest.mark.parametrize(

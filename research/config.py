@@ -5,15 +5,18 @@ Every field is one command-line flag, `--config.<path>=<value>` (see `research.a
 """
 
 import dataclasses
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
+
+import numpy as np
 
 from research.errors import UserError
 
 OPTIMIZERS = ("sgd", "momentum", "nesterov", "adagrad", "rmsprop", "adam", "adamw", "lion", "muon", "lars", "lamb")
 SCHEDULES = ("constant", "cosine", "linear", "one_cycle", "step", "tripling")
 DTYPES = ("float32", "bfloat16")
+
+_FLOAT32 = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
 def option(
@@ -271,8 +274,9 @@ def check_fields(options: Any, prefix: str) -> None:
 def _check_field(flag: str, metadata: Any, value: Any) -> None:
     if metadata["choices"] and value not in metadata["choices"]:
         raise UserError(f"{flag}={value!r}: use one of {', '.join(repr(c) for c in metadata['choices'])}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{flag}={value}: must be a finite number")
+    smallest, largest = _FLOAT32
+    if isinstance(value, float) and value and not smallest <= abs(value) <= largest:
+        raise UserError(f"{flag}={value}: must be a finite number of float32's, 0 or {smallest:.1e} to {largest:.1e}")
     tests = {
         "minimum": ("at least", lambda bound: value >= bound),
         "above": ("above", lambda bound: value > bound),

@@ -106,6 +106,12 @@ def batch_parts() -> tuple[str, ...] | None:
     return tuple(axis for axis in jax.sharding.get_abstract_mesh().manual_axes if axis in BATCH_AXES) or None
 
 
+def is_whole() -> bool:
+    """Whether one device has all of an array here, and no partitioner splits it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return all(size == 1 or axis in mesh.manual_axes for axis, size in mesh.shape.items())
+
+
 def example_keys(key: jax.Array, count: int) -> jax.Array:
     """A key for each of the `count` examples here, by its place in the whole batch: the same on any devices."""
     parts = batch_parts()

@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from research import sharding
+
 Pads = tuple[tuple[int, int], tuple[int, int]]
 Pair = tuple[int, int]
 
@@ -142,7 +144,8 @@ def _input_gradient(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pai
 def _kernel_gradient(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
     """dk[i, j, :, :]: the input's channels as the batch, the batch as the channels, and the gradient as the kernel.
 
-    Summed over parts of the batch, in float32.
+    Summed over parts of the batch, in float32; where a partitioner splits the batch it is in one part, or each would
+    be gathered.
     """
     backward_pads = []
     for axis in (0, 1):
@@ -154,7 +157,7 @@ def _kernel_gradient(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pa
         x, dy = pair[0].transpose(3, 1, 2, 0), pair[1].transpose(1, 2, 0, 3)
         return gradient + _lax_conv(x, dy, (1, 1), backward_pads, rhs_dilation=strides), None
 
-    parts = math.gcd(len(x), 1 << ((x.nbytes - 1) // _PART).bit_length())
+    parts = math.gcd(len(x), 1 << ((x.nbytes - 1) // _PART).bit_length()) if sharding.is_whole() else 1
     pairs = x.reshape(parts, -1, *x.shape[1:]), dy.reshape(parts, -1, *dy.shape[1:])
     gradient, _ = lax.scan(add, jnp.zeros([kernel.shape[i] for i in (2, 0, 1, 3)], jnp.float32), pairs)
     return gradient.transpose(1, 2, 0, 3).astype(x.dtype)

@@ -113,6 +113,28 @@ def test_the_kernels_gradient_is_the_sum_of_the_parts(dtype, monkeypatch):
     _agree(gradients(x, kernel), whole, 1e-6 if dtype == "float32" else 1e-2)
 
 
+@pytest.mark.parametrize("manual", [False, True])
+def test_no_part_is_gathered_where_devices_share_a_batch(manual, monkeypatch):
+    monkeypatch.setattr(convolution, "_PART", 100)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows, whole = jax.P("data"), jax.P()
+
+    def gradient(x, kernel):
+        return jax.grad(lambda k: jnp.square(conv2d(x, k, padding="SAME")).sum())(kernel)
+
+    def on_device(x, kernel):
+        return lax.psum(gradient(x, kernel), "data")
+
+    with jax.set_mesh(mesh):
+        step = (
+            jax.shard_map(on_device, in_specs=(rows, whole), out_specs=whole, check_vma=False) if manual else gradient
+        )
+        x = jax.device_put(_random(0, 16, 9, 9, 8), jax.NamedSharding(mesh, rows))
+        compiled = jax.jit(step).lower(x, _random(1, 3, 3, 8, 6)).compile()
+    assert "all-gather" not in compiled.as_text()
+    assert "all-reduce" in compiled.as_text()
+
+
 def _convolutions(function, *arrays):
     """The convolutions of the program for this platform."""
     text = jax.jit(function).lower(*arrays).as_text()

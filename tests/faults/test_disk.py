@@ -93,12 +93,14 @@ def test_a_full_disk_ends_a_run_that_goes_on_when_there_is_room(disk, forks):
 
 def test_a_quota_that_is_reached_ends_a_run_that_goes_on_when_there_is_more(quota, forks):
     folder, limit = quota
-    args = [*ARGS, "--config.num_epochs=4", f"--workdir={folder / 'x'}"]
+    workdir = f"--workdir={folder / 'x'}"
+    first = forks.run("experiments.cifar_cnn", [*ARGS, "--config.num_epochs=1", workdir])
+    assert first.code == 0, first.output
     limit("400k")
-    _stops_with_one_line(forks.run("experiments.cifar_cnn", args), "Disk quota exceeded")
-    assert not (folder / "x/summary.json").exists()
+    _stops_with_one_line(forks.run("experiments.cifar_cnn", ["--config.num_epochs=8", workdir]), "Disk quota exceeded")
+    assert read_summary(folder / "x")["num_epochs"] == 1
     limit("none")
-    resumed = forks.run("experiments.cifar_cnn", [f"--workdir={folder / 'x'}"])
+    resumed = forks.run("experiments.cifar_cnn", ["--config.num_epochs=8", workdir])
     assert resumed.code == 0, resumed.output
     assert "resumed at step " in resumed.output
     assert "damaged" not in resumed.output

@@ -100,15 +100,16 @@ def test_the_gradient_of_strides_multiplies_no_zeros():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_kernels_gradient_is_the_sum_of_the_parts(dtype, monkeypatch):
+@pytest.mark.parametrize(("size", "parts"), [(1 / 3, 4), (2, 2)])
+def test_the_kernels_gradient_is_the_sum_of_the_parts(size, parts, dtype, monkeypatch):
     x, kernel = _random(0, 12, 9, 9, 8).astype(dtype), _random(1, 3, 3, 8, 6).astype(dtype)
 
     def gradients(x, kernel):
         return _value_and_gradients(lambda x, k: conv2d(x, k, padding="SAME"), x, kernel)[1:]
 
     whole = gradients(x, kernel)
-    monkeypatch.setattr(convolution, "_PART", x.nbytes // 3)
-    loops = str(jax.make_jaxpr(gradients)(x, kernel)).count("length=4")
+    monkeypatch.setattr(convolution, "_PART", int(x.nbytes * size))
+    loops = str(jax.make_jaxpr(gradients)(x, kernel)).count(f"length={parts}")
     assert loops == 1
     _agree(gradients(x, kernel), whole, 1e-6 if dtype == "float32" else 1e-2)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 from launch.job import Job
@@ -15,6 +16,7 @@ GONE = ("PREEMPTED", "TERMINATED", "SUSPENDED")
 LOST = (*GONE, "STOPPED")  # which its owner may want to start again
 FAILED = "FAILED"
 NOT_FOUND = "NOT_FOUND"  # gcloud's error, in the place of a state
+_ALREADY_EXISTS = "ALREADY_EXISTS"
 
 _RUNTIMES = {  # https://cloud.google.com/tpu/docs/runtimes
     "v4": "tpu-ubuntu2204-base",
@@ -109,12 +111,26 @@ class GcloudError(UserError):
     """A command failed; what it said has been shown."""
 
 
+class TakenError(GcloudError):
+    """A TPU of this name was created by somebody else meanwhile."""
+
+
 def call(command: list[str]) -> None:
     """Runs a command whose failure ends the launch; what it prints is shown."""
-    done = subprocess.run(command)
-    if done.returncode:
-        what = shlex.join(command[:6])
-        raise GcloudError(f"{what} failed with exit code {done.returncode}: what it said stands above")
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace")
+    assert process.stderr
+    said, code = "", 0
+    try:
+        while character := process.stderr.read(1):  # a question has no end of line
+            said += character
+            sys.stderr.write(character)
+            sys.stderr.flush()
+        code = process.wait()
+    finally:
+        process.kill()  # where a signal came
+    if code:
+        what = f"{shlex.join(command[:6])} failed with exit code {code}: what it said stands above"
+        raise (TakenError if _ALREADY_EXISTS in said else GcloudError)(what)
 
 
 def state(tpu: Tpu) -> str:

@@ -141,6 +141,7 @@ def _run_once(job: Job, asked: list[int]) -> int:
             processes.signal(signal.SIGTERM)
             processes.end(_SECONDS_TO_END)
             return 128 + asked[0]
+        failed = failed or processes.failed()  # one may have ended between the two questions
         if not failed:
             return 0
         late = processes.end(_SECONDS_AFTER_A_FAILURE)

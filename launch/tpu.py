@@ -125,6 +125,8 @@ def _train(tpu: Tpu, job: Job, path: Path) -> int:
     """
     try:
         gcloud.call(tpu.create())
+    except gcloud.TakenError:
+        raise
     except GcloudError:
         if gcloud.state(tpu) not in gcloud.LOST:  # as it may be before it was ready
             raise
@@ -149,9 +151,11 @@ def _delete(tpu: Tpu) -> None:
 def _make_room(tpu: Tpu, name: str) -> None:
     """Deletes what is left of a TPU of this name; one that somebody may be using is refused."""
     state = gcloud.state(tpu)
+    if not state:
+        raise UserError(f"gcloud cannot say whether there is a TPU of this name: see `{shlex.join(tpu.describe())}`")
     if state in (*gcloud.GONE, gcloud.FAILED):
         _delete(tpu)
-    elif state not in ("", gcloud.NOT_FOUND):
+    elif state != gcloud.NOT_FOUND:
         raise UserError(
             f"--name={name}: there is such a TPU already ({state.lower()}); `run` uses it, `delete` ends it, or give "
             "another name"
@@ -159,7 +163,7 @@ def _make_room(tpu: Tpu, name: str) -> None:
 
 
 def _up(tpu: Tpu, job: Job) -> int:
-    restarts, lost = job.options.max_restarts, None
+    restarts, lost, ends = job.options.max_restarts, None, not job.options.keep
     with _archived() as path:  # which may be impossible, before anything is created
         _make_room(tpu, job.options.name)
         try:
@@ -175,8 +179,11 @@ def _up(tpu: Tpu, job: Job) -> int:
                 f"{lost}, and --max_restarts={restarts} allows no other: the same command goes on from the newest "
                 "checkpoint"
             )
+        except gcloud.TakenError:
+            ends = False
+            raise
         finally:
-            if not job.options.keep:
+            if ends:
                 _delete(tpu)
 
 
@@ -202,7 +209,8 @@ def _commands(verb: str, tpu: Tpu, job: Job | None) -> list[list[str]]:
             return [tpu.delete()]
     assert job
     run = tpu.run(job)
-    return [run] if verb == "run" else [tpu.create(), *tpu.setup(path), run, tpu.delete()]
+    end = [] if job.options.keep else [tpu.delete()]
+    return [run] if verb == "run" else [tpu.create(), *tpu.setup(path), run, *end]
 
 
 def _do(verb: str, tpu: Tpu, job: Job | None) -> int:

@@ -107,6 +107,11 @@ def _dry(capsys, *args):
     return [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
 
 
+@pytest.mark.parametrize(("flags", "last"), [((), "delete"), (("--keep",), "ssh")])
+def test_what_is_kept_is_not_deleted(flags, last, capsys):
+    assert _dry(capsys, "up", "experiments.cifar_cnn", "--workdir=gs://b/x", *flags)[-1][4] == last
+
+
 def test_hosts_can_run_a_worker_of_a_sweep(capsys):
     assert "sweep,postgres]" in _dry(capsys, "setup")[1][-1]
     assert "sweep,postgres]" in (Path(__file__).parent.parent / "Dockerfile").read_text()

@@ -19,6 +19,9 @@ kind, verb, *args = sys.argv[3:]
 with (root / "calls").open("a") as calls:
     print(verb, file=calls)
 state, fates, fate = root / "state", root / "fates", root / "fate"
+if verb == "create" and fates.read_text() == "taken":
+    state.write_text("READY")
+    sys.exit("ERROR: (gcloud.compute.tpus.tpu-vm.create) ALREADY_EXISTS: Resource 'nodes/t' already exists")
 if verb == "create":
     first, _, rest = fates.read_text().partition("\\n")
     fates.write_text(rest)
@@ -29,6 +32,8 @@ if verb == when:
     state.write_text(what) if what else state.unlink(missing_ok=True)
 if verb in ("describe", "delete") and not state.exists():
     sys.exit("ERROR: (gcloud.compute.tpus.tpu-vm." + verb + ") NOT_FOUND: Resource 'nodes/t' was not found")
+if verb == "describe" and state.read_text() == "UNKNOWN":
+    sys.exit("ERROR: (gcloud.compute.tpus.tpu-vm.describe) UNAVAILABLE: try again")
 if verb == "describe":
     print(state.read_text() if args[-1].startswith("--format=value(") else "error: no quota")
     sys.exit()
@@ -129,6 +134,19 @@ def test_one_that_somebody_may_use_is_left_alone(up, state):
     code, called, errors = up(state=state)
     assert (code, called) == (2, ["describe"])
     assert f"--name=t: there is such a TPU already ({state.lower()}); `run` uses it" in errors
+
+
+def test_one_that_somebody_made_meanwhile_is_left_alone(up):
+    code, called, errors = up(fates=["taken"])
+    assert (code, called) == (2, ["describe", "create"])
+    assert "ALREADY_EXISTS" in errors
+    assert "failed with exit code 1: what it said stands above" in errors
+
+
+def test_nothing_is_created_where_gcloud_cannot_say_what_there_is(up):
+    code, called, errors = up(state="UNKNOWN")
+    assert (code, called) == (2, ["describe"])
+    assert "gcloud cannot say whether there is a TPU of this name" in errors
 
 
 def test_a_signal_deletes_it(up):

@@ -16,9 +16,6 @@ import dataclasses
 import importlib.util
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -98,7 +95,8 @@ def run(argv: Sequence[str]) -> int:
     except (OSError, StorageInternalError, json.JSONDecodeError) as error:
         why = " ".join(str(error.__cause__ or error).split())[:200]
         raise RecordError(
-            f"the study or the record cannot be read or written: {why}; when it can the same command goes on"
+            f"the study or the record cannot be read or written: {why}; when it can the same command goes on with "
+            f"--workdir={job.workdir}"
         ) from None
 
 
@@ -117,7 +115,7 @@ def check_place(workdir: str, options: SweepOptions) -> None:
 
 def _run(job: Job, argv: Sequence[str], signals: Signals) -> int:
     options, workdir = job.options, Path(job.workdir)
-    from launch import sweep_best, sweep_report
+    from launch import sweep_best, sweep_processes, sweep_report
     from launch.study import Study, open_storage
     from launch.sweep_report import Display, summary
 
@@ -142,14 +140,16 @@ def _run(job: Job, argv: Sequence[str], signals: Signals) -> int:
     )
     with Display(study, sweep).shown() as display:
         if options.processes > 1:
-            _run_processes(options.processes, [*argv, f"--workdir={workdir}"], display)
+            sweep_processes.run(options.processes, [*argv, f"--workdir={workdir}"], display.update)
         try:
             _work(sweep, study, signals, display)
             while options.processes and study.others_run():
                 time.sleep(_POLL_SECONDS)
                 display.update()
                 _work(sweep, study, signals, display)
-        except StoppedError:
+        except StoppedError as error:
+            if options.processes:
+                raise StoppedError(f"{error} with --workdir={workdir}", error.exit_code - 128) from None
             raise
         except UserError:
             if options.processes:
@@ -191,6 +191,11 @@ def check_search(experiment: Experiment, options: SweepOptions, config: Config) 
     for name in search_space.RECOVERY:
         if getattr(config, name):
             raise UserError(f"--config.{name}: {search_space.NO_RECOVERY}")
+    if 0 < options.population < options.seeds:
+        raise UserError(
+            f"--population={options.population}: the {options.seeds} runs of a trial train together; give at least "
+            f"--population={options.seeds}"
+        )
     space = search_space.parse(options.search, config)
     if options.seeds > 1 and "seed" in space.distributions:
         raise UserError("--seeds and --search=seed=... exclude each other")
@@ -206,6 +211,7 @@ def _sweep(job: Job) -> tuple["Sweep", list[dict[str, Any]]]:
       UserError: something is impossible.
     """
     options, config = job.options, job.config
+    from launch import sweep_processes
     from launch.worker import Sweep, load
 
     space = check_search(job.experiment, options, config)
@@ -217,6 +223,7 @@ def _sweep(job: Job) -> tuple["Sweep", list[dict[str, Any]]]:
     points = space.grid() if grid else []
     if grid and options.trials not in (0, len(points)):
         raise UserError(f"--trials={options.trials}: the grid has {len(points)} points; leave --trials out")
+    os.environ.update(sweep_processes.take_place(os.environ))
     if options.processes > 1:  # the workers shall have the accelerators' memory, not this process
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     import jax
@@ -243,7 +250,7 @@ def _sweep(job: Job) -> tuple["Sweep", list[dict[str, Any]]]:
     metric = options.metric or ("validation_accuracy" if "validation_accuracy" in names else "validation_loss")
     if metric not in names:
         raise UserError(f"--metric={metric}: {job.experiment.name} has {', '.join(names)}; use validation_loss")
-    size = options.population or default_size(devices)
+    size = options.population or max(default_size(devices), options.seeds)
     trials = len(points) or options.trials or _TRIALS
     return Sweep(job.experiment, config, space, metric, trials, options.seeds, size, devices, alone), points
 
@@ -261,35 +268,6 @@ def _identity(job: Job, sweep: "Sweep") -> dict[str, Any]:
         "grid": job.options.sampler == "grid",
     }
     return json.loads(json.dumps(identity))
-
-
-def _run_processes(count: int, argv: Sequence[str], display: Any) -> None:
-    """Starts workers that join the study, and shows what they do until the last has ended."""
-    cores = sorted(os.sched_getaffinity(0))
-    gpus = Path("/proc/driver/nvidia/gpus")
-    num_gpus = len(list(gpus.iterdir())) if gpus.is_dir() else 0
-    command = [sys.executable, "-m", "launch.sweep", *argv, "--processes=0"]
-    processes = []
-    for index in range(count):
-        place = {"CUDA_VISIBLE_DEVICES": str(index % num_gpus)} if num_gpus > 1 else {}
-        environment = {n: v for n, v in os.environ.items() if n != "XLA_PYTHON_CLIENT_PREALLOCATE"} | place
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
-        # Each has its own cores: small networks do not fill several.
-        os.sched_setaffinity(process.pid, set(cores[index % len(cores) :: count]) or set(cores))
-        processes.append(process)
-    try:
-        while any(process.poll() is None for process in processes):
-            time.sleep(_POLL_SECONDS)
-            display.update()
-    except BaseException:
-        for process in processes:
-            process.send_signal(signal.SIGTERM)
-        for process in processes:
-            process.wait()
-        raise
-    failed = [process.returncode for process in processes if process.returncode > 0]
-    if len(failed) == count:
-        raise UserError(f"all workers failed, the first with exit code {failed[0]}; their errors are above")
 
 
 if __name__ == "__main__":

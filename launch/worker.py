@@ -23,6 +23,7 @@ from research.signals import Signals, StoppedError
 
 FIGURES, SEED_VALUES, FIELDS = "figures", "seed_values", "fields"
 _FAILURES_IN_A_ROW = 10
+_MOST_DATASETS, _MOST_POPULATIONS = 4, 16  # kept in memory: the newest, and of each data set
 _DIVERGED = "the loss or the gradient became NaN or infinite"
 
 
@@ -96,8 +97,8 @@ class Worker:
         self._places = max(1, sweep.size // sweep.seeds)  # trials at once
         self._queues: dict[Any, list[_Running]] = {}
         self._running: list[_Running] = []
-        self._populations: dict[Any, Population] = {}
-        self._datasets: dict[str, Dataset] = {}
+        self._loaded: dict[str, tuple[Dataset, dict[Any, Population]]] = {}  # the newest last
+        self._compilations = 0
         self._failures: list[str] = []
 
     def run(self) -> None:
@@ -105,7 +106,7 @@ class Worker:
 
         Raises:
           StoppedError: a signal came; what was running is planned once more.
-          UserError: ten trials failed in a row.
+          UserError: ten trials failed in a row, and no other trains.
           OutOfMemoryError: what was running is planned once more.
         """
         try:
@@ -116,7 +117,8 @@ class Worker:
             reason = str(error) if isinstance(error, StoppedError) else "its worker failed"
             for running in [*self._running, *(r for queue in self._queues.values() for r in queue)]:
                 self._study.retry(running.trial, reason)
-            advice = f"give --population={max(1, self._sweep.size // 2)} to go on, or search smaller networks"
+            half = max(self._sweep.seeds, self._sweep.size // 2)
+            advice = f"give --population={half} to go on, or search smaller networks"
             if exhausted := of_memory(error, advice):
                 raise exhausted from None
             raise
@@ -145,19 +147,26 @@ class Worker:
         return True
 
     def _population(self, signature: Any, config: Config) -> Population:
-        if signature not in self._populations:
+        key = repr(config.dataset)
+        if key in self._loaded:
+            dataset, populations = self._loaded.pop(key)
+        else:
+            _keep_newest(self._loaded, _MOST_DATASETS - 1)
+            dataset, populations = load(config.dataset), {}
+        self._loaded[key] = dataset, populations
+        population = populations.pop(signature, None)
+        if population is None:
+            _keep_newest(populations, _MOST_POPULATIONS - 1)
             config = copy.deepcopy(config)
-            key = repr(config.dataset)
-            if key not in self._datasets:
-                self._datasets[key] = load(config.dataset)
             experiment, sweep = self._sweep.experiment, self._sweep
-            dataset = experiment.prepare(config, self._datasets[key])
+            dataset = experiment.prepare(config, dataset)
             task = experiment.make_task(config, dataset)
             # All trials of a population train at once.
             size = self._places * sweep.seeds
-            beside = next(iter(self._populations.values()), None)
-            self._populations[signature] = Population(config, task, dataset, sweep.devices, size, beside)
-        return self._populations[signature]
+            beside = next(iter(populations.values()), None)
+            population = Population(config, task, dataset, sweep.devices, size, beside)
+        populations[signature] = population
+        return population
 
     def _train(self, signature: Any) -> None:
         """Trains the trials of one signature, and those that come while it does."""
@@ -168,13 +177,15 @@ class Worker:
             for running in self._queues.pop(signature):
                 self._fail(running.trial, str(error))
             return
+        earlier = self._compilations - population.num_compilations
         while self._fill(population, signature):
             with self._signals.deferred():
                 reports = population.train_epoch(lambda: bool(self._signals.received))
             if self._signals.received:
                 name = self._signals.received.name
                 raise StoppedError(f"stopped by {name}: the same command goes on", self._signals.received)
-            self._study.add_compilations(sum(p.num_compilations for p in self._populations.values()))
+            self._compilations = earlier + population.num_compilations
+            self._study.add_compilations(self._compilations)
             for running in list(self._running):
                 if self._ended(running, [reports[slot] for slot in running.slots]):
                     self._running.remove(running)
@@ -193,10 +204,10 @@ class Worker:
                 break
             if queue:
                 running = queue.pop(0)
+                self._running.append(running)
                 running.slots = population.free[: self._sweep.seeds]
                 for number, slot in enumerate(running.slots):
                     population.start(slot, dataclasses.replace(running.config, seed=running.config.seed + number))
-                self._running.append(running)
         return bool(self._running)
 
     def _ended(self, running: _Running, reports: list[Report]) -> bool:
@@ -231,7 +242,8 @@ class Worker:
         self._stop_if_all_fail()
 
     def _stop_if_all_fail(self) -> None:
-        if len(self._failures) < _FAILURES_IN_A_ROW:
+        # Those that train beside the failures may end well; but where each lasts an epoch or two some always train.
+        if len(self._failures) < (2 * self._places if self._running else 0) + _FAILURES_IN_A_ROW:
             return
         diverged = [reason for reason in self._failures if reason.startswith(_DIVERGED)]
         ((common, count),) = Counter(self._failures).most_common(1)
@@ -242,6 +254,11 @@ class Worker:
                 "--config.optimizer.clip_norm=1"
             )
         raise UserError(f"{len(self._failures)} trials in a row failed, {count} of them by: {common}")
+
+
+def _keep_newest(kept: dict[Any, Any], count: int) -> None:
+    for key in list(kept)[: max(0, len(kept) - count)]:
+        del kept[key]
 
 
 def fields(trial: FrozenTrial) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from optuna.trial import TrialState  # noqa: E402
 
 from experiments import cifar_cnn  # noqa: E402
 from launch import job as job_lib  # noqa: E402
-from launch import search_space, sweep, sweep_report, tpu, worker  # noqa: E402
+from launch import search_space, sweep, sweep_processes, sweep_report, tpu, worker  # noqa: E402
 from launch.local import LocalOptions  # noqa: E402
 from launch.study import Study, open_storage  # noqa: E402
 from research import hyperparams  # noqa: E402
@@ -32,7 +32,7 @@ class _Fake:
 
     def __init__(self, config, task, dataset, devices, size, beside=None):
         self.signature, self.members, self.size, self.most = hyperparams.signature(config), {}, size, 0
-        self.num_compilations = 1
+        self.num_compilations = 0
         _Fake.made.append(self)
 
     @property
@@ -50,7 +50,7 @@ class _Fake:
     def train_epoch(self, stops):
         if stops():
             return {}
-        reports = {}
+        self.num_compilations, reports = 1, {}
         for slot, member in self.members.items():
             config, member[1] = member[0], member[1] + 1
             diverges = config.optimizer.learning_rate > 1
@@ -143,6 +143,96 @@ def test_ten_failures_in_a_row_end_the_sweep(fake):
         made.run()
     assert "step 3" in str(error.value)
     assert len(study.trials(TrialState.PRUNED)) == 12  # three populations of four
+
+
+def test_failures_beside_trials_that_train_do_not_end_the_sweep(fake):
+    rates = [0.01 * n for n in range(1, 23)] + [float(n) for n in range(2, 12)]
+    _, study, made = fake(f"{RATE}={rates}", sampler="grid", size=32)
+    made.run()
+    assert len(study.trials(TrialState.COMPLETE)) == 22
+    assert len(study.trials(TrialState.PRUNED)) == 10
+
+
+def test_trials_that_all_fail_one_after_the_other_end_the_sweep(fake, monkeypatch):
+    """Each diverges in its second epoch, and they began at different times: there is always one that still trains."""
+    train_epoch = _Fake.train_epoch
+
+    def staggered(self, stops):
+        reports = train_epoch(self, stops)
+        self.epochs = getattr(self, "epochs", 0) + 1
+        for slot, (_, epoch) in self.members.items():
+            if epoch == 2 or (self.epochs == 1 and slot % 2):
+                reports[slot] = Report(epoch, {}, 3, True)
+        return reports
+
+    monkeypatch.setattr(_Fake, "train_epoch", staggered)
+    _, study, made = fake(f"{RATE}=float(0.1,1)", trials=60)
+    with pytest.raises(NonFiniteLossError, match="trials in a row failed"):
+        made.run()
+    assert 18 <= len(study.trials(TrialState.PRUNED)) < 30
+
+
+def test_a_trial_that_there_was_no_memory_to_start_is_planned_once_more(fake, monkeypatch):
+    _, study, made = fake(f"{RATE}=float(0.1,1)", trials=4)
+    error = RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes")
+    monkeypatch.setattr(_Fake, "start", lambda *_: (_ for _ in ()).throw(error))
+    with pytest.raises(OutOfMemoryError):
+        made.run()
+    assert len(study.trials(TrialState.WAITING)) == 4
+
+
+def test_only_the_newest_programs_are_kept(fake, monkeypatch):
+    loads = []
+    monkeypatch.setattr(worker, "load", lambda config: loads.append(config.train_fraction))
+    widths = [8 * n for n in range(1, 21)]
+    _, study, made = fake(f"model.width={widths}", "dataset.train_fraction=[0.5,1]", sampler="grid")
+    made.run()
+    assert sorted(loads) == [0.5, 1]
+    assert {len(populations) for _, populations in made._loaded.values()} == {16}
+    assert study.num_compilations() == 40
+
+
+def test_only_the_newest_data_sets_are_kept(fake):
+    _, study, made = fake("dataset.train_fraction=[0.1,0.2,0.3,0.4,0.5,0.6,0.7]", sampler="grid")
+    made.run()
+    assert len(made._loaded) == 4
+    assert len(study.trials(TrialState.COMPLETE)) == 7
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, {}),
+        ({"JAX_LOCAL_DEVICE_IDS": "1"}, {"CUDA_VISIBLE_DEVICES": "1"}),
+        ({"JAX_LOCAL_DEVICE_IDS": "5", "CUDA_VISIBLE_DEVICES": "4,6"}, {"CUDA_VISIBLE_DEVICES": "6"}),
+        ({"JAX_LOCAL_DEVICE_IDS": "1", "CUDA_VISIBLE_DEVICES": ""}, {}),
+        ({"SLURM_LOCALID": "2", "JAX_COORDINATOR_ADDRESS": "a:1"}, {"CUDA_VISIBLE_DEVICES": "2"}),
+        ({"SLURM_LOCALID": "2"}, {}),  # a user's own shell within Slurm has all its GPUs
+        ({"SLURM_LOCALID": "1", "JAX_COORDINATOR_ADDRESS": "a:1", "CUDA_VISIBLE_DEVICES": "0"}, {}),  # bound by Slurm
+    ],
+)
+def test_a_worker_takes_the_gpu_that_its_launcher_meant(environment, expected, tmp_path, monkeypatch):
+    for number in range(4):
+        (tmp_path / f"gpus/{number}").mkdir(parents=True)
+    monkeypatch.setattr(sweep_processes, "_GPUS", tmp_path / "gpus")
+    assert sweep_processes.take_place(environment) == expected
+
+
+def test_a_worker_reads_its_place_before_jax_starts(monkeypatch):
+    monkeypatch.setattr(sweep_processes, "take_place", lambda _: {"MESHWORK_PLACE": "taken"})
+    monkeypatch.setenv("MESHWORK_PLACE", "none")
+    job = job_lib.parse("sweep", "", sweep.SweepOptions(), ["linear", f"--search={RATE}=log(1e-4,1)"])
+    sweep._sweep(job)
+    assert os.environ["MESHWORK_PLACE"] == "taken"
+
+
+def test_the_runs_of_a_trial_are_no_more_than_train_together():
+    flags = ["linear", f"--search={RATE}=log(1e-4,1)", "--seeds=9"]
+    job = job_lib.parse("sweep", "", sweep.SweepOptions(), flags)
+    assert sweep._sweep(job)[0].size >= 9
+    job.options.population = 8
+    with pytest.raises(UserError, match="give at least --population=9"):
+        sweep._sweep(job)
 
 
 def test_out_of_memory_says_how_to_go_on_and_gives_back_what_was_running(fake, monkeypatch):

@@ -95,6 +95,17 @@ def test_where_each_core_is_a_device_the_best_command_has_the_one_that_it_has_by
         assert found["best_value"] == pytest.approx(found["best_command_value"], abs=0.02)
 
 
+def test_a_sweep_that_is_stopped_names_the_folder_that_goes_on(folder, monkeypatch):
+    def stopped(*_):
+        raise StoppedError("stopped by SIGINT: the same command goes on", 2)
+
+    monkeypatch.setattr(sweep, "_work", stopped)
+    argv = [arg for arg in SWEEP if not arg.startswith("--workdir")]
+    with pytest.raises(StoppedError, match=r"goes on with --workdir=runs/sweep/\S+/\d\S+$") as error:
+        sweep.run([*argv, f"--search={RATE}=[0.1,0.2]"])
+    assert error.value.exit_code == 130
+
+
 def test_a_sweep_that_only_fails_leaves_its_record(folder):
     with pytest.raises(UserError, match="trials in a row failed"):
         sweep.run([*SWEEP, f"--search={RATE}=[{','.join(f'{n}e30' for n in range(1, 11))}]", "--sampler=grid"])

@@ -118,14 +118,15 @@ def picture(rows: list[dict[str, Any]]) -> Any:
 def main() -> None:
     out, chosen = output.folder(), [studies()[name] for name in STUDY.value]
     trials.check_data(study.config.dataset for study in chosen)
-    rows = output.kept(out, "algorithms", "what", [study.what for study in chosen])
+    rows: list[dict[str, Any]] = []
     print("| network, data | batch | rule | learning rate | test, mean ± standard deviation |")
     print("| --- | --- | --- | --- | --- |")
     for study in chosen:
         for batch_size in study.batch_sizes:
             for rule in _RULES:
-                rows.append(measure(study, rule, batch_size, several_seeds.SEEDS.value))
-                print(line(rows[-1]), flush=True)
+                anew = measure(study, rule, batch_size, several_seeds.SEEDS.value)
+                print(line(anew), flush=True)
+                rows = output.merged(out, "algorithms", [anew], ("what", "rule", "batch_size"))
                 output.write(out, "algorithms", {"cores": os.cpu_count(), "rows": rows})
     picture(rows).savefig(out / "algorithms.png", dpi=100)
 

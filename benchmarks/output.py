@@ -1,7 +1,7 @@
 """Where a benchmark's results go: the flag `--out`."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,11 @@ def folder() -> Path:
     return out
 
 
-def kept(out: Path, name: str, key: str, anew: Collection[str | int]) -> list[dict[str, Any]]:
-    """The rows of `<name>.json` in the folder, but for those whose `key` is measured anew."""
+def merged(out: Path, name: str, rows: list[dict[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of `<name>.json` in the folder, and those measured anew in the place of others of equal `keys`."""
     path = out / f"{name}.json"
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    return [row for row in rows if row[key] not in anew]
+    old = json.loads(path.read_text())["rows"] if path.exists() else []
+    return list({tuple(row[key] for key in keys): row for row in [*old, *rows]}.values())
 
 
 def write(out: Path, name: str, record: Any) -> None:

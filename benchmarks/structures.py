@@ -10,8 +10,6 @@ through the errors of the simple network's widths, and is tested by the widest, 
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -54,8 +52,7 @@ def summary(args: list[str], seed: int) -> dict[str, Any]:
     """Trains by the command; what it leaves in summary.json."""
     with tempfile.TemporaryDirectory() as folder:
         where = [f"--config.seed={seed}", f"--workdir={folder}/run"]
-        command = [sys.executable, "-m", "experiments.cifar_cnn", *args, *where]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        command.run("experiments.cifar_cnn", ["-m", "experiments.cifar_cnn", *args, *where])
         return json.loads(Path(folder, "run/summary.json").read_text())
 
 

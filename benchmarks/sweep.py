@@ -130,14 +130,15 @@ def row(work: dict[str, Any], peer: str, ours: list[Run], theirs: list[Run]) -> 
 
 def main() -> None:
     out, arrays = output.folder(), examples()
-    rows = output.kept(out, "sweep", "trials", [TRIALS.value])
+    rows: list[dict[str, Any]] = []
     for work in works():
         runs: dict[str, list[Run]] = {name: [] for name in (OURS, *PEERS)}
         for number in range(ROUNDS.value):
             for name, done in runs.items():
                 done.append(run(name, work, arrays))
                 print(f"round {number + 1}  {work['network']}  {name:<9} {done[-1]['seconds']:7.1f} s", flush=True)
-        rows += [row(work, peer, runs[OURS], runs[peer]) for peer in PEERS]
+        anew = [row(work, peer, runs[OURS], runs[peer]) for peer in PEERS]
+        rows = output.merged(out, "sweep", anew, ("work", "peer", "trials"))
         output.write(out, "sweep", {"cores": os.cpu_count(), "rows": rows})
     for found in rows:
         print(

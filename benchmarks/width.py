@@ -97,16 +97,17 @@ def picture(rows: list[dict[str, Any]]) -> Any:
 
 def main() -> None:
     out = output.folder()
-    rows = output.kept(out, "width", "network", NETWORK.value)
+    rows: list[dict[str, Any]] = []
     for name in NETWORK.value:
         case = cases()[name]
         for parametrization in ("standard", "mup"):
             for width in case.widths:
                 found = losses(case, parametrization, width)
                 row = {"network": name, "parametrization": parametrization, "width": width}
-                rows.append(row | {"rates": case.rates, "losses": found})
-                print(line(rows[-1]), flush=True)
-    output.write(out, "width", {"cores": os.cpu_count(), "rows": rows})
+                row |= {"rates": case.rates, "losses": found}
+                print(line(row), flush=True)
+                rows = output.merged(out, "width", [row], ("network", "parametrization", "width"))
+                output.write(out, "width", {"cores": os.cpu_count(), "rows": rows})
     picture(rows).savefig(out / "width.png", dpi=100)
 
 

@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401  # by which NumPy knows the name bfloat16
 import numpy as np
 
 FORMAT, FORMAT_VERSION = "meshwork artifact", 1

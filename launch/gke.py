@@ -1,4 +1,4 @@
-"""A run on Google Kubernetes Engine: a JobSet on TPU or GPU node pools, applied by kubectl; `--dry_run` prints it.
+"""A run on Google Kubernetes Engine: a JobSet on TPU or GPU node pools, created by kubectl; `--dry_run` prints it.
 
 python -m launch.gke experiments.cifar_cnn --image=IMAGE --tpu=v6e:4x4 --workdir=gs://BUCKET/DIR
 python -m launch.gke experiments.cifar_cnn --image=IMAGE --tpu=tpu7x:2x2x2 --slices=2 --workdir=gs://... --dry_run
@@ -13,6 +13,7 @@ import dataclasses
 import math
 import re
 import subprocess
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,7 +55,7 @@ class GkeOptions:
     spot: bool = option(False, "on spot nodes")
     service_account: str = option("default", "Kubernetes service account, which may write the workdir")
     max_restarts: int = option(10, "times that all begin again where a node was lost", minimum=0)
-    dry_run: bool = option(False, "print the JobSet and apply nothing")
+    dry_run: bool = option(False, "print the JobSet and create nothing")
 
 
 def _check(options: GkeOptions) -> None:
@@ -183,10 +184,10 @@ def jobset(job: Job) -> dict[str, Any]:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Prints or applies what the command line describes; returns kubectl's exit code.
+    """Prints or creates what the command line describes; returns kubectl's exit code.
 
     Raises:
-      UserError: bad input, found before anything is applied.
+      UserError: bad input, found before anything is created.
     """
     job = job_lib.parse("gke", str(__doc__), GkeOptions(), argv)
     _check(job.options)
@@ -196,9 +197,15 @@ def run(argv: Sequence[str]) -> int:
         print(text, end="")
         return 0
     try:
-        return subprocess.run(["kubectl", "apply", "-f", "-"], input=text, text=True).returncode
+        # Not `apply`, which says of a JobSet that has ended "unchanged", and starts nothing.
+        code = subprocess.run(["kubectl", "create", "-f", "-"], input=text, text=True).returncode
     except FileNotFoundError:
         raise UserError("there is no kubectl on this machine: install it, or look at --dry_run") from None
+    if code:
+        name, namespace = job.options.name, job.options.namespace
+        makes_room = f"`kubectl delete jobset {name} --namespace={namespace}` makes room, or give another --name"
+        print(f"where there is a JobSet {name} already, running or ended, {makes_room}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ def parse(where: str, doc: str, options: Any, argv: Sequence[str]) -> Job:
     if where in _OF_THEIR_OWN and not remote and (Path(workdir) / "config.json").exists():
         raise UserError(f"--workdir={workdir} holds a run, whose config it would take: give a folder of its own")
     checked = [arg for arg in own if not arg.startswith("--mode")] if remote else [*own, f"--workdir={workdir}"]
-    config = command.parse(experiment, checked).config
+    config = command.parse(experiment, checked, [name for name, _, _ in config_lib.walk(options)]).config
     if options_of_sweep:
         _check_sweep(where, experiment, options_of_sweep, config)
     worker = [modules[-1], *args] if sweeps else args

@@ -129,6 +129,19 @@ def answer(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return min(most, key=lambda row: row["step_seconds"] or 0.0)
 
 
+def _possible(wanted: Sequence[Candidate], num_examples: int) -> list[Candidate]:
+    """Those whose steps take no more examples than there are, which a run would refuse."""
+    found = [one for one in wanted if one.config.batch_size <= num_examples]
+    if not found:
+        least = min(one.config.batch_size for one in wanted)
+        raise UserError(
+            f"--config.batch_size: steps of {least:,} examples, and the training set has {num_examples:,}; lower it"
+        )
+    if left_out := len(wanted) - len(found):
+        print(f"left out: {left_out} of {len(wanted)}, whose steps take more than the {num_examples:,} examples")
+    return found
+
+
 def _write(workdir: Path, rows: Sequence[dict[str, Any]], options: PlanOptions) -> dict[str, Any]:
     """Leaves plan.json and plan.png; returns the row that answers the question."""
     chosen = answer(rows)
@@ -157,6 +170,7 @@ def run(argv: Sequence[str]) -> int:
 
     began = time.monotonic()
     planner = Planner(job, [(one.topology, one.config) for one in wanted])
+    wanted = _possible(wanted, planner.what.num_examples)
     workdir = job_lib.make_folder(job.workdir)
     print(plan_text.first_line(job.experiment.name, planner.what, len(wanted)), flush=True)
     if not options.sweep_topology and any(one.config.batch_size != job.config.batch_size for one in wanted):

@@ -138,7 +138,8 @@ def _classify(artifact: Artifact, options: argparse.Namespace) -> None:
     logits = _in_batches(_runtime(artifact, options), "classify", {"image": images}, "images")["logits"]
     for path, row in zip(options.images, _softmax(logits)):
         likeliest = np.argsort(-row, kind="stable")[:_SHOWN]
-        print(f"{path}  " + "  ".join(f"{classes[i]} {row[i]:.3f}" for i in likeliest))
+        shown = os.fsencode(path).decode(errors="replace")  # a name may be any bytes
+        print(f"{shown}  " + "  ".join(f"{classes[i]} {row[i]:.3f}" for i in likeliest))
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:
@@ -216,7 +217,7 @@ def _tokens(prompt: str, classes: Sequence[str]) -> list[int]:
     """The number of each byte of the prompt, UTF-8, among the classes."""
     numbers = {ord(name): number for number, name in enumerate(classes)}
     for character in prompt:
-        if not numbers.keys() >= set(character.encode()):
+        if not numbers.keys() >= set(character.encode("utf-8", "surrogateescape")):
             raise ArtifactError(f"--prompt: the network has never seen the character {character!r}: leave it out")
     return [numbers[byte] for byte in prompt.encode()]
 

@@ -30,6 +30,7 @@ from research.errors import UserError
 from research.plots import scaling as scaling_plot
 from research.signals import Signals
 
+_MORE_DEVICES = "--xla_force_host_platform_device_count"
 _STEPS_PER_DISPATCH = 8  # where the config leaves it open
 
 
@@ -123,9 +124,15 @@ def _places(devices: int, *, communicate: bool) -> list[tuple[dict[str, str], in
 def _started(command: list[str], devices: int, *, communicate: bool) -> list[subprocess.Popen[str]]:
     """Processes that run a command, each on a core of its own."""
     processes = []
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    one_device = {"XLA_FLAGS": " ".join(flag for flag in flags if not flag.startswith(_MORE_DEVICES))}
     for environment, core in _places(devices, communicate=communicate):
         process = subprocess.Popen(
-            command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command,
+            env=os.environ | one_device | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         os.sched_setaffinity(process.pid, {core})
         processes.append(process)
@@ -180,6 +187,8 @@ def run(argv: Sequence[str]) -> int:
     job = job_lib.parse("scaling", str(__doc__), ScalingOptions(), argv)
     job_lib.check_local(job.workdir)
     options, devices = job.options, counts(job.options.devices)
+    if job.config.distributed.start == "never":
+        raise UserError("--config.distributed.start=never: the processes are to communicate; leave it out")
     commands = {
         # One has nobody to communicate with.
         count: {both: _command(job, count, communicate=both) for both in ((True, False) if count > 1 else (True,))}

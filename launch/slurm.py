@@ -20,10 +20,12 @@ from pathlib import Path
 
 from launch import job as job_lib
 from launch.job import Job
+from research import storage
 from research.config import option
 from research.errors import UserError
 
 _SECONDS_BETWEEN_LOOKS = 2.0
+_FORGOTTEN = "Invalid job id"  # what Slurm says of a job that has ended long ago
 
 
 @dataclasses.dataclass
@@ -87,17 +89,24 @@ def _submit(path: Path) -> str:
 
 
 def _state(number: str) -> str:
-    """Of a job, as squeue has it: "PENDING", "RUNNING"; empty once it has ended."""
+    """Of a job, as squeue has it: "PENDING", "RUNNING"; empty once it has ended, "UNKNOWN" where Slurm cannot say."""
     done = subprocess.run(["squeue", "-h", "-j", number, "-o", "%T"], capture_output=True, text=True)
+    if done.returncode and _FORGOTTEN not in done.stderr:
+        return "UNKNOWN"
     return done.stdout.strip()
 
 
-def _exit_code(number: str) -> int:
-    """Of a job that has ended: its own, or 143 where it was cancelled, or 1 where Slurm no longer knows."""
-    shown = subprocess.run(["scontrol", "show", "job", number], capture_output=True, text=True).stdout
-    if "JobState=CANCELLED" in shown:
+def _exit_code(number: str) -> int | None:
+    """Of a job that has ended: its own, or 143 where it was cancelled, or 1 where Slurm no longer knows.
+
+    None where Slurm cannot say.
+    """
+    done = subprocess.run(["scontrol", "show", "job", number], capture_output=True, text=True)
+    if done.returncode:
+        return 1 if _FORGOTTEN in done.stderr else None
+    if "JobState=CANCELLED" in done.stdout:
         return 143
-    code = re.search(r"ExitCode=(\d+):(\d+)", shown)
+    code = re.search(r"ExitCode=(\d+):(\d+)", done.stdout)
     return int(code[1]) or (128 + int(code[2]) if int(code[2]) else 0) if code else 1
 
 
@@ -116,8 +125,8 @@ def _follow(number: str, log: Path) -> int:
             position += len(text)
             sys.stdout.write(text.decode(errors="replace"))
             sys.stdout.flush()
-        if not state:
-            return _exit_code(number)
+        if not state and (code := _exit_code(number)) is not None:
+            return code
         time.sleep(_SECONDS_BETWEEN_LOOKS)
 
 
@@ -137,7 +146,7 @@ def run(argv: Sequence[str]) -> int:
         raise UserError("there is no sbatch on this machine: run it on a login node, or look at --dry_run")
     workdir = job_lib.make_folder(job.workdir).absolute()
     path = workdir / "job.sh"
-    path.write_text(text)
+    storage.replace(path, text.encode())
     number = _submit(path)
     log = workdir / f"slurm-{number}.log"
     print(f"job {number}: {path}, log {log}", file=sys.stderr)

@@ -152,14 +152,14 @@ def nearest(name: str, known: Sequence[str]) -> list[str]:
     return near or [flag for flag in known if word in last[flag].split("_")]
 
 
-def _unknown(name: str, known: list[str]) -> str:
+def _unknown(name: str, known: Sequence[str]) -> str:
     near = nearest(name, known)
     meant = f": did you mean {' or '.join(f'--{flag}' for flag in near)}?" if near else ""
     return f"unknown flag --{name}{meant or '; --help lists them all'}"
 
 
-def parse(experiment: Experiment, argv: Sequence[str]) -> Command:
-    """What the arguments ask for, checked.
+def parse(experiment: Experiment, argv: Sequence[str], launcher: Sequence[str] = ()) -> Command:
+    """What the arguments ask for, checked; `launcher` are other flags that may have been meant by an unknown one.
 
     The config starts from the preset where one is named, else from that of the run to be reproduced, else from that of
     the run in --workdir, else from the first preset; the flags given change it.
@@ -172,7 +172,7 @@ def parse(experiment: Experiment, argv: Sequence[str]) -> Command:
     try:
         rest = values([experiment.name, *argv])[1:]
     except flags.UnrecognizedFlagError as error:
-        raise UserError(_unknown(error.flagname, list(values))) from None
+        raise UserError(_unknown(error.flagname, [*launcher, *values])) from None
     except flags.Error as error:
         raise UserError(str(error)) from None
     if rest:

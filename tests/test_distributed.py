@@ -14,6 +14,7 @@ import pytest
 from command import DIGITS, read_summary
 from compiling import QUICKLY
 
+from launch import job as job_lib
 from launch import local
 from research import distributed
 from research.config import DistributedConfig
@@ -237,3 +238,24 @@ def test_one_that_fails_alone_has_its_own_exit_code(launcher, fails, said, env, 
 )
 def test_the_first_that_failed_is_none_that_jax_ended(codes, failed):
     assert local.first_failed(codes) == failed
+
+
+def test_a_process_that_fails_between_two_looks_has_failed(monkeypatch):
+    class Ended:
+        answers = iter([None, (0, 3)])
+
+        def __init__(self, *_):
+            pass
+
+        def failed(self):
+            return next(self.answers)
+
+        def running(self):
+            return False
+
+        def end(self, _):
+            return []
+
+    monkeypatch.setattr(local, "_Processes", Ended)
+    job = job_lib.parse("local", "", local.LocalOptions(), ["linear", "--config.dataset.name=digits"])
+    assert local._run_once(job, []) == 3

@@ -97,12 +97,15 @@ def test_a_sweep_without_a_storage_is_named():
         gke.run(["launch.sweep", *ARGS, "--tpu=v6e:4x4"])
 
 
-def test_it_is_applied_by_kubectl(monkeypatch, tmp_path, capfd):
+def test_it_is_created_by_kubectl(monkeypatch, tmp_path, capfd):
     kubectl = tmp_path / "kubectl"
-    kubectl.write_text('#!/bin/sh\necho "$@"; cat\n')
+    kubectl.write_text('#!/bin/sh\necho "$@"; cat; test -z "$THERE"\n')
     kubectl.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     assert gke.run([*ARGS, "--tpu=v6e:4x4"]) == 0
     first, _, rest = capfd.readouterr().out.partition("\n")
-    assert first == "apply -f -"
+    assert first == "create -f -"
     assert yaml.safe_load(rest)["kind"] == "JobSet"
+    monkeypatch.setenv("THERE", "yes")
+    assert gke.run([*ARGS, "--tpu=v6e:4x4", "--name=n"]) == 1
+    assert "`kubectl delete jobset n --namespace=default` makes room" in capfd.readouterr().err

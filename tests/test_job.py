@@ -72,3 +72,12 @@ def test_a_worker_that_could_not_begin_is_not_sent(launcher, args, words):
 def test_what_makes_runs_of_its_own_is_not_swept():
     with pytest.raises(UserError, match="cifar_speedrun makes runs of its own"):
         sweep.run(["experiments.cifar_speedrun", RATE, "--workdir=x"])
+
+
+@pytest.mark.parametrize(
+    ("launcher", "flag", "meant"),
+    [(slurm, "--node=2", "--nodes"), (local, "--process=2", "--processes"), (scaling, "--device=1", "--devices")],
+)
+def test_a_launchers_own_flag_may_have_been_meant(launcher, flag, meant):
+    with pytest.raises(UserError, match=f"did you mean {meant}\\?"):
+        launcher.run(["experiments.cifar_cnn", flag])

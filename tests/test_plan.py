@@ -323,3 +323,11 @@ def test_gpus_are_compiled_for_without_one(tmp_path):
     assert row["flops_per_chip"] == pytest.approx(64 * (6 * sum(_kernels(512)) - 2 * PIXELS * 512), rel=0.1)
     assert {(c["kind"], c["axis"], c["devices"]) for c in row["collectives"]} == {("all-reduce", "data", 16)}
     assert 0 <= sum(c["bytes"] for c in row["collectives"]) - 4 * _num_params(512) <= 4 * 16
+
+
+def test_a_batch_larger_than_the_training_set_is_not_planned(tmp_path, capsys):
+    with pytest.raises(UserError, match=r"steps of \d,\d+ examples, and the training set has 1,437; lower it"):
+        _plan(tmp_path, "--topology=h100-6")
+    rows = _plan(tmp_path, "--topology=h100-4", "--sweep_topology", "--config.batch_size=512")["plans"]
+    assert {row["batch_size"] for row in rows} == {512}
+    assert "left out: 2 of 4, whose steps take more than the 1,437 examples" in capsys.readouterr().out

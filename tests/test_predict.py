@@ -230,6 +230,7 @@ def test_an_artifact_that_is_not_right_gets_one_line(classifier, tmp_path, capsy
         ("classifier", ["--num_samples=0"], "'0' is not a number of 1 or more"),
         ("language_model", ["x.png"], "images: of no use to this artifact, which has step"),
         ("language_model", ["--prompt=aZ"], "has never seen the character 'Z'"),
+        ("language_model", ["--prompt=a\udce9"], r"has never seen the character '\udce9'"),
         ("language_model", ["--top_p=2"], "'2' is not a number of 0 to 1"),
         ("language_model", ["--temperature=nan"], "'nan' is not a number of 0 or more"),
         ("language_model", ["--length=x"], "'x' is not a number of 1 or more"),
@@ -248,3 +249,11 @@ def test_options_that_do_not_apply_are_refused(request, tmp_path, monkeypatch, k
     with pytest.raises(ArtifactError) as error:
         predict.run([f"--artifact={request.getfixturevalue(kind)}", *args])
     assert words in str(error.value)
+
+
+def test_a_file_name_may_be_any_bytes(classifier, tmp_path, capsys):
+    (image,) = _colours(tmp_path, 1)
+    odd = str(tmp_path / "caf\udce9.png")
+    shutil.copy(image, odd)
+    predict.run([f"--artifact={classifier}", odd])
+    assert "caf\ufffd.png  " in capsys.readouterr().out

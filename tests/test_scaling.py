@@ -46,6 +46,18 @@ def test_a_batch_that_cannot_be_shared_is_named(env):
     assert "--config.batch_size=96 cannot be shared by 5 devices" in done.stderr
 
 
+def test_a_process_has_one_device_whatever_this_one_was_told(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_a=1 --xla_force_host_platform_device_count=8 --xla_b=2")
+    print_flags = [sys.executable, "-c", "import os; print(os.environ['XLA_FLAGS'])"]
+    (process,) = scaling._started(print_flags, 1, communicate=False)
+    assert process.communicate()[0] == "--xla_a=1 --xla_b=2\n"
+
+
+def test_processes_that_shall_not_meet_are_refused():
+    with pytest.raises(UserError, match="the processes are to communicate; leave it out"):
+        scaling.run(["experiments.cifar_cnn", *DIGITS, "--config.distributed.start=never"])
+
+
 @pytest.mark.parametrize(
     ("workdir", "words"), [("file/x", "file/x cannot be made: Not a directory"), ("gs://b/x", "on a local disk")]
 )

@@ -168,3 +168,25 @@ def test_a_folder_that_cannot_be_made_is_named_before_anything_is_submitted(tmp_
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file/x cannot be made: Not a directory"):
         slurm_launcher.run(["experiments.cifar_cnn", *DIGITS, f"--workdir={tmp_path}/file/x"])
+
+
+@pytest.mark.parametrize(("last", "code"), [("", 0), ("slurm_load_jobs error: Invalid job id specified", 1)])
+def test_a_controller_that_does_not_answer_is_asked_again(last, code, tmp_path, monkeypatch, capsys):
+    """`squeue` and `scontrol` fail once each, as they do on a busy cluster."""
+    for name, answer in (("squeue", f"echo '{last}' >&2; test -z '{last}'"), ("scontrol", "echo ExitCode=0:0")):
+        script = tmp_path / name
+        known = "" if name == "squeue" or not last else f"echo '{last}' >&2; exit 1\n"
+        fails = f"test -e {tmp_path}/{name}.once || {{ touch {tmp_path}/{name}.once; echo timed out >&2; exit 1; }}"
+        script.write_text(f"#!/bin/sh\n{fails}\n{known}{answer}\n")
+        script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(slurm_launcher, "_SECONDS_BETWEEN_LOOKS", 0.01)
+    assert slurm_launcher._follow("77", tmp_path / "log") == code
+    assert "job 77: unknown" in capsys.readouterr().err
+
+
+def test_a_workdir_that_takes_no_script_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda _: "/bin/true")
+    (tmp_path / "job.sh").mkdir()
+    with pytest.raises(UserError, match="job"):
+        slurm_launcher.run(["experiments.cifar_cnn", *DIGITS, f"--workdir={tmp_path}"])

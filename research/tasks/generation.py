@@ -85,7 +85,7 @@ def encode(prompt: str, label_names: tuple[str, ...], dataset_name: str) -> np.n
     """
     numbers = {ord(name): number for number, name in enumerate(label_names)}
     for character in prompt or "\n":
-        if not numbers.keys() >= set(character.encode()):
+        if not numbers.keys() >= set(character.encode("utf-8", "surrogateescape")):
             raise UserError(
                 f"--prompt: the character {character!r} does not occur in {dataset_name}, so the network has never "
                 "seen it: leave it out"

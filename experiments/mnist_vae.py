@@ -26,7 +26,7 @@ from research.config import Config, DatasetConfig, OptimizerConfig, VAEConfig, o
 from research.data import images
 from research.data.pipeline import epoch_ends
 from research.data.sources import Dataset
-from research.errors import RecordError, UserError
+from research.errors import UserError
 from research.models import vae
 from research.parametrization import Network
 from research.predictor import Predictor
@@ -163,10 +163,7 @@ def sample(predict: Predictor, config: MnistVAEConfig, dataset: Dataset, options
     path = workdir / f"samples-{options.num_samples}-seed{options.sample_seed}.png"
     png = io.BytesIO()
     plots.image_grid(drawn, columns, f"samples of the prior, seed {options.sample_seed}").savefig(png, dpi=120)
-    try:
-        storage.replace(path, png.getvalue())
-    except OSError as error:
-        raise RecordError(f"{path} could not be written: {error.strerror or error}") from None
+    storage.replace(path, png.getvalue())
     print(path)
 
 

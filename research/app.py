@@ -60,6 +60,8 @@ def run(
             config_record.check_resumes(config, command.earlier, str(workdir))
         _say(_first_line(experiment, dataset, mesh))
         finished = read_json(workdir / "summary.json")
+        if finished and not isinstance(finished.get("num_epochs"), int):
+            raise UserError(f"{workdir}/summary.json is not a run's: delete it, or give another --workdir")
         if finished and finished["num_epochs"] >= config.num_epochs:
             _say(f"the run in {workdir} is finished: evaluating it; a larger --config.num_epochs trains it further")
             return _evaluate(experiment, command, mesh)

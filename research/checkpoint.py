@@ -6,6 +6,7 @@ other dtypes without a word, so the record also holds a checksum, dtype and shap
 on the devices, and are the same for any sharding: a checkpoint can be restored on any mesh.
 """
 
+import contextlib
 import json
 import logging
 import sys
@@ -22,8 +23,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from research import storage
-from research.errors import UserError
+from research import distributed, storage
+from research.errors import RecordError, UserError, of_memory
 from research.mirror import Mirror
 from research.state import TrainState
 
@@ -53,6 +54,19 @@ sys.unraisablehook = _except_late
 
 class _DamagedError(Exception):
     """This checkpoint is not what was saved; the text says why."""
+
+
+class _SetAsideError(UserError):
+    """One of several processes met a damaged checkpoint, which is out of the way now: launchers start all again."""
+
+    exit_code = 143
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether it says of a checkpoint's files that they are cut, changed or gone, not that they could not be read."""
+    if isinstance(error, OSError):
+        return isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError))
+    return not of_memory(error, "") and "can't start new thread" not in str(error)
 
 
 def _flat(state: TrainState) -> dict[str, Any]:
@@ -189,15 +203,22 @@ class Checkpoints:
         with storage.writing(f"the newest checkpoint in {self._place}"):
             self._manager.wait_until_finished()
 
+    @property
+    def exist(self) -> bool:
+        """Whether there is a checkpoint, whole or not."""
+        return self._folder.exists() and bool(self._manager.all_steps())
+
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest whole checkpoint's state, sharded as `like` is, and its progress; None: there is no checkpoint.
 
         Damaged ones are named and, unless `read_only`, set aside as `checkpoints/damaged-<step>`.
 
         Raises:
-          UserError: there are checkpoints, and none is whole, or the newest that is has other arrays than `like`.
+          UserError: there are checkpoints, and none is whole, or the newest that is has other arrays than `like`. Or
+            one of several processes met a damaged one (exit code 143).
+          RecordError, OutOfMemoryError: one could not be read; it stays as it is.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True) if self._folder.exists() else []
+        steps = sorted(self._manager.all_steps(), reverse=True) if self.exist else []
         reason = ""
         for step in steps:
             try:
@@ -206,8 +227,20 @@ class Checkpoints:
                 raise
             except Exception as error:  # Orbax raises whatever its readers do, where files are cut or gone
                 reason = " ".join(str(error).split())[:200]
+                if not _is_damage(error):
+                    raise of_memory(error) or RecordError(
+                        f"checkpoint {step} in {self._place} could not be read ({reason}): it is as it was, and once "
+                        "that is mended the same command resumes from it"
+                    ) from error
+                # What its checksums say all processes see, what its files are each for itself: the others wait for it.
+                alone = jax.process_count() > 1 and not isinstance(error, _DamagedError)
                 self._message(f"checkpoint {step} is damaged ({reason}): using the one before")
-                self._set_aside(step)
+                self._set_aside(step, alone=alone)
+                if alone:
+                    raise _SetAsideError(
+                        f"checkpoint {step} in {self._place} is damaged ({reason}) and was set aside: the same command "
+                        "goes on from the one before"
+                    ) from None
         if steps or (self._folder.exists() and any(self._folder.glob("damaged-*"))):
             raise UserError(
                 f"no checkpoint in {self._place} can be restored ({reason or 'all were found damaged before'}): to "
@@ -237,17 +270,25 @@ class Checkpoints:
             if np.uint32(value) != sums[name]:
                 raise _DamagedError(f"the checksum of {name} differs")
         # A copy that XLA made: what Orbax returns may share memory with its caller, and the state is donated.
-        copies = [jnp.copy(restored[name]) for name in arrays]
+        copies = [jnp.copy(restored.pop(name)) for name in arrays]
         return jax.tree.unflatten(jax.tree.structure(like), copies), record["progress"]
 
-    def _set_aside(self, step: int) -> None:
+    def _set_aside(self, step: int, *, alone: bool) -> None:
         if self._read_only:
             return
+        if alone:
+            with contextlib.suppress(FileNotFoundError):  # another process has done it
+                self._rename(step)
+            return
         if jax.process_index() == 0:
-            aside = self._folder / f"damaged-{step}"
-            while aside.exists():
-                aside = aside.with_name(aside.name + "-")
-            (self._folder / str(step)).rename(aside)
+            self._rename(step)
+        distributed.wait(f"checkpoint {step} is set aside")
         self._manager.reload()
         if self._mirror:
             self._mirror.push()
+
+    def _rename(self, step: int) -> None:
+        aside = self._folder / f"damaged-{step}"
+        while aside.exists():
+            aside = aside.with_name(aside.name + "-")
+        (self._folder / str(step)).rename(aside)

@@ -77,7 +77,7 @@ def run(argv: Sequence[str]) -> None:
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
     lines = {str(workdir): read_metrics(workdir) for workdir in workdirs}
-    if not any(lines.values()):
+    if not any("train_loss" in line for run in lines.values() for line in run):
         print("no picture: no run has recorded a figure yet")
         return
     picture = open_path(str(values["picture"].value))

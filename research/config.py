@@ -193,7 +193,7 @@ class Config:
         0, "examples at once, over all devices; gradients are accumulated; 0: the batch", minimum=0
     )
     steps_per_dispatch: int = option(
-        0, "train steps per call of the compiled program; 0: about half a second's worth, at most 512", minimum=0
+        0, "train steps per call of the program; 0: half a second's worth, at most 512 (8 of streamed data)", minimum=0
     )
     log_every_steps: int = option(50, "steps between the training lines of metrics.jsonl", minimum=1)
     pictures_every_epochs: int = option(

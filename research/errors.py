@@ -10,7 +10,8 @@
 | 5 | out of memory: a smaller microbatch may do |
 | 129 | the terminal was closed (SIGHUP); while training, a checkpoint was saved |
 | 130 | interrupted (SIGINT); while training, a checkpoint was saved |
-| 143 | terminated (SIGTERM); while training, a checkpoint was saved. Or `launch.tpu up` lost too many TPUs |
+| 143 | terminated (SIGTERM); while training, a checkpoint was saved. Or `launch.tpu up` lost too many TPUs, or one of
+        several processes found a checkpoint damaged: the same command goes on |
 """
 
 import sys

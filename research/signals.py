@@ -21,7 +21,7 @@ class Signals:
     """What the process was asked. Used from the main thread.
 
     Attributes:
-      received: the first signal that came while `deferred`, else None.
+      received: the first signal that came while `deferred`, or one that raised `StoppedError`; else None.
       spreads: whether this is one of several processes, which stop together: while deferred a signal becomes SIGTERM,
         for which jax itself then listens.
     """
@@ -34,12 +34,18 @@ class Signals:
     def _receive(self, number: int, _: FrameType | None) -> None:
         name = signal.Signals(number)
         if not self._defers or self.received:  # a second signal: somebody is in a hurry
+            self.received = name
             raise StoppedError(f"stopped by {name.name}", number)
         if self.spreads:
             self._defers = False
             os.kill(os.getpid(), signal.SIGTERM)
         else:
             self.received = name
+
+    def check(self) -> None:
+        """Raises `StoppedError` where a signal came whose own error some `except Exception` took for another's."""
+        if self.received:
+            raise StoppedError(f"stopped by {self.received.name}", self.received)
 
     @contextmanager
     def handled(self) -> Iterator["Signals"]:

@@ -82,6 +82,8 @@ class Training:
     def restore(self, checkpoints: Checkpoints) -> bool:
         """Goes to the newest checkpoint; False: there is none."""
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state)
+        if checkpoints.exist:  # or the memory would have to hold this state beside the other
+            jax.tree.map(lambda x: x.delete(), self.state)
         restored = checkpoints.restore(shapes)
         if restored:
             self.state, progress = restored

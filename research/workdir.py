@@ -126,6 +126,11 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; one that its writer has not finished is left out."""
-    lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The lines of metrics.jsonl; one that its writer has not finished is left out.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    path = workdir / "metrics.jsonl"
+    with _reading(path):
+        return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import io
-import itertools
 import json
 import math
 import os
@@ -32,8 +31,11 @@ def _standard(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _step(line: str) -> float:
-    """The step of a line of metrics.jsonl; infinity where its writer was killed before it was whole."""
-    return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    """The step of a line of metrics.jsonl; infinity where its writer was killed meanwhile, NaN where it is damaged."""
+    try:
+        return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
+    except (ValueError, TypeError, KeyError):
+        return math.nan
 
 
 class Writer:
@@ -102,8 +104,10 @@ class Writer:
         path = self.workdir / "metrics.jsonl"
         self._row = dict(row)
         if self._active:
-            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-            kept = itertools.takewhile(lambda line: _step(line) < row.get("step", step + 1), lines)
+            lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+            if damaged := sum(math.isnan(_step(line)) for line in lines):
+                self.warning(f"metrics.jsonl: {damaged} damaged line{'s' if damaged > 1 else ''} left out")
+            kept = [line for line in lines if _step(line) < row.get("step", step + 1)]
             self._metrics.replace("".join(kept).encode())
             self._events.start(self._config, step, row.get("step", step + 1))
         self._bar.initial = self._bar.n = self._first = step

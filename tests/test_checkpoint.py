@@ -1,5 +1,6 @@
 """Checkpoints: exact, on any mesh, and never something else than what was saved."""
 
+import errno
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from jax.experimental import multihost_utils
 from research import checkpoint, sharding
 from research.checkpoint import Checkpoints
 from research.config import Config, MeshConfig
-from research.errors import UserError
+from research.errors import OutOfMemoryError, RecordError, UserError
 from research.state import TrainState
 
 # TensorStore's futures that nobody awaits, where a read failed.
@@ -153,6 +154,43 @@ def test_damage_to_any_file_is_seen_or_harmless(damage, tmp_path):
             assert warnings[0].startswith("checkpoint 2 is damaged (")
             assert (copy / "checkpoints/damaged-2").exists()
     assert fell_back >= 2  # the data, and the record
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (MemoryError(), OutOfMemoryError),
+        (ValueError("RESOURCE_EXHAUSTED: no memory"), OutOfMemoryError),
+        (RuntimeError("can't start new thread"), RecordError),
+        (OSError(errno.EMFILE, "too many open files"), RecordError),
+        (PermissionError(errno.EACCES, "no permission"), RecordError),
+    ],
+)
+def test_one_that_cannot_be_read_is_not_taken_for_damaged(error, kind, tmp_path, monkeypatch):
+    _save(tmp_path, _state(1), _state(2))
+    with monkeypatch.context() as failing:
+        failing.setattr(Checkpoints, "_restore", lambda *_: (_ for _ in ()).throw(error))
+        with pytest.raises(kind):
+            _restore(tmp_path, _state())
+    (restored, _), warnings = _restore(tmp_path, _state())
+    assert (int(restored.step), warnings) == (2, [])
+
+
+def test_of_several_processes_one_that_meets_damage_ends_all(tmp_path, monkeypatch):
+    """The others wait for it within Orbax; the next start has the one before."""
+    _save(tmp_path, _state(1), _state(2))
+
+    def damaged(*_):
+        several.setattr(jax, "process_count", lambda: 2)
+        raise ValueError("a file of this process is gone")
+
+    with monkeypatch.context() as several, Checkpoints(tmp_path, keep=2, message=lambda _: several.undo()) as saved:
+        several.setattr(Checkpoints, "_restore", damaged)
+        with pytest.raises(UserError, match=r"checkpoint 2 in .* was set aside: the same command goes on") as raised:
+            saved.restore(_state())
+    assert raised.value.exit_code == 143
+    (restored, _), warnings = _restore(tmp_path, _state())
+    assert (int(restored.step), warnings) == (1, [])
 
 
 def test_an_empty_folder_is_seen(tmp_path):

@@ -57,6 +57,18 @@ def test_a_run_that_has_recorded_nothing_yet_has_no_picture(two_runs, tmp_path, 
     assert not (tmp_path / "none.png").exists()
 
 
+def test_a_run_without_a_whole_epoch_has_no_picture_either(two_runs, tmp_path, capsys):
+    (tmp_path / "slow/metrics.jsonl").write_text('{"step": 1, "epoch": 1, "loss": 2.0}\n')
+    compare.run(["slow", "--picture=none.png"])
+    assert "no picture: no run has recorded a figure yet" in capsys.readouterr().out
+
+
+def test_metrics_that_are_damaged_are_named(two_runs, tmp_path):
+    (tmp_path / "slow/metrics.jsonl").write_text("garbage\n")
+    with pytest.raises(UserError, match=r"slow/metrics\.jsonl cannot be read"):
+        compare.run(["slow"])
+
+
 def test_a_picture_that_fails_stops_nothing(tmp_path, monkeypatch, capfd):
     def full(*_):
         raise OSError("No space left on device")

@@ -1,5 +1,6 @@
 """A run that was stopped and goes on ends as if nothing had happened; one that was killed is in faults/test_kill.py."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -7,9 +8,14 @@ import signal
 import subprocess
 import time
 
+import jax
 import pytest
 from command import COMMAND, DIGITS, complains, read_summary, run_command, run_here
 from drawn import DATASET, read_lines, run, same, split
+
+from research import training
+from research.checkpoint import Checkpoints
+from research.signals import Signals, StoppedError
 
 
 def _figures(summary):
@@ -110,8 +116,58 @@ def test_a_finished_run_is_only_evaluated_and_may_be_reproduced(env, tmp_path, c
     assert first.startswith("reproduced: jax_version 0.1 there, ")
     assert last == "reproduced: the same train_accuracy, train_grad_norm, train_loss, test_accuracy, test_loss"
     assert read_summary(tmp_path / "y")["test_loss"] == figures["test_loss"]
+    # What another rule's rate would be, config.json no longer says.
+    words = "--config.optimizer.name=sgd: the record of --reproduce has momentum"
+    complains(run_here(["--reproduce=x/summary.json", "--config.optimizer.name=sgd", "--workdir=z"], capsys), words)
+    (tmp_path / "y/summary.json").write_text('{"a": 1}')
+    complains(run_here(["--workdir=y"], capsys), "y/summary.json is not a run's: delete it")
     complains(run_here(["--reproduce=nowhere/summary.json"], capsys), "no such file")
     complains(run_here(["--mode=eval", "--workdir=nowhere"], capsys), "no config.json in nowhere")
+
+
+def test_a_damaged_line_of_metrics_is_left_out(stop_at, tmp_path, capsys):
+    stop_at(tmp_path, 11)
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([whole[0], b"\xff garbage\n", b"[1]\n", *whole[2:]]))
+    run(tmp_path)
+    assert "WARNING: metrics.jsonl: 2 damaged lines left out" in capsys.readouterr().err
+    steps = [line["step"] for line in read_lines(tmp_path)]
+    assert steps == sorted(set(steps))
+    assert len(steps) > len(whole)
+
+
+def test_a_state_that_is_replaced_takes_no_memory(stop_at, tmp_path, monkeypatch):
+    stop_at(tmp_path, 11)
+    restore, deleted = Checkpoints.restore, []
+
+    def looked_at(self, like):
+        deleted.extend(leaf.is_deleted() for leaf in jax.tree.leaves(initial[0]))
+        return restore(self, like)
+
+    initial = []
+    create_state = training.create_state
+
+    def created(*args):
+        made = create_state(*args)
+        initial.append(made[1])
+        return made
+
+    monkeypatch.setattr(Checkpoints, "restore", looked_at)
+    monkeypatch.setattr(training, "create_state", created)
+    run(tmp_path)
+    assert deleted
+    assert all(deleted)
+
+
+def test_a_signal_whose_error_was_swallowed_stops_the_run(tmp_path):
+    """As where it comes while a package is imported within an `except Exception`."""
+    signals = Signals()
+    with signals.handled(), contextlib.suppress(Exception):
+        signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(StoppedError, match="stopped by SIGTERM") as stopped:
+        run(tmp_path, signals=signals)
+    assert stopped.value.exit_code == 143
 
 
 def test_a_config_that_cannot_be_read_is_named(env, tmp_path, capsys):

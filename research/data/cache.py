@@ -30,7 +30,16 @@ def folder() -> Path:
     """Where entries live: `$MESHWORK_CACHE_DIR`, else `meshwork` in the user's cache folder."""
     if given := os.environ.get("MESHWORK_CACHE_DIR"):
         return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "meshwork"
+    given = os.environ.get("XDG_CACHE_HOME")
+    return (Path(given).expanduser() if given else in_home(".cache")) / "meshwork"
+
+
+def in_home(name: str) -> Path:
+    """A folder in the user's home; in that of temporary files where there is none, as for a container's odd user."""
+    try:
+        return Path.home() / name
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / name
 
 
 def load(entry: str, decode: Callable[[], Iterator[Arrays]]) -> Arrays:

@@ -50,8 +50,11 @@ def epoch_ends(num_examples: int, batch_size: int, num_epochs: int) -> list[int]
     """The number of steps made when each epoch ends; the last is the number of train steps.
 
     Raises:
-      UserError: the batch is larger than all the examples that training is to see.
+      UserError: the batch is larger than all the examples that training is to see, or there would be 2^31 steps.
     """
+    if num_epochs * num_examples // batch_size > np.iinfo(np.int32).max:
+        steps = num_epochs * num_examples // batch_size
+        raise UserError(f"--config.num_epochs={num_epochs}: {steps:,} steps are more than can be counted; lower it")
     ends = [(epoch + 1) * num_examples // batch_size for epoch in range(num_epochs)]
     if not ends[0]:
         raise UserError(f"--config.batch_size={batch_size} is larger than the training set ({num_examples:,} examples)")

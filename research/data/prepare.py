@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from research.data import archives, tfds_sets
+from research.data import archives, cache, tfds_sets
 from research.data.tfds_sets import UnavailableError
 from research.errors import UserError
 
@@ -91,7 +91,8 @@ def _remedy(name: str, folder: Path) -> str:
 
 def _on_disk(name: str, folder: Path) -> tuple[list[Path], Callable[..., Splits]] | None:
     """The first source whose files are all there, and its reader."""
-    keras = Path(os.environ.get("KERAS_HOME") or "~/.keras").expanduser() / "datasets"
+    given = os.environ.get("KERAS_HOME")
+    keras = (Path(given).expanduser() if given else cache.in_home(".keras")) / "datasets"
     for place in (folder, folder / "downloads" / "manual", keras):
         for files, read in _RECIPES[name].sources:
             paths = [place / file for file in files]

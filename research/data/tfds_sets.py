@@ -56,7 +56,7 @@ def data_folder(given: str) -> Path:
     if not given:
         source, name = "TFDS_DATA_DIR", os.environ.get("TFDS_DATA_DIR", "")
     if not name:
-        return Path("~/tensorflow_datasets").expanduser()
+        return cache.in_home("tensorflow_datasets")
     try:
         path = Path(name).expanduser()
         if path.is_dir():
@@ -72,9 +72,12 @@ def find(name: str, folder: Path) -> Path | None:
     Raises:
       UserError: only configs of this name are there, and more than one of them.
     """
-    if (newest := _newest_version(folder / name)) is not None:
-        return newest
-    configs = sorted(p for p in (folder / name).glob("*") if _newest_version(p) is not None)
+    try:
+        if (newest := _newest_version(folder / name)) is not None:
+            return newest
+        configs = sorted(p for p in (folder / name).glob("*") if _newest_version(p) is not None)
+    except OSError:  # too long a name
+        return None
     if len(configs) > 1:
         choices = ", ".join(f"{name}/{p.name}" for p in configs)
         raise UserError(f"--config.dataset.name={name}: several configs are prepared in {folder}; use one of {choices}")

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -176,6 +177,11 @@ def test_folder_follows_the_environment(monkeypatch):
     assert cache.folder() == Path("/xdg/meshwork")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache.folder() == Path("/home/someone/.cache/meshwork")
+
+
+def test_a_user_without_a_home_has_that_of_temporary_files(monkeypatch):
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert cache.in_home("x") == Path(tempfile.gettempdir()) / "x"
 
 
 WRITER = """

@@ -49,6 +49,12 @@ def test_a_batch_larger_than_the_set_is_an_error():
         pipeline.epoch_ends(50, 51, 3)
 
 
+def test_more_steps_than_an_int32_counts_are_an_error():
+    assert pipeline.epoch_ends(2**31 - 1, 1, 1) == [2**31 - 1]
+    with pytest.raises(UserError, match="num_epochs=1000000000000: 50,000,000,000,000 steps are more"):
+        pipeline.epoch_ends(50, 1, 10**12)
+
+
 @pytest.mark.parametrize(("limit", "resident"), [(0.0, False), (1000 / 2**30, True), (999 / 2**30, False)])
 def test_what_fits_is_resident(limit, resident):
     config = Config(dataset=DatasetConfig(max_device_gib=limit))

@@ -219,6 +219,7 @@ def test_the_newest_version_is_taken(data_dir):
         (data_dir / "pets" / version).mkdir(parents=True)
         (data_dir / "pets" / version / "dataset_info.json").write_text("{}")
     assert tfds_sets.find("pets", data_dir) == data_dir / "pets" / "10.0.0"
+    assert tfds_sets.find("a" * 300, data_dir) is None  # longer than a file's name may be
 
 
 @pytest.mark.parametrize(

@@ -95,10 +95,14 @@ def _owner() -> str:
 
 def _stands(owner: dict[str, Any]) -> bool:
     """Whether the claim of a lock file still holds."""
-    _, number, _, host = owner["owner"].split(maxsplit=3)
+    try:
+        _, number, _, host = owner["owner"].split(maxsplit=3)
+        age = time.time() - owner["time"]
+    except (AttributeError, KeyError, TypeError, ValueError):  # not what a run writes
+        return False
     if host == socket.gethostname() and not Path(f"/proc/{number}").exists():
         return False
-    return time.time() - owner["time"] < _SECONDS_A_CLAIM_STANDS
+    return age < _SECONDS_A_CLAIM_STANDS
 
 
 @contextlib.contextmanager

@@ -77,8 +77,9 @@ def test_the_command_trains_evaluates_and_claims_its_folder(store, capsys):
         (f"process 99999999 on {socket.gethostname()}", 0, False),
         ("process 99999999 on elsewhere", 3600, True),
         ("process 99999999 on elsewhere", 25 * 3600, False),
+        (None, 0, False),
     ],
-    ids=["it lives", "it is gone", "of another host", "of another host, long ago"],
+    ids=["it lives", "it is gone", "of another host", "of another host, long ago", "nobody's"],
 )
 def test_a_claim_stands_while_its_owner_may_live(owner, age, stands, store):
     (store / "x").mkdir(parents=True)

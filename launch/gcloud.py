@@ -112,16 +112,32 @@ class GcloudError(UserError):
 
 
 class TakenError(GcloudError):
-    """A TPU of this name was created by somebody else meanwhile."""
+    """There is a TPU of this name, which this program has not created."""
 
 
 def call(command: list[str]) -> None:
     """Runs a command whose failure ends the launch; what it prints is shown."""
+    if code := subprocess.run(command).returncode:
+        raise GcloudError(_failure(command, code))
+
+
+def _failure(command: list[str], code: int) -> str:
+    return f"{shlex.join(command[:6])} failed with exit code {code}: what it said stands above"
+
+
+def create(tpu: Tpu) -> None:
+    """Creates the TPU; what gcloud prints is shown.
+
+    Raises:
+      TakenError: there is one of this name.
+      GcloudError: it failed otherwise.
+    """
+    command = tpu.create()
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace")
     assert process.stderr
     said, code = "", 0
     try:
-        while character := process.stderr.read(1):  # a question has no end of line
+        while character := process.stderr.read(1):  # what goes on has no end of line yet
             said += character
             sys.stderr.write(character)
             sys.stderr.flush()
@@ -129,8 +145,7 @@ def call(command: list[str]) -> None:
     finally:
         process.kill()  # where a signal came
     if code:
-        what = f"{shlex.join(command[:6])} failed with exit code {code}: what it said stands above"
-        raise (TakenError if _ALREADY_EXISTS in said else GcloudError)(what)
+        raise (TakenError if _ALREADY_EXISTS in said else GcloudError)(_failure(command, code))
 
 
 def state(tpu: Tpu) -> str:

@@ -219,7 +219,7 @@ def _tokens(prompt: str, classes: Sequence[str]) -> list[int]:
     for character in prompt:
         if not numbers.keys() >= set(character.encode("utf-8", "surrogateescape")):
             raise ArtifactError(f"--prompt: the network has never seen the character {character!r}: leave it out")
-    return [numbers[byte] for byte in prompt.encode()]
+    return [numbers[byte] for byte in prompt.encode("utf-8", "surrogateescape")]
 
 
 def draw(logits: np.ndarray, rng: np.random.Generator, temperature: float, top_p: float) -> np.ndarray:

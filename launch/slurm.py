@@ -89,10 +89,10 @@ def _submit(path: Path) -> str:
 
 
 def _state(number: str) -> str:
-    """Of a job, as squeue has it: "PENDING", "RUNNING"; empty once it has ended, "UNKNOWN" where Slurm cannot say."""
+    """Of a job, as squeue has it: "PENDING", "RUNNING"; empty: it has ended; "unknown (why)": Slurm cannot say."""
     done = subprocess.run(["squeue", "-h", "-j", number, "-o", "%T"], capture_output=True, text=True)
     if done.returncode and _FORGOTTEN not in done.stderr:
-        return "UNKNOWN"
+        return f"unknown ({done.stderr.strip()})"
     return done.stdout.strip()
 
 

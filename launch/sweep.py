@@ -139,9 +139,9 @@ def _run(job: Job, argv: Sequence[str], signals: Signals) -> int:
         f"{name}: {sweep.trials} trials of {sweep.metric}, {sweep.size} runs at once on {_devices(sweep)}", flush=True
     )
     with Display(study, sweep).shown() as display:
-        if options.processes > 1:
-            sweep_processes.run(options.processes, [*argv, f"--workdir={workdir}"], display.update)
         try:
+            if options.processes > 1:
+                sweep_processes.run(options.processes, [*argv, f"--workdir={workdir}"], display.update)
             _work(sweep, study, signals, display)
             while options.processes and study.others_run():
                 time.sleep(_POLL_SECONDS)

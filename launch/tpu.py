@@ -124,11 +124,9 @@ def _train(tpu: Tpu, job: Job, path: Path) -> int:
       UserError: gcloud failed.
     """
     try:
-        gcloud.call(tpu.create())
-    except gcloud.TakenError:
-        raise
+        gcloud.create(tpu)
     except GcloudError:
-        if gcloud.state(tpu) not in gcloud.LOST:  # as it may be before it was ready
+        if gcloud.state(tpu) not in gcloud.LOST:  # as it may be before it was ready, or not be deleted yet
             raise
     _wait(tpu)
     try:

@@ -106,7 +106,7 @@ class Worker:
 
         Raises:
           StoppedError: a signal came; what was running is planned once more.
-          UserError: ten trials failed in a row, and no other trains.
+          UserError: ten trials failed in a row; while others train, ten more than twice as many as train together.
           OutOfMemoryError: what was running is planned once more.
         """
         try:

@@ -52,6 +52,13 @@ def _except_late(found: Any) -> None:
 sys.unraisablehook = _except_late
 
 
+# Of TensorStore, which reads the arrays, and of Python: nothing is said of the files by these.
+_UNREAD = (
+    *("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED"),
+    "can't start new thread",
+)
+
+
 class _DamagedError(Exception):
     """This checkpoint is not what was saved; the text says why."""
 
@@ -66,7 +73,7 @@ def _is_damage(error: Exception) -> bool:
     """Whether it says of a checkpoint's files that they are cut, changed or gone, not that they could not be read."""
     if isinstance(error, OSError):
         return isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError))
-    return not of_memory(error, "") and "can't start new thread" not in str(error)
+    return not of_memory(error, "") and not str(error).startswith(_UNREAD)
 
 
 def _flat(state: TrainState) -> dict[str, Any]:
@@ -234,6 +241,11 @@ class Checkpoints:
                     ) from error
                 # What its checksums say all processes see, what its files are each for itself: the others wait for it.
                 alone = jax.process_count() > 1 and not isinstance(error, _DamagedError)
+                if alone and self._read_only:
+                    raise UserError(
+                        f"checkpoint {step} in {self._place} is damaged ({reason}): resume the run, which sets it "
+                        "aside, or look at it with one process, which takes the one before"
+                    ) from None
                 self._message(f"checkpoint {step} is damaged ({reason}): using the one before")
                 self._set_aside(step, alone=alone)
                 if alone:

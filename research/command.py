@@ -205,7 +205,7 @@ def parse(experiment: Experiment, argv: Sequence[str], launcher: Sequence[str] =
     for path, _, value in config_lib.walk(config):
         flag = values[f"config.{path}"]
         if flag.present:
-            if reproduced and path in _DECIDES_OTHERS and flag.value != value:
+            if reproduced and not values["config"].present and path in _DECIDES_OTHERS and flag.value != value:
                 raise UserError(
                     f"--config.{path}={flag.value}: the record of --reproduce has {value}, and what that left open was "
                     "filled in for it: give the flags without --reproduce"

@@ -6,7 +6,7 @@
 | 1 | a defect: a traceback, please report it |
 | 2 | bad input: a flag, a data set, a folder; nothing was started |
 | 3 | the loss or the gradient became NaN or infinite |
-| 4 | the record could not be written (disk full, read-only, out of reach): the last good checkpoint is intact |
+| 4 | the record could not be written or read (disk full, read-only, out of reach): the last good checkpoint is intact |
 | 5 | out of memory: a smaller microbatch may do |
 | 129 | the terminal was closed (SIGHUP); while training, a checkpoint was saved |
 | 130 | interrupted (SIGINT); while training, a checkpoint was saved |
@@ -37,7 +37,7 @@ class NonFiniteLossError(UserError):
 
 
 class RecordError(UserError):
-    """A part of the record could not be written; the text names it. The last good checkpoint is intact."""
+    """A part of the record could not be written or read; the text names it. The last good checkpoint is intact."""
 
     exit_code = 4
 

@@ -164,6 +164,7 @@ def test_damage_to_any_file_is_seen_or_harmless(damage, tmp_path):
         (RuntimeError("can't start new thread"), RecordError),
         (OSError(errno.EMFILE, "too many open files"), RecordError),
         (PermissionError(errno.EACCES, "no permission"), RecordError),
+        (ValueError("PERMISSION_DENIED: Error opening local file"), RecordError),
     ],
 )
 def test_one_that_cannot_be_read_is_not_taken_for_damaged(error, kind, tmp_path, monkeypatch):
@@ -191,6 +192,22 @@ def test_of_several_processes_one_that_meets_damage_ends_all(tmp_path, monkeypat
     assert raised.value.exit_code == 143
     (restored, _), warnings = _restore(tmp_path, _state())
     assert (int(restored.step), warnings) == (1, [])
+
+
+def test_of_several_processes_that_only_look_one_that_meets_damage_changes_nothing(tmp_path, monkeypatch):
+    _save(tmp_path, _state(1), _state(2))
+
+    def damaged(*_):
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        raise ValueError("a file of this process is gone")
+
+    with Checkpoints(tmp_path, keep=2, message=print, read_only=True) as saved:
+        monkeypatch.setattr(Checkpoints, "_restore", damaged)
+        with pytest.raises(UserError, match="look at it with one process, which takes the one before") as raised:
+            saved.restore(_state())
+        monkeypatch.undo()
+    assert raised.value.exit_code == 2
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} >= {"1", "2"}
 
 
 def test_an_empty_folder_is_seen(tmp_path):

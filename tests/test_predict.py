@@ -19,7 +19,7 @@ from launch.export import _export
 from launch.runtimes import described
 from research.config import RNNConfig
 from research.models import rnn
-from research.tasks.generation import generate
+from research.tasks.generation import encode, generate
 from research.tasks.language_model import LanguageModel
 from research.tasks.task import Function
 
@@ -249,6 +249,11 @@ def test_options_that_do_not_apply_are_refused(request, tmp_path, monkeypatch, k
     with pytest.raises(ArtifactError) as error:
         predict.run([f"--artifact={request.getfixturevalue(kind)}", *args])
     assert words in str(error.value)
+
+
+def test_a_prompt_may_be_bytes_that_the_network_knows():
+    assert predict._tokens("a\udcc3", ("a", "\xc3")) == [0, 1]
+    np.testing.assert_array_equal(encode("a\udcc3", ("a", "\xc3"), "a set"), [0, 1])
 
 
 def test_a_file_name_may_be_any_bytes(classifier, tmp_path, capsys):

@@ -13,7 +13,8 @@ import pytest
 from command import COMMAND, DIGITS, complains, read_summary, run_command, run_here
 from drawn import DATASET, read_lines, run, same, split
 
-from research import training
+from experiments import cifar_cnn
+from research import command, training
 from research.checkpoint import Checkpoints
 from research.signals import Signals, StoppedError
 
@@ -119,6 +120,8 @@ def test_a_finished_run_is_only_evaluated_and_may_be_reproduced(env, tmp_path, c
     # What another rule's rate would be, config.json no longer says.
     words = "--config.optimizer.name=sgd: the record of --reproduce has momentum"
     complains(run_here(["--reproduce=x/summary.json", "--config.optimizer.name=sgd", "--workdir=z"], capsys), words)
+    # A preset starts anew.
+    command.parse(cifar_cnn.EXPERIMENT, ["--reproduce=x/summary.json", "--config=paper", "--config.optimizer.name=sgd"])
     (tmp_path / "y/summary.json").write_text('{"a": 1}')
     complains(run_here(["--workdir=y"], capsys), "y/summary.json is not a run's: delete it")
     complains(run_here(["--reproduce=nowhere/summary.json"], capsys), "no such file")

@@ -182,7 +182,7 @@ def test_a_controller_that_does_not_answer_is_asked_again(last, code, tmp_path, 
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setattr(slurm_launcher, "_SECONDS_BETWEEN_LOOKS", 0.01)
     assert slurm_launcher._follow("77", tmp_path / "log") == code
-    assert "job 77: unknown" in capsys.readouterr().err
+    assert "job 77: unknown (timed out)\n" in capsys.readouterr().err
 
 
 def test_a_workdir_that_takes_no_script_is_named(tmp_path, monkeypatch):

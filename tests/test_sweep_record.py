@@ -18,7 +18,7 @@ optuna = pytest.importorskip("optuna", reason="the extra `sweep` is not installe
 
 from optuna.trial import TrialState  # noqa: E402
 
-from launch import sweep  # noqa: E402
+from launch import sweep, sweep_processes  # noqa: E402
 from launch.study import Study, open_storage  # noqa: E402
 from research import app, population_devices  # noqa: E402
 from research.errors import RecordError, UserError  # noqa: E402
@@ -95,14 +95,15 @@ def test_where_each_core_is_a_device_the_best_command_has_the_one_that_it_has_by
         assert found["best_value"] == pytest.approx(found["best_command_value"], abs=0.02)
 
 
-def test_a_sweep_that_is_stopped_names_the_folder_that_goes_on(folder, monkeypatch):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_sweep_that_is_stopped_names_the_folder_that_goes_on(processes, folder, monkeypatch):
     def stopped(*_):
         raise StoppedError("stopped by SIGINT: the same command goes on", 2)
 
-    monkeypatch.setattr(sweep, "_work", stopped)
+    monkeypatch.setattr(sweep if processes == 1 else sweep_processes, "_work" if processes == 1 else "run", stopped)
     argv = [arg for arg in SWEEP if not arg.startswith("--workdir")]
     with pytest.raises(StoppedError, match=r"goes on with --workdir=runs/sweep/\S+/\d\S+$") as error:
-        sweep.run([*argv, f"--search={RATE}=[0.1,0.2]"])
+        sweep.run([*argv, f"--search={RATE}=[0.1,0.2]", f"--processes={processes}"])
     assert error.value.exit_code == 130
 
 

@@ -22,6 +22,10 @@ state, fates, fate = root / "state", root / "fates", root / "fate"
 if verb == "create" and fates.read_text() == "taken":
     state.write_text("READY")
     sys.exit("ERROR: (gcloud.compute.tpus.tpu-vm.create) ALREADY_EXISTS: Resource 'nodes/t' already exists")
+if verb == "create" and fates.read_text().startswith("taken-lost"):
+    fates.write_text("")
+    state.write_text("PREEMPTED")
+    sys.exit("ERROR: (gcloud.compute.tpus.tpu-vm.create) ALREADY_EXISTS: Resource 'nodes/t' already exists")
 if verb == "create":
     first, _, rest = fates.read_text().partition("\\n")
     fates.write_text(rest)
@@ -138,9 +142,17 @@ def test_one_that_somebody_may_use_is_left_alone(up, state):
 
 def test_one_that_somebody_made_meanwhile_is_left_alone(up):
     code, called, errors = up(fates=["taken"])
-    assert (code, called) == (2, ["describe", "create"])
+    assert (code, called) == (2, ["describe", "create", "describe"])
     assert "ALREADY_EXISTS" in errors
     assert "failed with exit code 1: what it said stands above" in errors
+
+
+def test_one_that_could_not_be_deleted_at_once_is_deleted_before_the_next(up):
+    """Its delete fails once, so that gcloud refuses to create the next."""
+    code, called, errors = up(fates=["scp PREEMPTED", "taken-lost", ""])
+    assert code == 0
+    assert called[-2:] == ["ssh", "delete"]
+    assert "ALREADY_EXISTS" in errors
 
 
 def test_nothing_is_created_where_gcloud_cannot_say_what_there_is(up):

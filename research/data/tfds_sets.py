@@ -5,6 +5,7 @@ files. The two JSON files are read here, not through TFDS: TFDS takes most of a 
 absent it tries to download it.
 """
 
+import errno
 import functools
 import hashlib
 import json
@@ -76,7 +77,9 @@ def find(name: str, folder: Path) -> Path | None:
         if (newest := _newest_version(folder / name)) is not None:
             return newest
         configs = sorted(p for p in (folder / name).glob("*") if _newest_version(p) is not None)
-    except OSError:  # too long a name
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
         return None
     if len(configs) > 1:
         choices = ", ".join(f"{name}/{p.name}" for p in configs)

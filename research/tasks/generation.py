@@ -90,7 +90,7 @@ def encode(prompt: str, label_names: tuple[str, ...], dataset_name: str) -> np.n
                 f"--prompt: the character {character!r} does not occur in {dataset_name}, so the network has never "
                 "seen it: leave it out"
             )
-    return np.array([numbers[byte] for byte in (prompt or "\n").encode()], np.int32)
+    return np.array([numbers[byte] for byte in (prompt or "\n").encode("utf-8", "surrogateescape")], np.int32)
 
 
 def decode(tokens: np.ndarray, label_names: tuple[str, ...]) -> str:

@@ -230,7 +230,7 @@ class Checkpoints:
         for step in steps:
             try:
                 return self._restore(step, like)
-            except UserError:
+            except (UserError, jax.errors.JaxRuntimeError):  # the latter where another process has ended, say
                 raise
             except Exception as error:  # Orbax raises whatever its readers do, where files are cut or gone
                 reason = " ".join(str(error).split())[:200]

@@ -230,9 +230,11 @@ class Checkpoints:
         for step in steps:
             try:
                 return self._restore(step, like)
-            except (UserError, jax.errors.JaxRuntimeError):  # the latter where another process has ended, say
+            except (UserError, jax.errors.JaxRuntimeError):
                 raise
             except Exception as error:  # Orbax raises whatever its readers do, where files are cut or gone
+                if "Gloo" in str(error):  # another process has ended: XLA's error, but a ValueError
+                    raise
                 reason = " ".join(str(error).split())[:200]
                 if not _is_damage(error):
                     raise of_memory(error) or RecordError(

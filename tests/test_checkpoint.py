@@ -164,6 +164,7 @@ def test_damage_to_any_file_is_seen_or_harmless(damage, tmp_path):
         (RuntimeError("can't start new thread"), RecordError),
         (OSError(errno.EMFILE, "too many open files"), RecordError),
         (PermissionError(errno.EACCES, "no permission"), RecordError),
+        (ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer"), ValueError),
         (jax.errors.JaxRuntimeError("UNKNOWN: Connection closed by peer"), jax.errors.JaxRuntimeError),
         (ValueError("PERMISSION_DENIED: Error opening local file"), RecordError),
     ],

@@ -10,7 +10,6 @@ batch sizes. Rows of other studies stay in the record.
 
 import copy
 import dataclasses
-import os
 from typing import Any
 
 from absl import flags
@@ -126,8 +125,7 @@ def main() -> None:
             for rule in _RULES:
                 anew = measure(study, rule, batch_size, several_seeds.SEEDS.value)
                 print(line(anew), flush=True)
-                rows = output.merged(out, "algorithms", [anew], ("what", "rule", "batch_size"))
-                output.write(out, "algorithms", {"cores": os.cpu_count(), "rows": rows})
+                rows = output.merge(out, "algorithms", [anew], ("what", "rule", "batch_size"))
     picture(rows).savefig(out / "algorithms.png", dpi=100)
 
 

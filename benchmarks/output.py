@@ -1,6 +1,7 @@
 """Where a benchmark's results go: the flag `--out`."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ def folder() -> Path:
     return out
 
 
-def merged(out: Path, name: str, rows: list[dict[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows of `<name>.json` in the folder, and those measured anew in the place of others of equal `keys`."""
+def merge(out: Path, name: str, rows: list[dict[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:
+    """Puts rows into `<name>.json` in the folder, in the place of others of equal `keys`; returns all that it has."""
     path = out / f"{name}.json"
     old = json.loads(path.read_text())["rows"] if path.exists() else []
-    return list({tuple(row[key] for key in keys): row for row in [*old, *rows]}.values())
+    rows = list({tuple(row[key] for key in keys): row for row in [*old, *rows]}.values())
+    write(out, name, {"cores": os.cpu_count(), "rows": rows})
+    return rows
 
 
 def write(out: Path, name: str, record: Any) -> None:

@@ -9,7 +9,6 @@ this project's trials a minute over the peer's of the same round.
 """
 
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -138,8 +137,7 @@ def main() -> None:
                 done.append(run(name, work, arrays))
                 print(f"round {number + 1}  {work['network']}  {name:<9} {done[-1]['seconds']:7.1f} s", flush=True)
         anew = [row(work, peer, runs[OURS], runs[peer]) for peer in PEERS]
-        rows = output.merged(out, "sweep", anew, ("work", "peer", "trials"))
-        output.write(out, "sweep", {"cores": os.cpu_count(), "rows": rows})
+        rows = output.merge(out, "sweep", anew, ("work", "peer", "trials"))
     for found in rows:
         print(
             f"{found['work']}: {found['trials_per_minute']} trials a minute, Optuna with {found['peer']} "

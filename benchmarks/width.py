@@ -10,7 +10,6 @@ stay in the record.
 import copy
 import dataclasses
 import math
-import os
 from typing import Any
 
 from absl import flags
@@ -106,8 +105,7 @@ def main() -> None:
                 row = {"network": name, "parametrization": parametrization, "width": width}
                 row |= {"rates": case.rates, "losses": found}
                 print(line(row), flush=True)
-                rows = output.merged(out, "width", [row], ("network", "parametrization", "width"))
-                output.write(out, "width", {"cores": os.cpu_count(), "rows": rows})
+                rows = output.merge(out, "width", [row], ("network", "parametrization", "width"))
     picture(rows).savefig(out / "width.png", dpi=100)
 
 

@@ -117,6 +117,10 @@ def _places(devices: int, *, communicate: bool) -> list[tuple[dict[str, str], in
     else:  # none calls `jax.distributed.initialize`, which would choose the GPU
         gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(devices)))).split(",")
         environments = [{"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]} for index in range(devices)]
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    of_one = [flag for flag in flags if not flag.startswith(_MORE_DEVICES)]
+    if of_one != flags:
+        environments = [{**environment, "XLA_FLAGS": " ".join(of_one)} for environment in environments]
     cores = sorted(os.sched_getaffinity(0))
     return [(environment, cores[index % len(cores)]) for index, environment in enumerate(environments)]
 
@@ -124,15 +128,9 @@ def _places(devices: int, *, communicate: bool) -> list[tuple[dict[str, str], in
 def _started(command: list[str], devices: int, *, communicate: bool) -> list[subprocess.Popen[str]]:
     """Processes that run a command, each on a core of its own."""
     processes = []
-    flags = os.environ.get("XLA_FLAGS", "").split()
-    one_device = {"XLA_FLAGS": " ".join(flag for flag in flags if not flag.startswith(_MORE_DEVICES))}
     for environment, core in _places(devices, communicate=communicate):
         process = subprocess.Popen(
-            command,
-            env=os.environ | one_device | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+            command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         os.sched_setaffinity(process.pid, {core})
         processes.append(process)

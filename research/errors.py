@@ -10,8 +10,10 @@
 | 5 | out of memory: a smaller microbatch may do |
 | 129 | the terminal was closed (SIGHUP); while training, a checkpoint was saved |
 | 130 | interrupted (SIGINT); while training, a checkpoint was saved |
-| 143 | terminated (SIGTERM); while training, a checkpoint was saved. Or `launch.tpu up` lost too many TPUs, or one of
-        several processes found a checkpoint damaged: the same command goes on |
+| 143 | terminated (SIGTERM); while training, a checkpoint was saved |
+
+143 too where `launch.tpu up` lost too many TPUs, or one of several processes met a damaged checkpoint, which it set
+aside: the same command goes on.
 """
 
 import sys

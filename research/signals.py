@@ -42,11 +42,6 @@ class Signals:
         else:
             self.received = name
 
-    def check(self) -> None:
-        """Raises `StoppedError` where a signal came whose own error some `except Exception` took for another's."""
-        if self.received:
-            raise StoppedError(f"stopped by {self.received.name}", self.received)
-
     @contextmanager
     def handled(self) -> Iterator["Signals"]:
         """Within it a signal raises `StoppedError`; afterwards things are as before."""
@@ -62,7 +57,13 @@ class Signals:
 
     @contextmanager
     def deferred(self) -> Iterator["Signals"]:
-        """Within it the first signal is only noted in `received`; the second raises `StoppedError`."""
+        """Within it the first signal is only noted in `received`; the second raises `StoppedError`.
+
+        So does one of before, whose own error some `except Exception` took for another's, where processes stop together
+        and could not by `received`.
+        """
+        if self.spreads and self.received:
+            raise StoppedError(f"stopped by {self.received.name}", self.received)
         self._defers = True
         try:
             yield self

@@ -68,8 +68,6 @@ def train_and_evaluate(
             writer.message(f"resumed at step {training.progress.step:,} of {training.ends[-1]:,}")
         if config.max_rewinds and not resumes:
             training.save(writer, saved)  # the first there is to go back to
-        if training.signals.spreads:  # alone, it stops before its first step, with a checkpoint
-            training.signals.check()
         with training.signals.deferred():
             while (epoch := training.progress.epoch) < config.num_epochs:
                 if epoch and config.pictures_every_epochs and epoch % config.pictures_every_epochs == 0:

@@ -105,9 +105,10 @@ class Writer:
         self._row = dict(row)
         if self._active:
             lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
-            if damaged := sum(math.isnan(_step(line)) for line in lines):
+            steps = list(map(_step, lines))
+            if damaged := sum(map(math.isnan, steps)):
                 self.warning(f"metrics.jsonl: {damaged} damaged line{'s' if damaged > 1 else ''} left out")
-            kept = [line for line in lines if _step(line) < row.get("step", step + 1)]
+            kept = [line for line, at in zip(lines, steps) if at < row.get("step", step + 1)]
             self._metrics.replace("".join(kept).encode())
             self._events.start(self._config, step, row.get("step", step + 1))
         self._bar.initial = self._bar.n = self._first = step

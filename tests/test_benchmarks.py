@@ -131,10 +131,11 @@ def test_a_rule_is_tuned_on_the_validation_split_and_reported_on_the_test_split(
 def test_what_is_measured_anew_replaces_its_own_rows_alone(tmp_path):
     first, second, other = [{"network": n, "width": w, "loss": 1.0} for n, w in (("vae", 1), ("vae", 2), ("cnn", 1))]
     keys = "network", "width"
-    assert output.merged(tmp_path, "width", [first], keys) == [first]
-    output.write(tmp_path, "width", {"rows": [first, second, other]})
+    assert output.merge(tmp_path, "width", [first], keys) == [first]
+    assert output.merge(tmp_path, "width", [second, other], keys) == [first, second, other]
     anew = {**first, "loss": 0.5}
-    assert output.merged(tmp_path, "width", [anew], keys) == [anew, second, other]
+    assert output.merge(tmp_path, "width", [anew], keys) == [anew, second, other]
+    assert json.loads((tmp_path / "width.json").read_text())["rows"] == [anew, second, other]
 
 
 def test_the_best_run_is_the_most_accurate_or_else_of_the_least_loss():

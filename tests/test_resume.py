@@ -168,6 +168,10 @@ def test_a_signal_whose_error_was_swallowed_stops_the_run(tmp_path):
     signals = Signals()
     with signals.handled(), contextlib.suppress(Exception):
         signal.raise_signal(signal.SIGTERM)
+    signals.spreads = True  # of several processes, which have nothing to stop by but its error
+    with pytest.raises(StoppedError, match="stopped by SIGTERM"), signals.deferred():
+        pass
+    signals.spreads = False
     with pytest.raises(StoppedError, match="stopped by SIGTERM") as stopped:
         run(tmp_path, signals=signals)
     assert stopped.value.exit_code == 143

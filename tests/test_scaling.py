@@ -143,7 +143,7 @@ def test_the_exit_code_is_that_of_the_process_that_failed(ends, code, said, tmp_
 # Notes what it is, and reports.
 _NOTES = """
 import json, os, sys
-names = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "JAX_LOCAL_DEVICE_IDS", "CUDA_VISIBLE_DEVICES")
+names = ("XLA_FLAGS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "JAX_LOCAL_DEVICE_IDS", "CUDA_VISIBLE_DEVICES")
 there = "JAX_COORDINATOR_ADDRESS" in os.environ
 with open("notes", "a") as file:
     print([os.environ.get(n) for n in names], there, sorted(os.sched_getaffinity(0)), sys.argv[1:], file=file)
@@ -157,6 +157,7 @@ def test_a_dry_run_prints_what_is_run(gpus, tmp_path, monkeypatch, capsys):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
     else:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(scaling, "_command", lambda _, n, **kind: [sys.executable, "-c", _NOTES, str(n), str(kind)])
     arguments = ["experiments.cifar_cnn", *DIGITS, "--devices=1,2", "--rounds=1", "--workdir=x"]

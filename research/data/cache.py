@@ -30,12 +30,16 @@ def folder() -> Path:
     """Where entries live: `$MESHWORK_CACHE_DIR`, else `meshwork` in the user's cache folder."""
     if given := os.environ.get("MESHWORK_CACHE_DIR"):
         return Path(given).expanduser()
-    given = os.environ.get("XDG_CACHE_HOME")
-    return (Path(given).expanduser() if given else in_home(".cache")) / "meshwork"
+    return user_folder("XDG_CACHE_HOME", ".cache") / "meshwork"
 
 
-def in_home(name: str) -> Path:
-    """A folder in the user's home; in that of temporary files where there is none, as for a container's odd user."""
+def user_folder(variable: str, name: str) -> Path:
+    """The folder that an environment variable names, else the one of this name in the user's home.
+
+    Where the user has none, as a container's odd one, it is in the folder of temporary files.
+    """
+    if given := os.environ.get(variable):
+        return Path(given).expanduser()
     try:
         return Path.home() / name
     except RuntimeError:

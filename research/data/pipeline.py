@@ -52,8 +52,7 @@ def epoch_ends(num_examples: int, batch_size: int, num_epochs: int) -> list[int]
     Raises:
       UserError: the batch is larger than all the examples that training is to see, or there would be 2^31 steps.
     """
-    if num_epochs * num_examples // batch_size > np.iinfo(np.int32).max:
-        steps = num_epochs * num_examples // batch_size
+    if (steps := num_epochs * num_examples // batch_size) > np.iinfo(np.int32).max:
         raise UserError(f"--config.num_epochs={num_epochs}: {steps:,} steps are more than can be counted; lower it")
     ends = [(epoch + 1) * num_examples // batch_size for epoch in range(num_epochs)]
     if not ends[0]:

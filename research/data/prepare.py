@@ -7,7 +7,6 @@ the archive, for which TFDS needs TensorFlow, is done here. An archive that is o
 import contextlib
 import dataclasses
 import io
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -91,8 +90,7 @@ def _remedy(name: str, folder: Path) -> str:
 
 def _on_disk(name: str, folder: Path) -> tuple[list[Path], Callable[..., Splits]] | None:
     """The first source whose files are all there, and its reader."""
-    given = os.environ.get("KERAS_HOME")
-    keras = (Path(given).expanduser() if given else cache.in_home(".keras")) / "datasets"
+    keras = cache.user_folder("KERAS_HOME", ".keras") / "datasets"
     for place in (folder, folder / "downloads" / "manual", keras):
         for files, read in _RECIPES[name].sources:
             paths = [place / file for file in files]

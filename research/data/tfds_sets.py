@@ -57,7 +57,7 @@ def data_folder(given: str) -> Path:
     if not given:
         source, name = "TFDS_DATA_DIR", os.environ.get("TFDS_DATA_DIR", "")
     if not name:
-        return cache.in_home("tensorflow_datasets")
+        return cache.user_folder("TFDS_DATA_DIR", "tensorflow_datasets")
     try:
         path = Path(name).expanduser()
         if path.is_dir():

@@ -181,7 +181,8 @@ def test_folder_follows_the_environment(monkeypatch):
 
 def test_a_user_without_a_home_has_that_of_temporary_files(monkeypatch):
     monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
-    assert cache.in_home("x") == Path(tempfile.gettempdir()) / "x"
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert cache.user_folder("XDG_CACHE_HOME", "x") == Path(tempfile.gettempdir()) / "x"
 
 
 WRITER = """

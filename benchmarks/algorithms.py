@@ -67,7 +67,7 @@ def measure(study: Study, rule: str, batch_size: int, seeds: int) -> dict[str, A
     """One row: the rates tried and how they did in validation, and the test figures of the best."""
     config: Any = copy.deepcopy(study.config)
     config.batch_size, config.optimizer = batch_size, OptimizerConfig(name=rule, schedule="cosine")
-    customary = optimizers.DEFAULTS[rule][0]
+    customary = optimizers.DEFAULTS[rule].learning_rate
     rates = [customary * 10 ** (k / 2) for k in range(-study.reach, study.reach + 1)]
     tried = trials.train(study.experiment, config, [{"optimizer.learning_rate": rate} for rate in rates])
     chosen = rates[trials.best(tried)]

@@ -31,6 +31,8 @@ class MLPConfig(Config):
 class MLP(nnx.Module):
     """Two hidden layers of rectified units."""
 
+    per_device_gradients = True
+
     def __init__(self, inputs: int, width: int, classes: int, rngs: nnx.Rngs):
         sizes = inputs, width, width, classes
         self.layers = nnx.List([Linear(a, b, rngs=rngs) for a, b in itertools.pairwise(sizes)])

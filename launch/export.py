@@ -106,12 +106,12 @@ def contents(experiment: str, training: "Training") -> tuple[dict[str, Any], dic
     from research.state import num_params
 
     state, task, dataset = training.state, training.task, training.dataset
-    model = nnx.merge(training.graphdef, state.eval_params, state.model_state, copy=True)
+    model = nnx.merge(training.graphdef, state.eval_params, state.eval_model_state, copy=True)
     functions = task.functions(model, dataset)
     if not functions:
         raise UserError(f"{experiment} cannot be exported: {type(task).__name__} defines no `functions`")
     leaves, structure = jax.tree_util.tree_flatten_with_path(
-        {"params": state.eval_params, "model_state": state.model_state}
+        {"params": state.eval_params, "model_state": state.eval_model_state}
     )
     weights = {
         jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): jax.device_get(leaf)

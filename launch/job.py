@@ -28,7 +28,7 @@ _RUN_WORKERS = ("local", "slurm", "tpu", "gke")
 _OF_THEIR_OWN = ("sweep", "scaling")  # records, that is
 
 # Exit codes that another try would end with as well: bad input, a loss that is not finite, a full disk, no memory.
-LASTING = (2, 3, 4, 5)
+LASTING = (2, 3, 4, 5, 6)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,12 +18,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from research import distributed, storage
+from research.checksums import checksums
 from research.errors import RecordError, UserError, of_memory
 from research.mirror import Mirror
 from research.state import TrainState
@@ -80,24 +80,6 @@ def _flat(state: TrainState) -> dict[str, Any]:
     """The arrays of the state by path: "params.conv.kernel"."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-
-
-def _checksum(array: jax.Array) -> jax.Array:
-    """Uint32 scalar: the sum of the elements' bits, each times an odd number of its position, modulo 2^32.
-
-    An odd factor loses no bit, so no single flipped bit goes unseen; sums modulo 2^32 do not depend on their order.
-    """
-    bits = array.astype(jnp.uint8) if array.dtype == bool else array
-    bits = jax.lax.bitcast_convert_type(bits, f"uint{8 * bits.dtype.itemsize}").astype(jnp.uint32)
-    position = jnp.uint32(0)
-    for axis, size in enumerate(array.shape):
-        position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
-    return jnp.sum(bits * (position * jnp.uint32(2654435761) | jnp.uint32(1)), dtype=jnp.uint32)
-
-
-@jax.jit
-def _checksums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return {name: _checksum(array) for name, array in arrays.items()}
 
 
 def _kinds(arrays: dict[str, Any]) -> dict[str, str]:
@@ -184,13 +166,13 @@ class Checkpoints:
 
         Raises:
           RecordError: it, or the one before, could not be written.
+          ReplicaError: an array differs between devices that should hold the same; nothing was saved.
         """
         step = int(state.step)
         if step in self._manager.all_steps():
             return
         arrays = _flat(state)
-        sums = {name: int(value) for name, value in jax.device_get(_checksums(arrays)).items()}
-        record = {"progress": progress, "checksums": sums, "kinds": _kinds(arrays)}
+        record = {"progress": progress, "checksums": checksums(arrays), "kinds": _kinds(arrays)}
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave({"crc32": _crc(record), **record})
         )
@@ -279,9 +261,9 @@ class Checkpoints:
         shapes = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for n, x in arrays.items()}
         args = ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
         restored = self._manager.restore(step, args=args)["state"]
-        sums = jax.device_get(_checksums(restored))
+        sums = checksums(restored)
         for name, value in record["checksums"].items():
-            if np.uint32(value) != sums[name]:
+            if value != sums[name]:
                 raise _DamagedError(f"the checksum of {name} differs")
         # A copy that XLA made: what Orbax returns may share memory with its caller, and the state is donated.
         copies = [jnp.copy(restored.pop(name)) for name in arrays]

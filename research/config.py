@@ -60,7 +60,12 @@ class AugmentConfig:
     flip: str = option(
         "none", "horizontal flip: random, or alternating by epoch", choices=("none", "random", "alternating")
     )
-    cutout: int = option(0, "side of the square set to the mean, in pixels", minimum=0)
+    cutout: int = option(
+        0,
+        "side of the square set to the mean, in pixels, around a random pixel and clipped at the borders; an even one "
+        "has its extra row above and column left",
+        minimum=0,
+    )
 
 
 @dataclasses.dataclass
@@ -140,7 +145,12 @@ class OptimizerConfig:
     momentum: float | None = option(
         None, "momentum (beta1 of Adam and Lion); default: the rule's own", minimum=0, below=1, step_input=True
     )
-    weight_decay: float = option(0.0, "weight decay of kernels; biases and norms have none", minimum=0, step_input=True)
+    weight_decay: float | None = option(
+        None,
+        "weight decay of kernels, not of biases and norms; 0: none; default: the rule's customary one",
+        minimum=0,
+        step_input=True,
+    )
     fixed_norm: bool = option(
         False, "hold convolutions' kernels at a norm of 1 an output, for networks that normalise after them"
     )

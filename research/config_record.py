@@ -23,7 +23,7 @@ def load(config: Config, values: dict[str, Any], source: str) -> Config:
         for name in path.split("."):
             value = value.get(name, dataclasses.MISSING) if isinstance(value, dict) else dataclasses.MISSING
         kind: Any = field.type
-        if not isinstance(value, (kind, int) if kind is float else kind):
+        if not isinstance(value, (kind, int) if kind in (float, float | None) else kind):
             raise UserError(f"{source} is not of this experiment and version: {path} is missing or of another type")
         assign(config, path, value)
     if dataclasses.asdict(config) != values:

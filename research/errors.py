@@ -8,6 +8,7 @@
 | 3 | the loss or the gradient became NaN or infinite |
 | 4 | the record could not be written or read (disk full, read-only, out of reach): the last good checkpoint is intact |
 | 5 | out of memory: a smaller microbatch may do |
+| 6 | replicas of an array differ between devices: the last good checkpoint is intact |
 | 129 | the terminal was closed (SIGHUP); while training, a checkpoint was saved |
 | 130 | interrupted (SIGINT); while training, a checkpoint was saved |
 | 143 | terminated (SIGTERM); while training, a checkpoint was saved |
@@ -48,6 +49,12 @@ class OutOfMemoryError(UserError):
     """A device or the host had no memory left; the text names what to lower."""
 
     exit_code = 5
+
+
+class ReplicaError(UserError):
+    """Devices that should hold the same array do not; the text names both. The last good checkpoint is intact."""
+
+    exit_code = 6
 
 
 _NO_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory allocating")  # XLA:CPU calls the second INTERNAL

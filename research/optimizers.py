@@ -1,4 +1,4 @@
-"""The training algorithms: Optax's update rules, schedules, clipping, weight decay, and the parameters' average.
+"""The optimizer of a config: its update rule, learning-rate schedule, clipping, weight decay; and the average (EMA).
 
 Every number of the config that a rule, a schedule or clipping reads may be traced, and so may the schedule's
 `boundaries`: they are inputs of the step (`research.hyperparams`), so a sweep changes them without compiling again.
@@ -7,7 +7,7 @@ Every number of the config that a rule, a schedule or clipping reads may be trac
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,27 +16,44 @@ import optax
 
 from research.config import OptimizerConfig, is_on
 from research.errors import UserError
+from research.update_rules import kernel_mask, make_rule
 
-# The customary learning rate and momentum of each rule (Adam, AdamW and Lion: beta1); None: the rule has no momentum.
-DEFAULTS: dict[str, tuple[float, float | None]] = {
-    "sgd": (0.1, None),
-    "momentum": (0.05, 0.9),
-    "nesterov": (0.05, 0.9),
-    "adagrad": (0.01, None),
-    "rmsprop": (0.001, 0.0),
-    "adam": (0.001, 0.9),
-    "adamw": (0.001, 0.9),
-    "lion": (0.0001, 0.9),
-    "muon": (0.015, 0.9),  # published as 0.02 and 0.95; these were better on the paper's network
-    "lars": (4.0, 0.9),
-    "lamb": (0.002, 0.9),
+
+class Defaults(NamedTuple):
+    """The customary settings of a rule, for what the config leaves at None.
+
+    Attributes:
+      learning_rate: the peak.
+      momentum: beta1 for Adam, AdamW, LAMB and Lion; None: the rule has no momentum.
+      weight_decay: decoupled or coupled, see `make_optimizer`.
+    """
+
+    learning_rate: float
+    momentum: float | None
+    weight_decay: float
+
+
+DEFAULTS = {
+    "sgd": Defaults(0.1, None, 0.0),
+    "momentum": Defaults(0.05, 0.9, 0.0),
+    "nesterov": Defaults(0.05, 0.9, 0.0),
+    "adagrad": Defaults(0.01, None, 0.0),
+    "rmsprop": Defaults(0.001, 0.0, 0.0),
+    "adam": Defaults(0.001, 0.9, 0.0),
+    "adamw": Defaults(0.001, 0.9, 0.01),  # PyTorch's decay
+    # Chen et al. 2023, arXiv 2302.06675, section 5: a rate 3 to 10 times smaller than AdamW's and a decay as many times
+    # larger, so that rate * decay, the shrinkage of a step, is AdamW's. Here both factors are 10.
+    "lion": Defaults(0.0001, 0.9, 0.1),
+    # Published as 0.02 and 0.95; these were better on the paper's network. No decay, as in Jordan's code and in Optax;
+    # torch.optim.Muon's default is 0.1.
+    "muon": Defaults(0.015, 0.9, 0.0),
+    "lars": Defaults(4.0, 0.9, 0.0005),  # You et al. 2017, arXiv 1708.03888
+    "lamb": Defaults(0.002, 0.9, 0.01),  # You et al. 2020, arXiv 1904.00962, for BERT
 }
 _DECOUPLED = ("adamw", "lion", "muon")  # decay the kernels themselves, whatever the gradient
-_OWN_DECAY = ("lars", "lamb")
+_OWN_DECAY = ("lars", "lamb")  # the rule itself adds the decay, before it measures the update
 _ONE_CYCLE_WARMUP = 0.3
-_MUON_ADAM_FACTOR = 0.1  # biases and norms go by Nesterov's Adam, whose customary rate is a tenth of Muon's
 _RATES_AT_ONCE = 2**16
-_LARS_TRUST = 0.001  # You et al.'s trust coefficient
 _DECAYING = ("cosine", "linear", "one_cycle")
 
 
@@ -46,17 +63,16 @@ def resolve(config: OptimizerConfig) -> None:
     Raises:
       UserError: a field is set that the rule, the schedule or the scaling would ignore.
     """
-    learning_rate, momentum = DEFAULTS[config.name]
-    if config.momentum is not None and momentum is None:
+    defaults = DEFAULTS[config.name]
+    if config.momentum is not None and defaults.momentum is None:
         raise UserError(f"--config.optimizer.momentum: {config.name} has none; use momentum or nesterov")
     if config.end_factor and config.schedule not in _DECAYING:
         raise UserError(f"--config.optimizer.end_factor needs a schedule that uses it: {', '.join(_DECAYING)}")
     if config.batch_scaling == "none" and config.base_batch_size != OptimizerConfig.base_batch_size:
         raise UserError("--config.optimizer.base_batch_size needs --config.optimizer.batch_scaling=linear or sqrt")
-    if config.learning_rate is None:
-        config.learning_rate = learning_rate
-    if config.momentum is None:
-        config.momentum = momentum
+    for field, default in defaults._asdict().items():
+        if getattr(config, field) is None:
+            setattr(config, field, default)
 
 
 def scaled(config: OptimizerConfig, batch_size: int) -> OptimizerConfig:
@@ -138,74 +154,29 @@ def learning_rate(config: OptimizerConfig, num_train_steps: int) -> Callable[[in
     return lambda step: float(block(step // _RATES_AT_ONCE)[step % _RATES_AT_ONCE])
 
 
-def _kernels(params: Any) -> Any:
-    """True for what decays: kernels, not biases and norms."""
-    return jax.tree.map(lambda x: x.ndim > 1, params)
-
-
-def _muon_dimensions(params: Any) -> Any:
-    """Kernels [..., in, out] as matrices (all but the last axis) x out; None (Adam) for biases and norms."""
-    dims = optax.contrib.MuonDimensionNumbers
-    return jax.tree.map(
-        lambda x: dims(reduction_axis=tuple(range(x.ndim - 1)), output_axis=x.ndim - 1) if x.ndim > 1 else None, params
-    )
-
-
-def _rule(name: str, rate: Any, momentum: Any, weight_decay: Any) -> optax.GradientTransformation:
-    """Only LARS and LAMB decay by themselves: before they measure the update."""
-    # Duchi et al. 2011 start AdaGrad's sum of squares at 0, as PyTorch does; Optax's own default is 0.1.
-    rules: dict[str, Callable[[], optax.GradientTransformation]] = {
-        "sgd": lambda: optax.sgd(rate),
-        "momentum": lambda: optax.sgd(rate, momentum),
-        "nesterov": lambda: optax.sgd(rate, momentum, nesterov=True),
-        "adagrad": lambda: optax.adagrad(rate, initial_accumulator_value=0.0, eps=1e-10),
-        "rmsprop": lambda: optax.rmsprop(rate, decay=0.9, momentum=momentum),
-        "adam": lambda: optax.adam(rate, b1=momentum),
-        "adamw": lambda: optax.adam(rate, b1=momentum),
-        "lion": lambda: optax.lion(rate, b1=momentum, weight_decay=0.0),
-        # Optax's form of You et al. 2017, arXiv 1708.03888, equation 6: the ratio is |w| / |g + decay w|, not
-        # |w| / (|g| + decay |w|). What is not scaled by its own norm, biases and norms, goes at the same small part of
-        # the rate.
-        "lars": lambda: optax.lars(
-            _LARS_TRUST * rate,
-            weight_decay,
-            _kernels,
-            trust_coefficient=1.0,
-            trust_ratio_mask=_kernels,
-            momentum=momentum,
-        ),
-        # You et al. 2020, arXiv 1904.00962, algorithm 2.
-        "lamb": lambda: optax.lamb(rate, b1=momentum, weight_decay=weight_decay, mask=_kernels),
-        "muon": lambda: optax.contrib.muon(
-            rate,
-            beta=momentum,
-            adam_learning_rate=_MUON_ADAM_FACTOR * rate,
-            muon_weight_dimension_numbers=_muon_dimensions,
-        ),
-    }
-    return rules[name]()
-
-
 def make_optimizer(config: OptimizerConfig, boundaries: Any, widths: Any = None) -> optax.GradientTransformation:
-    """The gradient's way to the update: clipping, weight decay, the rule, each parameter's rate, the schedule.
+    """The optimizer as one chain: clipping, weight decay, the rule, each parameter's rate, the schedule.
 
-    AdamW, Lion, Muon and LAMB decay the kernels themselves (decoupled, as published); for the others weight decay adds
-    weight_decay * kernel to the gradient, as in PyTorch, for LARS before it measures the gradient. The schedule scales
-    what the rule has made, its momentum included.
+    Only kernels decay, arrays of two or more axes. AdamW, Lion, Muon and LAMB decay them directly (decoupled, as
+    published); for the others weight_decay * kernel is added to the gradient, as in PyTorch (coupled), for LARS before
+    it measures the gradient. The learning rate and the schedule scale the rule's update, its momentum included, as in
+    PyTorch; Keras has the learning rate within the momentum (v = m v - rate g).
 
     Args:
       config: resolved (`resolve`); the numbers in it may be traced.
       boundaries: of the schedule, by the function of that name; may be traced.
       widths: a tree of `research.parametrization.Widths`, by which parameters' rates differ; None: they do not.
     """
+    assert config.weight_decay is not None, "resolve fills it"
     clip = [optax.clip_by_global_norm(config.clip_norm)] if is_on(config.clip_norm) else []
     weight_decay, momentum = config.weight_decay, 0.0 if config.momentum is None else config.momentum
-    rule = _rule(config.name, 1.0, momentum, weight_decay)
+    rule = make_rule(config.name, momentum, weight_decay)
     coupled = decoupled = []
     if config.name in _DECOUPLED:
-        decoupled = [optax.add_decayed_weights(-weight_decay, _kernels)]
+        # After the width's scale, so that a step shrinks kernels by rate * decay at every width.
+        decoupled = [optax.add_decayed_weights(-weight_decay, kernel_mask)]
     elif config.name not in _OWN_DECAY:
-        coupled = [optax.add_decayed_weights(weight_decay, _kernels)]
+        coupled = [_add_coupled_decay(weight_decay, widths)]
     by_width = [] if widths is None else [_scale_by_width(config.name, widths)]
     rate = optax.scale(config.learning_rate)  # pyright: ignore[reportArgumentType]
     schedule = optax.scale_by_schedule(unit_schedule(config, boundaries))
@@ -213,10 +184,20 @@ def make_optimizer(config: OptimizerConfig, boundaries: Any, widths: Any = None)
     return optax.chain(*clip, *coupled, rule, *by_width, *decoupled, rate, schedule, *fixed)
 
 
+def _add_coupled_decay(weight_decay: Any, widths: Any) -> optax.GradientTransformation:
+    if widths is None:
+        return optax.add_decayed_weights(weight_decay, kernel_mask)
+
+    def add(update: jax.Array, param: jax.Array, width: Any) -> jax.Array:
+        return update + width.coupled_decay_scale * weight_decay * param if param.ndim > 1 else update
+
+    return optax.stateless(lambda updates, params: jax.tree.map(add, updates, params, widths))
+
+
 def _fix_norms() -> optax.GradientTransformation:
     """Makes the update set a convolution's kernel to norm sqrt(outputs) first, as airbench94_muon does (Jordan 2024).
 
-    Where a normalisation follows, the kernel's norm changes nothing but the step's size relative to it: which so stays.
+    Where a normalization follows, the kernel's norm only decides the relative size of a step: this keeps it constant.
     """
 
     def init(params: Any) -> optax.EmptyState:

@@ -13,6 +13,13 @@ it is r times as wide, r_in for a kernel's inputs and r_out for its outputs (a v
 Muon's column is Yang et al. 2023, arXiv 2310.17813, condition 1: Optax scales its orthogonal updates by
 sqrt(max(1, out / in)), where the condition has sqrt(out / in). It stands for input kernels with fewer inputs than
 outputs and output kernels with more; for others the rate makes up for Optax's factor at the two widths as well.
+
+Decoupled weight decay (AdamW, Lion, Muon) does not follow the table: a step shrinks every kernel by the config's
+learning rate * decay, at every width. So it is in the package `mup`, whose MuAdamW multiplies a kernel's decay by what
+it divides the learning rate by. Coupled decay is scaled by r_in / r_out, as gradients are, so that it stays the same
+part of them. For SGD and momentum this is `mup`'s MuSGD, and again rate * decay is the same at every width. For Adam
+with coupled decay it is not `mup`'s MuAdam, which multiplies the decay of hidden kernels by r_in: their decay would
+outgrow their gradient. Prefer AdamW.
 """
 
 import dataclasses
@@ -46,6 +53,11 @@ class Widths:
     def init_scale(self) -> float:
         """By how much the initial kernel differs from one drawn by its fan-in."""
         return 1 / math.sqrt(self.inputs) if self.outputs == 1 and self.ndim > 1 else 1.0
+
+    @property
+    def coupled_decay_scale(self) -> float:
+        """By how much weight decay that is added to the gradient differs from that at the base width."""
+        return self.inputs / self.outputs
 
     def rate_scale(self, rule: str) -> float:
         """By how much the learning rate of an `OptimizerConfig.name` differs from the one at the base width."""

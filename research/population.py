@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from research import hyperparams, population_devices
+from research import batch_statistics, hyperparams, population_devices
 from research.config import Config
 from research.data.pipeline import EvalBatches, TrainBatches, epoch_ends, is_resident
 from research.data.sources import Dataset
@@ -27,7 +27,6 @@ from research.progress import QUANTITIES
 from research.state import TrainState, make_init
 from research.steps import Steps
 from research.tasks.task import Task
-from research.training import figures
 
 
 @dataclasses.dataclass
@@ -135,7 +134,15 @@ class Population:
         def put(states: Any, slot: Any, state: Any) -> Any:
             return jax.tree.map(lambda all_, one: all_.at[slot].set(one), states, state)
 
+        def estimate(states: Any, inputs: Any, numbers: Any, given: Any, data: Any) -> Any:
+            def one(state: Any, inputs: Any, number: Any, given: Any) -> Any:
+                return steps.estimate_statistics(state, data, inputs, number, given)
+
+            return population_devices.each(at_once, one)(states, inputs, numbers, given)
+
         placed = NamedSharding(self._mesh, members)
+        spread_estimate = spread(estimate, members, members, members, members, whole)
+        self._estimate = jax.jit(spread_estimate, donate_argnums=0, out_shardings=placed)
         spread_train = spread(train, members, members, members, members, whole)
         spread_eval = spread(evaluate, members, members, members, members, whole, whole)
         self._train: Any = jax.jit(spread_train, donate_argnums=0, out_shardings=placed)
@@ -163,7 +170,7 @@ class Population:
             arrays = *self._eval_arrays(self._state_shapes()), next(iter(self._validation))
             shapes = jax.eval_shape(self._eval, *arrays)[1]
         sums = {name: np.ones(x.shape[2:]) for name, x in shapes.items()}
-        return list(figures(self._task, "validation", sums))
+        return list(self._task.figures("validation", sums))
 
     def start(self, slot: int, config: Config) -> None:
         """Puts a new member at its first step into a slot; `config` is resolved and has the population's signature."""
@@ -171,7 +178,7 @@ class Population:
         given = hyperparams.inputs(config, ends[-1])
         self._members[slot] = _Member(given, self._batches.of_seed(config.seed), ends)
         with jax.set_mesh(self._mesh):
-            state = self._init(jax.random.key(config.seed))
+            state = self._init(np.uint32(config.seed))
             self._states = self._put(self._all_states(), np.int32(slot), state)
 
     def stop(self, slot: int) -> None:
@@ -186,7 +193,7 @@ class Population:
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=self._placed), self._state_shapes())
 
     def _state_shapes(self) -> TrainState:
-        shapes = jax.eval_shape(self._init, jax.random.key(0))
+        shapes = jax.eval_shape(self._init, np.uint32(0))
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct((self.size, *x.shape), x.dtype), shapes)
 
     def train_epoch(self, stops: Callable[[], bool] = lambda: False) -> dict[int, Report]:
@@ -224,11 +231,26 @@ class Population:
     def _stack(self, values: dict[int, Any], otherwise: Any) -> Any:
         return jax.tree.map(lambda *xs: np.stack(xs), *(values.get(slot, otherwise) for slot in range(self.size)))
 
+    def _estimate_statistics(self) -> None:
+        """As a run does before it evaluates."""
+        if self._states is None or self._states.ema_model_state is None:
+            return
+        given = self._stack({slot: member.given for slot, member in self._members.items()}, self._given)
+        for number in range(batch_statistics.NUM_STEPS):
+            steps = {s: m.step - min(m.step, batch_statistics.NUM_STEPS) + number for s, m in self._members.items()}
+            steps = {slot: step for slot, step in steps.items() if step < self._members[slot].step}
+            taken = {slot: self._members[slot].batches.step_inputs(step) for slot, step in steps.items()}
+            taken = {slot: {name: x[None] for name, x in inputs.items()} for slot, inputs in taken.items()}
+            inputs = self._stack(taken, {name: x[:1] for name, x in self._zeros.items()})
+            numbers = np.array([number if slot in steps else -1 for slot in range(self.size)], np.int32)
+            self._states = self._estimate(self._states, inputs, numbers, given, self._batches.data)
+
     def _eval_arrays(self, states: TrainState) -> tuple[Any, ...]:
         active = np.array([s in self._members and self._members[s].diverged_at is None for s in range(self.size)])
-        return states.eval_params, states.model_state, self._carry, active, self._validation.data
+        return states.eval_params, states.eval_model_state, self._carry, active, self._validation.data
 
     def _reports(self) -> dict[int, Report]:
+        self._estimate_statistics()
         params, model_state, carry, active, data = self._eval_arrays(self._all_states())
         sums: dict[int, dict[str, Any]] = {slot: {} for slot in np.flatnonzero(active).tolist()}
         for inputs in self._validation:
@@ -237,7 +259,7 @@ class Population:
             for slot, summed in sums.items():
                 for name, value in part.items():
                     summed[name] = summed.get(name, 0.0) + value[slot].sum(0, np.float64)
-        found = {slot: figures(self._task, "validation", summed) for slot, summed in sums.items()}
+        found = {slot: self._task.figures("validation", summed) for slot, summed in sums.items()}
         reports = {}
         for slot, member in self._members.items():
             if slot in found and not math.isfinite(found[slot]["validation_loss"]):

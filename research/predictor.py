@@ -11,7 +11,8 @@ from flax import nnx
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from research import sharding
+from research import randomness, sharding
+from research.randomness import Stream
 from research.tasks.task import Batch
 
 _SECONDS_BETWEEN_PLAIN_LINES = 10.0
@@ -65,7 +66,7 @@ class Predictor:
         for start in _shown(range(0, count, size), progress):
             index = np.minimum(np.arange(start, start + size), count - 1)
             batch = {name: jax.device_put(np.asarray(array[index]), rows) for name, array in arrays.items()}
-            key = jax.random.fold_in(jax.random.key(seed), start)
+            key = jax.random.fold_in(randomness.key(Stream.PREDICTION, seed), start)
             parts.append(jax.device_get(self._apply(function, *self._arrays, batch, key)))
         return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *parts)
 

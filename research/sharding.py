@@ -101,28 +101,38 @@ def batch_sharding(mesh: Mesh, axis: int) -> NamedSharding:
     return NamedSharding(mesh, P(*[None] * axis, BATCH_AXES))
 
 
-def batch_parts() -> tuple[str, ...] | None:
-    """The axes over which this code, within `jax.shard_map`, has a part of the batch; None: it has the whole."""
+def manual_batch_axes() -> tuple[str, ...] | None:
+    """The mesh axes over which this code, within `jax.shard_map`, has a part of the batch; None: it has the whole."""
     return tuple(axis for axis in jax.sharding.get_abstract_mesh().manual_axes if axis in BATCH_AXES) or None
 
 
-def is_whole() -> bool:
+def is_unsharded() -> bool:
     """Whether one device has all of an array here, and no partitioner splits it."""
     mesh = jax.sharding.get_abstract_mesh()
     return all(size == 1 or axis in mesh.manual_axes for axis, size in mesh.shape.items())
 
 
+def vary(tree: Any) -> Any:
+    """Gives each device an array of its own to differentiate, where it has a part of the batch.
+
+    Within `jax.shard_map` the gradient with respect to a replicated array is summed over the devices at once. That of
+    what this returns is each device's own.
+    """
+    axes = manual_batch_axes()
+    return jax.tree.map(lambda x: jax.lax.pcast(x, axes, to="varying"), tree) if axes else tree
+
+
 def example_keys(key: jax.Array, count: int) -> jax.Array:
-    """A key for each of the `count` examples here, by its place in the whole batch: the same on any devices."""
-    parts = batch_parts()
-    first = jax.lax.axis_index(parts) * count if parts else 0
+    """A key for each of the `count` examples here, by its position in the whole batch: the same on any mesh."""
+    axes = manual_batch_axes()
+    first = jax.lax.axis_index(axes) * count if axes else 0
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(first + jnp.arange(count))
 
 
 def batch_mean(x: jax.Array) -> jax.Array:
     """The mean over the whole batch of what is [b, ...] here."""
-    parts = batch_parts()
-    return jax.lax.pmean(x.mean(0), parts) if parts else x.mean(0)
+    axes = manual_batch_axes()
+    return jax.lax.pmean(x.mean(0), axes) if axes else x.mean(0)
 
 
 def partition_spec(shape: tuple[int, ...], mesh: Mesh) -> P:

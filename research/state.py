@@ -6,11 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
-from research import sharding
+from research import randomness, sharding
 from research.config import Config
+from research.randomness import Stream
 from research.tasks.task import Task
 
 
@@ -27,6 +29,8 @@ class TrainState:
         task without memory.
       opt_state: the optimiser's state.
       ema_params: the parameters' moving average, or None.
+      ema_model_state: `model_state` with batch statistics of the averaged parameters, made by
+        `Steps.estimate_statistics` before an evaluation; None without an average or batch statistics.
     """
 
     step: jax.Array
@@ -35,40 +39,54 @@ class TrainState:
     carry: Any
     opt_state: Any
     ema_params: Any
+    ema_model_state: Any
 
     @property
     def eval_params(self) -> Any:
         """The parameters that evaluation uses."""
         return self.params if self.ema_params is None else self.ema_params
 
+    @property
+    def eval_model_state(self) -> Any:
+        """The `model_state` that evaluation uses."""
+        return self.model_state if self.ema_model_state is None else self.ema_model_state
+
 
 def abstract_state(
     task: Task, tx: optax.GradientTransformation, config: Config, mesh: jax.sharding.Mesh
-) -> tuple[nnx.GraphDef, Callable[[jax.Array], TrainState], TrainState]:
+) -> tuple[nnx.GraphDef, Callable[[Any], TrainState], TrainState]:
     """What `create_state` makes, without an array of it: the mesh's devices need not be there.
 
     Returns:
-      The model's static part, the function that makes the state from a key, and the state's `jax.ShapeDtypeStruct`s
-      with their shardings.
+      The model's static part, the function that makes the state from a seed (uint32), and the state's
+      `jax.ShapeDtypeStruct`s with their shardings.
     """
     graphdef = nnx.split(nnx.eval_shape(lambda: task.create_model(nnx.Rngs(config.seed))))[0]
     size = config.examples_at_once
     count = config.batch_size // size
 
-    def init(key: jax.Array) -> TrainState:
-        _, params, model_state = nnx.split(task.create_model(nnx.Rngs(key)), nnx.Param, ...)
+    def init(seed: jax.Array) -> TrainState:
+        rngs = nnx.Rngs(randomness.key(Stream.INITIALIZATION, seed))
+        _, params, model_state = nnx.split(task.create_model(rngs), nnx.Param, ...)
         # A copy: state is donated, and two leaves of it must not share a buffer.
         ema_params = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else None
+        own_statistics = ema_params is not None and _has_batch_statistics(model_state)
+        ema_model_state = jax.tree.map(jnp.copy, model_state) if own_statistics else None
         carry = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), task.initial_carry(size))
-        return TrainState(jnp.int32(0), params, model_state, carry, tx.init(params), ema_params)
+        return TrainState(jnp.int32(0), params, model_state, carry, tx.init(params), ema_params, ema_model_state)
 
-    shapes = jax.eval_shape(init, jax.random.key(config.seed))
+    shapes = jax.eval_shape(init, np.uint32(config.seed))
     placed = sharding.batch_sharding(mesh, 1)
     shardings = dataclasses.replace(
         sharding.tree_shardings(shapes, mesh), carry=jax.tree.map(lambda _: placed, shapes.carry)
     )
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     return graphdef, init, abstract
+
+
+def _has_batch_statistics(model_state: Any) -> bool:
+    variables = jax.tree.leaves(model_state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return any(isinstance(variable, nnx.BatchStat) for variable in variables)
 
 
 def create_state(
@@ -83,13 +101,13 @@ def create_state(
       The model's static part (`nnx.merge` makes a module of it), and the state.
     """
     graphdef, init = make_init(task, tx, config, mesh)
-    return graphdef, init(jax.random.key(config.seed))
+    return graphdef, init(np.uint32(config.seed))
 
 
 def make_init(
     task: Task, tx: optax.GradientTransformation, config: Config, mesh: jax.sharding.Mesh
-) -> tuple[nnx.GraphDef, Callable[[jax.Array], TrainState]]:
-    """The model's static part, and what makes the state from a seed's key: compiled once for all seeds."""
+) -> tuple[nnx.GraphDef, Callable[[Any], TrainState]]:
+    """The model's static part, and what makes the state from a seed (uint32): compiled once for all seeds."""
     graphdef, init, abstract = abstract_state(task, tx, config, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     # Random numbers take XLA:CPU's optimiser long to compile (seconds) for a program that runs once.

@@ -16,14 +16,15 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from research import hyperparams, noise_scale, optimizers, sharding
+from research import batch_statistics, hyperparams, noise_scale, optimizers, per_device, randomness, sharding
 from research.config import Config
+from research.errors import UserError
 from research.hyperparams import DROPOUT, SEED, Inputs
 from research.layers.dropout import set_rate
+from research.randomness import Stream
 from research.state import TrainState
 from research.tasks.task import Batch, Metrics, Task
 
@@ -34,13 +35,19 @@ def fetch(data: Batch, inputs: Batch) -> Batch:
 
 
 class Steps:
-    """The jitted steps of one task on one mesh.
+    """The jitted steps of a task on one mesh.
 
     Args:
       task: what is learned.
       graphdef: the model's static part.
       config: resolved; the inputs that a train step is given stand before what it says.
       mesh: the devices.
+
+    Attributes:
+      num_replicas: how many devices make gradients of their own (`research.per_device`).
+
+    Raises:
+      UserError: gradients are to travel in bfloat16, but no device makes one of its own (`research.per_device`).
     """
 
     def __init__(self, task: Task, graphdef: nnx.GraphDef, config: Config, mesh: Mesh):
@@ -48,12 +55,18 @@ class Steps:
         self._graphdef = graphdef
         self._config = config
         self._mesh = mesh
-        # The devices that each make a gradient of their own: with parameters split, the partitioner knows better.
-        self._parts = mesh.shape["data"] if mesh.shape["data"] == mesh.size else 1
+        self.num_replicas = per_device.num_replicas(task, mesh)
+        if config.mesh.reduce_dtype != "float32" and mesh.size > self.num_replicas:
+            raise UserError(
+                f"--config.mesh.reduce_dtype={config.mesh.reduce_dtype}: the compiler sums this network's gradients, "
+                "in float32; leave it out, or declare per_device_gradients (research/per_device.py)"
+            )
+        self._loss_pair = jax.jit(self._both_losses, out_shardings=sharding.replicated(mesh))
 
-    def _loss(
+    def _advance(
         self, params: Any, model_state: Any, carry: Any, batch: Batch, given: Inputs, key: jax.Array
-    ) -> tuple[jax.Array, tuple[Any, Any, Metrics]]:
+    ) -> tuple[Metrics, Any, Any]:
+        """(values of every example, model_state, carry) of training."""
         model = nnx.merge(self._graphdef, sharding.gather(params, self._mesh), model_state, copy=True)
         task = self._task.with_inputs(given)
         if DROPOUT in given:
@@ -61,50 +74,31 @@ class Steps:
         values, carry = task.advance(model, batch, carry, key=key, train=True)
         if DROPOUT in given:
             set_rate(model, 1.0)  # no array, or it would be part of the model's state
+        return values, nnx.split(model, nnx.Param, ...)[2], carry
+
+    def _loss(
+        self, params: Any, model_state: Any, carry: Any, batch: Batch, given: Inputs, key: jax.Array
+    ) -> tuple[jax.Array, tuple[Any, Any, Metrics]]:
+        values, model_state, carry = self._advance(params, model_state, carry, batch, given, key)
         metrics = {name: jnp.mean(value) for name, value in values.items() if name != "weight"}
-        return metrics["loss"], (nnx.split(model, nnx.Param, ...)[2], carry, metrics)
+        return metrics["loss"], (model_state, carry, metrics)
 
     def _gradients(
         self, state: TrainState, data: Batch, inputs: Batch, given: Inputs, key: jax.Array
     ) -> tuple[Any, Any, tuple[Any, Metrics]]:
-        """(model_state, carry, (gradient, metrics)): means over the batch.
-
-        Under data parallelism each device takes its part of every microbatch, adds up its own gradients, and only their
-        sums travel: the partitioner would send each microbatch's.
-        """
-        if self._parts == 1:
+        """(model_state, carry, (gradient, metrics)): means over the batch."""
+        if self.num_replicas == 1:
             return self._accumulate(state, data, inputs, given, key)
         part = P(None, sharding.BATCH_AXES)
 
-        def on_device(*args: Any) -> tuple[Any, Any, tuple[Any, Metrics]]:
-            model_state, carry, means = self._accumulate(*args)
-            return model_state, carry, self._mean_over_devices(*means)
+        def on_device(state: TrainState, *args: Any) -> tuple[Any, Any, tuple[Any, Metrics]]:
+            state = dataclasses.replace(state, params=sharding.vary(state.params))
+            model_state, carry, means = self._accumulate(state, *args)
+            return model_state, carry, per_device.mean_gradients(*means, self._mesh, self._config.mesh.reduce_dtype)
 
-        in_specs = (dataclasses.replace(jax.tree.map(lambda _: P(), state), carry=part), P(), part, P(), P())
-        # What check_vma guards is differentiation through shard_map; here it is within.
-        return jax.shard_map(
-            on_device, mesh=self._mesh, in_specs=in_specs, out_specs=(P(), part, P()), check_vma=False
-        )(state, data, inputs, given, key)
-
-    def _mean_over_devices(self, grads: Any, metrics: Metrics) -> tuple[Any, Metrics]:
-        """One all-reduce, of the gradients as `reduce_dtype`."""
-        mean = functools.partial(self._reduced, jax.lax.pmean)
-        dtype = self._config.mesh.reduce_dtype
-        if dtype == "float32":
-            return mean((grads, metrics))
-        rounded = mean(jax.tree.map(lambda x: x.astype(dtype), grads))
-        return jax.tree.map(lambda x, like: x.astype(like.dtype), rounded, grads), mean(metrics)
-
-    def _reduced(self, reduce: Callable[..., Any], tree: Any) -> Any:
-        """The mean or the sum over the devices, in one all-reduce.
-
-        XLA joins the all-reduces of a tree. But on the CPU it still hands them to the network one by one, at a few
-        milliseconds each however small they are, so there they are made one vector.
-        """
-        if self._mesh.devices.flat[0].platform != "cpu":
-            return reduce(tree, sharding.BATCH_AXES)
-        flat, unflatten = ravel_pytree(tree)
-        return unflatten(reduce(flat, sharding.BATCH_AXES))
+        in_specs = self._state_specs(state), P(), part, P(), P()
+        mapped = per_device.on_each_device(on_device, self._mesh, in_specs, (P(), part, P()))
+        return mapped(state, data, inputs, given, key)
 
     def _accumulate(
         self, state: TrainState, data: Batch, inputs: Batch, given: Inputs, key: jax.Array
@@ -116,30 +110,62 @@ class Steps:
         count = inputs["index"].shape[0]
 
         @functools.partial(jax.jit, inline=True)  # traced once, for its shapes and in the loop
-        def one(model_state: Any, carry: Any, batch_inputs: Batch, key: jax.Array) -> tuple[Any, Any, Any]:
+        def microbatch_grads(
+            model_state: Any, carry: Any, batch_inputs: Batch, number: jax.Array
+        ) -> tuple[Any, Any, Any]:
             batch = {**fetch(data, batch_inputs), "step": state.step}
             gradient = jax.grad(self._loss, has_aux=True)
-            grads, (model_state, carry, metrics) = gradient(state.params, model_state, carry, batch, given, key)
-            if count * self._parts > 1:
+            microbatch_key = jax.random.fold_in(key, number)
+            grads, (model_state, carry, metrics) = gradient(
+                state.params, model_state, carry, batch, given, microbatch_key
+            )
+            if count * self.num_replicas > 1:
                 metrics["grad_square"] = jnp.square(optimizers.global_norm(grads))
             return model_state, carry, (grads, metrics)
 
         first_carry, first_inputs = jax.tree.map(lambda x: x[0], (state.carry, inputs))
         if count == 1:
-            model_state, carry, means = one(state.model_state, first_carry, first_inputs, key)
+            model_state, carry, means = microbatch_grads(state.model_state, first_carry, first_inputs, jnp.int32(0))
             return model_state, jax.tree.map(lambda x: x[None], carry), means
 
         def accumulate(scanned: Any, xs: Any) -> tuple[Any, Any]:
             model_state, sums = scanned
             number, carry, batch_inputs = xs
-            model_state, carry, values = one(model_state, carry, batch_inputs, jax.random.fold_in(key, number))
+            model_state, carry, values = microbatch_grads(model_state, carry, batch_inputs, number)
             return (model_state, jax.tree.map(jnp.add, sums, values)), carry
 
-        shapes = jax.eval_shape(one, state.model_state, first_carry, first_inputs, key)[2]
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        shapes = jax.eval_shape(microbatch_grads, state.model_state, first_carry, first_inputs, jnp.int32(0))[2]
         xs = (jnp.arange(count), state.carry, inputs)
-        (model_state, sums), carry = jax.lax.scan(accumulate, (state.model_state, zeros), xs)
+        (model_state, sums), carry = jax.lax.scan(
+            accumulate, (state.model_state, jax.tree.map(jnp.zeros_like, shapes)), xs
+        )
         return model_state, carry, jax.tree.map(lambda x: x / count, sums)
+
+    def check_per_device(self, state: TrainState, data: Batch, inputs: Batch, given: Inputs) -> None:
+        """Raises `UserError` where the devices' losses of a step's first microbatch are not those of the whole.
+
+        `inputs` are those of `train_steps`.
+        """
+        per_device.check_losses(*jax.device_get(self._loss_pair(state, data, inputs, given)))
+
+    def _first_losses(self, state: TrainState, data: Batch, inputs: Batch, given: Inputs) -> jax.Array:
+        """The losses [b] of the examples of the next step's first microbatch."""
+        batch = {**fetch(data, jax.tree.map(lambda x: x[0, 0], inputs)), "step": state.step}
+        carry = jax.tree.map(lambda x: x[0], state.carry)
+        key = jax.random.fold_in(self._step_key(state, given), 0)
+        return self._advance(state.params, state.model_state, carry, batch, given, key)[0]["loss"]
+
+    def _both_losses(self, state: TrainState, *others: Any) -> tuple[jax.Array, jax.Array]:
+        """(those of the whole batch, those that each device has of its part)."""
+        specs = self._state_specs(state), P(), P(None, None, sharding.BATCH_AXES), P()
+        mapped = per_device.on_each_device(self._first_losses, self._mesh, specs, P(sharding.BATCH_AXES))
+        return self._first_losses(state, *others), mapped(state, *others)
+
+    def _state_specs(self, state: TrainState) -> TrainState:
+        return dataclasses.replace(jax.tree.map(lambda _: P(), state), carry=P(None, sharding.BATCH_AXES))
+
+    def _step_key(self, state: TrainState, given: Inputs) -> jax.Array:
+        return jax.random.fold_in(randomness.key(Stream.STEP, given[SEED]), state.step)
 
     def train_step(self, state: TrainState, data: Batch, inputs: Batch, given: Inputs) -> tuple[TrainState, Metrics]:
         """One update. `inputs` has leaves [m, b, ...]: m microbatches of b examples; metrics are float32 scalars.
@@ -147,7 +173,7 @@ class Steps:
         Where steps may be skipped, one whose loss or gradient is not finite changes nothing but the number of steps.
         `optax.apply_if_finite` would leave the statistics and the memory that such a batch has spoilt.
         """
-        key = jax.random.fold_in(jax.random.key(given[SEED]), state.step)
+        key = self._step_key(state, given)
         model_state, carry, (grads, metrics) = self._gradients(state, data, inputs, given, key)
         updates, opt_state = hyperparams.make_optimizer(self._config, given, self._task.widths).update(
             grads, state.opt_state, state.params
@@ -160,8 +186,8 @@ class Steps:
         if "grad_square" in metrics:
             squares = metrics.pop("grad_square"), jnp.square(metrics["grad_norm"])
             count, size = inputs["index"].shape
-            metrics |= noise_scale.moments(*squares, size // self._parts, count * size)
-        new = TrainState(state.step + 1, params, model_state, carry, opt_state, ema_params)
+            metrics |= noise_scale.moments(*squares, size // self.num_replicas, count * size)
+        new = TrainState(state.step + 1, params, model_state, carry, opt_state, ema_params, state.ema_model_state)
         if self._config.max_skipped_steps:
             finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
             kept = jax.tree.map(lambda x, before: jnp.where(finite, x, before), new, state)
@@ -194,6 +220,18 @@ class Steps:
         history = jax.tree.map(lambda m: jnp.zeros((capacity, *m.shape), m.dtype), metrics)
         return jax.lax.fori_loop(0, num_steps, body, (state, history))
 
+    def estimate_statistics(
+        self, state: TrainState, data: Batch, inputs: Batch, number: jax.Array, given: Inputs
+    ) -> TrainState:
+        """`batch_statistics.estimate`, with leaves [1, m, b, ...] of `inputs`."""
+
+        def model_state_after(params: Any, model_state: Any, carry: Any, inputs: Batch, key: jax.Array) -> Any:
+            batch = {**fetch(data, inputs), "step": state.step}
+            return self._advance(params, model_state, carry, batch, given, key)[1]
+
+        one_step = jax.tree.map(lambda x: x[0], inputs)
+        return batch_statistics.estimate(model_state_after, state, one_step, number, given)
+
     def eval_steps(self, params: Any, model_state: Any, carry: Any, data: Batch, inputs: Batch) -> tuple[Any, Metrics]:
         """Sums over the examples of each batch; `inputs` has leaves [k, b, ...], "mask" [k, b] is 0 for padding.
 
@@ -203,21 +241,16 @@ class Steps:
         """
         # By the first example's number: the same however the batches are dispatched, and on every device.
         arrays = params, model_state, carry, data, inputs, inputs["index"][:, 0]
-        if self._parts == 1:
+        if self.num_replicas == 1:
             return self._evaluate(*arrays)
 
         def on_device(*arrays: Any) -> tuple[Any, Metrics]:
             carry, sums = self._evaluate(*arrays)
-            return carry, self._reduced(jax.lax.psum, sums)
+            return carry, per_device.reduce(jax.lax.psum, sums, self._mesh)
 
         rows, part = P(sharding.BATCH_AXES), P(None, sharding.BATCH_AXES)
-        return jax.shard_map(
-            on_device,
-            mesh=self._mesh,
-            in_specs=(P(), P(), rows, P(), part, P()),
-            out_specs=(rows, P()),
-            check_vma=False,
-        )(*arrays)
+        specs = P(), P(), rows, P(), part, P()
+        return per_device.on_each_device(on_device, self._mesh, specs, (rows, P()))(*arrays)
 
     def _evaluate(
         self, params: Any, model_state: Any, carry: Any, data: Batch, inputs: Batch, seeds: jax.Array
@@ -228,7 +261,7 @@ class Steps:
         def body(carry: Any, xs: tuple[Batch, jax.Array]) -> tuple[Any, Metrics]:
             batch_inputs, seed = xs
             model = nnx.merge(self._graphdef, params, model_state, copy=True)
-            key = jax.random.fold_in(jax.random.key(0), seed)
+            key = jax.random.fold_in(randomness.key(Stream.EVALUATION), seed)
             values, carry = self._task.advance(model, fetch(data, batch_inputs), carry, key=key, train=False)
             weight = batch_inputs["mask"] * values.pop("weight", 1.0)
             sums = {name: (value.T * weight).T.sum(0) for name, value in values.items()}
@@ -238,19 +271,27 @@ class Steps:
 
     def jit_train(self, state: TrainState) -> Any:
         """`train_steps` jitted with its shardings; the state's buffers are donated."""
+        return self._jit_with_state(self.train_steps, state, (sharding.replicated(self._mesh),))
+
+    def _jit_with_state(self, function: Callable[..., Any], state: TrainState, others: tuple[Any, ...]) -> Any:
+        """Jits (state, data, inputs, num_steps, given) -> the state, or (state, *others)."""
         whole = sharding.replicated(self._mesh)
         state_shardings = jax.tree.map(lambda x: x.sharding, state)
         return jax.jit(
-            self.train_steps,
+            function,
             in_shardings=(state_shardings, whole, sharding.batch_sharding(self._mesh, 2), whole, whole),
-            out_shardings=(state_shardings, whole),
+            out_shardings=(state_shardings, *others) if others else state_shardings,
             donate_argnums=0,
         )
+
+    def jit_estimate(self, state: TrainState) -> Any:
+        """`estimate_statistics` jitted with its shardings; the state's buffers are donated."""
+        return self._jit_with_state(self.estimate_statistics, state, ())
 
     def jit_eval(self, state: TrainState) -> Any:
         """`eval_steps` jitted with its shardings."""
         whole = sharding.replicated(self._mesh)
-        shardings = jax.tree.map(lambda x: x.sharding, (state.eval_params, state.model_state))
+        shardings = jax.tree.map(lambda x: x.sharding, (state.eval_params, state.eval_model_state))
         rows = sharding.batch_sharding(self._mesh, 0)
         return jax.jit(
             self.eval_steps,

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from research import distributed, hyperparams, noise_scale, optimizers, sharding
+from research import batch_statistics, distributed, hyperparams, noise_scale, optimizers, sharding
 from research.checkpoint import Checkpoints
 from research.config import Config
 from research.data.pipeline import EvalBatches, TrainBatches, epoch_ends, is_resident
@@ -24,12 +24,6 @@ from research.state import create_state, is_finite
 from research.steps import Steps
 from research.tasks.task import Task
 from research.writer import Writer
-
-
-def figures(task: Task, split: str, sums: dict[str, Any]) -> dict[str, float]:
-    """The task's figures, as `<split>_<name>`, from the sums of `Steps.eval_steps` over all its batches."""
-    means = {name: value / sums["weight"] for name, value in sums.items() if name != "weight"}
-    return {f"{split}_{name}": value for name, value in task.summarize(means).items()}
 
 
 class Training:
@@ -78,6 +72,8 @@ class Training:
         self._overlap = mesh.devices.flat[0].platform != "cpu"
         self.signals, self.progress = Signals(), Progress()
         self._calls = 0
+        self._unproven = True
+        self._estimate: Any = None  # compiled where training has to estimate statistics
 
     def restore(self, checkpoints: Checkpoints) -> bool:
         """Goes to the newest checkpoint; False: there is none."""
@@ -130,15 +126,31 @@ class Training:
                 start=self.progress.step + self.progress.batches_left_out,
                 shuffle=self.dataset.shuffle,
             )
+            self._check_per_device()  # before anything is trained
             arrays = self.state, self._batches.data, self._batches.sample(), np.int32(1), self._given
             self.train_program = self._steps.jit_train(self.state).lower(*arrays).compile()
+            if self.state.ema_model_state is not None:
+                arrays = self.state, self._batches.data, self._batches.one(0), np.int32(0), self._given
+                self._estimate = self._steps.jit_estimate(self.state).lower(*arrays).compile()
         jitted = self._steps.jit_eval(self.state)
-        params, model_state = self.state.eval_params, self.state.model_state
+        params, model_state = self.state.eval_params, self.state.eval_model_state
         self._eval = {
             name: jitted.lower(params, model_state, self._eval_carry(), batches.data, next(iter(batches))).compile()
             for name, batches in self._evals.items()
         }
         return time.monotonic() - start
+
+    def _check_per_device(self) -> None:
+        if self._steps.num_replicas > 1:
+            self._steps.check_per_device(self.state, self._batches.data, self._batches.one(0), self._given)
+
+    def _estimate_statistics(self) -> None:
+        """Gives the averaged parameters batch statistics of their own, from the newest steps' batches."""
+        if self._estimate:
+            end = self.progress.step + self.progress.batches_left_out
+            for number, step in enumerate(range(max(end - batch_statistics.NUM_STEPS, 0), end)):
+                arrays = self._batches.data, self._batches.one(step), np.int32(number), self._given
+                self.state = self._estimate(self.state, *arrays)
 
     @property
     def steps_per_dispatch(self) -> int:
@@ -152,7 +164,7 @@ class Training:
     def predictor(self) -> Predictor:
         """The network as evaluation has it now, for pictures and further figures."""
         size = self.config.examples_at_once
-        return Predictor(self.graphdef, self.state.eval_params, self.state.model_state, self.mesh, size)
+        return Predictor(self.graphdef, self.state.eval_params, self.state.eval_model_state, self.mesh, size)
 
     def dispatches(self, end: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """Trains up to step `end`, or to where a signal came; yields (step, metrics of the newest [k]) as they come.
@@ -210,10 +222,9 @@ class Training:
                 self._record(values, writer)
                 speed = (step - first) * self.config.batch_size / (progress.train_seconds - seconds_before)
                 writer.progress(step, float(values["loss"].mean()), speed)
-            if self.signals.received:
-                self._stop(writer, checkpoints)
-            if progress.step < end:
-                self.save(writer, checkpoints)
+            if self.signals.received or progress.step < end:
+                self._estimate_statistics()
+                self._stop(writer, checkpoints) if self.signals.received else self.save(writer, checkpoints)
         return progress.means(end - [0, *self.ends][progress.epoch])
 
     def finish_epoch(self, means: dict[str, float], writer: Writer, checkpoints: Checkpoints) -> None:
@@ -235,7 +246,13 @@ class Training:
 
         Raises:
           NonFiniteLossError: there is no going on from such a state.
+          ReplicaError: an array differs between devices that should hold the same.
+          UserError: the devices' losses are not those of the whole batch, at the first checkpoint.
         """
+        if self._unproven:
+            # Once more with trained parameters: initial ones, zeros for example, may hide what differs.
+            self._check_per_device()
+            self._unproven = False
         if not is_finite((self.state.params, self.state.model_state)):
             raise non_finite("a parameter became NaN or infinite", self.progress.step)
         progress = dataclasses.replace(self.progress, row=writer.sync(), wall_seconds=self.wall_seconds)
@@ -265,17 +282,18 @@ class Training:
 
     def evaluate(self) -> dict[str, float]:
         """The means of the metrics over each held-out split, as `<split>_<name>`."""
+        self._estimate_statistics()
         results = {}
         for split, batches in self._evals.items():
             sums: dict[str, Any] = {}
             carry = self._eval_carry()
             for inputs in batches:
-                arrays = self.state.eval_params, self.state.model_state, carry, batches.data, inputs
+                arrays = self.state.eval_params, self.state.eval_model_state, carry, batches.data, inputs
                 carry, part = self._eval[split](*arrays)
                 # Waited for, so that a streamed set is never on the devices as a whole.
                 for name, value in jax.device_get(part).items():
                     sums[name] = sums.get(name, 0.0) + value.sum(0, np.float64)
-            results |= figures(self.task, split, sums)
+            results |= self.task.figures(split, sums)
         for name, value in results.items():
             if name.endswith("_loss") and not np.isfinite(value):
                 raise non_finite(f"{name} is {value}", self.progress.step)

@@ -65,7 +65,7 @@ def test_the_papers_settings_stand_as_a_preset():
 def test_another_rule_brings_its_own_rate_and_momentum(name, preset):
     config = _parse(f"--config={preset}", f"--config.optimizer.name={name}")
     optimizers.resolve(config.optimizer)
-    assert (config.optimizer.learning_rate, config.optimizer.momentum) == optimizers.DEFAULTS[name]
+    assert (config.optimizer.learning_rate, config.optimizer.momentum) == optimizers.DEFAULTS[name][:2]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 
 from research import checkpoint, sharding
 from research.checkpoint import Checkpoints
+from research.checksums import checksums
 from research.config import Config, MeshConfig
 from research.errors import OutOfMemoryError, RecordError, UserError
 from research.state import TrainState
@@ -36,7 +37,9 @@ def _state(step=0, seed=0, mesh=None):
         "flag": np.array([True, False, True]),
         "count": np.int32(seed),
     }
-    state = TrainState(np.int32(step), arrays, {"mean": arrays["kernel"][0]}, {}, {"byte": np.int8([-1, 5])}, None)
+    state = TrainState(
+        np.int32(step), arrays, {"mean": arrays["kernel"][0]}, {}, {"byte": np.int8([-1, 5])}, None, None
+    )
     return jax.device_put(state, sharding.tree_shardings(jax.eval_shape(lambda: state), mesh or _mesh(1)))
 
 
@@ -107,14 +110,17 @@ def test_a_state_may_be_donated_at_once(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "bool"])
 def test_the_checksum_is_its_closed_form_and_sees_every_flipped_bit(dtype):
-    array = np.array(jnp.asarray(np.random.default_rng(0).normal(size=(3, 5)) * 9, dtype))
+    array = np.array(jnp.asarray(np.random.default_rng(0).normal(size=(4, 6)) * 9, dtype))
     bits = array.view(f"uint{8 * array.itemsize}").ravel()
 
     def closed_form(values):
         return sum(int(v) * ((i * 2654435761 % 2**32) | 1) for i, v in enumerate(values)) % 2**32
 
-    assert int(checkpoint._checksum(jnp.asarray(array))) == closed_form(bits)
     whole = closed_form(bits)
+    for axes in ({}, {"data": 1, "fsdp": 4}, {"data": 2, "fsdp": 2, "model": 2}):
+        mesh = _mesh(int(np.prod([*axes.values()])), **axes)
+        placed = jax.device_put(array, sharding.tree_shardings(array, mesh))
+        assert checksums({"array": placed}) == {"array": whole}
     for i in range(bits.size):
         for bit in range(8 * array.itemsize):
             flipped = bits.copy()
@@ -236,9 +242,10 @@ def test_a_flip_that_orbax_restores_is_seen(tmp_path, monkeypatch):
     def flipped(self, step, args):
         result = restore(self, step, args=args)
         if step == 2 and "state" in dict(result):
-            kernel = np.array(result["state"]["params.kernel"])
+            whole = result["state"]["params.kernel"]
+            kernel = np.array(whole)
             kernel.view(np.uint32)[3, 2] ^= 1
-            result["state"]["params.kernel"] = jnp.asarray(kernel)
+            result["state"]["params.kernel"] = jax.device_put(kernel, whole.sharding)
         return result
 
     monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "restore", flipped)

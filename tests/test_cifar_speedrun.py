@@ -2,9 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
+from flax import nnx
 
 from experiments import cifar_speedrun
+from research.data.sources import Dataset
 from research.errors import UserError
 from research.signals import Signals
 
@@ -46,3 +49,20 @@ def test_records_that_it_does_not_keep_are_refused(flag, tmp_path):
     with pytest.raises(UserError, match=f"{flag[:-2]}: .*leave it out"):
         cifar_speedrun.run(cifar_speedrun.EXPERIMENT, [*ARGS, flag, f"--workdir={tmp_path / 'x'}"], Signals())
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("preset", "channels", "momentum"), [("airbench94", (64, 256, 256), 0.6), ("airbench96", (128, 384, 512), 0.9)]
+)
+def test_the_presets_networks_are_the_published_ones(preset, channels, momentum):
+    """Channels, and batch norm's momentum as the part that is kept, of airbench94_muon.py and airbench96_faster.py."""
+    config = cifar_speedrun.EXPERIMENT.presets[preset]()
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
+    dataset = Dataset(
+        "drawn", tuple("abcdefghij"), {"image": pixels, "label": np.arange(8, dtype=np.int32)}, None, None
+    )
+    task = cifar_speedrun.EXPERIMENT.make_task(config, dataset)
+    network = nnx.eval_shape(lambda: task.network(nnx.Rngs(0)))
+    assert tuple(group.convs[-1].kernel.shape[-1] for group in network.groups) == channels
+    assert {norm.layer.momentum for group in network.groups for norm in group.norms} == {momentum}
+    assert (config.model.width, len(network.groups[0].convs)) == (channels[0], config.model.depth)

@@ -59,7 +59,7 @@ def test_data_parallelism_is_one_all_reduce_a_step_of_one_vector(microbatch_size
 
 def test_evaluation_sums_once_a_dispatch():
     run = Run(_config(model=CNNConfig(width=16)), devices=8)
-    arrays = run.state.eval_params, run.state.model_state, {}, run.evals.data, next(iter(run.evals))
+    arrays = run.state.eval_params, run.state.eval_model_state, {}, run.evals.data, next(iter(run.evals))
     text = run.eval.lower(*arrays).compile().as_text()
     ((shape, name),) = re.findall(rf' = (.*?) (?:{KINDS})(?:-start)?\(.*?op_name="(.*?)"', text)
     batches = len(arrays[-1]["mask"])

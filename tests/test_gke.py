@@ -61,7 +61,7 @@ def test_gpu_nodes_find_each_other_and_options_are_there(capsys):
 
 def test_what_another_try_would_not_change_fails_the_job(capsys):
     _, _, job, pod = _rendered(capsys, "--tpu=v6e:4x4")
-    codes = {"containerName": pod["containers"][0]["name"], "operator": "In", "values": [2, 3, 4, 5]}
+    codes = {"containerName": pod["containers"][0]["name"], "operator": "In", "values": [2, 3, 4, 5, 6]}
     assert job["podFailurePolicy"] == {"rules": [{"action": "FailJob", "onExitCodes": codes}]}
 
 

@@ -14,12 +14,16 @@ from research.tasks.task import Task
 
 
 class Point(nnx.Module):
+    per_device_gradients = True
+
     def __init__(self, rngs):
         self.at = nnx.Param(jnp.array([1.0, -0.5, 0.25, 0.0]))
 
 
 class Quadratic(Task):
     """|w - x|^2 / 2, whose gradient is w - x: G = w - E[x], and S is the covariance of x."""
+
+    per_device_gradients = True
 
     def create_model(self, rngs):
         return Point(rngs)

@@ -56,120 +56,6 @@ def _ours(grads=GRADS, **fields):
     return _train(_made(_resolved(**fields)), grads=grads)
 
 
-# Each rule in NumPy float64: (gradient, memory, number of the step from 1) -> (what the rate multiplies, memory).
-
-
-def sgd(g, memory, t):
-    return g, None
-
-
-def momentum(g, v, t):
-    v = MOMENTUM * (0 if v is None else v) + g
-    return v, v
-
-
-def nesterov(g, v, t):
-    v = MOMENTUM * (0 if v is None else v) + g
-    return g + MOMENTUM * v, v
-
-
-def adagrad(g, s, t):
-    """Duchi et al. 2011, figure 1: divided by the root of the sum of all squares so far."""
-    s = (0 if s is None else s) + g**2
-    return g / np.sqrt(s + 1e-10), s
-
-
-def rmsprop(g, memory, t):
-    nu, v = memory or (0, 0)
-    nu = 0.9 * nu + 0.1 * g**2
-    v = MOMENTUM * v + g / np.sqrt(nu + 1e-8)
-    return v, (nu, v)
-
-
-def adam(g, memory, t):
-    """Kingma & Ba 2015, algorithm 1."""
-    m, nu = memory or (0, 0)
-    m, nu = MOMENTUM * m + (1 - MOMENTUM) * g, 0.999 * nu + 0.001 * g**2
-    return (m / (1 - MOMENTUM**t)) / (np.sqrt(nu / (1 - 0.999**t)) + 1e-8), (m, nu)
-
-
-def lion(g, m, t):
-    """Chen et al. 2023, algorithm 2."""
-    m = np.zeros_like(g) if m is None else m
-    return np.sign(MOMENTUM * m + (1 - MOMENTUM) * g), 0.99 * m + 0.01 * g
-
-
-EQUATIONS = {
-    "sgd": sgd,
-    "momentum": momentum,
-    "nesterov": nesterov,
-    "adagrad": adagrad,
-    "rmsprop": rmsprop,
-    "adam": adam,
-    "adamw": adam,
-    "lion": lion,
-}
-
-
-def _expected(name, weight_decay=0.0):
-    params = {key: value.copy() for key, value in PARAMS.items()}
-    memory = dict.fromkeys(params)
-    for t, grads in enumerate(GRADS, start=1):
-        for key, g in grads.items():
-            decay = weight_decay * params[key] if key == "kernel" else 0.0
-            decoupled = name in ("adamw", "lion")
-            update, memory[key] = EQUATIONS[name](g if decoupled else g + decay, memory[key], t)
-            params[key] -= RATE * (update + decay if decoupled else update)
-    return params
-
-
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-@pytest.mark.parametrize("name", EQUATIONS)
-def test_ten_steps_are_those_of_the_equations(name, weight_decay):
-    has_momentum = name not in ("sgd", "adagrad")
-    fields = {"momentum": MOMENTUM} if has_momentum else {}
-    ours = _ours(name=name, learning_rate=RATE, weight_decay=weight_decay, **fields)
-    for key, expected in _expected(name, weight_decay).items():
-        np.testing.assert_allclose(ours[key], expected, rtol=1e-4, atol=1e-5)
-
-
-def test_muon_orthogonalises_kernels_of_any_rank():
-    """Jordan 2024: a kernel's update, as a matrix, has singular values near 1. Biases go by Nesterov's Adam."""
-    params = {"kernel": np.zeros((3, 3, 8, 16)), "bias": np.zeros(16)}
-    grads = {name: RNG.standard_normal(p.shape) for name, p in params.items()}
-    config = _resolved(name="muon", learning_rate=0.5, momentum=0.0)
-    after = _train(_made(config, 1), params, [grads])
-    singular = np.linalg.svd(np.reshape(after["kernel"], (72, 16)), compute_uv=False) / 0.5
-    assert (singular > 0.6).all()
-    assert (singular < 1.3).all()
-    first = 0.9 * 0.1 / (1 - 0.9**2) + 1  # Dozat 2016, algorithm 1, at the first step: a multiple of the sign
-    np.testing.assert_allclose(after["bias"], -0.05 * first * np.sign(grads["bias"]), rtol=1e-4)
-
-
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-@pytest.mark.parametrize("name", ["lars", "lamb"])
-def test_layerwise_rules_are_their_equations(name, weight_decay):
-    ours = _ours(name=name, learning_rate=RATE, momentum=MOMENTUM, weight_decay=weight_decay)
-    params = {key: value.copy() for key, value in PARAMS.items()}
-    memory = dict.fromkeys(params)
-    for t, grads in enumerate(GRADS, start=1):
-        for key, g in grads.items():
-            decay = weight_decay * params[key] if key == "kernel" else 0.0
-            size = np.linalg.norm(params[key])
-            if name == "lars":  # You et al. 2017, equation 6: the rate is within the momentum
-                update = g + decay
-                local = size / np.linalg.norm(update) if key == "kernel" else 1.0
-                update, memory[key] = momentum(0.001 * local * update, memory[key], t)
-            else:  # You et al. 2020, algorithm 2
-                m, nu = memory[key] or (0, 0)
-                memory[key] = m, nu = MOMENTUM * m + (1 - MOMENTUM) * g, 0.999 * nu + 0.001 * g**2
-                update = (m / (1 - MOMENTUM**t)) / (np.sqrt(nu / (1 - 0.999**t)) + 1e-6) + decay
-                update = size / np.linalg.norm(update) * update
-            params[key] -= RATE * update
-    for key, expected in params.items():
-        np.testing.assert_allclose(ours[key], expected, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize(("scaling", "factor"), [("none", 1.0), ("linear", 8.0), ("sqrt", 8**0.5)])
 def test_the_rate_grows_with_the_batch(scaling, factor):
     base = {} if scaling == "none" else {"base_batch_size": 128}
@@ -179,7 +65,7 @@ def test_the_rate_grows_with_the_batch(scaling, factor):
     assert config.learning_rate == 0.1  # a resumed run scales what is recorded once more
 
 
-@pytest.mark.parametrize("name", ["muon", "lars", "lamb", *EQUATIONS])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_weight_decay_leaves_out_biases(name):
     plain, decayed = (_ours(name=name, weight_decay=w) for w in (0.0, 0.5))
     np.testing.assert_array_equal(plain["bias"], decayed["bias"])
@@ -271,10 +157,46 @@ def test_numbers_may_be_traced(name, schedule):
     assert traced._cache_size() == 1
 
 
+DECAYS = {"adamw": 0.01, "lion": 0.1, "lamb": 0.01, "lars": 0.0005}
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_every_rule_has_its_default_rate_and_momentum(name):
+def test_every_rule_has_its_default_rate_momentum_and_decay(name):
     config = _resolved(name=name)
-    assert (config.learning_rate, config.momentum) == optimizers.DEFAULTS[name]
+    assert (config.learning_rate, config.momentum, config.weight_decay) == optimizers.DEFAULTS[name]
+    assert config.weight_decay == DECAYS.get(name, 0)
+    jax.tree.map(np.testing.assert_array_equal, _ours(name=name), _ours(name=name, weight_decay=DECAYS.get(name, 0.0)))
+
+
+@pytest.mark.parametrize("name", DECAYS)
+def test_an_explicit_0_turns_the_default_decay_off(name):
+    assert _resolved(name=name, weight_decay=0.0).weight_decay == 0
+    decayed, plain = _ours(name=name), _ours(name=name, weight_decay=0.0)
+    assert not np.array_equal(decayed["kernel"], plain["kernel"])
+    np.testing.assert_array_equal(decayed["bias"], plain["bias"])
+
+
+def test_adamw_without_decay_is_adam():
+    jax.tree.map(np.testing.assert_array_equal, _ours(name="adamw", weight_decay=0.0), _ours(name="adam"))
+
+
+def test_lions_default_decay_shrinks_kernels_as_fast_as_adamws():
+    adamw, lion = optimizers.DEFAULTS["adamw"], optimizers.DEFAULTS["lion"]
+    assert lion.learning_rate * lion.weight_decay == pytest.approx(adamw.learning_rate * adamw.weight_decay)
+
+
+@pytest.mark.parametrize("name", ["rmsprop", "momentum", "nesterov"])
+def test_momentum_0_keeps_no_buffer(name):
+    """And the update is that of a momentum close to 0, which is an input of the step and has a buffer."""
+    off, on = (_resolved(name=name, momentum=value) for value in (0.0, 1e-30))
+    counts = [len(jax.tree.leaves(_made(config).init(_float32(PARAMS)))) for config in (off, on)]
+    assert counts[1] - counts[0] == len(PARAMS)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), _train(_made(off)), _train(_made(on)))
+
+
+def test_rmsprop_has_no_momentum_by_default():
+    opt_state = _made(_resolved(name="rmsprop")).init(_float32(PARAMS))
+    assert sum(leaf.size for leaf in jax.tree.leaves(opt_state) if leaf.ndim) == sum(p.size for p in PARAMS.values())
 
 
 def test_clipping_bounds_the_global_norm_and_0_is_none():

@@ -1,6 +1,7 @@
 """The maximal update parametrization: its table, and that what an update changes does not depend on the width."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from research import optimizers
 from research.config import CNNConfig, OptimizerConfig, RNNConfig, VAEConfig
 from research.data.sources import Dataset
 from research.errors import UserError
+from research.parametrization import Widths
 
 _RANDOM = np.random.default_rng(0)
 IMAGES = {"image": _RANDOM.integers(0, 256, (16, 18, 18, 1), dtype=np.uint8), "label": np.arange(16) % 4}
@@ -125,6 +127,47 @@ def test_muon_has_the_spectral_condition_at_every_shape(width, base):
         rate = functools.reduce(lambda tree, name: tree[name], path, widths)["kernel"].rate_scale("muon")
         grown = max(1, fan_out / fan_in) ** 0.5 * rate / max(1, base_out / base_in) ** 0.5
         assert grown == pytest.approx((fan_out / fan_in / (base_out / base_in)) ** 0.5)
+
+
+# An input kernel, a hidden and an output kernel, each this many times as wide as at the base width.
+R = 4.0
+KERNELS = {
+    "input": Widths(inputs=1, outputs=R, ndim=2, shape=8),
+    "hidden": Widths(inputs=R, outputs=R, ndim=2, shape=1),
+    "output": Widths(inputs=R, outputs=1, ndim=2, shape=1 / 8),
+}
+# How the entries of a kernel and of its gradient grow with the width, which is what the table's rates follow from.
+SIZES = {"input": (1, 1 / R), "output": (1 / R, 1)}
+
+
+def _first_update(rule, kernel, gradient, widths):
+    config = OptimizerConfig(name=rule, learning_rate=0.1, weight_decay=0.5)
+    optimizers.resolve(config)
+    tx = optimizers.make_optimizer(config, optimizers.boundaries(config, 10), {"kernel": widths})
+    params, grads = ({"kernel": jnp.full((3, 3), value)} for value in (kernel, gradient))
+    updates: Any = tx.update(grads, tx.init(params), params)[0]
+    return float(updates["kernel"][0, 0])
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("rule", ["adamw", "lion", "muon", "sgd", "momentum", "nesterov"])
+def test_a_step_shrinks_kernels_alike_at_every_width(rule, kernel):
+    """By rate * decay, as with the package mup: MuAdamW and MuSGD multiply the decay by what divides the rate."""
+    steps_ahead = 1.9 if rule == "nesterov" else 1.0
+    shrinkage = _first_update(rule, 1.0, 0.0, KERNELS[kernel])
+    assert shrinkage == pytest.approx(-0.1 * 0.5 * steps_ahead)
+
+
+@pytest.mark.parametrize("kernel", SIZES)
+@pytest.mark.parametrize("rule", ["adam", "adagrad", "rmsprop", "sgd", "momentum"])
+def test_coupled_decay_is_the_same_part_of_the_gradient_at_every_width(rule, kernel):
+    """Gradient and decay oppose each other here: at another ratio the update would have another sign or size."""
+    size, gradient_size = SIZES[kernel]
+    base = Widths(inputs=1, outputs=1, ndim=2, shape=1)
+    for gradient in (-0.4, -0.6):
+        narrow = _first_update(rule, 1.0, gradient, base)
+        wide = _first_update(rule, size, gradient * gradient_size, KERNELS[kernel])
+        assert wide == pytest.approx(narrow * size, rel=1e-4)
 
 
 @pytest.mark.parametrize(

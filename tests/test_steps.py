@@ -11,10 +11,11 @@ import pytest
 from flax import nnx
 
 from experiments.cifar_cnn import CifarConfig, make_task
-from research import hyperparams, optimizers, sharding
+from research import hyperparams, optimizers, randomness, sharding
 from research.config import AugmentConfig, CNNConfig, MeshConfig, OptimizerConfig
 from research.data.pipeline import EvalBatches, TrainBatches
 from research.data.sources import Dataset
+from research.randomness import Stream
 from research.state import create_state
 from research.steps import Steps
 from research.tasks.classification import Classification
@@ -85,7 +86,7 @@ class Run:
         return np.array(losses)
 
     def evaluate(self):
-        arrays = self.state.eval_params, self.state.model_state, {}
+        arrays = self.state.eval_params, self.state.eval_model_state, {}
         sums = [self.eval(*arrays, self.evals.data, inputs)[1] for inputs in self.evals]
         return jax.tree.map(lambda *xs: np.sum(xs, dtype=np.float64), *sums)
 
@@ -154,7 +155,8 @@ def test_it_is_gradient_descent():
     bias, kernel = (np.float64(x) for x in run.leaves())
     losses = run.steps(10)
 
-    train, order = _dataset().train, np.concatenate([np.random.default_rng((0, e)).permutation(96) for e in range(2)])
+    generators = [randomness.generator(Stream.DATA_ORDER, 0, epoch) for epoch in range(2)]
+    train, order = _dataset().train, np.concatenate([generator.permutation(96) for generator in generators])
     speed_k, speed_b, expected = 0.0, 0.0, []
     for step in range(10):
         index = order[16 * step : 16 * (step + 1)]

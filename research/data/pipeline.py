@@ -18,9 +18,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from research import sharding
+from research import randomness, sharding
 from research.config import Config
 from research.errors import UserError
+from research.randomness import Stream
 
 Arrays = dict[str, np.ndarray]
 
@@ -29,7 +30,7 @@ Arrays = dict[str, np.ndarray]
 def _order(seed: int | None, epoch: int, num_examples: int) -> np.ndarray:
     if seed is None:
         return np.arange(num_examples, dtype=np.int32)
-    return np.random.default_rng((seed, epoch)).permutation(num_examples).astype(np.int32)
+    return randomness.generator(Stream.DATA_ORDER, seed, epoch).permutation(num_examples).astype(np.int32)
 
 
 def example_numbers(seed: int | None, num_examples: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
@@ -166,6 +167,11 @@ class TrainBatches(_Split):
     def sample(self) -> dict[str, jax.Array]:
         """Inputs like those of `take`, to compile for; nothing is taken."""
         return self._to_devices(self._pack([self.step_inputs(0)]), 2, self._microbatch_size)
+
+    def one(self, step: int) -> dict[str, jax.Array]:
+        """The inputs of one step, leaves [1, m, b, ...]; nothing is taken."""
+        inputs = {name: x[None] for name, x in self.step_inputs(step).items()}
+        return self._to_devices(inputs, 2, self._microbatch_size)
 
     def _pack(self, steps: list[Arrays]) -> Arrays:
         def pack(*arrays: np.ndarray) -> np.ndarray:

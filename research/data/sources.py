@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
+from research import randomness
 from research.config import DatasetConfig
 from research.data import embedded, prepare, tfds_sets
 from research.data.tfds_sets import UnavailableError
 from research.errors import UserError
+from research.randomness import Stream
 
 Arrays = dict[str, np.ndarray]
 
@@ -110,7 +112,7 @@ def _hold_out(train: Arrays, fraction: float) -> tuple[Arrays, Arrays]:
     if "text" in train:
         text = train["text"]
         return {"text": text[:-held_out]}, {"text": text[-held_out:]}
-    order = np.random.default_rng(0).permutation(count)
+    order = randomness.generator(Stream.HOLD_OUT).permutation(count)
     parts = np.sort(order[held_out:]), np.sort(order[:held_out])
     kept, taken = ({name: array[part] for name, array in train.items()} for part in parts)
     return kept, taken
@@ -124,5 +126,5 @@ def _part(train: Arrays, fraction: float) -> Arrays:
         raise UserError(f"--config.dataset.train_fraction={fraction} leaves no example of {count}")
     if "text" in train:
         return {"text": train["text"][:kept]}
-    part = np.sort(np.random.default_rng(1).permutation(count)[:kept])
+    part = np.sort(randomness.generator(Stream.TRAIN_FRACTION).permutation(count)[:kept])
     return {name: array[part] for name, array in train.items()}

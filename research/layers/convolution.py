@@ -12,7 +12,7 @@ the CPU all is JAX's own.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -39,7 +39,7 @@ def conv2d(
       x: float [b, h, w, in].
       kernel: [kh, kw, in, out], of x's dtype.
       strides: of the window, down and right.
-      padding: "SAME", "VALID" or ((top, bottom), (left, right)).
+      padding: "SAME", "VALID" or ((top, bottom), (left, right)); a negative number crops the input.
 
     Returns:
       [b, h', w', out], of x's dtype.
@@ -48,7 +48,7 @@ def conv2d(
         lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding) if isinstance(padding, str) else padding
     )
     top_bottom, left_right = ((int(low), int(high)) for low, high in pads)
-    return _conv2d(x, kernel, (strides[0], strides[1]), (top_bottom, left_right))
+    return _crop_and_convolve(_conv2d, x, kernel, (strides[0], strides[1]), (top_bottom, left_right))
 
 
 def conv_general_dilated(
@@ -65,7 +65,15 @@ def conv_general_dilated(
 
     Args:
       others: further arguments of `lax.conv_general_dilated`. Any that is set sends the call there, as dilation does.
+
+    Raises:
+      ValueError: the input is dilated and `padding` is a string, which `lax.conv_general_dilated` does not define.
     """
+    if isinstance(padding, str) and any(d != 1 for d in lhs_dilation or ()):
+        raise ValueError(
+            f"padding={padding!r} is not defined with lhs_dilation={tuple(lhs_dilation or ())} (the input_dilation of "
+            "nnx.Conv): give (low, high) pairs, or use nnx.ConvTranspose or lax.conv_transpose"
+        )
     plain = all(value is None or value == 1 for value in others.values())
     dilated = any(d != 1 for d in (*(lhs_dilation or ()), *(rhs_dilation or ())))
     if plain and not dilated and lhs.ndim == 4 and lhs.dtype == rhs.dtype:
@@ -79,6 +87,32 @@ def conv_general_dilated(
 
 def _lax_conv(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Sequence[Pair], **dilation: Any) -> jax.Array:
     return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=_LAYOUTS, **dilation)
+
+
+def _crop_and_convolve(
+    convolve: Callable[..., Any],
+    x: jax.Array,
+    kernel: jax.Array,
+    strides: Pair,
+    pads: Pads,
+    kernel_dilation: Pair = (1, 1),
+) -> jax.Array:
+    """convolve(x, kernel, strides, pads), where `convolve` sees no negative padding and no empty array.
+
+    XLA:CPU reads outside of the input where the low padding is negative and the high one positive
+    (https://github.com/openxla/xla/issues/48713), and a negative `lax.pad` before the convolution is folded back into
+    its padding (https://github.com/openxla/xla/issues/48715). A slice stays a slice.
+    """
+    spans, positive, output = [slice(None)], [], []
+    for size, (low, high), side, stride, dilation in zip(x.shape[1:3], pads, kernel.shape, strides, kernel_dilation):
+        spans.append(slice(max(-low, 0), max(size + min(high, 0), 0)))
+        positive.append((max(low, 0), max(high, 0)))
+        output.append(max(0, (size + low + high - (side - 1) * dilation - 1) // stride + 1))
+    cropped = x[tuple(spans)]
+    # All windows lie in the padding, or there are none.
+    if not (cropped.size and kernel.size and math.prod(output)):
+        return lax.full_like(x, 0, shape=(len(x), *output, kernel.shape[-1]))
+    return convolve(cropped, kernel, strides, (positive[0], positive[1]))
 
 
 def _product(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
@@ -131,9 +165,7 @@ def _input_gradient(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pai
             low = len(range(kernel.shape[axis])[taps[axis]]) - 1 - shift
             backward_pads.append((low, sizes[axis] + shift - dy.shape[axis + 1]))
         mirrored = kernel[tuple(taps)][::-1, ::-1].transpose(0, 1, 3, 2)
-        if not mirrored.size:
-            return jnp.zeros((len(x), *sizes, x.shape[-1]), x.dtype)
-        return _lax_conv(dy, mirrored, (1, 1), backward_pads)
+        return _crop_and_convolve(_lax_conv, dy, mirrored, (1, 1), (backward_pads[0], backward_pads[1]))
 
     sizes = [-(-size // stride) for size, stride in zip(x.shape[1:3], strides)]
     down, right = (range(stride) for stride in strides)
@@ -152,14 +184,17 @@ def _kernel_gradient(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pa
         size, reach = kernel.shape[axis], (dy.shape[axis + 1] - 1) * strides[axis] + 1
         low = pads[axis][0]
         backward_pads.append((low, size - 1 + reach - x.shape[axis + 1] - low))
+    pads_of_x, convolve = (backward_pads[0], backward_pads[1]), partial(_lax_conv, rhs_dilation=strides)
 
     def add(gradient: jax.Array, pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         x, dy = pair[0].transpose(3, 1, 2, 0), pair[1].transpose(1, 2, 0, 3)
-        return gradient + _lax_conv(x, dy, (1, 1), backward_pads, rhs_dilation=strides), None
+        return gradient + _crop_and_convolve(convolve, x, dy, (1, 1), pads_of_x, strides), None
 
-    parts = _parts(x, kernel) if sharding.is_whole() else 1
+    parts = _parts(x, kernel) if sharding.is_unsharded() else 1
     pairs = x.reshape(parts, -1, *x.shape[1:]), dy.reshape(parts, -1, *dy.shape[1:])
-    gradient, _ = lax.scan(add, jnp.zeros([kernel.shape[i] for i in (2, 0, 1, 3)], jnp.float32), pairs)
+    # Within `jax.shard_map` the first sum must vary over the devices as the others do, so it is made like dy.
+    zeros = lax.full_like(dy, 0, jnp.float32, shape=[kernel.shape[i] for i in (2, 0, 1, 3)])
+    gradient, _ = lax.scan(add, zeros, pairs)
     return gradient.transpose(1, 2, 0, 3).astype(x.dtype)
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from research import sharding
+from research.layers.batch_norm import BatchNorm
 from research.layers.bias import bias_add
 from research.layers.convolution import conv_general_dilated
 from research.layers.dropout import Dropout
@@ -45,7 +46,7 @@ class Norm(nnx.Module):
         options = {"use_scale": style.norm_scale, "epsilon": style.norm_epsilon, "dtype": style.dtype}
         match style.norm:
             case "batch":
-                self.layer = nnx.BatchNorm(features, momentum=style.norm_momentum, rngs=style.rngs, **options)
+                self.layer = BatchNorm(features, momentum=style.norm_momentum, rngs=style.rngs, **options)
             case "layer":
                 self.layer = nnx.LayerNorm(features, rngs=style.rngs, **options)
             case "group":
@@ -54,9 +55,9 @@ class Norm(nnx.Module):
                 self.layer = Bias(features)
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        if isinstance(self.layer, nnx.BatchNorm):
+        if isinstance(self.layer, BatchNorm):
             if train:  # the statistics are the whole batch's, also where each device has its part
-                self.layer.axis_name = sharding.batch_parts()  # pyright: ignore[reportAttributeAccessIssue]
+                self.layer.axis_name = sharding.manual_batch_axes()  # pyright: ignore[reportAttributeAccessIssue]
             return self.layer(x, use_running_average=not train)
         return self.layer(x)
 

@@ -1,20 +1,20 @@
 """Convolutional networks for small images; `create` builds the one that a `CNNConfig` describes.
 
-| name | source | published width, depth, normalisation |
+| name | source | published width, depth, normalization |
 | --- | --- | --- |
 | simple | the paper: three convolutions and a hidden layer | 32, -, none |
 | resnet | He et al. 2016, arXiv 1512.03385, with a 3x3 stem for CIFAR | 64, 18, batch |
 | wide_resnet | Zagoruyko & Komodakis 2016, arXiv 1605.07146 | 10 (times 16), 28, batch |
-| airbench | Jordan 2024, arXiv 2404.00498: airbench94; of depth 3 as airbench96 | 64, 2, batch without scale |
+| airbench | Jordan 2024, arXiv 2404.00498: airbench94 | 64, 2, batch without scale |
+| | with depth 3: airbench96 | 128, 3, batch without scale |
 
-Every network is called as `network(images, train=..., key=...)` with normalised images, float [b, h, w, c], and gives
+Every network is called as `network(images, train=..., key=...)` with normalized images, float [b, h, w, c], and returns
 logits, float32 [b, classes]. `key` is for dropout, in training only.
 """
 
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +23,10 @@ from flax import nnx
 
 from research.config import CNNConfig
 from research.errors import UserError
-from research.layers.convolution import conv2d
 from research.layers.dropout import Dropout
 from research.layers.pooling import avg_pool, max_pool
-from research.models.blocks import GLOROT, HE, HE_FAN_IN, LECUN, LECUN_THIRD, Bias, Style
+from research.models import airbench
+from research.models.blocks import GLOROT, HE, HE_FAN_IN, LECUN, LECUN_THIRD, Style
 
 Pool = Callable[[jax.Array, int], jax.Array]
 
@@ -52,9 +52,12 @@ def resolve(config: CNNConfig, image_shape: tuple[int, ...]) -> None:
         raise UserError(f"--config.model.depth={config.depth}: {config.name} has one depth; leave it 0")
     if config.pool != "max" and config.name != "simple":
         raise UserError(f"--config.model.pool={config.pool}: only the simple network has this choice")
-    config.width, config.depth, config.norm = config.width or width, config.depth or depth, config.norm or norm
-    if config.name == "airbench" and config.depth not in (2, 3):
-        raise UserError(f"--config.model.depth={config.depth}: airbench has 2 or 3 convolutions a group")
+    config.depth, config.norm = config.depth or depth, config.norm or norm
+    if config.name == "airbench":
+        if config.depth not in airbench.CHANNELS:
+            raise UserError(f"--config.model.depth={config.depth}: airbench has 2 or 3 convolutions a group")
+        width = airbench.CHANNELS[config.depth][0]
+    config.width = config.width or width
     if config.name == "resnet" and config.depth not in _RESNET_BLOCKS:
         raise UserError(f"--config.model.depth={config.depth}: resnet has {' or '.join(map(str, _RESNET_BLOCKS))}")
     if config.name == "wide_resnet" and (config.depth < 10 or config.depth % 6 != 4):
@@ -71,6 +74,7 @@ def create(
     num_classes: int,
     rngs: nnx.Rngs,
     whitening: np.ndarray | None = None,
+    norm_momentum: float = 0.95,
 ) -> nnx.Module:
     """Builds a network with its initial parameters.
 
@@ -78,8 +82,11 @@ def create(
       config: resolved (`resolve`).
       image_shape: (h, w, c).
       num_classes: the number of logits.
-      rngs: for initialisation.
-      whitening: `whitening_kernel` of the training images; airbench needs it.
+      rngs: for initialization.
+      whitening: `airbench.whitening_kernel` of the training images; airbench needs it.
+      norm_momentum: m in airbench's batch norm, running = m * running + (1 - m) * batch (PyTorch's momentum is 1 - m).
+        Published are 0.6 for airbench94 (batches of 1,024 or 2,000) and 0.9 for airbench96 (512). The default averages
+        as many examples over batches of 128 as 0.6 does over 1,024.
     """
     width, depth = config.width, config.depth
     dtype = jnp.dtype(config.dtype)
@@ -98,37 +105,16 @@ def create(
             groups = [(16 * width * 2**i, (depth - 4) // 6) for i in range(3)]
             return ResNet(he, WideBlock, 16, groups, image_shape[-1], num_classes)
         case _:
-            # Published is a momentum of 0.6, for batches of 1,024; 0.95 averages as many examples at 128.
-            norm = {"norm_scale": False, "norm_momentum": 0.95, "norm_epsilon": 1e-12}
-            style = Style(rngs, dtype, config.dropout, config.norm, _dirac, LECUN_THIRD, **norm)
+            norm = {"norm_scale": False, "norm_momentum": norm_momentum, "norm_epsilon": 1e-12}
+            style = Style(rngs, dtype, config.dropout, config.norm, airbench.dirac_init, LECUN_THIRD, **norm)
             assert whitening is not None
-            return Airbench(style, width, depth, whitening, image_shape, num_classes)
-
-
-def whitening_kernel(images: np.ndarray, epsilon: float = 5e-4) -> np.ndarray:
-    """The kernel that whitens 2x2 patches (Jordan 2024, section 3.2), computed on the host.
-
-    Args:
-      images: float32 [n, h, w, c], normalised.
-      epsilon: added to the patches' variances.
-
-    Returns:
-      float32 [2, 2, c, 8 c]: the principal directions, each divided by its standard deviation, then their negatives.
-    """
-    patches = np.lib.stride_tricks.sliding_window_view(images, (2, 2), axis=(1, 2))  # [n, h-1, w-1, c, 2, 2]
-    channels = images.shape[-1]
-    rows = patches.transpose(0, 1, 2, 4, 5, 3).reshape(-1, 4 * channels)
-    variances, directions = np.linalg.eigh(rows.T @ rows / len(rows))
-    kernel = (directions / np.sqrt(variances + epsilon))[:, ::-1].reshape(2, 2, channels, 4 * channels)
-    return np.concatenate([kernel, -kernel], axis=-1).astype(np.float32)
-
-
-class Frozen(nnx.Variable):
-    """An array that is never trained."""
+            return airbench.Airbench(style, width, depth, whitening, image_shape, num_classes)
 
 
 class Simple(nnx.Module):
     """Three 3x3 valid convolutions of w, 2w and 2w channels, 2x2 pooling after the first two, and 2w hidden units."""
+
+    per_device_gradients = True
 
     def __init__(self, style: Style, width: int, pool: Pool, image_shape: tuple[int, ...], num_classes: int):
         height, width_, channels = image_shape
@@ -177,7 +163,7 @@ class BasicBlock(nnx.Module):
 
 
 class WideBlock(nnx.Module):
-    """Zagoruyko & Komodakis 2016: normalisation and ReLU before each convolution, dropout between the two."""
+    """Zagoruyko & Komodakis 2016: normalization and ReLU before each convolution, dropout between the two."""
 
     def __init__(self, style: Style, inputs: int, outputs: int, stride: int):
         self.norm1, self.conv1 = style.normalization(inputs), style.conv(inputs, outputs, stride=stride)
@@ -196,11 +182,13 @@ class WideBlock(nnx.Module):
 class ResNet(nnx.Module):
     """Residual groups, the later ones at half the resolution of the one before; global average; a linear classifier."""
 
+    per_device_gradients = True
+
     def __init__(
         self, style: Style, block: type, stem: int, groups: Sequence[tuple[int, int]], channels: int, classes: int
     ):
         """`groups` are (features, number of blocks)."""
-        # A block that begins with a normalisation leaves one to be done at the end instead of the beginning.
+        # Blocks that begin with a normalization need one after the last block instead of one after the stem.
         self.norm_last = block is WideBlock
         self.stem = style.conv(channels, stem)
         self.blocks = nnx.List([])
@@ -225,58 +213,3 @@ class ResNet(nnx.Module):
             x = nnx.relu(self.norm(x, train=train))
         x = self.dropout(x.mean((1, 2)), train=train, key=keys[-1])
         return self.logits(x).astype(jnp.float32)
-
-
-def _dirac(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32, **_: Any) -> jax.Array:
-    """The identity in the first outputs, as many as there are inputs; the rest uniform (Jordan 2024, section 3.3)."""
-    height, width, inputs, outputs = shape
-    kernel = LECUN_THIRD(key, shape, dtype)
-    same = min(inputs, outputs)
-    identity = jnp.zeros((height, width, inputs, same), dtype)
-    identity = identity.at[height // 2, width // 2].set(jnp.eye(inputs, same, dtype=dtype))
-    return kernel.at[..., :same].set(identity)
-
-
-class AirbenchGroup(nnx.Module):
-    """Jordan 2024, section 3: convolutions, the first pooled; where there are three, the last adds what followed it."""
-
-    def __init__(self, style: Style, inputs: int, outputs: int, depth: int):
-        self.convs = nnx.List([style.conv(inputs if i == 0 else outputs, outputs) for i in range(depth)])
-        self.norms = nnx.List([style.normalization(outputs) for _ in range(depth)])
-
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        first = x = nnx.gelu(self.norms[0](max_pool(self.convs[0](x), 2), train=train))
-        for i in range(1, len(self.convs)):
-            x = self.norms[i](self.convs[i](x), train=train)
-            x = nnx.gelu(x + first if i == 2 else x)
-        return x
-
-
-class Airbench(nnx.Module):
-    """Jordan 2024, section 3: a frozen whitening layer, three groups of convolutions, GELU, a scaled classifier."""
-
-    def __init__(
-        self,
-        style: Style,
-        width: int,
-        depth: int,
-        whitening: np.ndarray,
-        image_shape: tuple[int, ...],
-        num_classes: int,
-    ):
-        whitened = whitening.shape[-1]
-        self.whitening = Frozen(jnp.asarray(whitening))
-        self.bias = Bias(whitened)
-        features = [whitened, width, 4 * width, 4 * width]
-        self.groups = nnx.List([AirbenchGroup(style, *pair, depth) for pair in itertools.pairwise(features)])
-        self.dropout = style.dropout()
-        sizes = [(side - 1) // 8 // 3 for side in image_shape[:2]]
-        self.logits = style.linear(math.prod(sizes) * features[-1], num_classes, use_bias=False)
-
-    def __call__(self, images: jax.Array, *, train: bool, key: jax.Array | None = None) -> jax.Array:
-        x = images.astype(self.logits.dtype)
-        x = nnx.gelu(self.bias(conv2d(x, self.whitening[...].astype(x.dtype), padding="VALID")))
-        for group in self.groups:
-            x = group(x, train=train)
-        x = max_pool(x, 3).reshape(x.shape[0], -1)
-        return self.logits(self.dropout(x, train=train, key=key)).astype(jnp.float32) / 9

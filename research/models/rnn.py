@@ -51,6 +51,8 @@ class RNN(nnx.Module):
       rngs: for initialisation.
     """
 
+    per_device_gradients = True
+
     def __init__(self, config: RNNConfig, vocabulary_size: int, rngs: nnx.Rngs):
         width, self.dtype = config.width, jnp.dtype(config.dtype)
         # A projection expects inputs of unit variance; a tied kernel must give small logits; a norm takes either, but

@@ -56,6 +56,8 @@ def initial_bias(config: VAEConfig, mean: np.ndarray) -> np.ndarray:
 class VAE(nnx.Module):
     """An encoder and a decoder around one layer of Gaussian latents."""
 
+    per_device_gradients = True
+
     def __init__(self, config: VAEConfig, mean: np.ndarray, style: Style):
         self.encoder = (_DenseEncoder if config.name == "dense" else _ConvEncoder)(config, mean.shape, style)
         self.decoder = (_DenseDecoder if config.name == "dense" else _ConvDecoder)(config, mean.shape, style)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,8 @@ class Classification(Task):
       label_smoothing: part of the target spread evenly over all classes in training (Szegedy et al. 2016, section 7).
       mirror, translate: which views of an image evaluation takes the mean of (`_views`).
     """
+
+    per_device_gradients: ClassVar[bool] = True
 
     network: Callable[[nnx.Rngs], nnx.Module]
     mean: tuple[float, ...]

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,8 @@ class LanguageModel(Task):
       carry: the network's memory of nothing, for a batch size.
       length: characters an example, T.
     """
+
+    per_device_gradients: ClassVar[bool] = True
 
     network: Callable[[nnx.Rngs], nnx.Module]
     carry: Callable[[int], Any]

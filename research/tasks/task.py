@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 from flax import nnx
@@ -40,11 +40,15 @@ class Task:
       unit: what an example consists of, and how many of them: speed is also reported in these where there is more than
         one, as in ("characters", 128).
       parallel_over_time: whether several devices can share an example's time axis (the mesh's `sequence`).
+      per_device_gradients: whether a device may compute the losses and the gradient of its part of the batch by itself,
+        so that one all-reduce a step is enough. The network's class declares it too, and a subclass for itself: see
+        `research.per_device` for what it promises, and what happens where that is not true.
     """
 
     network: Callable[[nnx.Rngs], nnx.Module]
     unit: tuple[str, int] = ("examples", 1)
     parallel_over_time: bool = False
+    per_device_gradients: ClassVar[bool] = False
 
     def create_model(self, rngs: nnx.Rngs) -> nnx.Module:
         """Builds the network with its initial parameters."""
@@ -90,6 +94,11 @@ class Task:
     def summarize(self, means: Mapping[str, Any]) -> dict[str, float]:
         """The figures that the record shows, from the means (NumPy) of what `evaluate` returned over many examples."""
         return {name: float(value) for name, value in means.items()}
+
+    def figures(self, split: str, sums: Mapping[str, Any]) -> dict[str, float]:
+        """`summarize` of a split, as `<split>_<name>`, from the sums of `Steps.eval_steps` over all its batches."""
+        means = {name: value / sums["weight"] for name, value in sums.items() if name != "weight"}
+        return {f"{split}_{name}": value for name, value in self.summarize(means).items()}
 
     def final_metrics(self, predict: "Predictor", dataset: "Dataset") -> dict[str, float]:
         """Figures that are too costly to have after every epoch; names begin with their split, as in "test_nll"."""

@@ -3,17 +3,18 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from research import densities, plots, sharding
+from research import densities, plots, randomness, sharding
 from research.config import is_on
 from research.data.sources import Dataset
 from research.predictor import Predictor
+from research.randomness import Stream
 from research.tasks.task import Batch, Function, Metrics, Task
 
 _ACTIVE = 0.01  # Burda et al. 2016, section 5.2
@@ -44,6 +45,8 @@ class VAE(Task):
       free_bits: nats below which a latent's KL, mean over the batch, costs the same (Kingma et al. 2016, equation 15).
       final_samples: of the log-likelihood's estimate at the end of training; 0: none is made.
     """
+
+    per_device_gradients: ClassVar[bool] = True
 
     network: Callable[[nnx.Rngs], nnx.Module]
     image_shape: tuple[int, ...]
@@ -76,8 +79,10 @@ class VAE(Task):
           "loss", "reconstruction" (-log p(x|z)), "kl" and "elbo", [b] each; in evaluation also "mean" and
           "squared_mean" of the latents' means, [b, latents], for `summarize`.
         """
-        key = key if train else jax.random.key(0)
-        targets = self.targets(batch, key)
+        key = key if train else randomness.key(Stream.EVALUATION)
+        # Not by the keys of evaluation: a training and a test image of the same number would share their thresholds.
+        fixed = train and self.binarize == "fixed"
+        targets = self.targets(batch, randomness.key(Stream.FIXED_BITS) if fixed else key)
         mean, logvar = model.encode(targets)
         shape = (self.samples if train else 1, mean.shape[-1])
         noise = jax.vmap(lambda key: jax.random.normal(key, shape))(_keys(key, batch, _LATENTS))
@@ -136,9 +141,9 @@ class VAE(Task):
 
         Args:
           batch: "image" uint8 [b, h, w, c] and "index" int32 [b].
-          key: the draw's, together with the example's number; not read where bits are fixed.
+          key: of the draw, together with the example's number.
         """
-        keys = _keys(jax.random.key(0) if self.binarize == "fixed" else key, batch, _TARGETS)
+        keys = _keys(key, batch, _TARGETS)
         if self.likelihood == "bernoulli":
             return jax.vmap(_bits)(keys, batch["image"])
         noise = jax.vmap(lambda key: jax.random.uniform(key, self.image_shape))(keys)
@@ -157,7 +162,7 @@ class VAE(Task):
 
         The samples come one after another, each with a running sum of its weight, so memory does not grow with them.
         """
-        key = jax.random.key(0)
+        key = randomness.key(Stream.EVALUATION)
         targets = self.targets(batch, key)
         mean, logvar = model.encode(targets)
         keys = _keys(key, batch, _LATENTS)
@@ -183,7 +188,7 @@ class VAE(Task):
 
     def encoded(self, model: Any, batch: Batch, _: jax.Array) -> tuple[jax.Array, jax.Array]:
         """What evaluation makes of images: their targets, and the mean of q(z|x), [b, latents]."""
-        targets = self.targets(batch, jax.random.key(0))
+        targets = self.targets(batch, randomness.key(Stream.EVALUATION))
         return targets, model.encode(targets)[0]
 
     def decoded(self, model: Any, batch: Batch, _: jax.Array) -> jax.Array:
@@ -210,7 +215,7 @@ class VAE(Task):
         latents = jax.eval_shape(model.encode, probe)[0].shape[1]
 
         def encode(model: Any, inputs: Batch) -> dict[str, jax.Array]:
-            targets = self.targets(inputs, jax.random.key(0))
+            targets = self.targets(inputs, randomness.key(Stream.EVALUATION))
             mean, logvar = model.encode(targets)
             return {"targets": targets, "mean": mean, "logvar": logvar}
 
@@ -237,7 +242,7 @@ class VAE(Task):
 
     def draw_prior(self, predict: Predictor, latents: int, count: int, seed: int = 0) -> np.ndarray:
         """The expected images given `count` draws of the prior: float32 [count, h, w, c] in 0..1."""
-        draws = np.random.default_rng(seed).standard_normal((count, latents)).astype(np.float32)
+        draws = randomness.generator(Stream.PRIOR_SAMPLES, seed).standard_normal((count, latents)).astype(np.float32)
         return predict(self.decoded, {"latents": draws})
 
     def pictures(self, predict: Predictor, dataset: Dataset) -> dict[str, Callable[[], Any]]:

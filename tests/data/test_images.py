@@ -1,4 +1,4 @@
-"""Normalisation and augmentation against NumPy, image by image."""
+"""Normalization and augmentation against NumPy, image by image."""
 
 import jax
 import jax.numpy as jnp
@@ -103,6 +103,25 @@ def test_cutout_sets_one_square_to_the_mean(side):
         areas.append(cut.sum())
         assert max(len(rows), len(columns)) <= side
     assert max(areas) == side**2 or side == 9  # the largest fits whole at one row only
+
+
+@pytest.mark.parametrize("side", [1, 2, 4, 5, 9])
+def test_cutout_is_centered_at_a_uniform_pixel_with_an_even_sides_extra_above_and_left(side):
+    """Against NumPy: every pixel is drawn as often, and each mask is a square around one of them."""
+    before, after = side // 2, (side - 1) // 2  # 5: two on both sides; 4: two above and left, one below and right
+    masks = {}
+    for row, column in np.ndindex(HEIGHT, WIDTH):
+        mask = np.zeros((HEIGHT, WIDTH), bool)
+        mask[max(row - before, 0) : row + after + 1, max(column - before, 0) : column + after + 1] = True
+        masks[mask.tobytes()] = row, column
+    assert len(masks) == HEIGHT * WIDTH  # so a mask tells its pixel
+    count = 100 * HEIGHT * WIDTH
+    batch, index = jnp.ones((count, HEIGHT, WIDTH, 1)), np.zeros(count, np.int32)
+    out = images.augment(batch, jax.random.key(3), AugmentConfig(cutout=side), index=index, epoch=index)
+    drawn = np.zeros((HEIGHT, WIDTH))
+    for one in np.asarray(out)[..., 0] == 0:
+        drawn[masks[one.tobytes()]] += 1
+    assert (np.abs(drawn - 100) < 50).all()  # five standard deviations
 
 
 def test_all_together_keep_shape_and_dtype():

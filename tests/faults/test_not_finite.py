@@ -11,10 +11,11 @@ from drawn import DATASET, Linear, read_lines, run, same
 from flax import nnx
 
 from experiments import char_rnn, cifar_cnn, cifar_speedrun, mnist_vae
-from research import app, optimizers, sharding, train
+from research import app, optimizers, randomness, sharding, train
 from research.config import AugmentConfig, DatasetConfig, MeshConfig, OptimizerConfig
 from research.data.pipeline import example_numbers
 from research.errors import NonFiniteLossError, UserError
+from research.randomness import Stream
 from research.signals import Signals
 from research.tasks.classification import Classification
 
@@ -82,7 +83,7 @@ def _no_pictures(monkeypatch):
 @pytest.fixture(scope="module")
 def initial():
     """The parameters before the first step."""
-    model = Linear(nnx.Rngs(jax.random.key(0)))
+    model = Linear(nnx.Rngs(randomness.key(Stream.INITIALIZATION)))
     return np.asarray(model.linear.kernel[...]), np.asarray(model.linear.bias[...])
 
 

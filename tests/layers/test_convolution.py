@@ -161,6 +161,23 @@ def test_other_convolutions_go_to_lax(options):
     np.testing.assert_array_equal(ours, lax.conv_general_dilated(x, kernel, (1, 1), pads, **options))
 
 
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+def test_a_dilated_input_needs_padding_in_numbers(padding):
+    options = {"padding": padding, "input_dilation": 2, "conv_general_dilated": conv_general_dilated}
+    conv = nnx.Conv(4, 6, (3, 3), rngs=nnx.Rngs(0), **options)
+    with pytest.raises(ValueError, match=rf"'{padding}' is not defined with lhs_dilation=\(2, 2\) .*: give .* pairs"):
+        conv(_random(0, 2, 8, 8, 4))
+
+
+def test_a_dilated_input_is_a_transposed_convolution():
+    """As its error says: the padding in numbers, or `nnx.ConvTranspose`, here of the same kernel."""
+    x = _random(0, 2, 8, 8, 4)
+    options = {"input_dilation": 2, "padding": ((2, 1), (2, 1)), "conv_general_dilated": conv_general_dilated}
+    conv = nnx.Conv(4, 6, (3, 3), rngs=nnx.Rngs(0), **options)
+    transposed = nnx.ConvTranspose(4, 6, (3, 3), strides=(2, 2), padding="SAME", rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(conv(x), transposed(x), atol=1e-6)
+
+
 def test_it_serves_nnx_conv():
     plain = nnx.Conv(3, 5, (3, 3), strides=2, rngs=nnx.Rngs(0))
     fast = nnx.Conv(3, 5, (3, 3), strides=2, conv_general_dilated=conv_general_dilated, rngs=nnx.Rngs(0))

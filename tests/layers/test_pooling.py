@@ -1,4 +1,4 @@
-"""Pooling is that of `nnx`, which is `lax.reduce_window`; ties share the gradient."""
+"""Pooling is that of `nnx`, which is `lax.reduce_window`; the first of equal maxima has the gradient."""
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,13 @@ from research.layers.pooling import avg_pool, max_pool
 PEERS = {max_pool: nnx.max_pool, avg_pool: nnx.avg_pool}
 
 
-def _value_and_gradient(function, x):
-    y, vjp = jax.vjp(function, x)
-    return y, vjp(jnp.asarray(np.random.default_rng(1).standard_normal(y.shape), y.dtype))[0]
+def _value_and_gradient(function, x, dy=None):
+    @jax.jit  # one compilation instead of one an operation
+    def run(x):
+        y, vjp = jax.vjp(function, x)
+        return y, vjp(jnp.asarray(np.random.default_rng(1).standard_normal(y.shape), y.dtype) if dy is None else dy)[0]
+
+    return run(x)
 
 
 @settings(max_examples=50, deadline=None)
@@ -40,14 +44,60 @@ def test_value_and_gradient_are_those_of_nnx(pool, size, window, dtype, platform
         np.testing.assert_allclose(np.float32(one), np.float32(other), rtol=1e-6 if dtype == "float32" else 2e-2)
 
 
-@pytest.mark.parametrize("ties", [1, 2, 3, 4])
-def test_ties_share_a_gradient_whose_sum_is_kept(ties):
-    window = np.zeros(4, np.float32)
-    window[:ties] = 1.0
-    gradient = jax.grad(lambda x: max_pool(x, 2).sum())(jnp.asarray(window).reshape(1, 2, 2, 1)).ravel()
-    assert gradient.sum() == 1.0
-    assert (gradient[:ties] > 0).all()
-    assert (gradient[ties:] == 0).all()
+def _reference_gradient(x, dy, window):
+    """The first maximum of each window, in row-major order, has the gradient: `argmax`."""
+    dx = np.zeros(x.shape)
+    for b, i, j, c in np.ndindex(dy.shape):
+        rows = x[b, i * window : (i + 1) * window, j * window : (j + 1) * window, c]
+        row, column = np.unravel_index(rows.argmax(), rows.shape)
+        dx[b, i * window + row, j * window + column, c] = dy[b, i, j, c]
+    return dx
+
+
+@pytest.mark.parametrize("platform", ["cpu", "default"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("values", [1, 2, 4])
+@pytest.mark.parametrize("window", [2, 3])
+def test_the_first_of_equal_maxima_has_the_gradient(window, values, dtype, platform, monkeypatch):
+    """`values` different numbers: 1 makes all elements of every window equal."""
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arrays, **forms: forms[platform](*arrays))
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.integers(0, values, (2, 7, 8, 3)), dtype)
+    dy = jnp.asarray(rng.integers(1, 100, (2, 7 // window, 8 // window, 3)), dtype)
+    ours = np.float64(_value_and_gradient(lambda x: max_pool(x, window), x, dy)[1])
+    np.testing.assert_array_equal(ours, _reference_gradient(np.float64(x), np.float64(dy), window))
+    sides = (window, window)
+    theirs = _value_and_gradient(lambda x: nnx.max_pool(x, sides, sides), x, dy)[1]
+    np.testing.assert_array_equal(ours, np.float64(theirs))
+
+
+@pytest.mark.parametrize("values", [1, 2, 4])
+@pytest.mark.parametrize("window", [2, 3])
+def test_ties_are_those_of_pytorch(window, values):
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, values, (2, 7, 8, 3)).astype(np.float32)
+    dy = rng.standard_normal((2, 7 // window, 8 // window, 3)).astype(np.float32)
+    ours = _value_and_gradient(lambda x: max_pool(x, window), jnp.asarray(x), jnp.asarray(dy))[1]
+    tensor = torch.tensor(x, requires_grad=True)
+    torch.nn.functional.max_pool2d(tensor.permute(0, 3, 1, 2), window).backward(torch.tensor(dy).permute(0, 3, 1, 2))
+    np.testing.assert_array_equal(ours, tensor.grad.numpy())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_gradient_of_a_window_is_never_lost_or_doubled(dtype):
+    """Also where the input is a fusion that XLA computes more than once: each window's shares add up to 1."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((16, 18, 18, 8)), dtype)
+
+    @jax.jit
+    def gradient(x):
+        normalized = jnp.tanh((x - x.mean((0, 1, 2))) / x.std((0, 1, 2)))
+        return jax.vjp(lambda x: max_pool(x, 3), normalized)[1](jnp.ones((16, 6, 6, 8), dtype))[0]
+
+    shares = np.float64(gradient(x)).reshape(16, 6, 3, 6, 3, 8)
+    assert set(np.unique(shares)) == {0.0, 1.0}
+    np.testing.assert_array_equal(shares.sum((2, 4)), 1.0)
 
 
 @pytest.mark.parametrize("pool", [max_pool, avg_pool])

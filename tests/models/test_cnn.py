@@ -1,6 +1,8 @@
 """The networks have the published shapes, and every field of their config does what it says."""
 
 import functools
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ from flax import nnx
 from research.config import CNNConfig
 from research.errors import UserError
 from research.layers.dropout import Dropout
-from research.models import cnn
+from research.models import airbench, cnn
 
 CIFAR = (32, 32, 3)
 
@@ -30,7 +32,7 @@ def _create(config: CNNConfig, image_shape=CIFAR, seed=0) -> nnx.Module:
 
 
 def _filled(config: CNNConfig) -> nnx.Module:
-    """A network whose kernels NumPy drew (compiling the initialisation takes longer than all else here)."""
+    """A network whose kernels NumPy drew (compiling the initialization takes longer than all else here)."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: _create(config)))
     rng = np.random.default_rng(0)
 
@@ -71,10 +73,14 @@ def _simple_params(w: int) -> int:
     return convolutions + (16 * 2 * w + 1) * 2 * w + (2 * w + 1) * 10
 
 
-def _airbench_params(w: int, depth: int = 2) -> int:
-    firsts, others = 24 * w + w * 4 * w + 16 * w * w, w * w + 2 * 16 * w * w
-    biases = 24 + depth * (w + 4 * w + 4 * w)  # a bias a channel: in whitening and in norms
-    return biases + 9 * (firsts + (depth - 1) * others) + 4 * w * 10
+def _airbench_params(*channels: int, depth: int) -> int:
+    """Of airbench's networks: groups of `depth` 3x3 convolutions without bias, whose batch norms have a bias only."""
+    whitened = 2 * 3 * 2 * 2
+    params, inputs = whitened, whitened  # the bias after the frozen whitening
+    for outputs in channels:
+        params += 9 * inputs * outputs + (depth - 1) * 9 * outputs * outputs + depth * outputs
+        inputs = outputs
+    return params + inputs * 10
 
 
 @pytest.mark.parametrize(
@@ -86,9 +92,11 @@ def _airbench_params(w: int, depth: int = 2) -> int:
         ({"name": "resnet", "depth": 34}, 21_282_122),  # and ResNet34
         ({"name": "wide_resnet"}, 36_479_194),  # Zagoruyko & Komodakis 2016, table 5: 36.5M
         ({"name": "wide_resnet", "depth": 16, "width": 8}, 10_961_370),  # and 11.0M
-        ({"name": "airbench"}, _airbench_params(64)),
-        ({"name": "airbench", "width": 32}, _airbench_params(32)),
-        ({"name": "airbench", "depth": 3}, _airbench_params(64, 3)),
+        ({"name": "airbench"}, _airbench_params(64, 256, 256, depth=2)),  # airbench94_muon.py
+        ({"name": "airbench", "width": 32}, _airbench_params(32, 128, 128, depth=2)),
+        ({"name": "airbench", "depth": 3}, _airbench_params(128, 384, 512, depth=3)),  # airbench96_faster.py
+        ({"name": "airbench", "depth": 3}, 9_915_416),
+        ({"name": "airbench", "depth": 3, "width": 32}, _airbench_params(32, 96, 128, depth=3)),
     ],
 )
 def test_parameter_counts(fields, expected):
@@ -156,9 +164,10 @@ def test_the_simple_network_is_the_papers():
 
 @pytest.mark.parametrize("depth", [2, 3])
 def test_an_airbench_group_is_as_published(depth):
-    """Against plain lax: pooled after the first convolution, and with three a shortcut before the last GELU."""
+    """Against plain lax: pooled after the first convolution, and with three a shortcut before the last exact GELU."""
     group = _filled(_config(name="airbench", width=4, depth=depth, norm="none")).groups[1]
     x = _images(3, 14, 14, 4)
+    gelu = functools.partial(jax.nn.gelu, approximate=False)
     plain = functools.partial(
         jax.lax.conv_general_dilated,
         window_strides=(1, 1),
@@ -167,11 +176,11 @@ def test_an_airbench_group_is_as_published(depth):
     )
     kernels = [conv.kernel[...] for conv in group.convs]
     assert len(kernels) == depth
-    first = jax.nn.gelu(nnx.max_pool(plain(x, kernels[0]), (2, 2), (2, 2)))
-    expected = jax.nn.gelu(plain(first, kernels[1]))
+    first = gelu(nnx.max_pool(plain(x, kernels[0]), (2, 2), (2, 2)))
+    expected = gelu(plain(first, kernels[1]))
     if depth == 3:
-        expected = jax.nn.gelu(plain(expected, kernels[2]) + first)
-    np.testing.assert_allclose(group(x, train=False), expected, atol=1e-4)
+        expected = gelu(plain(expected, kernels[2]) + first)
+    np.testing.assert_allclose(group(x, train=False), expected, atol=2e-5)  # tanh's GELU is off by 5e-4
 
 
 @pytest.mark.parametrize("name", ["resnet", "airbench"])
@@ -183,15 +192,47 @@ def test_batch_norm_learns_its_statistics_in_training_only(name):
         return [np.array(leaf) for leaf in jax.tree.leaves(nnx.state(model, nnx.BatchStat))]
 
     before, after = statistics(train=False), statistics(train=True)
-    assert all(np.isin(leaf, (0, 1)).all() for leaf in before)  # as initialised
+    assert all(np.isin(leaf, (0, 1)).all() for leaf in before)  # as initialized
     assert not any(np.allclose(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("momentum", [0.6, 0.95])
+def test_airbenchs_running_statistics_keep_the_part_that_momentum_says(momentum):
+    images = _images(8, *CIFAR)
+    whitening = np.random.default_rng(0).standard_normal((2, 2, 3, 24)).astype(np.float32)
+    model: Any = cnn.create(
+        _config(name="airbench", width=4),
+        image_shape=CIFAR,
+        num_classes=10,
+        rngs=nnx.Rngs(0),
+        whitening=whitening,
+        norm_momentum=momentum,
+    )
+    _apply(model, images, train=True)
+    after_one = np.asarray(model.groups[0].norms[0].layer.mean[...])
+    assert np.abs(after_one).max() > 0
+    _apply(model, images, train=True)  # the same batch again: mean = (1 - m) batch, then (1 - m^2) batch
+    np.testing.assert_allclose(
+        model.groups[0].norms[0].layer.mean[...], (1 + momentum) * after_one, rtol=1e-3, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 2e-2)])
+def test_airbenchs_gelu_and_its_gradient_are_exact(dtype, tolerance):
+    x = np.linspace(-6, 6, 4001)
+    density = np.exp(-np.square(x) / 2) / np.sqrt(2 * np.pi)
+    below = np.vectorize(lambda v: math.erfc(-v / math.sqrt(2)) / 2)(x)  # Phi(x)
+    values, gradients = jax.vmap(jax.value_and_grad(airbench._gelu))(jnp.asarray(x, dtype))
+    assert values.dtype == gradients.dtype == dtype
+    np.testing.assert_allclose(np.float64(values), x * below, atol=tolerance)
+    np.testing.assert_allclose(np.float64(gradients), below + x * density, atol=tolerance)
 
 
 def test_whitening_makes_patches_white():
     rng = np.random.default_rng(0)
     noise = rng.standard_normal((50, 33, 33, 3)).astype(np.float32)
-    images = noise[:, 1:, 1:] + noise[:, :-1, 1:] + 0.5 * noise[:, 1:, :-1]  # neighbours are correlated
-    kernel = cnn.whitening_kernel(images, epsilon=0.0)
+    images = noise[:, 1:, 1:] + noise[:, :-1, 1:] + 0.5 * noise[:, 1:, :-1]  # neighbors are correlated
+    kernel = airbench.whitening_kernel(images, epsilon=0.0)
     assert kernel.shape == (2, 2, 3, 24)
     np.testing.assert_array_equal(kernel[..., 12:], -kernel[..., :12])
     out = jax.lax.conv_general_dilated(images, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
@@ -199,7 +240,7 @@ def test_whitening_makes_patches_white():
     np.testing.assert_allclose(rows.T @ rows / len(rows), np.eye(12), atol=1e-3)
 
 
-def test_airbench_is_initialised_as_published():
+def test_airbench_is_initialized_as_published():
     model = _create(_config(name="airbench", width=32))
     for conv in [conv for group in model.groups for conv in group.convs]:
         kernel = np.asarray(conv.kernel[...])
@@ -210,7 +251,7 @@ def test_airbench_is_initialised_as_published():
         if outputs > same:
             bound = 1 / np.sqrt(9 * inputs)  # PyTorch's default for a convolution
             assert 0.9 * bound < np.abs(kernel[..., same:]).max() <= bound
-    frozen = nnx.state(model, cnn.Frozen)
+    frozen = nnx.state(model, airbench.Frozen)
     assert len(jax.tree.leaves(frozen)) == 1
 
 

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 
+from research import randomness
+from research.randomness import Stream
 from research.tasks.vae import VAE
 
 SHAPE = (2, 3, 2)
@@ -52,18 +54,21 @@ def _exact(targets):
     return np.atleast_1d(density.logpdf(flat)) - 12 * math.log(256)
 
 
+EVALUATION = randomness.key(Stream.EVALUATION)
+
+
 def _log_likelihood(model, samples, batch=None):
     task = dataclasses.replace(TASK, final_samples=samples)
     return _jit(lambda batch: task.log_likelihood(model, batch, jax.random.key(1)))(batch or _batch())
 
 
 def test_the_estimate_is_exact_with_the_exact_posterior():
-    expected = _exact(TASK.targets(_batch(), jax.random.key(0)))
+    expected = _exact(TASK.targets(_batch(), EVALUATION))
     np.testing.assert_allclose(_log_likelihood(_linear(), 7), expected, rtol=1e-5)
 
 
 def test_the_estimate_nears_the_likelihood_from_another_distribution():
-    expected = _exact(TASK.targets(_batch(), jax.random.key(0)))
+    expected = _exact(TASK.targets(_batch(), EVALUATION))
     model = _linear(shift=0.1, spread=1.3)
     np.testing.assert_allclose(_log_likelihood(model, 4000), expected, atol=0.05)
     assert np.abs(_log_likelihood(model, 1) - expected).max() > 0.1
@@ -172,7 +177,7 @@ def test_free_bits_hold_for_the_mean_over_the_batch():
     np.testing.assert_allclose(gradient, np.asarray(means) / 2 * (mean_kl > limit), rtol=1e-5)
 
 
-def test_stochastic_bits_have_the_greys_probabilities_and_fixed_ones_stay():
+def test_stochastic_bits_have_the_probabilities_of_the_grays():
     greys = np.arange(12, dtype=np.uint8).reshape(SHAPE) * 23
     greys.flat[-1] = 255
     batch = _batch(np.repeat(greys[None], 4000, 0))
@@ -181,9 +186,25 @@ def test_stochastic_bits_have_the_greys_probabilities_and_fixed_ones_stay():
     np.testing.assert_allclose(drawn.mean(0), greys / 255, atol=0.04)
     np.testing.assert_array_equal(drawn.mean(0)[greys % 255 == 0], [0, 1])  # black and white are certain
     assert not np.array_equal(drawn, BITS.targets(batch, jax.random.key(1)))
-    fixed = dataclasses.replace(BITS, binarize="fixed")
-    np.testing.assert_array_equal(fixed.targets(batch, jax.random.key(0)), fixed.targets(batch, jax.random.key(1)))
-    np.testing.assert_allclose(fixed.targets(batch, jax.random.key(0)).mean(0), greys / 255, atol=0.04)
+
+
+def test_fixed_bits_stay_and_a_training_image_shares_none_with_a_test_image():
+    """As the network sees them."""
+    grays = np.full((2000, *SHAPE), 128, np.uint8)
+    seen = []
+
+    def encode(bits):
+        seen.append(np.asarray(bits))
+        return jnp.zeros((len(bits), 2)), jnp.zeros((len(bits), 2))
+
+    model = SimpleNamespace(encode=encode, decode=lambda z: jnp.zeros((*z.shape[:-1], 12)))
+    task = dataclasses.replace(BITS, binarize="fixed")
+    for seed, train in ((0, True), (1, True), (0, False), (1, False)):
+        task.evaluate(model, _batch(grays, step=jnp.int32(0)), key=jax.random.key(seed), train=train)
+    np.testing.assert_array_equal(seen[0], seen[1])
+    np.testing.assert_array_equal(seen[2], seen[3])
+    assert abs((seen[0] == seen[2]).mean() - 0.5) < 0.02
+    np.testing.assert_allclose(seen[0].mean(0), 128 / 255, atol=0.06)
 
 
 def test_values_are_dequantised_within_their_step():

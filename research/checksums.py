@@ -1,0 +1,86 @@
+"""Checksums of sharded arrays, computed where the shards are: the same for any sharding, and equal on all replicas.
+
+Every device sums the bits of its own shard. A checkpoint keeps the sums of whole arrays. Devices that hold the same
+shard must have the same sum: a difference means that a device computed wrongly (silent data corruption), or that the
+step is not the same on all devices.
+"""
+
+import functools
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from research.errors import ReplicaError
+
+_FACTOR = 2654435761
+
+
+def checksums(arrays: dict[str, jax.Array]) -> dict[str, int]:
+    """The checksum of every array: 32 bits that see any single flipped bit, whatever the mesh.
+
+    Args:
+      arrays: each with a `NamedSharding` on one mesh, no axis of which is split unevenly.
+
+    Raises:
+      ReplicaError: devices that hold the same shard of an array have different bits.
+    """
+    shardings = [array.sharding for array in arrays.values()]
+    assert all(isinstance(sharding, NamedSharding) for sharding in shardings)
+    mesh = shardings[0].mesh  # pyright: ignore[reportAttributeAccessIssue]
+    specs = tuple(sharding.spec for sharding in shardings)  # pyright: ignore[reportAttributeAccessIssue]
+    by_device = np.asarray(_device_sums(mesh, specs)(tuple(arrays.values())))  # [devices, arrays]
+    return {
+        name: _whole(name, column, mesh, spec) for name, column, spec in zip(arrays, by_device.T, specs, strict=True)
+    }
+
+
+@functools.lru_cache(maxsize=8)
+def _device_sums(mesh: Mesh, specs: tuple[P, ...]) -> jax.stages.Wrapped:
+    def sums(arrays: tuple[jax.Array, ...]) -> jax.Array:
+        return jnp.stack([_shard_sum(x, spec, mesh) for x, spec in zip(arrays, specs, strict=True)])[None]
+
+    # Replicas are read as they are, so their types cannot vouch for them.
+    mapped = jax.shard_map(sums, mesh=mesh, in_specs=(specs,), out_specs=P(mesh.axis_names), check_vma=False)
+    return jax.jit(mapped, out_shardings=NamedSharding(mesh, P()))
+
+
+def _shard_sum(shard: jax.Array, spec: P, mesh: Mesh) -> jax.Array:
+    """Uint32 scalar: the sum of the elements' bits, each times an odd number of its position in the whole array.
+
+    An odd factor loses no bit, so no single flipped bit goes unseen; sums modulo 2^32 do not depend on their order.
+    """
+    bits = shard.astype(jnp.uint8) if shard.dtype == bool else shard
+    bits = jax.lax.bitcast_convert_type(bits, f"uint{8 * bits.dtype.itemsize}").astype(jnp.uint32)
+    position = jnp.uint32(0)
+    for axis, size in enumerate(shard.shape):
+        split = spec[axis] if axis < len(spec) else None
+        names = split if isinstance(split, tuple) else (split,) if split else ()
+        count = int(np.prod([mesh.shape[name] for name in names]))
+        first = jax.lax.axis_index(names).astype(jnp.uint32) * jnp.uint32(size) if names else jnp.uint32(0)
+        index = first + jax.lax.broadcasted_iota(jnp.uint32, shard.shape, axis)
+        position = position * jnp.uint32(size * count) + index
+    return jnp.sum(bits * (position * jnp.uint32(_FACTOR) | jnp.uint32(1)), dtype=jnp.uint32)
+
+
+def _whole(name: str, sums: np.ndarray, mesh: Mesh, spec: P) -> int:
+    """The whole array's checksum, from those of each device, uint32 [devices] in the mesh's order."""
+    used = {axis for split in spec if split for axis in (split if isinstance(split, tuple) else (split,))}
+    axes = sorted(range(len(mesh.axis_names)), key=lambda i: mesh.axis_names[i] not in used)  # stable: split ones first
+    shards = int(np.prod([mesh.shape[axis] for axis in used]))
+    by_shard = sums.reshape(mesh.devices.shape).transpose(axes).reshape(shards, -1)
+    differs = (by_shard != by_shard[:, :1]).any(1)
+    if differs.any():
+        row = int(differs.argmax())
+        devices = mesh.devices.transpose(axes).reshape(shards, -1)[row]
+        usual = Counter(by_shard[row].tolist()).most_common(1)[0][0]
+        odd = [str(device) for device, value in zip(devices, by_shard[row]) if value != usual]
+        raise ReplicaError(
+            f"{name} is not the same on all {len(devices)} devices that hold it ({', '.join(odd[:8])} differs): either "
+            "a device computes wrongly, which its vendor's diagnostics can tell, or the step is not the same on all "
+            "devices; nothing was saved, and the checkpoint before is intact"
+        )
+    return int(by_shard[:, 0].sum(dtype=np.uint32))

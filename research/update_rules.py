@@ -1,0 +1,85 @@
+"""The update rules by name, as transformations of the gradient at a learning rate of 1.
+
+They are Optax's, in the form of their papers and of PyTorch where it has them: tests/test_update_rules.py compares ten
+steps of each with NumPy and with torch.optim.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from research.config import is_on
+
+_MUON_ADAM_FACTOR = 0.1  # biases and norms go by Nesterov's Adam, whose customary rate is a tenth of Muon's
+_LARS_TRUST = 0.001  # You et al.'s trust coefficient
+
+
+def kernel_mask(params: Any) -> Any:
+    """True for what decays: kernels, arrays of two or more axes, embeddings included; not biases and norms."""
+    return jax.tree.map(lambda x: x.ndim > 1, params)
+
+
+def _muon_dimensions(params: Any) -> Any:
+    """Kernels [..., in, out] as matrices (all but the last axis) x out; None (Adam) for biases and norms."""
+    dims = optax.contrib.MuonDimensionNumbers
+    return jax.tree.map(
+        lambda x: dims(reduction_axis=tuple(range(x.ndim - 1)), output_axis=x.ndim - 1) if x.ndim > 1 else None, params
+    )
+
+
+def make_rule(name: str, momentum: Any, weight_decay: Any) -> optax.GradientTransformation:
+    """The update of a rule at a learning rate of 1.
+
+    Args:
+      name: an `OptimizerConfig.name`.
+      momentum: may be traced; where it is the number 0, SGD and RMSProp keep no buffer for it.
+      weight_decay: of LARS and LAMB, which measure the update with it; may be traced. The other rules ignore it.
+    """
+    trace = momentum if is_on(momentum) else None
+    rules: dict[str, Callable[[], optax.GradientTransformation]] = {
+        "sgd": lambda: optax.sgd(1.0),
+        "momentum": lambda: optax.sgd(1.0, trace),
+        "nesterov": lambda: optax.sgd(1.0, trace, nesterov=True),
+        "adagrad": lambda: optax.chain(_scale_by_adagrad(eps=1e-10), optax.scale(-1.0)),
+        # PyTorch's decay and its epsilon outside the root: Optax's defaults, 0.9 and sqrt(v + 1e-8), make an epsilon of
+        # 1e-4, above many gradients.
+        "rmsprop": lambda: optax.rmsprop(1.0, decay=0.99, eps=1e-8, eps_in_sqrt=False, momentum=trace),
+        "adam": lambda: optax.adam(1.0, b1=momentum),
+        "adamw": lambda: optax.adam(1.0, b1=momentum),
+        "lion": lambda: optax.lion(1.0, b1=momentum, weight_decay=0.0),
+        # Optax's form of You et al. 2017, equation 6: the ratio is |w| / |g + decay w|, not |w| / (|g| + decay |w|).
+        # Biases and norms are not scaled by their own norm: they go at the same small part of the rate.
+        "lars": lambda: optax.lars(
+            _LARS_TRUST, weight_decay, kernel_mask, 1.0, trust_ratio_mask=kernel_mask, momentum=momentum
+        ),
+        # You et al. 2020, algorithm 2, with its bias correction and without its bounds on |w|.
+        "lamb": lambda: optax.lamb(1.0, b1=momentum, weight_decay=weight_decay, mask=kernel_mask),
+        # Optax corrects the bias of Nesterov's average, which Jordan's code and torch.optim.Muon do not: in the first
+        # steps the gradient has more weight beside the momentum.
+        "muon": lambda: optax.contrib.muon(
+            1.0,
+            beta=momentum,
+            adam_learning_rate=_MUON_ADAM_FACTOR,
+            muon_weight_dimension_numbers=_muon_dimensions,
+        ),
+    }
+    return rules[name]()
+
+
+def _scale_by_adagrad(eps: float) -> optax.GradientTransformation:
+    """AdaGrad as in PyTorch: g / (sqrt(sum of g^2) + eps), the sum from 0 (Duchi et al. 2011, figure 1).
+
+    `optax.adagrad` adds eps inside the root, where 1e-10 acts as 1e-5 does outside.
+    """
+
+    def init(params: Any) -> optax.ScaleByRssState:
+        return optax.ScaleByRssState(jax.tree.map(jnp.zeros_like, params))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        sums = jax.tree.map(lambda g, s: s + jnp.square(g), updates, state.sum_of_squares)
+        return jax.tree.map(lambda g, s: g / (jnp.sqrt(s) + eps), updates, sums), optax.ScaleByRssState(sums)
+
+    return optax.GradientTransformation(init, update)

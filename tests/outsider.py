@@ -1,0 +1,119 @@
+"""Networks as a user writes them, of Flax's own layers, who knows nothing of meshes; and their experiment."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from research import app
+from research.config import Config, DatasetConfig, OptimizerConfig, option
+from research.data import images
+from research.tasks.classification import Classification
+
+
+class BatchNorm(nnx.Module):
+    """Batch statistics."""
+
+    def __init__(self, inputs, classes, rngs):
+        self.first, self.norm = nnx.Linear(inputs, 16, rngs=rngs), nnx.BatchNorm(16, momentum=0.9, rngs=rngs)
+        self.last = nnx.Linear(16, classes, rngs=rngs)
+
+    def __call__(self, x, *, train, key=None):
+        x = self.first(x.reshape(len(x), -1))
+        return self.last(nnx.relu(self.norm(x, use_running_average=not train)))
+
+
+class Dropout(nnx.Module):
+    """Flax's dropout, with the step's key."""
+
+    def __init__(self, inputs, classes, rngs):
+        self.first, self.dropout = nnx.Linear(inputs, 16, rngs=rngs), nnx.Dropout(0.5)
+        self.last = nnx.Linear(16, classes, rngs=rngs)
+
+    def __call__(self, x, *, train, key=None):
+        x = nnx.relu(self.first(x.reshape(len(x), -1)))
+        return self.last(self.dropout(x, deterministic=not train, rngs=key))
+
+
+class Noise(nnx.Module):
+    """Noise of the whole batch's shape."""
+
+    def __init__(self, inputs, classes, rngs):
+        self.first, self.last = nnx.Linear(inputs, 16, rngs=rngs), nnx.Linear(16, classes, rngs=rngs)
+
+    def __call__(self, x, *, train, key=None):
+        x = self.first(x.reshape(len(x), -1))
+        return self.last(x + jax.random.normal(key, x.shape) if train else x)
+
+
+class Spectral(nnx.Module):
+    """Spectral normalization, whose power iteration goes on from step to step."""
+
+    def __init__(self, inputs, classes, rngs):
+        self.first = nnx.SpectralNorm(nnx.Linear(inputs, 16, rngs=rngs), rngs=rngs)
+        self.last = nnx.Linear(16, classes, rngs=rngs)
+
+    def __call__(self, x, *, train, key=None):
+        return self.last(nnx.relu(self.first(x.reshape(len(x), -1), update_stats=train)))
+
+
+class Everything(nnx.Module):
+    """All of them at once."""
+
+    def __init__(self, inputs, classes, rngs):
+        self.first = nnx.SpectralNorm(nnx.Linear(inputs, 16, rngs=rngs), rngs=rngs)
+        self.norm, self.dropout = nnx.BatchNorm(16, momentum=0.9, rngs=rngs), nnx.Dropout(0.2)
+        self.last = nnx.Linear(16, classes, rngs=rngs)
+
+    def __call__(self, x, *, train, key=None):
+        x = self.norm(self.first(x.reshape(len(x), -1), update_stats=train), use_running_average=not train)
+        if train:
+            noise_key, key = jax.random.split(key)
+            x = x + 0.1 * jax.random.normal(noise_key, x.shape)
+        return self.last(self.dropout(nnx.relu(x), deterministic=not train, rngs=key))
+
+
+class Contrastive(Classification):
+    """Classification, and a loss over all pairs of the batch: an image's logits are nearest to themselves."""
+
+    def evaluate(self, model, batch, *, key, train):
+        """The base's values, with the contrastive term (van den Oord et al. 2018, equation 4) in the loss."""
+        values = super().evaluate(model, batch, key=key, train=train)
+        embeddings = model(images.normalize(batch["image"], self.mean, self.std), train=False)
+        similarities = jax.nn.log_softmax(embeddings @ embeddings.T)
+        return values | {"loss": values["loss"] - jnp.diagonal(similarities)}
+
+
+NETWORKS = {network.__name__: network for network in (BatchNorm, Dropout, Noise, Spectral, Everything)}
+
+
+@dataclasses.dataclass
+class OutsiderConfig(Config):
+    """Which of the networks."""
+
+    network: str = option("BatchNorm", "network", choices=tuple(NETWORKS))
+    contrastive: bool = option(False, "add a loss over all pairs of the batch")
+
+
+def get_config():
+    """Two epochs of the digits."""
+    optimizer = OptimizerConfig(name="momentum", learning_rate=0.02)
+    return OutsiderConfig(num_epochs=2, batch_size=96, dataset=DatasetConfig(name="digits"), optimizer=optimizer)
+
+
+def make_task(config, dataset):
+    """Classification of the data set's images."""
+    pixels, classes = dataset.train["image"][0].size, len(dataset.label_names)
+
+    def network(rngs):
+        return NETWORKS[config.network](pixels, classes, rngs)
+
+    task = Contrastive if config.contrastive else Classification
+    return task(network, *images.channel_statistics(dataset.train["image"]))
+
+
+EXPERIMENT = app.Experiment("outsider", str(__doc__), {"default": get_config}, make_task)
+
+if __name__ == "__main__":
+    app.main(EXPERIMENT)

@@ -1,0 +1,241 @@
+"""Any network has on any mesh the losses, parameters and state of one device: `outsider` knows nothing of meshes."""
+
+import dataclasses
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import outsider
+import pytest
+from flax import nnx
+
+from research import hyperparams, optimizers, per_device, sharding, train
+from research.checkpoint import Checkpoints
+from research.config import MeshConfig
+from research.data.pipeline import EvalBatches, TrainBatches
+from research.data.sources import Dataset
+from research.errors import ReplicaError, UserError
+from research.layers.dropout import Dropout
+from research.state import create_state
+from research.steps import Steps
+
+RNG = np.random.default_rng(0)
+
+
+def _split(count):
+    label = RNG.integers(0, 3, count).astype(np.int32)
+    images = RNG.integers(0, 160, (count, 4, 4, 1)) + 40 * label[:, None, None, None]
+    return {"image": images.astype(np.uint8), "label": label}
+
+
+DATASET = Dataset("drawn", ("a", "b", "c"), _split(96), None, _split(30))
+MESHES = {
+    "data=4": MeshConfig(),
+    "fsdp=4": MeshConfig(data=1, fsdp=-1),
+    "data=2, model=2": MeshConfig(data=2, model=2),
+    "data=2, fsdp=2, model=2": MeshConfig(data=2, fsdp=2, model=2),
+}
+
+
+def _config(network, mesh="data=4", **fields):
+    config = dataclasses.replace(outsider.get_config(), network=network, batch_size=16, mesh=MESHES[mesh], **fields)
+    config.optimizer = dataclasses.replace(config.optimizer, ema_decay=0.9)
+    optimizers.resolve(config.optimizer)
+    return config
+
+
+def _trained(config, devices, task=None):
+    """(losses of four steps, the state, sums of evaluation)."""
+    task = task or outsider.make_task(config, DATASET)
+    mesh = sharding.make_mesh(config, jax.devices()[:devices])
+    given = hyperparams.inputs(config, 4)
+    graphdef, state = create_state(task, hyperparams.make_optimizer(config, given, task.widths), config, mesh)
+    steps = Steps(task, graphdef, config, mesh)
+    batches = TrainBatches(DATASET.train, config, mesh, resident=True, capacity=4)
+    inputs = batches.take(4)
+    if steps.num_replicas > 1:
+        steps.check_per_device(state, batches.data, inputs, given)
+    state, metrics = steps.jit_train(state)(state, batches.data, inputs, np.int32(4), given)
+    if state.ema_model_state is not None:
+        state = steps.jit_estimate(state)(state, batches.data, batches.one(3), np.int32(0), given)
+    evals = EvalBatches(DATASET.test, config, mesh, resident=True)
+    arrays = state.eval_params, state.eval_model_state, {}, evals.data, next(iter(evals))
+    return np.asarray(metrics["loss"]), state, jax.device_get(steps.jit_eval(state)(*arrays)[1])
+
+
+@functools.cache
+def _one_device(network, contrastive, microbatch_size):
+    return _trained(_config(network, contrastive=contrastive, microbatch_size=microbatch_size), 1)
+
+
+def _agrees(network, mesh, microbatch_size, contrastive=False):
+    fields = {"contrastive": contrastive, "microbatch_size": microbatch_size}
+    losses, *arrays = _trained(_config(network, mesh, **fields), 8 if "fsdp=2" in mesh else 4)
+    expected, *expected_arrays = _one_device(network, contrastive, microbatch_size)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    for one, many in zip(jax.tree.leaves(expected_arrays), jax.tree.leaves(arrays), strict=True):
+        np.testing.assert_allclose(many, one, rtol=1e-4, atol=1e-5)
+        if isinstance(many, jax.Array):
+            _replicas_are_equal(many)
+
+
+@pytest.mark.parametrize("network", ["BatchNorm", "Dropout", "Noise", "Spectral"])
+def test_a_network_learns_on_four_devices_what_it_learns_on_one(network):
+    _agrees(network, "data=4", microbatch_size=8)
+
+
+@pytest.mark.parametrize("microbatch_size", [0, 8])
+@pytest.mark.parametrize("mesh", MESHES)
+def test_all_of_it_and_a_loss_over_pairs_learns_the_same_on_any_mesh(mesh, microbatch_size):
+    _agrees("Everything", mesh, microbatch_size, contrastive=True)
+
+
+def _replicas_are_equal(array):
+    shards = {}
+    for shard in array.addressable_shards:
+        first = shards.setdefault(str(shard.index), np.asarray(shard.data))
+        np.testing.assert_array_equal(np.asarray(shard.data), first)
+
+
+def test_two_processes_learn_what_one_device_learns(env, tmp_path):
+    """All of it at once, trained by the commands of a user: the record and the arrays of the checkpoint."""
+    env |= {"PYTHONPATH": f"{env['PYTHONPATH']}:{Path(__file__).parent}"}
+    flags = ["--config.network=Everything", "--config.contrastive", "--config.microbatch_size=48"]
+    flags += ["--config.num_epochs=1", "--config.log_every_steps=1"]
+    for command in (["outsider", "--workdir=one"], ["launch.local", "outsider", "--processes=2", "--workdir=two"]):
+        done = subprocess.run([sys.executable, "-m", *command, *flags], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    one, two = (
+        [line["loss"] for line in map(json.loads, (tmp_path / name / "metrics.jsonl").open()) if "loss" in line]
+        for name in ("one", "two")
+    )
+    assert len(one) == 14
+    np.testing.assert_allclose(two, one, rtol=1e-4)
+    for a, b in zip(jax.tree.leaves(_saved(tmp_path / "one")), jax.tree.leaves(_saved(tmp_path / "two")), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+def _saved(workdir):
+    config = dataclasses.replace(outsider.get_config(), network="Everything", microbatch_size=48)
+    optimizers.resolve(config.optimizer)
+    digits = Dataset("digits", tuple("0123456789"), {"image": np.zeros((1437, 32, 32, 1), np.uint8)}, None, {})
+    task = outsider.make_task(config, digits)
+    tx = hyperparams.make_optimizer(config, hyperparams.inputs(config, 14), None)
+    _, state = create_state(task, tx, config, sharding.make_mesh(config, jax.devices()[:1]))
+    with Checkpoints(workdir, keep=2, message=print, read_only=True) as saved:
+        state, _ = saved.restore(state)
+    return state.params, state.model_state
+
+
+def _declared(base, **attributes):
+    return type(base.__name__, (base,), {"per_device_gradients": True, **attributes})
+
+
+@pytest.mark.parametrize("network", ["BatchNorm", "Dropout", "Noise"])
+def test_what_a_part_of_the_batch_has_otherwise_is_an_error_where_it_is_declared(network, monkeypatch):
+    """Statistics of a quarter of the batch, and the same noise on every device."""
+    monkeypatch.setitem(outsider.NETWORKS, network, _declared(outsider.NETWORKS[network]))
+    with pytest.raises(UserError, match="per_device_gradients is declared"):
+        _trained(_config(network), 4)
+
+
+class Plain(nnx.Linear):
+    """Softmax regression, which needs no other examples."""
+
+    per_device_gradients = True
+
+    def __init__(self, inputs, classes, rngs):
+        super().__init__(inputs, classes, rngs=rngs)
+
+    def __call__(self, x, *, train, key=None):
+        return super().__call__(x.reshape(len(x), -1))
+
+
+def test_pairs_of_a_part_of_the_batch_are_an_error_where_they_are_declared(monkeypatch):
+    monkeypatch.setitem(outsider.NETWORKS, "Noise", Plain)
+    _trained(_config("Noise"), 4)
+    monkeypatch.setattr(outsider, "Contrastive", _declared(outsider.Contrastive))
+    with pytest.raises(UserError, match="are not those of the whole batch"):
+        _trained(_config("Noise", contrastive=True), 4)
+
+
+def test_state_that_each_device_makes_for_itself_is_a_type_error_where_it_is_declared(monkeypatch):
+    monkeypatch.setitem(outsider.NETWORKS, "Spectral", _declared(outsider.Spectral))
+    with pytest.raises(ValueError, match="shard_map") as error:
+        _trained(_config("Spectral"), 4)
+    assert "per_device_gradients" in error.value.__notes__[0]
+
+
+class Silent(nnx.Module):
+    """Noise that a kernel of zeros hides until it is trained."""
+
+    per_device_gradients = True
+
+    def __init__(self, inputs, classes, rngs):
+        self.first = nnx.Linear(inputs, 16, rngs=rngs)
+        self.last = nnx.Linear(16, classes, kernel_init=nnx.initializers.zeros, rngs=rngs)
+
+    def __call__(self, x, *, train, key=None):
+        x = self.first(x.reshape(len(x), -1))
+        return self.last(x + jax.random.normal(key, x.shape) if train else x)
+
+
+def test_what_initial_parameters_hide_is_an_error_at_the_first_checkpoint(monkeypatch, tmp_path):
+    monkeypatch.setitem(outsider.NETWORKS, "Noise", Silent)
+    config = _config("Noise", num_epochs=1)
+    mesh = sharding.make_mesh(config, jax.devices()[:4])
+    with pytest.raises(UserError, match="per_device_gradients is declared"):
+        train.train_and_evaluate("outsider", config, outsider.make_task(config, DATASET), DATASET, mesh, tmp_path)
+    assert (tmp_path / "metrics.jsonl").stat().st_size
+    assert not [path for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
+
+
+def test_a_declaration_is_not_inherited():
+    """A subclass may break what its base promises."""
+
+    class Base(nnx.Module):
+        per_device_gradients = True
+
+        def __init__(self, rngs):
+            self.dropout = Dropout(0.5)
+
+    class Derived(Base):
+        pass
+
+    mesh = sharding.make_mesh(_config("Noise"), jax.devices()[:4])
+    task = outsider.make_task(_config("Noise"), DATASET)
+    counts = [per_device.num_replicas(dataclasses.replace(task, network=each), mesh) for each in (Base, Derived)]
+    assert counts == [4, 1]
+
+
+def test_bfloat16_gradients_of_a_network_that_declares_nothing_are_an_error():
+    config = _config("Noise")
+    config.mesh = MeshConfig(reduce_dtype="bfloat16")
+    with pytest.raises(UserError, match=r"reduce_dtype=bfloat16.*declare per_device_gradients"):
+        _trained(config, 4)
+
+
+def test_a_replica_that_differs_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
+    _, state, _ = _trained(_config("BatchNorm"), 4)
+    kernel = state.params["last"]["kernel"][...]
+    replicas = [np.array(shard.data) for shard in kernel.addressable_shards]
+    replicas[2].view(np.uint32)[0, 0] ^= 1 << 20  # one bit, as of a processor that computes wrongly
+    devices = [shard.device for shard in kernel.addressable_shards]
+    arrays = [jax.device_put(replica, device) for replica, device in zip(replicas, devices)]
+    state.params["last"]["kernel"][...] = jax.make_array_from_single_device_arrays(
+        kernel.shape, kernel.sharding, arrays
+    )
+    bad = dataclasses.replace(state, step=state.step + 1)
+    with Checkpoints(tmp_path, keep=2, message=print) as saved:
+        good = _trained(_config("BatchNorm"), 4)[1]
+        saved.save(good, {}, None)
+        with pytest.raises(ReplicaError) as error:
+            saved.save(bad, {}, None)
+    assert "params.last.kernel" in str(error.value)
+    assert str(devices[2]) in str(error.value)
+    assert str(devices[0]) not in str(error.value)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [str(int(good.step))]

@@ -48,9 +48,10 @@ class Norm(nnx.Module):
             case "batch":
                 self.layer = BatchNorm(features, momentum=style.norm_momentum, rngs=style.rngs, **options)
             case "layer":
-                self.layer = nnx.LayerNorm(features, rngs=style.rngs, **options)
+                self.layer = nnx.LayerNorm(features, use_fast_variance=False, rngs=style.rngs, **options)
             case "group":
-                self.layer = nnx.GroupNorm(features, num_groups=math.gcd(32, features), rngs=style.rngs, **options)
+                options |= {"num_groups": math.gcd(32, features), "use_fast_variance": False}
+                self.layer = nnx.GroupNorm(features, rngs=style.rngs, **options)
             case _:
                 self.layer = Bias(features)
 

@@ -140,3 +140,15 @@ def test_features_that_are_constant_become_the_bias():
     ours = jax.jit(lambda x: _trained(norm, x, jnp.ones_like(x)))(x)
     np.testing.assert_allclose(ours[0], jnp.broadcast_to(norm.layer.bias[...], x.shape), atol=1e-6)
     assert all(np.isfinite(array).all() for array in ours)
+
+
+@pytest.mark.parametrize("kind", ["layer", "group"])
+def test_layer_and_group_norm_do_not_cancel_either(kind):
+    """Against float64, at a mean of 10,000; four features make four groups."""
+    init = nnx.initializers.zeros_init()
+    norm = Norm(Style(nnx.Rngs(0), jnp.dtype(jnp.float32), 0.0, kind, init, init), FEATURES)
+    x = (1e4 + np.random.default_rng(0).standard_normal((3, 5, 5, FEATURES))).astype(np.float32)
+    axes, exact = ((-1,) if kind == "layer" else (1, 2)), np.float64(x)
+    expected = (exact - exact.mean(axes, keepdims=True)) / np.sqrt(exact.var(axes, keepdims=True) + EPSILON)
+    # The mean itself is rounded to float32; with E[x^2] - E[x]^2 these are off by hundreds.
+    np.testing.assert_allclose(norm(jnp.asarray(x), train=True), expected, atol=0.05)

@@ -103,10 +103,10 @@ def contents(experiment: str, training: "Training") -> tuple[dict[str, Any], dic
 
     from launch.runtimes import described
     from research import train
-    from research.state import num_params
+    from research.state import merge_network, num_params
 
     state, task, dataset = training.state, training.task, training.dataset
-    model = nnx.merge(training.graphdef, state.eval_params, state.eval_model_state, copy=True)
+    model = merge_network(training.graphdef, state.eval_params, state.eval_model_state)
     functions = task.functions(model, dataset)
     if not functions:
         raise UserError(f"{experiment} cannot be exported: {type(task).__name__} defines no `functions`")
@@ -120,7 +120,7 @@ def contents(experiment: str, training: "Training") -> tuple[dict[str, Any], dic
 
     def network(arrays: Mapping[str, Any]) -> nnx.Module:
         tree = jax.tree.unflatten(structure, [arrays[name] for name in weights])
-        return nnx.merge(training.graphdef, tree["params"], tree["model_state"])
+        return merge_network(training.graphdef, tree["params"], tree["model_state"])
 
     exported = {name: _export(name, function, network, weights) for name, function in functions.items()}
     manifest = {

@@ -27,7 +27,8 @@ _SWEEP = "launch.sweep"  # what these run as a worker that joins a study
 _RUN_WORKERS = ("local", "slurm", "tpu", "gke")
 _OF_THEIR_OWN = ("sweep", "scaling")  # records, that is
 
-# Exit codes that another try would end with as well: bad input, a loss that is not finite, a full disk, no memory.
+# Exit codes that another try would end with as well, or must not follow unseen: bad input, a loss that is not finite, a
+# full disk, no memory, a device that may compute wrongly.
 LASTING = (2, 3, 4, 5, 6)
 
 

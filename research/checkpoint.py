@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from research import distributed, storage
+from research import distributed, randomness, storage
 from research.checksums import checksums
 from research.errors import RecordError, UserError, of_memory
 from research.mirror import Mirror
@@ -80,6 +80,15 @@ def _flat(state: TrainState) -> dict[str, Any]:
     """The arrays of the state by path: "params.conv.kernel"."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def checksums_of(state: TrainState) -> dict[str, int]:
+    """The checksum of every array of a state.
+
+    Raises:
+      ReplicaError: an array differs between devices that should hold the same.
+    """
+    return checksums(_flat(state))
 
 
 def _kinds(arrays: dict[str, Any]) -> dict[str, str]:
@@ -156,23 +165,28 @@ class Checkpoints:
         if self._mirror:
             self._mirror.close()
 
-    def save(self, state: TrainState, progress: dict[str, Any], best_step: int | None) -> None:
+    def save(self, state: TrainState, sums: dict[str, int], progress: dict[str, Any], best_step: int | None) -> None:
         """Saves in the background (to a mirror: at once); the state may be donated at once.
 
         Args:
           state: its step names the checkpoint; saved again for a step that is saved already, nothing happens.
+          sums: its `checksums_of`.
           progress: what JSON can have.
           best_step: the step that is kept beside the newest, if there is one.
 
         Raises:
           RecordError: it, or the one before, could not be written.
-          ReplicaError: an array differs between devices that should hold the same; nothing was saved.
         """
         step = int(state.step)
         if step in self._manager.all_steps():
             return
         arrays = _flat(state)
-        record = {"progress": progress, "checksums": checksums(arrays), "kinds": _kinds(arrays)}
+        record = {
+            "progress": progress,
+            "checksums": sums,
+            "kinds": _kinds(arrays),
+            "random_streams": randomness.VERSION,
+        }
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave({"crc32": _crc(record), **record})
         )
@@ -248,6 +262,11 @@ class Checkpoints:
         record = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
         if record.pop("crc32") != _crc(record):
             raise _DamagedError("its record's checksum differs")
+        if record.get("random_streams") != randomness.VERSION:
+            raise UserError(
+                f"checkpoint {step} in {self._place} is of a version that held out other examples and drew other "
+                "random numbers: use that version, or train anew with another --workdir"
+            )
         arrays = _flat(like)
         kinds = _kinds(arrays)
         for name in sorted(kinds.keys() | record["kinds"].keys()):

@@ -34,7 +34,8 @@ def checksums(arrays: dict[str, jax.Array]) -> dict[str, int]:
     specs = tuple(sharding.spec for sharding in shardings)  # pyright: ignore[reportAttributeAccessIssue]
     by_device = np.asarray(_device_sums(mesh, specs)(tuple(arrays.values())))  # [devices, arrays]
     return {
-        name: _whole(name, column, mesh, spec) for name, column, spec in zip(arrays, by_device.T, specs, strict=True)
+        name: _combine_shards(name, column, mesh, spec)
+        for name, column, spec in zip(arrays, by_device.T, specs, strict=True)
     }
 
 
@@ -66,7 +67,7 @@ def _shard_sum(shard: jax.Array, spec: P, mesh: Mesh) -> jax.Array:
     return jnp.sum(bits * (position * jnp.uint32(_FACTOR) | jnp.uint32(1)), dtype=jnp.uint32)
 
 
-def _whole(name: str, sums: np.ndarray, mesh: Mesh, spec: P) -> int:
+def _combine_shards(name: str, sums: np.ndarray, mesh: Mesh, spec: P) -> int:
     """The whole array's checksum, from those of each device, uint32 [devices] in the mesh's order."""
     used = {axis for split in spec if split for axis in (split if isinstance(split, tuple) else (split,))}
     axes = sorted(range(len(mesh.axis_names)), key=lambda i: mesh.axis_names[i] not in used)  # stable: split ones first
@@ -76,11 +77,21 @@ def _whole(name: str, sums: np.ndarray, mesh: Mesh, spec: P) -> int:
     if differs.any():
         row = int(differs.argmax())
         devices = mesh.devices.transpose(axes).reshape(shards, -1)[row]
-        usual = Counter(by_shard[row].tolist()).most_common(1)[0][0]
-        odd = [str(device) for device, value in zip(devices, by_shard[row]) if value != usual]
+        which = _differing(devices, by_shard[row])
         raise ReplicaError(
-            f"{name} is not the same on all {len(devices)} devices that hold it ({', '.join(odd[:8])} differs): either "
-            "a device computes wrongly, which its vendor's diagnostics can tell, or the step is not the same on all "
-            "devices; nothing was saved, and the checkpoint before is intact"
+            f"{name} is not the same on all {len(devices)} devices that hold it ({which}): either a device computes "
+            "wrongly, which its vendor's diagnostics can tell, or the step is not the same on all devices; what was "
+            "saved before is intact"
         )
     return int(by_shard[:, 0].sum(dtype=np.uint32))
+
+
+def _differing(devices: np.ndarray, sums: np.ndarray) -> str:
+    """Says which devices have another sum than most of them."""
+    usual, count = Counter(sums.tolist()).most_common(1)[0]
+    if 2 * count <= len(sums):
+        names, verb = devices, "hold different bits, and no majority says which is right"
+    else:
+        names, verb = devices[sums != usual], "differ from the others"
+    shown = [f"{device} of process {device.process_index}" for device in names[:8]]
+    return f"{', '.join(shown)}{', ...' if len(names) > 8 else ''} {verb}"

@@ -134,11 +134,11 @@ class Population:
         def put(states: Any, slot: Any, state: Any) -> Any:
             return jax.tree.map(lambda all_, one: all_.at[slot].set(one), states, state)
 
-        def estimate(states: Any, inputs: Any, numbers: Any, given: Any, data: Any) -> Any:
-            def one(state: Any, inputs: Any, number: Any, given: Any) -> Any:
-                return steps.estimate_statistics(state, data, inputs, number, given)
+        def estimate(states: Any, inputs: Any, counts: Any, given: Any, data: Any) -> Any:
+            def one(state: Any, inputs: Any, count: Any, given: Any) -> Any:
+                return steps.estimate_statistics(state, data, inputs, count, given)
 
-            return population_devices.each(at_once, one)(states, inputs, numbers, given)
+            return population_devices.each(at_once, one)(states, inputs, counts, given)
 
         placed = NamedSharding(self._mesh, members)
         spread_estimate = spread(estimate, members, members, members, members, whole)
@@ -236,14 +236,16 @@ class Population:
         if self._states is None or self._states.ema_model_state is None:
             return
         given = self._stack({slot: member.given for slot, member in self._members.items()}, self._given)
+        counts: Any = np.zeros(self.size, np.int32)
         for number in range(batch_statistics.NUM_STEPS):
             steps = {s: m.step - min(m.step, batch_statistics.NUM_STEPS) + number for s, m in self._members.items()}
             steps = {slot: step for slot, step in steps.items() if step < self._members[slot].step}
             taken = {slot: self._members[slot].batches.step_inputs(step) for slot, step in steps.items()}
             taken = {slot: {name: x[None] for name, x in inputs.items()} for slot, inputs in taken.items()}
             inputs = self._stack(taken, {name: x[:1] for name, x in self._zeros.items()})
-            numbers = np.array([number if slot in steps else -1 for slot in range(self.size)], np.int32)
-            self._states = self._estimate(self._states, inputs, numbers, given, self._batches.data)
+            has_step = np.isin(np.arange(self.size), list(steps))
+            counts = np.where(has_step, counts, -1)
+            self._states, counts = self._estimate(self._states, inputs, counts, given, self._batches.data)
 
     def _eval_arrays(self, states: TrainState) -> tuple[Any, ...]:
         active = np.array([s in self._members and self._members[s].diverged_at is None for s in range(self.size)])

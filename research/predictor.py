@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from research import randomness, sharding
 from research.randomness import Stream
+from research.state import merge_network
 from research.tasks.task import Batch
 
 _SECONDS_BETWEEN_PLAIN_LINES = 10.0
@@ -71,7 +72,7 @@ class Predictor:
         return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *parts)
 
     def _merge_and_call(self, function: Function, params: Any, model_state: Any, batch: Batch, key: jax.Array) -> Any:
-        model = nnx.merge(self._graphdef, sharding.gather(params, self._mesh), model_state, copy=True)
+        model = merge_network(self._graphdef, sharding.gather(params, self._mesh), model_state)
         return function(model, batch, key)
 
 

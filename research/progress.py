@@ -38,6 +38,7 @@ class Progress:
       skipped_in_a_row: the newest of them that no other step follows.
       rewinds: times that the run went back to a checkpoint.
       batches_left_out: by how many batches the data are ahead of the steps, for that.
+      statistics_step: whose averaged parameters the state's `ema_model_state` belongs to.
     """
 
     step: int = 0
@@ -52,6 +53,7 @@ class Progress:
     skipped_in_a_row: int = 0
     rewinds: int = 0
     batches_left_out: int = 0
+    statistics_step: int = 0
 
     def advance(self, values: Values, most_skipped: int) -> tuple[Values, NonFiniteLossError | None]:
         """Goes on by the steps just made.

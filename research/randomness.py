@@ -9,6 +9,8 @@ import enum
 import jax
 import numpy as np
 
+VERSION = 1  # raised where a seed's numbers change; a run is not resumed by a program that would draw others
+
 
 class Stream(enum.IntEnum):
     """What random numbers are for. A number is never given to another purpose: results would change."""

@@ -18,6 +18,39 @@ from research.tasks.task import Task
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class _StoredKey:
+    """A random key of a network (`nnx.Dropout(rate, rngs=rngs)` has one), as numbers that can be saved and summed."""
+
+    data: jax.Array
+    impl: str = dataclasses.field(metadata={"static": True})
+
+
+def split_network(network: nnx.Module) -> tuple[nnx.GraphDef, Any, Any]:
+    """(static part, trained arrays, other arrays), without typed random keys; `merge_network` undoes it."""
+    graphdef, params, model_state = nnx.split(network, nnx.Param, ...)
+
+    def stored(x: Any) -> Any:
+        if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return x
+        return _StoredKey(jax.random.key_data(x), str(jax.random.key_impl(x)))
+
+    return graphdef, params, jax.tree.map(stored, model_state)
+
+
+def merge_network(graphdef: nnx.GraphDef, params: Any, model_state: Any) -> Any:
+    """A network of its own (`nnx.Module`) with these arrays."""
+
+    def is_stored(x: Any) -> bool:
+        return isinstance(x, _StoredKey)
+
+    def typed(x: Any) -> Any:
+        return jax.random.wrap_key_data(x.data, impl=x.impl) if is_stored(x) else x
+
+    return nnx.merge(graphdef, params, jax.tree.map(typed, model_state, is_leaf=is_stored), copy=True)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class TrainState:
     """Everything that training changes.
 
@@ -67,7 +100,7 @@ def abstract_state(
 
     def init(seed: jax.Array) -> TrainState:
         rngs = nnx.Rngs(randomness.key(Stream.INITIALIZATION, seed))
-        _, params, model_state = nnx.split(task.create_model(rngs), nnx.Param, ...)
+        _, params, model_state = split_network(task.create_model(rngs))
         # A copy: state is donated, and two leaves of it must not share a buffer.
         ema_params = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else None
         own_statistics = ema_params is not None and _has_batch_statistics(model_state)
@@ -98,7 +131,7 @@ def create_state(
     rules, and the initialisation is jitted with them.
 
     Returns:
-      The model's static part (`nnx.merge` makes a module of it), and the state.
+      The model's static part (`merge_network` makes a module of it), and the state.
     """
     graphdef, init = make_init(task, tx, config, mesh)
     return graphdef, init(np.uint32(config.seed))

@@ -23,9 +23,10 @@ from research import batch_statistics, hyperparams, noise_scale, optimizers, per
 from research.config import Config
 from research.errors import UserError
 from research.hyperparams import DROPOUT, SEED, Inputs
+from research.layers import batch_norm
 from research.layers.dropout import set_rate
 from research.randomness import Stream
-from research.state import TrainState
+from research.state import TrainState, merge_network, split_network
 from research.tasks.task import Batch, Metrics, Task
 
 
@@ -56,7 +57,7 @@ class Steps:
         self._config = config
         self._mesh = mesh
         self.num_replicas = per_device.num_replicas(task, mesh)
-        if config.mesh.reduce_dtype != "float32" and mesh.size > self.num_replicas:
+        if config.mesh.reduce_dtype != "float32" and mesh.shape.get("data", 1) > self.num_replicas:
             raise UserError(
                 f"--config.mesh.reduce_dtype={config.mesh.reduce_dtype}: the compiler sums this network's gradients, "
                 "in float32; leave it out, or declare per_device_gradients (research/per_device.py)"
@@ -64,17 +65,25 @@ class Steps:
         self._loss_pair = jax.jit(self._both_losses, out_shardings=sharding.replicated(mesh))
 
     def _advance(
-        self, params: Any, model_state: Any, carry: Any, batch: Batch, given: Inputs, key: jax.Array
+        self,
+        params: Any,
+        model_state: Any,
+        carry: Any,
+        batch: Batch,
+        given: Inputs,
+        key: jax.Array,
+        momentum: jax.Array | None = None,
     ) -> tuple[Metrics, Any, Any]:
-        """(values of every example, model_state, carry) of training."""
-        model = nnx.merge(self._graphdef, sharding.gather(params, self._mesh), model_state, copy=True)
+        """(values of every example, model_state, carry) of training, or with another momentum of every batch norm."""
+        model = merge_network(self._graphdef, sharding.gather(params, self._mesh), model_state)
         task = self._task.with_inputs(given)
         if DROPOUT in given:
             set_rate(model, given[DROPOUT])
-        values, carry = task.advance(model, batch, carry, key=key, train=True)
+        with batch_norm.momentum_of(model, momentum):
+            values, carry = task.advance(model, batch, carry, key=key, train=True)
         if DROPOUT in given:
             set_rate(model, 1.0)  # no array, or it would be part of the model's state
-        return values, nnx.split(model, nnx.Param, ...)[2], carry
+        return values, split_network(model)[2], carry
 
     def _loss(
         self, params: Any, model_state: Any, carry: Any, batch: Batch, given: Inputs, key: jax.Array
@@ -221,16 +230,16 @@ class Steps:
         return jax.lax.fori_loop(0, num_steps, body, (state, history))
 
     def estimate_statistics(
-        self, state: TrainState, data: Batch, inputs: Batch, number: jax.Array, given: Inputs
-    ) -> TrainState:
+        self, state: TrainState, data: Batch, inputs: Batch, count: jax.Array, given: Inputs
+    ) -> tuple[TrainState, jax.Array]:
         """`batch_statistics.estimate`, with leaves [1, m, b, ...] of `inputs`."""
 
-        def model_state_after(params: Any, model_state: Any, carry: Any, inputs: Batch, key: jax.Array) -> Any:
+        def model_state_after(params: Any, model_state: Any, carry: Any, inputs: Batch, *others: Any) -> Any:
             batch = {**fetch(data, inputs), "step": state.step}
-            return self._advance(params, model_state, carry, batch, given, key)[1]
+            return self._advance(params, model_state, carry, batch, given, *others)[1]
 
         one_step = jax.tree.map(lambda x: x[0], inputs)
-        return batch_statistics.estimate(model_state_after, state, one_step, number, given)
+        return batch_statistics.estimate(model_state_after, state, one_step, count, given)
 
     def eval_steps(self, params: Any, model_state: Any, carry: Any, data: Batch, inputs: Batch) -> tuple[Any, Metrics]:
         """Sums over the examples of each batch; `inputs` has leaves [k, b, ...], "mask" [k, b] is 0 for padding.
@@ -260,7 +269,7 @@ class Steps:
 
         def body(carry: Any, xs: tuple[Batch, jax.Array]) -> tuple[Any, Metrics]:
             batch_inputs, seed = xs
-            model = nnx.merge(self._graphdef, params, model_state, copy=True)
+            model = merge_network(self._graphdef, params, model_state)
             key = jax.random.fold_in(randomness.key(Stream.EVALUATION), seed)
             values, carry = self._task.advance(model, fetch(data, batch_inputs), carry, key=key, train=False)
             weight = batch_inputs["mask"] * values.pop("weight", 1.0)
@@ -271,22 +280,22 @@ class Steps:
 
     def jit_train(self, state: TrainState) -> Any:
         """`train_steps` jitted with its shardings; the state's buffers are donated."""
-        return self._jit_with_state(self.train_steps, state, (sharding.replicated(self._mesh),))
+        return self._jit_with_state(self.train_steps, state)
 
-    def _jit_with_state(self, function: Callable[..., Any], state: TrainState, others: tuple[Any, ...]) -> Any:
-        """Jits (state, data, inputs, num_steps, given) -> the state, or (state, *others)."""
+    def jit_estimate(self, state: TrainState) -> Any:
+        """`estimate_statistics` jitted with its shardings; the state's buffers are donated."""
+        return self._jit_with_state(self.estimate_statistics, state)
+
+    def _jit_with_state(self, function: Callable[..., Any], state: TrainState) -> Any:
+        """Jits (state, data, inputs, int32 scalar, given) -> (state, what all devices have)."""
         whole = sharding.replicated(self._mesh)
         state_shardings = jax.tree.map(lambda x: x.sharding, state)
         return jax.jit(
             function,
             in_shardings=(state_shardings, whole, sharding.batch_sharding(self._mesh, 2), whole, whole),
-            out_shardings=(state_shardings, *others) if others else state_shardings,
+            out_shardings=(state_shardings, whole),
             donate_argnums=0,
         )
-
-    def jit_estimate(self, state: TrainState) -> Any:
-        """`estimate_statistics` jitted with its shardings; the state's buffers are donated."""
-        return self._jit_with_state(self.estimate_statistics, state, ())
 
     def jit_eval(self, state: TrainState) -> Any:
         """`eval_steps` jitted with its shardings."""

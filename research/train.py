@@ -158,6 +158,8 @@ def restore(config: Config, task: Task, dataset: Dataset, mesh: jax.sharding.Mes
     with Checkpoints(workdir, keep=config.keep_checkpoints, message=message, read_only=True) as saved:
         if not training.restore(saved):
             raise UserError(f"--workdir={workdir} has no checkpoint to go by")
+    with jax.set_mesh(mesh):
+        training.estimate_statistics()
     return training
 
 

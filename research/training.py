@@ -1,6 +1,7 @@
 """One run: its state, its compiled steps, how far it is, and how it stops and goes on."""
 
 import dataclasses
+import functools
 import itertools
 import signal
 import time
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 
 from research import batch_statistics, distributed, hyperparams, noise_scale, optimizers, sharding
-from research.checkpoint import Checkpoints
+from research.checkpoint import Checkpoints, checksums_of
 from research.config import Config
 from research.data.pipeline import EvalBatches, TrainBatches, epoch_ends, is_resident
 from research.data.sources import Dataset
@@ -72,8 +73,8 @@ class Training:
         self._overlap = mesh.devices.flat[0].platform != "cpu"
         self.signals, self.progress = Signals(), Progress()
         self._calls = 0
-        self._unproven = True
-        self._estimate: Any = None  # compiled where training has to estimate statistics
+        self._check_pending = True
+        self._estimate = self._steps.jit_estimate(self.state)
 
     def restore(self, checkpoints: Checkpoints) -> bool:
         """Goes to the newest checkpoint; False: there is none."""
@@ -117,21 +118,9 @@ class Training:
         """Compiles the evaluation and, where asked, the train step; returns the seconds it took."""
         start = time.monotonic()
         if train:
-            self._batches = TrainBatches(
-                self.dataset.train,
-                self.config,
-                self.mesh,
-                resident=self._resident,
-                capacity=self._pace.capacity,
-                start=self.progress.step + self.progress.batches_left_out,
-                shuffle=self.dataset.shuffle,
-            )
             self._check_per_device()  # before anything is trained
             arrays = self.state, self._batches.data, self._batches.sample(), np.int32(1), self._given
             self.train_program = self._steps.jit_train(self.state).lower(*arrays).compile()
-            if self.state.ema_model_state is not None:
-                arrays = self.state, self._batches.data, self._batches.one(0), np.int32(0), self._given
-                self._estimate = self._steps.jit_estimate(self.state).lower(*arrays).compile()
         jitted = self._steps.jit_eval(self.state)
         params, model_state = self.state.eval_params, self.state.eval_model_state
         self._eval = {
@@ -140,17 +129,32 @@ class Training:
         }
         return time.monotonic() - start
 
+    @functools.cached_property
+    def _batches(self) -> TrainBatches:
+        return TrainBatches(
+            self.dataset.train,
+            self.config,
+            self.mesh,
+            resident=self._resident,
+            capacity=self._pace.capacity,
+            start=self.progress.step + self.progress.batches_left_out,
+            shuffle=self.dataset.shuffle,
+        )
+
     def _check_per_device(self) -> None:
         if self._steps.num_replicas > 1:
-            self._steps.check_per_device(self.state, self._batches.data, self._batches.one(0), self._given)
+            self._steps.check_per_device(self.state, self._batches.data, self._batches.inputs_of_step(0), self._given)
 
-    def _estimate_statistics(self) -> None:
+    def estimate_statistics(self) -> None:
         """Gives the averaged parameters batch statistics of their own, from the newest steps' batches."""
-        if self._estimate:
-            end = self.progress.step + self.progress.batches_left_out
-            for number, step in enumerate(range(max(end - batch_statistics.NUM_STEPS, 0), end)):
-                arrays = self._batches.data, self._batches.one(step), np.int32(number), self._given
-                self.state = self._estimate(self.state, *arrays)
+        progress, count = self.progress, np.int32(0)
+        if self.state.ema_model_state is None or progress.statistics_step == progress.step:
+            return
+        end = progress.step + progress.batches_left_out
+        for step in range(max(end - batch_statistics.NUM_STEPS, 0), end):
+            inputs = self._batches.inputs_of_step(step)
+            self.state, count = self._estimate(self.state, self._batches.data, inputs, count, self._given)
+        progress.statistics_step = progress.step
 
     @property
     def steps_per_dispatch(self) -> int:
@@ -223,7 +227,6 @@ class Training:
                 speed = (step - first) * self.config.batch_size / (progress.train_seconds - seconds_before)
                 writer.progress(step, float(values["loss"].mean()), speed)
             if self.signals.received or progress.step < end:
-                self._estimate_statistics()
                 self._stop(writer, checkpoints) if self.signals.received else self.save(writer, checkpoints)
         return progress.means(end - [0, *self.ends][progress.epoch])
 
@@ -245,18 +248,20 @@ class Training:
         """Saves a checkpoint in the background.
 
         Raises:
-          NonFiniteLossError: there is no going on from such a state.
+          NonFiniteLossError: a parameter or statistic is NaN or infinite.
           ReplicaError: an array differs between devices that should hold the same.
           UserError: the devices' losses are not those of the whole batch, at the first checkpoint.
         """
-        if self._unproven:
-            # Once more with trained parameters: initial ones, zeros for example, may hide what differs.
-            self._check_per_device()
-            self._unproven = False
-        if not is_finite((self.state.params, self.state.model_state)):
+        # First: every process reads the other checks' results from its own replicas, and all must come to the same.
+        sums = checksums_of(self.state)
+        if not is_finite((self.state.params, self.state.model_state, self.state.ema_model_state)):
             raise non_finite("a parameter became NaN or infinite", self.progress.step)
+        if self._check_pending:
+            # Once more, with trained parameters: initial zeros may hide a difference.
+            self._check_per_device()
+            self._check_pending = False
         progress = dataclasses.replace(self.progress, row=writer.sync(), wall_seconds=self.wall_seconds)
-        checkpoints.save(self.state, dataclasses.asdict(progress), progress.best[1] if progress.best else None)
+        checkpoints.save(self.state, sums, dataclasses.asdict(progress), progress.best[1] if progress.best else None)
 
     def _stop(self, writer: Writer, checkpoints: Checkpoints) -> None:
         number = self.signals.received
@@ -282,7 +287,7 @@ class Training:
 
     def evaluate(self) -> dict[str, float]:
         """The means of the metrics over each held-out split, as `<split>_<name>`."""
-        self._estimate_statistics()
+        self.estimate_statistics()
         results = {}
         for split, batches in self._evals.items():
             sums: dict[str, Any] = {}

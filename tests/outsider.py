@@ -59,19 +59,18 @@ class Spectral(nnx.Module):
 
 
 class Everything(nnx.Module):
-    """All of them at once."""
+    """All of them at once, and dropout by a random stream of its own."""
 
     def __init__(self, inputs, classes, rngs):
         self.first = nnx.SpectralNorm(nnx.Linear(inputs, 16, rngs=rngs), rngs=rngs)
-        self.norm, self.dropout = nnx.BatchNorm(16, momentum=0.9, rngs=rngs), nnx.Dropout(0.2)
+        self.norm, self.dropout = nnx.BatchNorm(16, momentum=0.9, rngs=rngs), nnx.Dropout(0.2, rngs=rngs)
         self.last = nnx.Linear(16, classes, rngs=rngs)
 
     def __call__(self, x, *, train, key=None):
         x = self.norm(self.first(x.reshape(len(x), -1), update_stats=train), use_running_average=not train)
         if train:
-            noise_key, key = jax.random.split(key)
-            x = x + 0.1 * jax.random.normal(noise_key, x.shape)
-        return self.last(self.dropout(nnx.relu(x), deterministic=not train, rngs=key))
+            x = x + 0.1 * jax.random.normal(key, x.shape)
+        return self.last(self.dropout(nnx.relu(x), deterministic=not train))
 
 
 class Contrastive(Classification):

@@ -22,6 +22,8 @@ from research.errors import ReplicaError, UserError
 from research.layers.dropout import Dropout
 from research.state import create_state
 from research.steps import Steps
+from research.training import Training
+from research.writer import Writer
 
 RNG = np.random.default_rng(0)
 
@@ -61,7 +63,7 @@ def _trained(config, devices, task=None):
         steps.check_per_device(state, batches.data, inputs, given)
     state, metrics = steps.jit_train(state)(state, batches.data, inputs, np.int32(4), given)
     if state.ema_model_state is not None:
-        state = steps.jit_estimate(state)(state, batches.data, batches.one(3), np.int32(0), given)
+        state, _ = steps.jit_estimate(state)(state, batches.data, batches.inputs_of_step(3), np.int32(0), given)
     evals = EvalBatches(DATASET.test, config, mesh, resident=True)
     arrays = state.eval_params, state.eval_model_state, {}, evals.data, next(iter(evals))
     return np.asarray(metrics["loss"]), state, jax.device_get(steps.jit_eval(state)(*arrays)[1])
@@ -219,23 +221,51 @@ def test_bfloat16_gradients_of_a_network_that_declares_nothing_are_an_error():
         _trained(config, 4)
 
 
-def test_a_replica_that_differs_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
-    _, state, _ = _trained(_config("BatchNorm"), 4)
-    kernel = state.params["last"]["kernel"][...]
-    replicas = [np.array(shard.data) for shard in kernel.addressable_shards]
-    replicas[2].view(np.uint32)[0, 0] ^= 1 << 20  # one bit, as of a processor that computes wrongly
-    devices = [shard.device for shard in kernel.addressable_shards]
-    arrays = [jax.device_put(replica, device) for replica, device in zip(replicas, devices)]
-    state.params["last"]["kernel"][...] = jax.make_array_from_single_device_arrays(
-        kernel.shape, kernel.sharding, arrays
-    )
-    bad = dataclasses.replace(state, step=state.step + 1)
-    with Checkpoints(tmp_path, keep=2, message=print) as saved:
-        good = _trained(_config("BatchNorm"), 4)[1]
-        saved.save(good, {}, None)
-        with pytest.raises(ReplicaError) as error:
-            saved.save(bad, {}, None)
-    assert "params.last.kernel" in str(error.value)
-    assert str(devices[2]) in str(error.value)
-    assert str(devices[0]) not in str(error.value)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [str(int(good.step))]
+def _spoilt(array, device, value):
+    """The array, of which one device has another element, as of a processor that computes wrongly."""
+    shards = array.addressable_shards
+    replicas = [np.array(shard.data) for shard in shards]
+    replicas[device][0, 0] = value
+    arrays = [jax.device_put(replica, shard.device) for replica, shard in zip(replicas, shards)]
+    return jax.make_array_from_single_device_arrays(array.shape, array.sharding, arrays)
+
+
+@pytest.mark.parametrize(
+    ("devices", "named"), [(4, [2]), (2, [0, 1])], ids=["three against one", "nobody knows which of two"]
+)
+def test_replicas_that_differ_stop_the_run_and_keep_the_last_checkpoint(devices, named, tmp_path):
+    config = dataclasses.replace(_config("BatchNorm"), num_epochs=1)
+    mesh = sharding.make_mesh(config, jax.devices()[:devices])
+    run = Training(config, outsider.make_task(config, DATASET), DATASET, mesh)
+    with (
+        Writer(tmp_path, run.ends[-1], active=True) as writer,
+        Checkpoints(tmp_path, keep=2, message=print) as saved,
+        jax.set_mesh(mesh),
+    ):
+        run.compile(train=True)
+        run.save(writer, saved)
+        for _ in run.dispatches(2):
+            pass
+        kernel = run.state.params["last"]["kernel"]
+        # NaN: whether all is finite, each process would answer by its own replica.
+        kernel[...] = _spoilt(kernel[...], named[-1], np.nan)
+        with pytest.raises(ReplicaError, match=r"params\.last\.kernel") as error:
+            run.save(writer, saved)
+    for number, device in enumerate(mesh.devices.flat):
+        assert (f"{device} of process 0" in str(error.value)) == (number in named)
+    assert ("no majority" in str(error.value)) == (devices == 2)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["0"]
+
+
+def test_a_part_whose_losses_are_not_finite_is_an_error_and_a_whole_is_not():
+    whole = np.float32([1, 2, 3])
+    with pytest.raises(UserError, match="nan"):
+        per_device.check_losses(whole, np.float32([1, np.nan, 3]))
+    per_device.check_losses(np.float32([1, np.nan, 3]), whole)
+
+
+def test_the_rounding_of_bfloat16_is_no_error_where_all_losses_are_alike():
+    whole = np.full(8, 2.3, np.float32)
+    per_device.check_losses(whole, whole * np.float32(1 + 2.0**-9))
+    with pytest.raises(UserError):
+        per_device.check_losses(whole, whole * np.float32(1.01))

@@ -1,16 +1,17 @@
 """Averaged parameters are evaluated with batch statistics of their own."""
 
-import copy
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import outsider
 import pytest
 from drawn import DATASET
 
-from research import batch_statistics, optimizers, sharding
+from research import batch_statistics, optimizers, sharding, train
 from research.checkpoint import Checkpoints
+from research.config import MeshConfig
 from research.data.pipeline import TrainBatches
 from research.population import Population
 from research.training import Training
@@ -38,23 +39,24 @@ def _train(training):
     return training
 
 
-def test_they_are_those_of_the_newest_batches_and_the_average():
-    """Against NumPy: from the newest parameters' statistics on, one update of the moving averages a batch."""
+def test_they_are_means_over_the_newest_batches_for_the_average():
+    """Against NumPy, whatever momentum the network has."""
     training = _train(_training(_config()))
     state = jax.tree.map(np.array, training.state)  # evaluation donates it
     training.evaluate()
-    mean, var = (np.float64(state.model_state["norm"][name][...]) for name in ("mean", "var"))
     kernel, bias = (np.float64(state.ema_params["first"][name][...]) for name in ("kernel", "bias"))
     task, steps = training.task, training.ends[-1]
     assert steps < batch_statistics.NUM_STEPS
     batches = TrainBatches(DATASET.train, training.config, training.mesh, resident=True, capacity=1)
+    mean, var = [], []
     for step in range(steps):
         images = DATASET.train["image"][batches.step_inputs(step)["index"][0]]
         x = ((images / 255 - task.mean[0]) / task.std[0]).reshape(8, -1) @ kernel + bias
-        mean, var = 0.9 * mean + 0.1 * x.mean(0), 0.9 * var + 0.1 * x.var(0)
+        mean.append(x.mean(0))
+        var.append(x.var(0))
     own = training.state.eval_model_state["norm"]
-    np.testing.assert_allclose(own["mean"][...], mean, rtol=1e-3, atol=1e-4)
-    np.testing.assert_allclose(own["var"][...], var, rtol=1e-3)
+    np.testing.assert_allclose(own["mean"][...], np.mean(mean, 0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(own["var"][...], np.mean(var, 0), rtol=1e-4)
     assert np.abs(own["var"][...] / state.model_state["norm"]["var"][...] - 1).max() > 0.01
 
 
@@ -73,15 +75,57 @@ def test_training_does_not_see_them_and_a_checkpoint_has_them(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again.state.eval_model_state, plain.state.eval_model_state)
 
 
+def test_a_checkpoint_within_an_epoch_has_none_and_whoever_opens_it_makes_them(tmp_path):
+    """So that a run told to stop saves at once."""
+    config, during = _config(), _training(_config())
+    with Writer(tmp_path, 1, active=True) as writer, Checkpoints(tmp_path, keep=1, message=print) as saved:
+        for _ in during.dispatches(4):
+            pass
+        during.save(writer, saved)
+    initial = _training(_config()).state.ema_model_state
+    jax.tree.map(np.testing.assert_array_equal, during.state.ema_model_state, initial)
+    expected = during.evaluate()
+    opened = train.restore(config, outsider.make_task(config, DATASET), DATASET, during.mesh, tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, opened.state.ema_model_state, during.state.ema_model_state)
+    assert train.evaluate(opened) == pytest.approx(expected)
+
+
+class Spoilt(outsider.Everything):
+    """Not finite where an example of the batch is black."""
+
+    def __call__(self, x, *, train, key=None):
+        black = x.reshape(len(x), -1).max(1, keepdims=True) < -1
+        return super().__call__(x, train=train, key=key) + jnp.where(black & train, jnp.nan, 0)
+
+
+@pytest.mark.parametrize("fields", [{"max_skipped_steps": 2}, {"max_rewinds": 2}], ids=str)
+def test_a_batch_that_training_leaves_out_is_left_out_of_them(fields, monkeypatch, tmp_path):
+    monkeypatch.setitem(outsider.NETWORKS, "Everything", Spoilt)
+    images = DATASET.train["image"].copy()
+    images[40] = 0
+    dataset = dataclasses.replace(DATASET, train=DATASET.train | {"image": images})
+    config = _config(network="Everything", checkpoint_every_steps=2, **fields)
+    mesh = sharding.make_mesh(config, jax.devices()[:1])
+    task = outsider.make_task(config, dataset)
+    state, summary = train.train_and_evaluate("outsider", config, task, dataset, mesh, tmp_path)
+    assert summary["skipped_steps" if "max_skipped_steps" in fields else "rewinds"] == 1
+    assert np.isfinite(summary["test_loss"])
+    for array in jax.tree.leaves(state.ema_model_state):
+        assert np.isfinite(array).all()
+
+
 @pytest.mark.parametrize("network", ["Dropout", "Noise"])
 def test_without_batch_statistics_there_are_none(network):
     assert _training(_config(network=network)).state.ema_model_state is None
 
 
-def test_a_member_of_a_population_has_them_too():
+@pytest.mark.parametrize("network", ["BatchNorm", "Everything"])
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_member_of_a_population_has_them_too(devices, network):
+    """On its one device gradients do not travel, so it does not matter as what."""
     dataset = dataclasses.replace(DATASET, validation=DATASET.test)
-    configs = [_config(), copy.deepcopy(_config(seed=1))]
-    members = Population(configs[0], outsider.make_task(configs[0], dataset), dataset, jax.devices()[:1], 3)
+    configs = [_config(network=network, mesh=MeshConfig(reduce_dtype="bfloat16"), seed=seed) for seed in range(2)]
+    members = Population(configs[0], outsider.make_task(configs[0], dataset), dataset, jax.devices()[:devices], 3)
     for slot, config in enumerate(configs):
         members.start(slot, config)
     reports = members.train_epoch()

@@ -12,8 +12,8 @@ import pytest
 from drawn import same
 from jax.experimental import multihost_utils
 
-from research import checkpoint, sharding
-from research.checkpoint import Checkpoints
+from research import checkpoint, randomness, sharding
+from research.checkpoint import Checkpoints, checksums_of
 from research.checksums import checksums
 from research.config import Config, MeshConfig
 from research.errors import OutOfMemoryError, RecordError, UserError
@@ -46,7 +46,7 @@ def _state(step=0, seed=0, mesh=None):
 def _save(folder, *states, best=()):
     with Checkpoints(folder, keep=2, message=print) as saved:
         for number, state in enumerate(states):
-            saved.save(state, PROGRESS, best[number] if best else None)
+            saved.save(state, checksums_of(state), PROGRESS, best[number] if best else None)
 
 
 def _restore(folder, like, **options):
@@ -102,7 +102,7 @@ def test_a_state_may_be_donated_at_once(tmp_path):
     state = _state(1)
     copy = jax.tree.map(np.array, state)
     with Checkpoints(tmp_path, keep=2, message=print) as saved:
-        saved.save(state, PROGRESS, None)
+        saved.save(state, checksums_of(state), PROGRESS, None)
         for _ in range(20):
             state = step(state)
     same(_restore(tmp_path, _state())[0][0], copy)
@@ -289,3 +289,11 @@ for error in (RuntimeError("Event loop is closed"), RuntimeError("another")):
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "another\n"
+
+
+def test_a_run_of_other_random_numbers_is_not_resumed(tmp_path, monkeypatch):
+    """Its hold-out, its order of examples and its draws would change on the way."""
+    _save(tmp_path, _state(3))
+    monkeypatch.setattr(randomness, "VERSION", randomness.VERSION + 1)
+    with pytest.raises(UserError, match=r"checkpoint 3 .* held out other examples and drew other random numbers"):
+        _restore(tmp_path, _state())

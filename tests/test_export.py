@@ -19,7 +19,7 @@ from experiments import char_rnn, cifar_cnn, mnist_vae
 from launch import artifact, export, runtimes
 from research import app, command, optimizers, sharding, train
 from research import config as config_lib
-from research.checkpoint import Checkpoints
+from research.checkpoint import Checkpoints, checksums_of
 from research.data import images, sources
 from research.errors import RecordError, UserError
 from research.tasks.classification import Classification
@@ -48,7 +48,7 @@ def run(tmp_path_factory):
     state = dataclasses.replace(training.state, ema_params=average)
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
     with Checkpoints(folder, keep=1, message=print) as saved:
-        saved.save(state, dataclasses.asdict(training.progress) | {"step": 1}, None)
+        saved.save(state, checksums_of(state), dataclasses.asdict(training.progress) | {"step": 1}, None)
     return folder
 
 

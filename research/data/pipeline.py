@@ -168,7 +168,7 @@ class TrainBatches(_Split):
         """Inputs like those of `take`, to compile for; nothing is taken."""
         return self._to_devices(self._pack([self.step_inputs(0)]), 2, self._microbatch_size)
 
-    def one(self, step: int) -> dict[str, jax.Array]:
+    def inputs_of_step(self, step: int) -> dict[str, jax.Array]:
         """The inputs of one step, leaves [1, m, b, ...]; nothing is taken."""
         inputs = {name: x[None] for name, x in self.step_inputs(step).items()}
         return self._to_devices(inputs, 2, self._microbatch_size)

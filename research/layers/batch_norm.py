@@ -6,6 +6,9 @@ more accurate than two passes, of which the second subtracts a mean that was rou
 depend on the shift, so no gradient goes through it.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -40,6 +43,18 @@ class BatchNorm(nnx.BatchNorm):
 
     def _across_devices(self, statistic: jax.Array) -> jax.Array:
         return lax.pmean(statistic, self.axis_name) if self.axis_name else statistic
+
+
+@contextlib.contextmanager
+def momentum_of(model: nnx.Module, momentum: jax.Array | None) -> Iterator[None]:
+    """Within it every batch norm of the model, Flax's too, has this momentum, unless it is None; it may be traced."""
+    modules = nnx.iter_modules(model) if momentum is not None else ()
+    layers = [(module, module.momentum) for _, module in modules if isinstance(module, nnx.BatchNorm)]
+    for layer, _ in layers:
+        layer.momentum = nnx.data(momentum)  # pyright: ignore[reportAttributeAccessIssue]
+    yield
+    for layer, own in layers:  # an array would be part of the model's state
+        layer.momentum = nnx.static(own)
 
 
 def _mean(x: jax.Array) -> jax.Array:

@@ -4,7 +4,7 @@ python -m benchmarks.algorithms [--study=cnn,lstm,vae,cifar] [--seeds=5]
 
 A rule's trials are the learning rates around its customary one by powers of the square root of 10, each falling to 0 by
 a cosine. The rate that is best on the validation split is trained again from other seeds. A rule's rates train in one
-program, and so do its seeds (`research.population`). The study `cifar` (CIFAR-10, needs TFDS_DATA_DIR) does so at three
+program, and so do its seeds (`population.py`). The study `cifar` (CIFAR-10, needs TFDS_DATA_DIR) does so at three
 batch sizes. Rows of other studies stay in the record.
 """
 
@@ -17,8 +17,8 @@ from absl import flags
 from benchmarks import command, output, several_seeds, trials
 from experiments import char_rnn, cifar_cnn, mnist_vae
 from research import optimizers
-from research.command import Experiment
 from research.config import CNNConfig, Config, DatasetConfig, OptimizerConfig, RNNConfig, VAEConfig
+from research.experiment import Experiment
 
 _RULES = ("sgd", "momentum", "nesterov", "adagrad", "adam", "muon")
 

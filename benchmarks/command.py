@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from absl import app, flags
 
-from research.errors import UserError, exit_with
+from research.errors import UserError
+from research.process.exit import exit_with
 
 
 def start(main: Callable[[], None]) -> None:

@@ -19,11 +19,11 @@ from benchmarks import command, output
 from experiments import char_rnn, cifar_cnn
 from experiments.char_rnn import CharRNNConfig
 from experiments.cifar_cnn import CifarConfig
-from launch.hlo import Program
+from launch.plans.hlo import Program
 from research import optimizers, sharding
 from research.config import CNNConfig, Config, OptimizerConfig, RNNConfig
 from research.data.sources import Dataset
-from research.training import Training
+from research.training.run import Training
 
 _UNITS = 128
 _DISPATCHES, _SECONDS = 5, 0.5  # timed, and about how long each takes

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from benchmarks import command, output
 from launch import job as job_lib
 from launch import measure
-from launch.hlo import Program
-from launch.roofline import Roofline
+from launch.plans.hlo import Program
+from launch.plans.roofline import Roofline
 
 _CASES = {
     "cifar_cnn": ("default", "paper", "airbench"),

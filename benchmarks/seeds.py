@@ -1,4 +1,4 @@
-"""Runs a minute: `experiments.cifar_speedrun` from many seeds in one program (`research.population`).
+"""Runs a minute: `experiments.cifar_speedrun` from many seeds in one program (`research.training.population`).
 
 python -m benchmarks.seeds [--config=airbench94] [--seeds=20]
 

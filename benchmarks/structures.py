@@ -3,7 +3,7 @@
 python -m benchmarks.structures [--seeds=5] [--dataset=cifar10]
 
 Every network is trained by the default recipe of `experiments.cifar_cnn`, four epochs of a fifth of the training set,
-by its own command, once for each seed; FLOPs are those of the compiled step. A power law (`launch.scaling_law`) goes
+by its own command, once for each seed; FLOPs are those of the compiled step. A power law (`sweeps/scaling_law.py`) goes
 through the errors of the simple network's widths, and is tested by the widest, from the others.
 """
 
@@ -20,8 +20,9 @@ from absl import flags
 
 from benchmarks import command, output, several_seeds, trials
 from launch import job as job_lib
-from launch import measure, scaling_law
-from launch.hlo import Program
+from launch import measure
+from launch.plans.hlo import Program
+from launch.sweeps import scaling_law
 from research.config import DatasetConfig
 
 NETWORKS = {

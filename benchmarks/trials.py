@@ -10,11 +10,12 @@ import jax
 
 from research import app, optimizers
 from research import config as config_lib
-from research.command import Experiment
 from research.config import Config, DatasetConfig
 from research.data import sources
-from research.errors import UserError, exit_with
-from research.population import Population, Report
+from research.errors import UserError
+from research.experiment import Experiment
+from research.process.exit import exit_with
+from research.training.population import Population, Report
 
 DIGITS = DatasetConfig(name="digits", validation_fraction=0.1)
 TEXT = DatasetConfig(name="pydoc", train_fraction=0.25)
@@ -37,7 +38,7 @@ def train(
     Args:
       experiment: what is run.
       config: what the runs have in common; not resolved.
-      changes: the fields of each run that differ, by path; inputs of the step (`research.hyperparams`) or the seed.
+      changes: the fields of each run that differ, by path; inputs of the step (`training/hyperparams.py`) or the seed.
       test: whether figures are those of the test split, not of validation.
     """
     reports = together(population(experiment, config, len(changes), test=test), changes)

@@ -2,7 +2,7 @@
 
 python -m benchmarks.width [--network=cnn,lstm,vae]
 
-Adam at a constant rate. All rates of one width train together in one program (`research.population`); the loss is that
+Adam at a constant rate. All rates of one width train together in one program (`population.py`); the loss is that
 of the validation split after the last epoch. With mup, rates are those at the narrowest width. Rows of other networks
 stay in the record.
 """
@@ -16,8 +16,8 @@ from absl import flags
 
 from benchmarks import command, output, trials
 from experiments import char_rnn, cifar_cnn, mnist_vae
-from research.command import Experiment
 from research.config import CNNConfig, Config, OptimizerConfig, RNNConfig, VAEConfig
+from research.experiment import Experiment
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,14 +19,14 @@ from flax import nnx
 from research import app, sharding
 from research.config import Config, DatasetConfig, OptimizerConfig, RNNConfig, option
 from research.data import text
+from research.data.pipeline import Batch
 from research.data.sources import Dataset
 from research.errors import UserError
 from research.models import rnn
 from research.parametrization import Network
-from research.predictor import Predictor
 from research.tasks.generation import SampleOptions, decode, encode, generate
 from research.tasks.language_model import LanguageModel
-from research.tasks.task import Batch
+from research.tasks.predictor import Predictor
 
 
 @dataclasses.dataclass

@@ -19,13 +19,14 @@ from typing import Any
 
 from experiments import cifar_cnn
 from experiments.cifar_cnn import CifarConfig
-from research import app, storage
+from research import app
 from research.config import AugmentConfig, CNNConfig, OptimizerConfig, option
 from research.data.sources import Dataset
 from research.errors import UserError
-from research.signals import Signals, StoppedError
+from research.process.signals import Signals, StoppedError
+from research.record import storage
+from research.record.workdir import Workdir
 from research.tasks.classification import Classification
-from research.workdir import Workdir
 
 
 @dataclasses.dataclass
@@ -167,8 +168,8 @@ def _run(config: SpeedrunConfig, dataset: Dataset, mesh: Any, workdir: Path, sig
     """One run, which leaves nothing on disk: its seed, accuracies and times."""
     import jax
 
-    from research.training import Training
-    from research.writer import Writer
+    from research.record.writer import Writer
+    from research.training.run import Training
 
     training = Training(config, make_task(config, dataset), dataset, mesh)
     training.signals = signals

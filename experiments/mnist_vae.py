@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 
-from research import app, plots, storage
+from research import app, plots
 from research.config import Config, DatasetConfig, OptimizerConfig, VAEConfig, option
 from research.data import images
 from research.data.pipeline import epoch_ends
@@ -29,7 +29,8 @@ from research.data.sources import Dataset
 from research.errors import UserError
 from research.models import vae
 from research.parametrization import Network
-from research.predictor import Predictor
+from research.record import storage
+from research.tasks.predictor import Predictor
 from research.tasks.vae import VAE
 
 

@@ -14,19 +14,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch import artifact
 from launch import job as job_lib
-from launch.artifact import ArtifactError
-from research import app, command
+from launch.artifacts import artifact
+from launch.artifacts.artifact import ArtifactError
+from research import app, flags
 from research.config import option
 from research.errors import RecordError, UserError
-from research.storage import open_path
+from research.record.storage import open_path
 
 if TYPE_CHECKING:
     from jax.export import Exported
 
     from research.tasks.task import Function
-    from research.training import Training
+    from research.training.run import Training
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
@@ -52,7 +52,7 @@ def run(argv: Sequence[str]) -> int:
         raise UserError("--workdir=DIR must name the folder of the run to export")
     if not (open_path(job.workdir) / "config.json").exists():
         raise UserError(f"--workdir={job.workdir} holds no run: name the folder of the run to export")
-    asked = command.parse(job.experiment, [*job.args, "--mode=eval"])
+    asked = flags.parse(job.experiment, [*job.args, "--mode=eval"])
     mesh = app.start(asked.config)
     import jax
 
@@ -101,9 +101,10 @@ def contents(experiment: str, training: "Training") -> tuple[dict[str, Any], dic
     import jax
     from flax import nnx
 
-    from launch.runtimes import described
-    from research import train
-    from research.state import merge_network, num_params
+    from launch.artifacts.runtimes import described
+    from research.network import merge_network
+    from research.training import loop
+    from research.training.state import num_params
 
     state, task, dataset = training.state, training.task, training.dataset
     model = merge_network(training.graphdef, state.eval_params, state.eval_model_state)
@@ -137,7 +138,7 @@ def contents(experiment: str, training: "Training") -> tuple[dict[str, Any], dic
             for name, function in functions.items()
         },
         "weights": {name: {"shape": list(x.shape), "dtype": str(x.dtype)} for name, x in weights.items()},
-        "versions": train.versions()
+        "versions": loop.versions()
         | {"calling_convention": max(e.calling_convention_version for e in exported.values())},
     }
     return manifest, weights, {name: bytes(e.serialize()) for name, e in exported.items()}

@@ -20,9 +20,9 @@ from typing import Any
 import yaml
 
 from launch import job as job_lib
-from launch.chips import CHIPS
 from launch.job import Job
-from launch.topologies import LARGEST_SLICE
+from launch.plans.chips import CHIPS
+from launch.plans.topologies import LARGEST_SLICE
 from research.config import option
 from research.errors import UserError
 

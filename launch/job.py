@@ -14,14 +14,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import flags
+from absl import flags as absl_flags
 
-from research import command
+from launch.sweeps import options as sweep_options
 from research import config as config_lib
-from research.command import Experiment
-from research.errors import UserError, exit_with
-from research.storage import check_no_password
-from research.terminal import lasting_output
+from research import flags
+from research.errors import UserError
+from research.experiment import Experiment
+from research.process.exit import exit_with
+from research.process.terminal import lasting_output
+from research.record.storage import check_no_password
 
 _SWEEP = "launch.sweep"  # what these run as a worker that joins a study
 _RUN_WORKERS = ("local", "slurm", "tpu", "gke")
@@ -75,15 +77,15 @@ def parse_options(where: str, doc: str, options: Any, argv: Sequence[str]) -> tu
       UserError: a value is impossible.
       SystemExit: after `--help`.
     """
-    values = flags.FlagValues()
-    flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
+    values = absl_flags.FlagValues()
+    absl_flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
     if not hasattr(options, "workdir"):
-        flags.DEFINE_string("workdir", "", "folder of the record", flag_values=values)
+        absl_flags.DEFINE_string("workdir", "", "folder of the record", flag_values=values)
     for name, field, value in config_lib.walk(options):
-        command.DEFINE[field.type](name, value, field.metadata["help"], flag_values=values)
+        flags.DEFINE[field.type](name, value, field.metadata["help"], flag_values=values)
     try:
         rest = values([where, *argv], known_only=True)[1:]
-    except flags.Error as error:
+    except absl_flags.Error as error:
         raise UserError(str(error)) from None
     if values["help"].value:
         print(_help(where, doc, options))
@@ -116,7 +118,7 @@ def parse(where: str, doc: str, options: Any, argv: Sequence[str]) -> Job:
     if where in _OF_THEIR_OWN and not remote and (Path(workdir) / "config.json").exists():
         raise UserError(f"--workdir={workdir} holds a run, whose config it would take: give a folder of its own")
     checked = [arg for arg in own if not arg.startswith("--mode")] if remote else [*own, f"--workdir={workdir}"]
-    config = command.parse(experiment, checked, [name for name, _, _ in config_lib.walk(options)]).config
+    config = flags.parse(experiment, checked, [name for name, _, _ in config_lib.walk(options)]).config
     if options_of_sweep:
         _check_sweep(where, experiment, options_of_sweep, config)
     worker = [modules[-1], *args] if sweeps else args
@@ -125,23 +127,19 @@ def parse(where: str, doc: str, options: Any, argv: Sequence[str]) -> Job:
 
 def _sweep_options(workdir: str, args: Sequence[str]) -> tuple[list[str], Any]:
     """Of the flags of a sweep's worker those of the experiment, and the sweep's own options."""
-    from launch import sweep
-
-    options = sweep.SweepOptions()
-    _, rest = parse_options("sweep", str(sweep.__doc__), options, args)
-    sweep.check_place(workdir, options)
+    options = sweep_options.SweepOptions()
+    _, rest = parse_options("sweep", "", options, args)
+    sweep_options.check_place(workdir, options)
     return rest, options
 
 
 def _check_sweep(where: str, experiment: Experiment, options: Any, config: Any) -> None:
     """Raises `UserError` where a worker elsewhere could not begin; a search space only where Optuna is installed."""
-    from launch import sweep
-
     for text in options.search if where in ("tpu", "gke") else ():
         if Path(text).is_absolute():
             raise UserError(f"--search={text}: the machines have this project alone; give a path within it")
     if importlib.util.find_spec("optuna"):
-        sweep.check_search(experiment, options, config)
+        sweep_options.check_search(experiment, options, config)
 
 
 def check_remote(job: Job) -> None:
@@ -186,7 +184,7 @@ def _help(where: str, doc: str, options: Any) -> str:
     if not hasattr(options, "workdir"):
         lines.append(f"  --workdir=DIR  folder of the record (default: runs/{where}/<what>/<date-time>)")
     for name, field, value in config_lib.walk(options):
-        lines += command.field_help(name, field, value)
+        lines += flags.field_help(name, field, value)
     lines += ["", "All other flags are the experiment's: `python -m experiments.WHAT --help` lists them."]
     return "\n".join(lines)
 

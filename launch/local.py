@@ -112,7 +112,7 @@ def _copy(stream: IO[bytes], target: IO[str], prefix: str) -> None:
 
 
 def environments(count: int, port: int) -> list[dict[str, str]]:
-    """What tells each process its place (`research.distributed`), and its GPU."""
+    """What tells each process its place (`research.process.distributed`), and its GPU."""
     address = f"127.0.0.1:{port}"
     return [
         {

@@ -17,7 +17,7 @@ from launch import job as job_lib
 from launch.job import Job
 from research import app
 from research.config import option
-from research.errors import own_exit_code
+from research.process.exit import own_exit_code
 
 # The partitioner's names, and those of what the code itself asks for.
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "psum", "all_gather")
@@ -34,7 +34,7 @@ def training(job: Job) -> Any:
     """The experiment's run, not begun; joins the other processes."""
     import jax
 
-    from research.training import Training
+    from research.training.run import Training
 
     config = job.config
     mesh = app.start(config)

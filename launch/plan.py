@@ -7,7 +7,7 @@ python -m launch.plan experiments.cifar_cnn --topology=v5e:4x4 --search         
 
 The train step is compiled ahead of time, on any machine: for TPUs by libtpu (extra "tpu"), for GPUs by JAX's CUDA
 plugin (extra "cuda12" or "cuda13"), and without that by XLA's CPU compiler for as many devices. Memory, FLOPs and
-collectives are read from the compiled program; times are estimates from the vendors' figures (`launch/chips.py`). In a
+collectives are read from the compiled program; times are estimates from the vendors' figures (`plans/chips.py`). In a
 sweep `batch_size` and `microbatch_size` are a device's, and so is a preset's batch that the devices cannot share.
 `plan.json`, and `plan.png` where there are several, go to the workdir.
 """
@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from launch import job as job_lib
-from launch import plan_text, topologies
 from launch.job import Job
-from launch.topologies import Topology
-from research import storage
+from launch.plans import report, topologies
+from launch.plans.topologies import Topology
 from research.config import MeshConfig, option
 from research.errors import UserError
+from research.record import storage
 
 
 @dataclasses.dataclass
@@ -166,29 +166,29 @@ def run(argv: Sequence[str]) -> int:
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    from launch.compiled import Planner
+    from launch.plans.planner import Planner
 
     began = time.monotonic()
-    planner = Planner(job, [(one.topology, one.config) for one in wanted])
-    wanted = _possible(wanted, planner.what.num_examples)
+    planner = Planner(job.experiment, job.config, [(one.topology, one.config) for one in wanted])
+    wanted = _possible(wanted, planner.workload.num_examples)
     workdir = job_lib.make_folder(job.workdir)
-    print(plan_text.first_line(job.experiment.name, planner.what, len(wanted)), flush=True)
+    print(report.first_line(job.experiment.name, planner.workload, len(wanted)), flush=True)
     if not options.sweep_topology and any(one.config.batch_size != job.config.batch_size for one in wanted):
         print(f"batch_size={job.config.batch_size} is each device's here; --config.batch_size=N is for all of them")
     rows = []
     if len(wanted) > 1:
-        print(plan_text.table_head(), flush=True)
+        print(report.table_head(), flush=True)
     for one in wanted:
         row = planner.row(one.topology, one.config) | ({"strategy": one.strategy} if one.strategy else {})
-        rows.append(row | plan_text.price(row, options.price_per_chip_hour, one.config.num_epochs))
+        rows.append(row | report.price(row, options.price_per_chip_hour, one.config.num_epochs))
         if len(wanted) > 1:
-            print(plan_text.table_row(rows[-1]), flush=True)
+            print(report.table_row(rows[-1]), flush=True)
     chosen = _write(workdir, rows, options)
     if not chosen["fits"]:
-        raise UserError(f"{plan_text.too_large(chosen)} (record: {workdir})")
+        raise UserError(f"{report.too_large(chosen)} (record: {workdir})")
     if options.search:
-        print(f"the fastest that fits, of {len(rows)}: {plan_text.flags(chosen)}")
-    print(plan_text.report(chosen))
+        print(f"the fastest that fits, of {len(rows)}: {report.flags(chosen)}")
+    print(report.report(chosen))
     print(f"{time.monotonic() - began:.0f} s; record: {workdir}")
     return 0
 

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from launch import artifact as artifact_lib
-from launch import image_files, signatures
-from launch.artifact import Artifact, ArtifactError
+from launch.artifacts import artifact as artifact_lib
+from launch.artifacts import image_files, signatures
+from launch.artifacts.artifact import Artifact, ArtifactError
 
 if TYPE_CHECKING:
-    from launch.runtimes import Runtime
+    from launch.artifacts.runtimes import Runtime
 
 _AT_ONCE = 64  # examples; on a CPU, 256 halve the speed of the paper's CNN
 _SHOWN = 3  # classes
@@ -92,7 +92,7 @@ def run(argv: Sequence[str]) -> None:
             return answer(artifact, options)
     raise ArtifactError(
         f"--artifact={options.artifact} has {', '.join(functions)}, which launch.predict has no use for: call it from "
-        "Python, by launch.runtimes"
+        "Python, by launch.artifacts.runtimes"
     )
 
 
@@ -105,7 +105,7 @@ def _refuse_others(options: argparse.Namespace, applies: Sequence[str], function
 
 def _runtime(artifact: Artifact, options: argparse.Namespace) -> "Runtime":
     # Imported here, as jax takes a while, so that bad input is answered at once.
-    from launch.runtimes import RUNTIMES
+    from launch.artifacts.runtimes import RUNTIMES
 
     return RUNTIMES[options.runtime](artifact)
 

@@ -24,11 +24,11 @@ from typing import Any
 from launch import job as job_lib
 from launch import local
 from launch.job import Job
-from research import storage
 from research.config import option
 from research.errors import UserError
 from research.plots import scaling as scaling_plot
-from research.signals import Signals
+from research.process.signals import Signals
+from research.record import storage
 
 _MORE_DEVICES = "--xla_force_host_platform_device_count"
 _STEPS_PER_DISPATCH = 8  # where the config leaves it open

@@ -20,9 +20,9 @@ from pathlib import Path
 
 from launch import job as job_lib
 from launch.job import Job
-from research import storage
 from research.config import option
 from research.errors import UserError
+from research.record import storage
 
 _SECONDS_BETWEEN_LOOKS = 2.0
 _FORGOTTEN = "Invalid job id"  # what Slurm says of a job that has ended long ago

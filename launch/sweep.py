@@ -23,51 +23,20 @@ from typing import TYPE_CHECKING, Any
 
 from launch import job as job_lib
 from launch.job import Job
-from research.command import Experiment
-from research.config import Config, MeshConfig, option
+from launch.sweeps import options as sweep_options
+from launch.sweeps.options import SweepOptions
+from research.config import MeshConfig
 from research.errors import RecordError, UserError
-from research.signals import Signals, StoppedError
-from research.storage import check_no_password
-from research.terminal import lasting_output
+from research.process.signals import Signals, StoppedError
+from research.process.terminal import lasting_output
 
 if TYPE_CHECKING:
-    from launch.search_space import SearchSpace
-    from launch.study import Study
-    from launch.worker import Sweep
+    from launch.sweeps.study import Study
+    from launch.sweeps.worker import Sweep
 
 _TRIALS = 50
 _VALIDATION = 0.1  # of a training set that has no validation split of its own
 _POLL_SECONDS = 1.0
-
-
-@dataclasses.dataclass
-class SweepOptions:
-    """What `launch.sweep` can be told."""
-
-    search: tuple[str, ...] = option((), "a field and its range, once for each field; or a Python file")
-    trials: int = option(0, "trials of the whole study; 0: 50, or the whole grid", minimum=0)
-    metric: str = option(
-        "",
-        "what decides; empty: the accuracy where there is one, else the loss",
-        choices=("", "validation_accuracy", "validation_loss"),
-    )
-    seeds: int = option(1, "runs of each trial, from the config's seed on; their mean counts", minimum=1)
-    sampler: str = option("tpe", "how values are chosen", choices=("tpe", "random", "grid", "halton", "cmaes"))
-    pruner: str = option("none", "which trials end early, judged after each epoch", choices=("asha", "median", "none"))
-    population: int = option(
-        0,
-        "runs that train together in one program; 0: 8 on a CPU, or 2 on each core, which trains one at a time; 32 on "
-        "each accelerator",
-        minimum=0,
-    )
-    processes: int = option(1, "workers here; 0: one that joins the study, and leaves the record to others", minimum=0)
-    storage: str = option("", "a storage URL of Optuna's, or a journal file; empty: journal.log in the workdir")
-    fit: str = option(
-        "",
-        "a power law through the metric of several sizes; by what they are measured",
-        choices=("", "parameters", "flops", "examples"),
-    )
-    study: str = option("", "the study's name in the storage; empty: the experiment's")
 
 
 def run(argv: Sequence[str]) -> int:
@@ -83,7 +52,7 @@ def run(argv: Sequence[str]) -> int:
     for package in ("optuna", "plotly", "cmaes"):
         if importlib.util.find_spec(package) is None:
             raise UserError(f'sweeps need {package}: pip install -e ".[sweep]"')
-    check_place(job.workdir, options)
+    sweep_options.check_place(job.workdir, options)
     if job.config.mesh != MeshConfig():
         raise UserError("--config.mesh: in a sweep each trial has one device, and trials are spread over all devices")
     signals = Signals()
@@ -100,37 +69,25 @@ def run(argv: Sequence[str]) -> int:
         ) from None
 
 
-def check_place(workdir: str, options: SweepOptions) -> None:
-    """Raises `UserError` where the record or the study would be in a workdir that is not on a local disk.
-
-    And where the storage's URL holds a password, which would stand in scripts, manifests and lists of processes.
-    """
-    check_no_password(options.storage)
-    if "://" in workdir and (options.processes or not options.storage):
-        raise UserError(
-            f"--workdir={workdir}: a sweep's record is on a local disk; workers elsewhere (--processes=0) need "
-            "nothing but the --storage: give it a URL that they reach, as in --storage=postgresql://HOST/NAME"
-        )
-
-
 def _run(job: Job, argv: Sequence[str], signals: Signals) -> int:
     options, workdir = job.options, Path(job.workdir)
-    from launch import sweep_best, sweep_processes, sweep_report
-    from launch.study import Study, open_storage
-    from launch.sweep_report import Display, summary
+    from launch.sweeps import best, processes, report
+    from launch.sweeps.report import Display, summary
+    from launch.sweeps.study import Study, open_storage
 
     sweep, points = _sweep(job)
     name, identity = options.study or job.experiment.name, _identity(job, sweep)
+    command = [job.module, *(arg for arg in job.args if not arg.startswith("--workdir"))]
     if options.processes:
-        sweep_best.check_folder(workdir, name, identity)
+        best.check_folder(workdir, name, identity)
     direction = "maximize" if sweep.maximizes else "minimize"
     storage = open_storage(options.storage, workdir)
     study = Study(storage, name, direction, identity, options.sampler, options.pruner, job.config.seed)
     if study.complete(sweep.trials):
         print(f"the sweep in {workdir} is finished: a larger --trials goes on with it")
-        if options.processes and not sweep_best.is_recorded(workdir, options.fit):
+        if options.processes and not best.is_recorded(workdir, options.fit):
             job_lib.make_folder(job.workdir)
-            sweep_best.finish(job, sweep, study, signals)
+            best.finish(workdir, command, options.fit, sweep, study, signals)
         return 0
     if options.processes:
         job_lib.make_folder(job.workdir)
@@ -141,7 +98,7 @@ def _run(job: Job, argv: Sequence[str], signals: Signals) -> int:
     with Display(study, sweep).shown() as display:
         try:
             if options.processes > 1:
-                sweep_processes.run(options.processes, [*argv, f"--workdir={workdir}"], display.update)
+                processes.run(options.processes, [*argv, f"--workdir={workdir}"], display.update)
             _work(sweep, study, signals, display)
             while options.processes and study.others_run():
                 time.sleep(_POLL_SECONDS)
@@ -153,10 +110,10 @@ def _run(job: Job, argv: Sequence[str], signals: Signals) -> int:
             raise
         except UserError:
             if options.processes:
-                sweep_report.write(workdir, study, sweep, {})
+                report.write(workdir, study, sweep, {})
             raise
     if options.processes:
-        sweep_best.finish(job, sweep, study, signals)
+        best.finish(workdir, command, options.fit, sweep, study, signals)
     else:
         print(
             f"no trial is left: {summary(study, sweep)['num_trials']} ended; the record is made without --processes=0"
@@ -165,7 +122,7 @@ def _run(job: Job, argv: Sequence[str], signals: Signals) -> int:
 
 
 def _work(sweep: "Sweep", study: "Study", signals: Signals, display: Any) -> None:
-    from launch.worker import Worker
+    from launch.sweeps.worker import Worker
 
     with study.alive():
         Worker(sweep, study, signals, display.update).run()
@@ -176,34 +133,6 @@ def _devices(sweep: "Sweep") -> str:
     return f"{len(sweep.devices)} {sweep.devices[0].platform} device{'s' if len(sweep.devices) > 1 else ''}"
 
 
-def check_search(experiment: Experiment, options: SweepOptions, config: Config) -> "SearchSpace":
-    """The search space of the options.
-
-    Raises:
-      UserError: there is none, or it is impossible with the other options or the config.
-    """
-    from launch import search_space
-
-    if experiment.run:
-        raise UserError(f"{experiment.name} makes runs of its own, which a sweep does not: sweep another experiment")
-    if not options.search and options.seeds == 1:
-        raise UserError("say what to vary, as in --search='optimizer.learning_rate=log(1e-4,1)', or give --seeds=5")
-    for name in search_space.RECOVERY:
-        if getattr(config, name):
-            raise UserError(f"--config.{name}: {search_space.NO_RECOVERY}")
-    if 0 < options.population < options.seeds:
-        raise UserError(
-            f"--population={options.population}: the {options.seeds} runs of a trial train together; give at least "
-            f"--population={options.seeds}"
-        )
-    space = search_space.parse(options.search, config)
-    if options.seeds > 1 and "seed" in space.distributions:
-        raise UserError("--seeds and --search=seed=... exclude each other")
-    if options.seeds > 1:
-        search_space.check_value("seed", config.seed + options.seeds - 1, config)
-    return space
-
-
 def _sweep(job: Job) -> tuple["Sweep", list[dict[str, Any]]]:
     """What is swept, checked, and the points of a grid.
 
@@ -211,27 +140,28 @@ def _sweep(job: Job) -> tuple["Sweep", list[dict[str, Any]]]:
       UserError: something is impossible.
     """
     options, config = job.options, job.config
-    from launch import sweep_processes
-    from launch.worker import Sweep, load
+    from launch.sweeps import processes
+    from launch.sweeps.worker import Sweep, load
 
-    space = check_search(job.experiment, options, config)
+    space = sweep_options.check_search(job.experiment, options, config)
     if options.fit and not space.function:
-        from launch import sweep_fit  # SciPy takes a while
+        from launch.sweeps import fit
 
-        sweep_fit.check(options.fit, space.distributions, options.seeds)
+        fit.check(options.fit, space.distributions, options.seeds)
     grid = options.sampler == "grid" or not options.search
     points = space.grid() if grid else []
     if grid and options.trials not in (0, len(points)):
         raise UserError(f"--trials={options.trials}: the grid has {len(points)} points; leave --trials out")
-    os.environ.update(sweep_processes.take_place(os.environ))
+    os.environ.update(processes.take_place(os.environ))
     if options.processes > 1:  # the workers shall have the accelerators' memory, not this process
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     import jax
 
-    from research import compilation_cache, optimizers
+    from research import optimizers
     from research.data import sources
-    from research.population import Population
-    from research.population_devices import default_size, split_cpu
+    from research.process import compilation_cache
+    from research.training.population import Population
+    from research.training.population_devices import default_size, split_cpu
 
     compilation_cache.enable()
     split = split_cpu(options.population)

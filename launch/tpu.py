@@ -25,7 +25,7 @@ from launch import job as job_lib
 from launch.gcloud import GcloudError, Tpu, TpuOptions
 from launch.job import Job
 from research.errors import UserError
-from research.signals import Signals
+from research.process.signals import Signals
 
 _SECONDS_BETWEEN_LOOKS = 10.0
 _NO_RESTART = (0, *job_lib.LASTING)  # done, or an end that another TPU would not change

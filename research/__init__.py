@@ -1,5 +1,5 @@
 """Meshwork: one jitted train step, from one CPU to pods."""
 
-from research import xla_flags
+from research.process import xla_flags
 
 xla_flags.set_flags()

@@ -6,18 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from research import config_record
-from research.command import Command, Experiment, parse
 from research.config import Config
 from research.data import sources
-from research.errors import UserError, exit_with, own_exit_code
-from research.signals import Signals
+from research.errors import UserError
+from research.experiment import Experiment
+from research.flags import Command, parse
+from research.process.exit import exit_with, own_exit_code
+from research.process.signals import Signals
+from research.process.terminal import lasting_output
+from research.record import config_json
+from research.record.workdir import Workdir, read_json
 from research.tasks.task import Task
-from research.terminal import lasting_output
-from research.workdir import Workdir, read_json
 
 if TYPE_CHECKING:
-    from research.training import Training
+    from research.training.run import Training
 
 __all__ = ["Experiment", "load", "main", "parse", "restored", "run", "start"]
 
@@ -39,7 +41,8 @@ def run(
     # Imported here so that --help and a misspelt flag answer at once.
     import jax
 
-    from research import distributed, train
+    from research.process import distributed
+    from research.training import loop
 
     if signals:
         signals.spreads = jax.process_count() > 1
@@ -57,7 +60,7 @@ def run(
             dataset, task = load(experiment, config)
         config.dataset.name = dataset.name
         if command.earlier:
-            config_record.check_resumes(config, command.earlier, str(workdir))
+            config_json.check_resumes(config, command.earlier, str(workdir))
         _say(_first_line(experiment, dataset, mesh))
         finished = read_json(workdir / "summary.json")
         if finished and not isinstance(finished.get("num_epochs"), int):
@@ -66,9 +69,9 @@ def run(
             _say(f"the run in {workdir} is finished: evaluating it; a larger --config.num_epochs trains it further")
             return _evaluate(experiment, command, mesh)
         if command.reproduces:
-            _say(_differences(command.reproduces, train.versions() | _hardware(mesh)))
+            _say(_differences(command.reproduces, loop.versions() | _hardware(mesh)))
         arguments = (experiment.name, config, task, dataset, mesh, workdir)
-        _, summary = train.train_and_evaluate(*arguments, signals=signals)
+        _, summary = loop.train_and_evaluate(*arguments, signals=signals)
     _say(_last_lines(summary, workdir))
     if command.reproduces:
         figures = {n: v for n, v in summary.items() if n.startswith(("train_", "test_")) and n != "train_seconds"}
@@ -97,7 +100,8 @@ def start(config: Config, devices: Sequence[Any] | None = None) -> Any:
     Raises:
       UserError: the config contradicts itself or the devices, or a process is missing.
     """
-    from research import compilation_cache, distributed, optimizers, sharding
+    from research import optimizers, sharding
+    from research.process import compilation_cache, distributed
 
     compilation_cache.enable()
     optimizers.resolve(config.optimizer)
@@ -125,20 +129,20 @@ def restored(experiment: Experiment, command: Command, mesh: Any) -> "Training":
     Raises:
       UserError: the command's config is not that of the run, or there is no checkpoint.
     """
-    from research import train
+    from research.training import loop
 
     dataset, task = load(experiment, command.config)
     command.config.dataset.name = dataset.name
     assert command.earlier is not None, "parse has seen to it"
-    config_record.check_evaluates(command.config, command.earlier, str(command.workdir))
-    return train.restore(command.config, task, dataset, mesh, command.workdir)
+    config_json.check_evaluates(command.config, command.earlier, str(command.workdir))
+    return loop.restore(command.config, task, dataset, mesh, command.workdir)
 
 
 def _evaluate(experiment: Experiment, command: Command, mesh: Any) -> dict[str, Any]:
-    from research import train
+    from research.training import loop
 
     training = restored(experiment, command, mesh)
-    step, results = training.progress.step, train.evaluate(training)
+    step, results = training.progress.step, loop.evaluate(training)
     _say(f"{experiment.name} on {training.dataset.name}, step {step:,}: {_figures(results)}")
     return {"step": step, **results}
 

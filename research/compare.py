@@ -13,9 +13,9 @@ from absl import flags
 
 from research import plots
 from research.errors import UserError
-from research.storage import open_path
-from research.terminal import lasting_output
-from research.workdir import read_json, read_metrics
+from research.process.terminal import lasting_output
+from research.record.storage import open_path
+from research.record.workdir import read_json, read_metrics
 
 _FIGURES = ("train_", "validation_", "test_", "best_", "examples_per_second", "num_params", "num_train_steps")
 

@@ -32,7 +32,7 @@ def option(
 ) -> Any:
     """A dataclass field with its meaning (`help`) and its bounds; `minimum` and `maximum` are themselves allowed.
 
-    A `step_input` is a number that the compiled step is given, not one that it has in it (`research.hyperparams`).
+    A `step_input` is a number that the compiled step is given, not one that it has in it (`training/hyperparams.py`).
     """
     bounds = {"minimum": minimum, "above": above, "maximum": maximum, "below": below}
     metadata = {"help": help, "choices": tuple(choices), **bounds, "step_input": step_input}
@@ -182,7 +182,7 @@ class MeshConfig:
 
 @dataclasses.dataclass
 class DistributedConfig:
-    """How the processes of one run find each other (`research.distributed`)."""
+    """How the processes of one run find each other (`research.process.distributed`)."""
 
     start: str = option(
         "auto",

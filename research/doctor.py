@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from research.terminal import lasting_output
+from research.process.terminal import lasting_output
 
 _PACKAGES = ("meshwork", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets", "grain")
 _SETTINGS = ("JAX_", "XLA_", "TFDS_", "MESHWORK_", "CUDA_VISIBLE_", "TPU_", "LIBTPU_")
@@ -72,11 +72,12 @@ def _two_steps() -> Iterator[str]:
     """The paper's network on the embedded digits, by the loop that every experiment has."""
     import jax
 
-    from research import optimizers, sharding, train
+    from research import optimizers, sharding
     from research.config import CNNConfig, Config, DatasetConfig
     from research.data import images, sources
     from research.models import cnn
     from research.tasks.classification import Classification
+    from research.training import loop
 
     dataset = sources.load(DatasetConfig(name="digits"))
     config, model = Config(num_epochs=1, batch_size=8 * jax.device_count()), CNNConfig()
@@ -92,7 +93,7 @@ def _two_steps() -> Iterator[str]:
     )
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="meshwork-doctor-") as workdir:
-        _, summary = train.train_and_evaluate("doctor", config, task, dataset, mesh, Path(workdir))
+        _, summary = loop.train_and_evaluate("doctor", config, task, dataset, mesh, Path(workdir))
     yield (
         f"loss {summary['train_loss']:.4f}, {time.monotonic() - start:.1f} s in all, "
         f"of which compiling {summary['compile_seconds']:.1f} s"

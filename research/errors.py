@@ -17,11 +17,6 @@
 aside: the same command goes on.
 """
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import NoReturn
-
 
 class UserError(Exception):
     """Bad input. Its text is one line that says what was wrong and what to do; no traceback is shown."""
@@ -70,26 +65,3 @@ def of_memory(error: BaseException, advice: str = _LESS) -> OutOfMemoryError | N
     if not isinstance(error, MemoryError) and not any(words in text for words in _NO_MEMORY):
         return None
     return OutOfMemoryError(f"out of memory ({text[:150] or 'of the host'}): {advice}")
-
-
-@contextmanager
-def own_exit_code() -> Iterator[None]:
-    """Within it an error that means that there was no memory says so, and one that ends this process gives it its code.
-
-    Several processes need the latter (`distributed.insist`); a process without `research.distributed` is alone.
-    """
-    try:
-        yield
-    except Exception as error:
-        known = error if isinstance(error, UserError) else of_memory(error)
-        if distributed := sys.modules.get("research.distributed"):
-            distributed.insist(known.exit_code if known else 1)
-        if known is None or known is error:
-            raise
-        raise known from None
-
-
-def exit_with(error: UserError) -> NoReturn:
-    """Ends the process with the error's one line and its exit code."""
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    sys.exit(error.exit_code)

@@ -1,7 +1,7 @@
 """The optimizer of a config: its update rule, learning-rate schedule, clipping, weight decay; and the average (EMA).
 
 Every number of the config that a rule, a schedule or clipping reads may be traced, and so may the schedule's
-`boundaries`: they are inputs of the step (`research.hyperparams`), so a sweep changes them without compiling again.
+`boundaries`: they are inputs of the step (`training/hyperparams.py`), so a sweep changes them without compiling again.
 """
 
 import dataclasses

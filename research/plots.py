@@ -187,7 +187,7 @@ def scatter(points: np.ndarray, labels: np.ndarray, names: Sequence[str], title:
 
 
 def scaling_law(found: Mapping[str, Any]) -> Any:
-    """Measurements of several sizes, the power law through them, and what it expects beyond; of `launch.sweep_fit`."""
+    """Measurements of several sizes, the power law through them, and what it expects beyond; of `launch.sweeps.fit`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")

@@ -46,8 +46,8 @@ def env(tmp_path, monkeypatch):
 @pytest.fixture
 def stop(monkeypatch):
     """`stop(step, train)` runs `train(signals)` until it is at a step, where SIGTERM comes; returns its last words."""
-    from research import writer  # not before the environment is set
-    from research.signals import Signals, StoppedError
+    from research.process.signals import Signals, StoppedError
+    from research.record import writer
 
     def stopped(step, train):
         signals = Signals()

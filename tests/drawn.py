@@ -7,10 +7,11 @@ import numpy as np
 from flax import nnx
 
 from experiments.cifar_cnn import CifarConfig
-from research import optimizers, sharding, train
+from research import optimizers, sharding
 from research.config import AugmentConfig, DatasetConfig, OptimizerConfig
 from research.data.sources import Dataset
 from research.tasks.classification import Classification
+from research.training import loop
 
 SHAPE = (6, 6, 1)
 
@@ -46,7 +47,7 @@ def run(workdir, devices=1, dataset=DATASET, rate=0.1, max_device_gib=2.0, signa
     mesh = sharding.make_mesh(config, jax.devices()[:devices])
     task = Classification(Linear, (0.5,), (0.25,), AugmentConfig(), 0.1)
     workdir.mkdir(exist_ok=True)
-    return train.train_and_evaluate("drawn_linear", config, task, dataset, mesh, workdir, signals)
+    return loop.train_and_evaluate("drawn_linear", config, task, dataset, mesh, workdir, signals)
 
 
 def read_lines(workdir):

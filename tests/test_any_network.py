@@ -13,17 +13,18 @@ import outsider
 import pytest
 from flax import nnx
 
-from research import hyperparams, optimizers, per_device, sharding, train
-from research.checkpoint import Checkpoints
+from research import optimizers, sharding
 from research.config import MeshConfig
 from research.data.pipeline import EvalBatches, TrainBatches
 from research.data.sources import Dataset
 from research.errors import ReplicaError, UserError
 from research.layers.dropout import Dropout
-from research.state import create_state
-from research.steps import Steps
-from research.training import Training
-from research.writer import Writer
+from research.record.writer import Writer
+from research.training import hyperparams, loop, per_device
+from research.training.checkpoint import Checkpoints
+from research.training.run import Training
+from research.training.state import create_state
+from research.training.steps import Steps
 
 RNG = np.random.default_rng(0)
 
@@ -191,7 +192,7 @@ def test_what_initial_parameters_hide_is_an_error_at_the_first_checkpoint(monkey
     config = _config("Noise", num_epochs=1)
     mesh = sharding.make_mesh(config, jax.devices()[:4])
     with pytest.raises(UserError, match="per_device_gradients is declared"):
-        train.train_and_evaluate("outsider", config, outsider.make_task(config, DATASET), DATASET, mesh, tmp_path)
+        loop.train_and_evaluate("outsider", config, outsider.make_task(config, DATASET), DATASET, mesh, tmp_path)
     assert (tmp_path / "metrics.jsonl").stat().st_size
     assert not [path for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from experiments import char_rnn, cifar_cnn, mnist_vae
-from research import app, optimizers, sharding, training
+from research import app, optimizers, sharding
 from research import config as config_lib
 from research.data import sources
 from research.errors import UserError
+from research.training.run import Training
 
 EXPERIMENT = cifar_cnn.EXPERIMENT
 
@@ -193,7 +194,7 @@ def _before_training(base, path=None):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax.stages.Lowered, "compile", lambda lowered: texts.append(lowered.as_text()))
         dataset = _drawn()
-        run = training.Training(config, EXPERIMENT.make_task(config, dataset), dataset, mesh)
+        run = Training(config, EXPERIMENT.make_task(config, dataset), dataset, mesh)
         run.compile(train=True)
     arrays = jax.tree.leaves(jax.tree.map(np.asarray, (run.state, run._batches.sample(), run._given)))
     return texts, [array.tobytes() for array in arrays], run.ends, run._pace.capacity

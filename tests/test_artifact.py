@@ -9,8 +9,8 @@ import shutil
 import numpy as np
 import pytest
 
-from launch import artifact
-from launch.artifact import ArtifactError
+from launch.artifacts import artifact
+from launch.artifacts.artifact import ArtifactError
 
 
 @pytest.fixture

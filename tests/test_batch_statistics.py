@@ -9,13 +9,14 @@ import outsider
 import pytest
 from drawn import DATASET
 
-from research import batch_statistics, optimizers, sharding, train
-from research.checkpoint import Checkpoints
+from research import optimizers, sharding
 from research.config import MeshConfig
 from research.data.pipeline import TrainBatches
-from research.population import Population
-from research.training import Training
-from research.writer import Writer
+from research.record.writer import Writer
+from research.training import batch_statistics, loop
+from research.training.checkpoint import Checkpoints
+from research.training.population import Population
+from research.training.run import Training
 
 
 def _config(**fields):
@@ -85,9 +86,9 @@ def test_a_checkpoint_within_an_epoch_has_none_and_whoever_opens_it_makes_them(t
     initial = _training(_config()).state.ema_model_state
     jax.tree.map(np.testing.assert_array_equal, during.state.ema_model_state, initial)
     expected = during.evaluate()
-    opened = train.restore(config, outsider.make_task(config, DATASET), DATASET, during.mesh, tmp_path)
+    opened = loop.restore(config, outsider.make_task(config, DATASET), DATASET, during.mesh, tmp_path)
     jax.tree.map(np.testing.assert_array_equal, opened.state.ema_model_state, during.state.ema_model_state)
-    assert train.evaluate(opened) == pytest.approx(expected)
+    assert loop.evaluate(opened) == pytest.approx(expected)
 
 
 class Spoilt(outsider.Everything):
@@ -107,7 +108,7 @@ def test_a_batch_that_training_leaves_out_is_left_out_of_them(fields, monkeypatc
     config = _config(network="Everything", checkpoint_every_steps=2, **fields)
     mesh = sharding.make_mesh(config, jax.devices()[:1])
     task = outsider.make_task(config, dataset)
-    state, summary = train.train_and_evaluate("outsider", config, task, dataset, mesh, tmp_path)
+    state, summary = loop.train_and_evaluate("outsider", config, task, dataset, mesh, tmp_path)
     assert summary["skipped_steps" if "max_skipped_steps" in fields else "rewinds"] == 1
     assert np.isfinite(summary["test_loss"])
     for array in jax.tree.leaves(state.ema_model_state):

@@ -15,7 +15,7 @@ from benchmarks import command as command_lib
 from benchmarks.peers import flax_peer, meshwork_peer, table, works
 from benchmarks.peers.clock import Clock
 from experiments import cifar_cnn
-from research import command
+from research import flags
 from research.config import DatasetConfig, OptimizerConfig, VAEConfig
 
 
@@ -167,7 +167,7 @@ def test_data_that_cannot_be_had_is_named_before_anything_is_trained(env, monkey
 def test_each_structure_is_a_command_that_exists_and_their_errors_follow_a_law():
     for name, sizes in structures.NETWORKS.items():
         for fields in sizes:
-            command.parse(cifar_cnn.EXPERIMENT, structures.flags_of(name, fields, "digits"))
+            flags.parse(cifar_cnn.EXPERIMENT, structures.flags_of(name, fields, "digits"))
     widths = (10, 100, 1000, 10000)
     rows = [
         {"network": "simple", "parameters": x, "test_accuracy": [0.8 - x**-0.5 * r for r in (0.99, 1.01)]}

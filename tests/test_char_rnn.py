@@ -12,13 +12,14 @@ from drawn import read_lines, same
 from flax import nnx
 
 from experiments import char_rnn
-from research import app, optimizers, sharding, train
+from research import app, optimizers, sharding
 from research import config as config_lib
 from research.config import MeshConfig, RNNConfig
 from research.data.sources import Dataset
 from research.errors import UserError
 from research.models import rnn
 from research.tasks.generation import SampleOptions
+from research.training import loop
 
 OPTIONS = {"xla_backend_optimization_level": 0}  # compiling takes longer than running
 
@@ -48,7 +49,7 @@ def _run(workdir, devices=1, axes=None, signals=None, **fields):
     dataset = char_rnn.prepare(config, RAW)
     workdir.mkdir(exist_ok=True)
     task = char_rnn.make_task(config, dataset)
-    state, _ = train.train_and_evaluate("char_rnn", config, task, dataset, mesh, workdir, signals)
+    state, _ = loop.train_and_evaluate("char_rnn", config, task, dataset, mesh, workdir, signals)
     return state, read_lines(workdir)
 
 

@@ -12,12 +12,13 @@ import pytest
 from drawn import same
 from jax.experimental import multihost_utils
 
-from research import checkpoint, randomness, sharding
-from research.checkpoint import Checkpoints, checksums_of
-from research.checksums import checksums
+from research import randomness, sharding
 from research.config import Config, MeshConfig
 from research.errors import OutOfMemoryError, RecordError, UserError
-from research.state import TrainState
+from research.training import checkpoint
+from research.training.checkpoint import Checkpoints, checksums_of
+from research.training.checksums import checksums
+from research.training.state import TrainState
 
 # TensorStore's futures that nobody awaits, where a read failed.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -283,7 +284,7 @@ def test_only_writes_that_end_after_the_first_that_failed_print_nothing():
     program = """
 import sys, types
 sys.unraisablehook = lambda found: print(found.exc_value)
-import research.checkpoint
+import research.training.checkpoint
 for error in (RuntimeError("Event loop is closed"), RuntimeError("another")):
     sys.unraisablehook(types.SimpleNamespace(exc_value=error))
 """

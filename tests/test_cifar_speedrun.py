@@ -9,7 +9,7 @@ from flax import nnx
 from experiments import cifar_speedrun
 from research.data.sources import Dataset
 from research.errors import UserError
-from research.signals import Signals
+from research.process.signals import Signals
 
 ARGS = ["--config=quick", "--config.dataset.name=digits", "--config.model.width=4", "--config.num_runs=2"]
 

@@ -7,8 +7,9 @@ import pytest
 from drawn import run
 from PIL import Image
 
-from research import compare, plots, train
+from research import compare, plots
 from research.errors import UserError
+from research.training import loop
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def test_a_picture_that_fails_stops_nothing(tmp_path, monkeypatch, capfd):
     def full(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(train.plots, "curves", full)
+    monkeypatch.setattr(loop.plots, "curves", full)
     _, summary = run(tmp_path)
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     assert "WARNING: curves.png was not drawn: No space left on device" in capfd.readouterr().err

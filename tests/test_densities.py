@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 
-from research import densities
+from research.tasks import densities
 
 RNG = np.random.default_rng(0)
 X, MEAN, LOGVAR = RNG.standard_normal((3, 4, 6)).astype(np.float32)

@@ -16,9 +16,9 @@ from compiling import QUICKLY
 
 from launch import job as job_lib
 from launch import local
-from research import distributed
 from research.config import DistributedConfig
 from research.errors import UserError
+from research.process import distributed
 
 ARGS = [*DIGITS, "--config.num_epochs=2"]
 LOCAL = [sys.executable, "-m", "launch.local", "experiments.cifar_cnn"]

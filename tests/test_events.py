@@ -10,7 +10,7 @@ import pytest
 from drawn import read_lines, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from research import events
+from research.record import events
 
 
 def _read(workdir):
@@ -55,7 +55,7 @@ def test_pytorch_is_not_imported_for_them(tmp_path):
     """Which takes seconds where it is installed; it can still be imported afterwards."""
     (tmp_path / "torch.py").write_text("print('imported')")
     code = (
-        "import pathlib; from research.events import Events; "
+        "import pathlib; from research.record.events import Events; "
         "Events(pathlib.Path('.'), print).start('config', 0, 0); print('written'); import torch"
     )
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(events.__file__).parent.parent)])}

@@ -16,15 +16,17 @@ from jax.extend.mlir import ir
 from jax.interpreters.mlir import make_ir_context
 
 from experiments import char_rnn, cifar_cnn, mnist_vae
-from launch import artifact, export, runtimes
-from research import app, command, optimizers, sharding, train
+from launch import export
+from launch.artifacts import artifact, runtimes
+from research import app, flags, optimizers, sharding
 from research import config as config_lib
-from research.checkpoint import Checkpoints, checksums_of
 from research.data import images, sources
 from research.errors import RecordError, UserError
 from research.tasks.classification import Classification
 from research.tasks.task import Task
-from research.training import Training
+from research.training import loop
+from research.training.checkpoint import Checkpoints, checksums_of
+from research.training.run import Training
 
 _BYTES = np.frombuffer(b"how doth the little crocodile improve his shining tail, " * 8, np.uint8)
 TEXT = sources.Dataset("drawn", (), {"text": _BYTES}, None, {"text": _BYTES[:100]})
@@ -55,7 +57,7 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def checkpoint(run):
     """As `--mode=eval` restores it, on eight devices."""
-    asked = command.parse(cifar_cnn.EXPERIMENT, ["--mode=eval", f"--workdir={run}"])
+    asked = flags.parse(cifar_cnn.EXPERIMENT, ["--mode=eval", f"--workdir={run}"])
     return app.restored(cifar_cnn.EXPERIMENT, asked, app.start(asked.config))
 
 
@@ -105,7 +107,7 @@ def test_the_classifier_is_the_checkpoint_on_the_test_set(checkpoint, classifier
     runtime = runtimes.JaxRuntime(classifier)
     logits = runtime("classify", {"image": test["image"]})["logits"]
     np.testing.assert_allclose(logits, _logits(checkpoint, test["image"]), atol=1e-5)
-    assert (logits.argmax(-1) == test["label"]).mean() == pytest.approx(train.evaluate(checkpoint)["test_accuracy"])
+    assert (logits.argmax(-1) == test["label"]).mean() == pytest.approx(loop.evaluate(checkpoint)["test_accuracy"])
     few = runtime("classify", {"image": test["image"][:7]})["logits"]
     np.testing.assert_allclose(few, logits[:7], atol=1e-5)
 

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from launch import hlo
-from launch.hlo import Collective
+from launch.plans import hlo
+from launch.plans.hlo import Collective
 from research.sharding import AXES
 
 

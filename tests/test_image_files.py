@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from launch import image_files
-from launch.artifact import ArtifactError
+from launch.artifacts import image_files
+from launch.artifacts.artifact import ArtifactError
 
 SHAPE = (4, 6, 3)  # h, w, c
 

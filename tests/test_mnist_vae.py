@@ -10,10 +10,11 @@ from drawn import read_lines, same
 from upath import UPath
 
 from experiments import mnist_vae
-from research import app, optimizers, sharding, train
+from research import app, optimizers, sharding
 from research import config as config_lib
 from research.data import sources
 from research.errors import RecordError, UserError
+from research.training import loop
 
 
 def _drawn(count=40):
@@ -37,7 +38,7 @@ def _train(workdir, devices=1, signals=None, **fields):
     config, dataset = _config(**fields), _drawn()
     mesh = sharding.make_mesh(config, jax.devices()[:devices])
     task = mnist_vae.make_task(config, dataset)
-    return train.train_and_evaluate("mnist_vae", config, task, dataset, mesh, workdir, signals)
+    return loop.train_and_evaluate("mnist_vae", config, task, dataset, mesh, workdir, signals)
 
 
 def test_one_device_and_eight_give_the_same_figures_and_pictures(tmp_path):

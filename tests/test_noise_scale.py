@@ -7,10 +7,11 @@ import pytest
 from drawn import read_lines
 from flax import nnx
 
-from research import noise_scale, optimizers, sharding, train
+from research import optimizers, sharding
 from research.config import Config, OptimizerConfig
 from research.data.sources import Dataset
 from research.tasks.task import Task
+from research.training import loop, noise_scale
 
 
 class Point(nnx.Module):
@@ -39,7 +40,7 @@ def _trained(workdir, devices=1, **fields):
     optimizers.resolve(config.optimizer)
     mesh = sharding.make_mesh(config, jax.devices()[:devices])
     workdir.mkdir()
-    _, summary = train.train_and_evaluate("quadratic", config, Quadratic(), dataset, mesh, workdir)
+    _, summary = loop.train_and_evaluate("quadratic", config, Quadratic(), dataset, mesh, workdir)
     gradients = np.array([1.0, -0.5, 0.25, 0.0]) - x.astype(np.float64)
     return summary, np.square(gradients.mean(0)).sum(), gradients.var(0).sum()
 

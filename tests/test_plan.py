@@ -12,8 +12,9 @@ import sys
 import pytest
 
 from benchmarks import roofline as benchmark
-from launch import chips, plan, roofline, topologies
-from launch.hlo import Collective
+from launch import plan
+from launch.plans import chips, roofline, topologies
+from launch.plans.hlo import Collective
 from research.config import MeshConfig
 from research.errors import UserError
 
@@ -212,7 +213,7 @@ def test_what_does_not_fit_is_said_in_one_line_and_recorded(tmp_path, monkeypatc
     ],
 )
 def test_impossible_flags_are_named_before_anything_is_compiled(args, words, tmp_path, monkeypatch):
-    monkeypatch.setattr("launch.compiled.subject", None)  # no data is loaded
+    monkeypatch.setattr("launch.plans.lowering.load", None)  # no data is loaded
     with pytest.raises(UserError, match=words):
         plan.run([*VAE, *args, f"--workdir={tmp_path / 'x'}"])
     assert not (tmp_path / "x").exists()
@@ -224,7 +225,7 @@ def test_impossible_flags_are_named_before_anything_is_compiled(args, words, tmp
 def test_a_record_that_cannot_be_kept_is_named_before_anything_is_compiled(workdir, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
-    monkeypatch.setattr("launch.compiled.lower", None)
+    monkeypatch.setattr("launch.plans.lowering.lower", None)
     with pytest.raises(UserError, match=words):
         plan.run([*VAE, "--topology=h100-2", "--config.batch_size=32", f"--workdir={workdir}"])
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from linear import LinearConfig, ModelConfig, make_task
 
-from research import hyperparams, optimizers, population, population_devices, sharding
+from research import optimizers, sharding
 from research.config import OptimizerConfig
 from research.data.sources import Dataset
 from research.layers.dropout import Dropout
-from research.population import Population
-from research.steps import Steps
-from research.training import Training
+from research.training import hyperparams, population, population_devices
+from research.training.population import Population
+from research.training.run import Training
+from research.training.steps import Steps
 
 
 def _dataset():

@@ -7,7 +7,7 @@ import types
 
 import pytest
 
-from research import population_devices
+from research.training import population_devices
 
 
 def test_as_many_members_at_once_as_leave_a_device_idle():
@@ -28,7 +28,8 @@ def test_every_device_has_members(platform, devices, members):
 )
 def test_each_core_becomes_a_device_unless_somebody_has_said_how_many_there_are(flags, most, said):
     code = (
-        "import joblib; joblib.cpu_count = lambda: 3; import jax; from research.population_devices import split_cpu; "
+        "import joblib; joblib.cpu_count = lambda: 3; import jax; "
+        "from research.training.population_devices import split_cpu; "
         f"print(split_cpu({most}), jax.device_count(), split_cpu(0))"
     )
     env = os.environ | {"XLA_FLAGS": flags and f"--xla_force_host_platform_device_{flags}", "JAX_PLATFORMS": "cpu"}

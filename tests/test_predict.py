@@ -13,10 +13,11 @@ from flax import nnx
 from PIL import Image
 
 from experiments import char_rnn
-from launch import artifact, predict
-from launch.artifact import ArtifactError
+from launch import predict
+from launch.artifacts import artifact
+from launch.artifacts.artifact import ArtifactError
+from launch.artifacts.runtimes import described
 from launch.export import _export
-from launch.runtimes import described
 from research.config import RNNConfig
 from research.models import rnn
 from research.tasks.generation import encode, generate

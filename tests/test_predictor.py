@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from research import predictor, sharding
+from research import sharding
 from research.config import Config
-from research.predictor import Predictor
+from research.tasks import predictor
+from research.tasks.predictor import Predictor
 
 
 def _scaled(model, batch, key):

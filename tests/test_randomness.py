@@ -8,14 +8,15 @@ import numpy as np
 from drawn import DATASET
 from flax import nnx
 
-from research import hyperparams, optimizers, randomness, sharding
+from research import optimizers, randomness, sharding
 from research.config import Config, DatasetConfig
 from research.data import sources
 from research.data.pipeline import TrainBatches, example_numbers
 from research.randomness import Stream
-from research.state import create_state
-from research.steps import Steps
 from research.tasks.task import Task
+from research.training import hyperparams
+from research.training.state import create_state
+from research.training.steps import Steps
 
 
 def test_no_two_streams_share_a_key():

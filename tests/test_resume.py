@@ -14,9 +14,10 @@ from command import COMMAND, DIGITS, complains, read_summary, run_command, run_h
 from drawn import DATASET, read_lines, run, same, split
 
 from experiments import cifar_cnn
-from research import command, training
-from research.checkpoint import Checkpoints
-from research.signals import Signals, StoppedError
+from research import flags
+from research.process.signals import Signals, StoppedError
+from research.training import run as run_module
+from research.training.checkpoint import Checkpoints
 
 
 def _figures(summary):
@@ -121,7 +122,7 @@ def test_a_finished_run_is_only_evaluated_and_may_be_reproduced(env, tmp_path, c
     words = "--config.optimizer.name=sgd: the record of --reproduce has momentum"
     complains(run_here(["--reproduce=x/summary.json", "--config.optimizer.name=sgd", "--workdir=z"], capsys), words)
     # A preset starts anew.
-    command.parse(cifar_cnn.EXPERIMENT, ["--reproduce=x/summary.json", "--config=paper", "--config.optimizer.name=sgd"])
+    flags.parse(cifar_cnn.EXPERIMENT, ["--reproduce=x/summary.json", "--config=paper", "--config.optimizer.name=sgd"])
     (tmp_path / "y/summary.json").write_text('{"a": 1}')
     complains(run_here(["--workdir=y"], capsys), "y/summary.json is not a run's: delete it")
     complains(run_here(["--reproduce=nowhere/summary.json"], capsys), "no such file")
@@ -149,7 +150,7 @@ def test_a_state_that_is_replaced_takes_no_memory(stop_at, tmp_path, monkeypatch
         return restore(self, like)
 
     initial = []
-    create_state = training.create_state
+    create_state = run_module.create_state
 
     def created(*args):
         made = create_state(*args)
@@ -157,7 +158,7 @@ def test_a_state_that_is_replaced_takes_no_memory(stop_at, tmp_path, monkeypatch
         return made
 
     monkeypatch.setattr(Checkpoints, "restore", looked_at)
-    monkeypatch.setattr(training, "create_state", created)
+    monkeypatch.setattr(run_module, "create_state", created)
     run(tmp_path)
     assert deleted
     assert all(deleted)

@@ -12,9 +12,8 @@ from command import DIGITS
 from experiments.cifar_cnn import EXPERIMENT
 from launch import job as job_lib
 from launch import scaling
-from research import command
 from research.errors import UserError
-from research.signals import StoppedError
+from research.process.signals import StoppedError
 
 SCALING = [sys.executable, "-m", "launch.scaling", "experiments.cifar_cnn", *DIGITS]
 
@@ -179,6 +178,6 @@ def test_a_device_by_itself_has_a_mesh_of_its_own(capsys):
     flags = ["--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.steps_per_dispatch=3"]
     assert scaling.run(["experiments.cifar_cnn", *DIGITS, "--devices=1,2", "--dry_run", *flags]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("#")]
-    configs = [command.parse(EXPERIMENT, line.partition("experiments.cifar_cnn ")[2].split()).config for line in lines]
+    configs = [flags.parse(EXPERIMENT, line.partition("experiments.cifar_cnn ")[2].split()).config for line in lines]
     assert [(config.mesh.data, config.mesh.fsdp) for config in configs] == [(-1, 1), *[(1, 2)] * 2, *[(-1, 1)] * 2]
     assert {config.steps_per_dispatch for config in configs} == {3}

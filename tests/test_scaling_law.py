@@ -1,9 +1,9 @@
-"""`launch.scaling_law`: known laws are found again, and its intervals hold what they promise."""
+"""`launch.sweeps.scaling_law`: known laws are found again, and its intervals hold what they promise."""
 
 import numpy as np
 import pytest
 
-from launch import scaling_law
+from launch.sweeps import scaling_law
 
 SIZES = np.array([1e4, 3e4, 1e5, 3e5, 1e6])
 

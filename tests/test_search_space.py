@@ -5,7 +5,7 @@ import pytest
 optuna = pytest.importorskip("optuna", reason="the extra `sweep` is not installed")
 
 from experiments import cifar_cnn  # noqa: E402
-from launch import search_space  # noqa: E402
+from launch.sweeps import search_space  # noqa: E402
 from research.errors import UserError  # noqa: E402
 
 RATE = "optimizer.learning_rate"

@@ -11,14 +11,15 @@ import pytest
 from flax import nnx
 
 from experiments.cifar_cnn import CifarConfig, make_task
-from research import hyperparams, optimizers, randomness, sharding
+from research import optimizers, randomness, sharding
 from research.config import AugmentConfig, CNNConfig, MeshConfig, OptimizerConfig
 from research.data.pipeline import EvalBatches, TrainBatches
 from research.data.sources import Dataset
 from research.randomness import Stream
-from research.state import create_state
-from research.steps import Steps
 from research.tasks.classification import Classification
+from research.training import hyperparams
+from research.training.state import create_state
+from research.training.steps import Steps
 
 
 @functools.cache

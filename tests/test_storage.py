@@ -16,8 +16,8 @@ from upath import UPath
 from research import app, compare
 from research.config import Config, DatasetConfig
 from research.errors import RecordError, UserError
+from research.record.workdir import Workdir
 from research.tasks.classification import Classification
-from research.workdir import Workdir
 
 
 class Tiny(nnx.Module):

@@ -1,4 +1,4 @@
-"""`launch.study`: every place of a plan is trained once, whoever planned it and whoever was lost."""
+"""`launch.sweeps.study`: every place of a plan is trained once, whoever planned it and whoever was lost."""
 
 import os
 from datetime import timedelta
@@ -9,9 +9,9 @@ optuna = pytest.importorskip("optuna", reason="the extra `sweep` is not installe
 
 from optuna.trial import TrialState  # noqa: E402
 
-from launch import study as study_lib  # noqa: E402
-from launch import sweep_report  # noqa: E402
-from launch.study import WORKER, Study, open_storage  # noqa: E402
+from launch.sweeps import report  # noqa: E402
+from launch.sweeps import study as study_lib  # noqa: E402
+from launch.sweeps.study import WORKER, Study, open_storage  # noqa: E402
 
 GRID = [{"x": 0.1}, {"x": 0.2}, {"x": 0.3}]
 
@@ -63,7 +63,7 @@ def test_time_in_which_nothing_ran_does_not_count(make):
     assert study.retry_lost() == 1
     (ended,) = study.trials(TrialState.FAIL)
     ended.datetime_complete = ended.datetime_start + timedelta(seconds=90)  # when it was found
-    assert sweep_report._busy_seconds(study) == pytest.approx(20, abs=0.1)
+    assert report._busy_seconds(study) == pytest.approx(20, abs=0.1)
 
 
 def test_a_database_whose_tables_another_worker_makes_is_opened_again(monkeypatch, tmp_path):

@@ -13,13 +13,14 @@ from optuna.trial import TrialState  # noqa: E402
 
 from experiments import cifar_cnn  # noqa: E402
 from launch import job as job_lib  # noqa: E402
-from launch import search_space, sweep, sweep_processes, sweep_report, tpu, worker  # noqa: E402
+from launch import sweep, tpu  # noqa: E402
 from launch.local import LocalOptions  # noqa: E402
-from launch.study import Study, open_storage  # noqa: E402
-from research import hyperparams  # noqa: E402
+from launch.sweeps import processes, report, search_space, worker  # noqa: E402
+from launch.sweeps.study import Study, open_storage  # noqa: E402
 from research.errors import NonFiniteLossError, OutOfMemoryError, UserError  # noqa: E402
-from research.population import Report  # noqa: E402
-from research.signals import Signals, StoppedError  # noqa: E402
+from research.process.signals import Signals, StoppedError  # noqa: E402
+from research.training import hyperparams  # noqa: E402
+from research.training.population import Report  # noqa: E402
 
 RATE = "optimizer.learning_rate"
 CHOICES = {field.name: field.metadata["choices"] for field in dataclasses.fields(sweep.SweepOptions)}
@@ -93,7 +94,7 @@ def test_every_sampler_makes_exactly_the_planned_trials(fake, sampler):
     assert len(trials) == (6 if sampler == "grid" else 12)
     assert len({tuple(trial.params.items()) for trial in trials}) == len(trials)
     assert study.complete(swept.trials)
-    assert sweep_report.best(study, swept)[0].params[RATE] == max(trial.params[RATE] for trial in trials)
+    assert report.best(study, swept)[0].params[RATE] == max(trial.params[RATE] for trial in trials)
 
 
 def test_trials_of_one_program_share_it_and_fill_its_slots(fake):
@@ -111,7 +112,7 @@ def test_seeds_count_by_their_mean(fake):
     assert [trial.value for trial in study.trials()] == pytest.approx([0.3 + 1, 0.6 + 1])
     assert study.trials()[0].user_attrs["seed_values"] == pytest.approx([0.3, 1.3, 2.3])
     assert _Fake.made[0].most == 6
-    commands = sweep_report.commands("experiments.cifar_cnn", ["--config=paper"], swept, {RATE: 0.2})
+    commands = report.commands("experiments.cifar_cnn", ["--config=paper"], swept, {RATE: 0.2})
     assert [command[-1] for command in commands] == [f"--config.seed={seed}" for seed in range(3)]
 
 
@@ -121,7 +122,7 @@ def test_pruners_end_the_worst_early(fake, pruner):
     made.run()
     pruned = study.trials(TrialState.PRUNED)
     assert (len(pruned) > 3) == (pruner != "none")
-    assert sweep_report.summary(study, swept)["num_pruned"] == len(pruned)
+    assert report.summary(study, swept)["num_pruned"] == len(pruned)
     assert len(pruned) + len(study.trials(TrialState.COMPLETE)) == 30
 
 
@@ -130,7 +131,7 @@ def test_a_trial_that_fails_is_recorded_and_the_others_go_on(fake):
     texts = ["optimizer.name=[sgd,nesterov]", f"{RATE}=[0.1,9]", "optimizer.momentum=[0.5,0.9]"]
     swept, study, made = fake(*texts, sampler="grid")
     made.run()
-    found = sweep_report.summary(study, swept)
+    found = report.summary(study, swept)
     assert (found["num_trials"], found["num_complete"], found["num_failed"]) == (8, 2, 6)
     diverged = [trial for trial in study.trials() if trial.user_attrs.get("diverged_at") == 3]
     assert [trial.state for trial in diverged] == [TrialState.PRUNED] * 2
@@ -214,12 +215,12 @@ def test_only_the_newest_data_sets_are_kept(fake):
 def test_a_worker_takes_the_gpu_that_its_launcher_meant(environment, expected, tmp_path, monkeypatch):
     for number in range(4):
         (tmp_path / f"gpus/{number}").mkdir(parents=True)
-    monkeypatch.setattr(sweep_processes, "_GPUS", tmp_path / "gpus")
-    assert sweep_processes.take_place(environment) == expected
+    monkeypatch.setattr(processes, "_GPUS", tmp_path / "gpus")
+    assert processes.take_place(environment) == expected
 
 
 def test_a_worker_reads_its_place_before_jax_starts(monkeypatch):
-    monkeypatch.setattr(sweep_processes, "take_place", lambda _: {"MESHWORK_PLACE": "taken"})
+    monkeypatch.setattr(processes, "take_place", lambda _: {"MESHWORK_PLACE": "taken"})
     monkeypatch.setenv("MESHWORK_PLACE", "none")
     job = job_lib.parse("sweep", "", sweep.SweepOptions(), ["linear", f"--search={RATE}=log(1e-4,1)"])
     sweep._sweep(job)
@@ -263,7 +264,7 @@ def test_a_signal_gives_back_what_was_running(fake):
     again = worker.Worker(swept, study, Signals(), lambda: None)
     again.run()
     assert len(study.trials(TrialState.COMPLETE)) == 6
-    assert sweep_report.summary(study, swept)["num_trials"] == 6
+    assert report.summary(study, swept)["num_trials"] == 6
 
 
 def test_two_workers_share_no_trial_and_a_lost_one_is_retried_once(fake, tmp_path):
@@ -280,7 +281,7 @@ def test_two_workers_share_no_trial_and_a_lost_one_is_retried_once(fake, tmp_pat
         first = study.claim(7)
         assert bool(first) == bool(expected)
         assert not first or (first.number, swept.space.suggest(first)[RATE]) == (7, rate)
-    assert sweep_report.summary(study, swept)["num_failed"] == 1
+    assert report.summary(study, swept)["num_failed"] == 1
 
 
 def test_a_worker_elsewhere_is_lost_when_it_has_been_silent_for_long(fake, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 
 optuna = pytest.importorskip("optuna", reason="the extra `sweep` is not installed")
 
-from launch import search_space, sweep_fit, worker  # noqa: E402
+from launch.sweeps import fit, search_space, worker  # noqa: E402
 from research import plots  # noqa: E402
 from research.errors import UserError  # noqa: E402
 
@@ -20,7 +20,7 @@ def sweep():
 
 
 def test_sizes_are_counted(sweep):
-    assert sweep_fit.size_of("examples", sweep, sweep.trial_config({"dataset.train_fraction": 0.5})) == round(
+    assert fit.size_of("examples", sweep, sweep.trial_config({"dataset.train_fraction": 0.5})) == round(
         0.5 * (1437 - 144)
     )
     classes = 10
@@ -28,7 +28,7 @@ def test_sizes_are_counted(sweep):
     inputs = images[0].size
     for width in (4, 8):
         weights = (inputs + 1) * width + (width + 1) * classes
-        assert sweep_fit.size_of("parameters", sweep, sweep.trial_config({"model.width": width})) == weights
+        assert fit.size_of("parameters", sweep, sweep.trial_config({"model.width": width})) == weights
 
 
 def test_flops_are_those_of_the_products_and_little_else(sweep):
@@ -36,7 +36,7 @@ def test_flops_are_those_of_the_products_and_little_else(sweep):
     width, steps = 64, len(images) // sweep.config.batch_size
     forward = 2 * sweep.config.batch_size * width * (images[0].size + 10)
     backward = 2 * forward - 2 * sweep.config.batch_size * width * images[0].size  # no gradient of the images
-    found = sweep_fit.size_of("flops", sweep, sweep.trial_config({"model.width": width}))
+    found = fit.size_of("flops", sweep, sweep.trial_config({"model.width": width}))
     assert 1 < found / ((forward + backward) * steps) < 1.1
 
 
@@ -51,19 +51,19 @@ def _trial(value, fields=None, **params):
 
 def test_the_best_trial_of_each_size_counts_with_all_its_seeds(sweep):
     ranked = [_trial(value, **{"dataset.train_fraction": part}) for value, part in ((1, 1.0), (2, 0.5), (3, 1.0))]
-    points = sweep_fit.measurements("examples", sweep, ranked)
+    points = fit.measurements("examples", sweep, ranked)
     assert points == [(646, 2.0), (646, 2.5), (1293, 1.0), (1293, 1.5)]
     of_file = _trial(1, {"dataset.train_fraction": 0.5}, halves=1)
-    assert sweep_fit.measurements("examples", sweep, [of_file]) == [(646, 1.0), (646, 1.5)]
+    assert fit.measurements("examples", sweep, [of_file]) == [(646, 1.0), (646, 1.5)]
 
 
 def test_a_law_is_found_again_and_tested_on_the_largest():
     sizes = [100, 200, 400, 800, 1600]
-    found = sweep_fit.fitted("examples", "error", [(size, 0.1 + 2 * size**-0.5) for size in sizes])
+    found = fit.fitted("examples", "error", [(size, 0.1 + 2 * size**-0.5) for size in sizes])
     assert (found["floor"], found["factor"], found["exponent"]) == pytest.approx((0.1, 2, 0.5), rel=1e-3)
     assert found["largest"]["expected"] == pytest.approx(found["largest"]["measured"], rel=1e-3)
     assert [row["size"] for row in found["beyond"]] == [3200, 6400, 16000]
-    assert "fit: error = 0.1 + 2 * examples^-0.500\n" in sweep_fit.lines(found)
+    assert "fit: error = 0.1 + 2 * examples^-0.500\n" in fit.lines(found)
     axes = plots.scaling_law(found).axes[0]
     assert axes.get_legend_handles_labels()[1].count("measured") == 1
     line = axes.lines[0].get_xydata()
@@ -74,7 +74,7 @@ def test_what_cannot_be_fitted_is_named():
     def check(by, seeds, **fields):
         config = linear.get_config()
         texts = [f"{name.replace('_', '.', 1)}={values}" for name, values in fields.items()]
-        sweep_fit.check(by, search_space.parse(texts, config).distributions, seeds)
+        fit.check(by, search_space.parse(texts, config).distributions, seeds)
 
     with pytest.raises(UserError, match=r"--fit=examples needs 3 sizes.*search has 1: give --search='dataset\.train"):
         check("examples", 9, model_width="[2,4,6,8]")
@@ -85,4 +85,4 @@ def test_what_cannot_be_fitted_is_named():
     check("flops", 1, model_width="int(2,8,step=2)")
     check("examples", 1, dataset_train_fraction="float(0.1,1)")
     with pytest.raises(UserError, match="search more sizes"):
-        sweep_fit.fitted("parameters", "error", [(1, 3.0), (2, 2.0)])
+        fit.fitted("parameters", "error", [(1, 3.0), (2, 2.0)])

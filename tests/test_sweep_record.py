@@ -18,11 +18,13 @@ optuna = pytest.importorskip("optuna", reason="the extra `sweep` is not installe
 
 from optuna.trial import TrialState  # noqa: E402
 
-from launch import sweep, sweep_processes  # noqa: E402
-from launch.study import Study, open_storage  # noqa: E402
-from research import app, population_devices  # noqa: E402
+from launch import sweep  # noqa: E402
+from launch.sweeps import processes as sweep_processes  # noqa: E402
+from launch.sweeps.study import Study, open_storage  # noqa: E402
+from research import app  # noqa: E402
 from research.errors import RecordError, UserError  # noqa: E402
-from research.signals import StoppedError  # noqa: E402
+from research.process.signals import StoppedError  # noqa: E402
+from research.training import population_devices  # noqa: E402
 
 RATE = "optimizer.learning_rate"
 

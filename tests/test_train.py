@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from drawn import DATASET, read_lines, run, same, split
 
-from research import training, writer
 from research.config import OptimizerConfig
 from research.errors import NonFiniteLossError
+from research.record import writer
+from research.training import run as run_module
 
 
 def test_the_record(tmp_path, capfd):
@@ -76,8 +77,8 @@ def test_the_recorded_rate_is_the_schedules(tmp_path):
 
 def test_steps_per_dispatch_changes_the_calls_and_no_bit(tmp_path, monkeypatch):
     calls = []
-    take = training.TrainBatches.take
-    monkeypatch.setattr(training.TrainBatches, "take", lambda self, count: calls.append(count) or take(self, count))
+    take = run_module.TrainBatches.take
+    monkeypatch.setattr(run_module.TrainBatches, "take", lambda self, count: calls.append(count) or take(self, count))
     states, counts = [], []
     for steps in (1, 4, 100, 0):
         calls.clear()
@@ -92,13 +93,13 @@ def test_steps_per_dispatch_changes_the_calls_and_no_bit(tmp_path, monkeypatch):
 
 def test_running_ahead_of_the_device_changes_nothing(tmp_path, monkeypatch):
     plain, _ = run(tmp_path / "plain", steps_per_dispatch=3)
-    dispatches = training.Training.dispatches
+    dispatches = run_module.Training.dispatches
 
     def ahead(self, end):
         self._overlap = True
         return dispatches(self, end)
 
-    monkeypatch.setattr(training.Training, "dispatches", ahead)
+    monkeypatch.setattr(run_module.Training, "dispatches", ahead)
     state, _ = run(tmp_path / "ahead", steps_per_dispatch=3)
     same(state, plain)
     assert read_lines(tmp_path / "ahead") == read_lines(tmp_path / "plain")
@@ -162,21 +163,21 @@ def test_what_is_not_finite_is_null_in_the_record(tmp_path):
 
 def test_time_that_the_device_works_through_a_pause_counts_as_training(tmp_path, monkeypatch):
     """With a dispatch in flight a slow consumer is no reason to stop the clock; without one it is."""
-    record = training.Training._record
+    record = run_module.Training._record
 
     def slow(self, *args):
         time.sleep(0.05)
         record(self, *args)
 
-    monkeypatch.setattr(training.Training, "_record", slow)
-    dispatches = training.Training.dispatches
+    monkeypatch.setattr(run_module.Training, "_record", slow)
+    dispatches = run_module.Training.dispatches
 
     def seconds(overlap):
         def chosen(self, end):
             self._overlap = overlap
             return dispatches(self, end)
 
-        monkeypatch.setattr(training.Training, "dispatches", chosen)
+        monkeypatch.setattr(run_module.Training, "dispatches", chosen)
         return run(tmp_path / str(overlap), steps_per_dispatch=1)[1]["train_seconds"]
 
     assert seconds(False) < 22 * 0.05 < seconds(True) + 2 * 0.05

@@ -2,7 +2,7 @@
 
 import pytest
 
-from research import xla_flags
+from research.process import xla_flags
 
 FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 

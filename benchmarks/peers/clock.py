@@ -18,7 +18,7 @@ class Clock:
       losses: the mean of each epoch.
       seconds: of each epoch.
       device: on what this project ran, as jax names it ("cpu", "NVIDIA H200").
-      step_flops: what its compiled train step costs, by `launch.hlo`.
+      step_flops: what its compiled train step costs, by `launch.plans.hlo`.
     """
 
     began: float

@@ -21,14 +21,14 @@ from experiments import char_rnn, cifar_cnn, mnist_vae
 from experiments.char_rnn import CharRNNConfig
 from experiments.cifar_cnn import CifarConfig
 from experiments.mnist_vae import MnistVAEConfig
-from launch.hlo import Program
+from launch.plans.hlo import Program
 from research import app, optimizers, sharding
 from research.config import CNNConfig, Config, OptimizerConfig, RNNConfig, VAEConfig
 from research.data.sources import Dataset
 from research.models import rnn
 from research.tasks.generation import generate
 from research.tasks.task import Task
-from research.training import Training
+from research.training.run import Training
 
 _MICROBATCH = 32  # on a CPU: activations then stay in its cache
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.works import Work
-from launch.chips import CHIPS
+from launch.plans.chips import CHIPS
 
 Report = dict[str, Any]
 
@@ -65,7 +65,7 @@ def row(work: Work, peer: str, ours: list[Report], theirs: list[Report]) -> dict
 
 
 def utilisation(device: str, dtype: str, flops: float) -> float | None:
-    """The part of a GPU's peak (`launch.chips`) that `flops` operations a second are; None where it is no such GPU."""
+    """The part of a GPU's peak (`chips.py`) that `flops` operations a second are; None where it is no such GPU."""
     chip = next((chip for name, chip in CHIPS.items() if name.upper() in device), None)
     return round(flops / chip.flops(dtype), 4) if chip and flops else None
 

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from research.data import cache
-
-Arrays = dict[str, np.ndarray]
+from research.data.cache import Arrays
 
 
 @functools.cache  # a sweep loads them several times

@@ -20,10 +20,11 @@ from jax.sharding import Mesh
 
 from research import randomness, sharding
 from research.config import Config
+from research.data.cache import Arrays
 from research.errors import UserError
 from research.randomness import Stream
 
-Arrays = dict[str, np.ndarray]
+Batch = dict[str, jax.Array]
 
 
 @functools.lru_cache(maxsize=2)

@@ -11,11 +11,10 @@ import numpy as np
 from research import randomness
 from research.config import DatasetConfig
 from research.data import embedded, prepare, tfds_sets
+from research.data.cache import Arrays
 from research.data.tfds_sets import UnavailableError
 from research.errors import UserError
 from research.randomness import Stream
-
-Arrays = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,9 +20,8 @@ from typing import Any
 import numpy as np
 
 from research.data import cache
+from research.data.cache import Arrays
 from research.errors import UserError
-
-Arrays = dict[str, np.ndarray]
 
 _SPLITS = ("train", "validation", "test")
 _EXAMPLES_AT_ONCE = 2000

@@ -12,9 +12,10 @@ from flax import nnx
 from research import plots
 from research.config import AugmentConfig
 from research.data import images
+from research.data.pipeline import Batch
 from research.data.sources import Dataset
-from research.predictor import Predictor
-from research.tasks.task import Batch, Function, Metrics, Task
+from research.tasks.predictor import Predictor
+from research.tasks.task import Function, Metrics, Task
 
 
 @dataclasses.dataclass(frozen=True)

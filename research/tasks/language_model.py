@@ -10,8 +10,9 @@ import numpy as np
 import optax
 from flax import nnx
 
+from research.data.pipeline import Batch
 from research.data.sources import Dataset
-from research.tasks.task import Batch, Function, Metrics, Task
+from research.tasks.task import Function, Metrics, Task
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import jax
 from flax import nnx
 
+from research.data.pipeline import Batch
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from research.data.sources import Dataset
-    from research.predictor import Predictor
+    from research.tasks.predictor import Predictor
 
-Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 
@@ -42,7 +43,7 @@ class Task:
       parallel_over_time: whether several devices can share an example's time axis (the mesh's `sequence`).
       per_device_gradients: whether a device may compute the losses and the gradient of its part of the batch by itself,
         so that one all-reduce a step is enough. The network's class declares it too, and a subclass for itself: see
-        `research.per_device` for what it promises, and what happens where that is not true.
+        `research.training.per_device` for what it promises, and what happens where that is not true.
     """
 
     network: Callable[[nnx.Rngs], nnx.Module]
@@ -76,7 +77,7 @@ class Task:
         raise NotImplementedError
 
     def with_inputs(self, inputs: Mapping[str, Any]) -> "Task":
-        """This task with the inputs of the step (`research.hyperparams`) that it reads; in the step they are traced."""
+        """This task with the inputs of the step (`hyperparams.py`) that it reads; in the step they are traced."""
         del inputs
         return self
 

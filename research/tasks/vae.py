@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from research import densities, plots, randomness, sharding
+from research import plots, randomness, sharding
 from research.config import is_on
+from research.data.pipeline import Batch
 from research.data.sources import Dataset
-from research.predictor import Predictor
 from research.randomness import Stream
-from research.tasks.task import Batch, Function, Metrics, Task
+from research.tasks import densities
+from research.tasks.predictor import Predictor
+from research.tasks.task import Function, Metrics, Task
 
 _ACTIVE = 0.01  # Burda et al. 2016, section 5.2
 _EVAL_BATCH = 1000  # examples whose log-likelihood is estimated together

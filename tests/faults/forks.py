@@ -19,14 +19,20 @@ from pathlib import Path
 
 import numpy as np
 
-from research import train
 from research.data import cache
+from research.training import loop
 
 # What changes files, as `sys.addaudithook` names it; "open" too, where it is for writing.
 _OPERATIONS = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree")
 _SECONDS = 600  # after which a run that should have ended dies of SIGALRM
 _IMPORTED = [f"experiments.{name}" for name in ("cifar_cnn", "char_rnn", "mnist_vae", "cifar_speedrun")]
-_IMPORTED += ["research.distributed", "research.compilation_cache", "drawn", "tensorboardX", "matplotlib.pyplot"]
+_IMPORTED += [
+    "research.process.distributed",
+    "research.process.compilation_cache",
+    "drawn",
+    "tensorboardX",
+    "matplotlib.pyplot",
+]
 _IMPORTED += ["sklearn.datasets", "orbax.checkpoint.multihost"]
 
 
@@ -117,7 +123,7 @@ def _child(job):
     os.dup2(output, 2)
     signal.alarm(_SECONDS)
     if not job.get("pictures"):
-        train._draw = lambda *_: None
+        loop._draw = lambda *_: None
     _limit(job.get("limits", {}))
     operations = []
     if job.get("watch"):

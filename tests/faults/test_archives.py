@@ -112,7 +112,7 @@ def test_archives_of_anything(tmp_path, members, more):
 def test_a_url_with_a_password_is_refused_without_repeating_it(text):
     from launch import job
     from launch.local import LocalOptions
-    from research import storage
+    from research.record import storage
 
     with pytest.raises(UserError, match="a URL with a password") as error:
         storage.open_path(text)

@@ -16,10 +16,11 @@ from PIL import Image
 from test_artifact import _edit  # a manifest, changed, with the checksum of its new text
 
 from experiments import char_rnn, cifar_cnn, mnist_vae
-from launch import artifact, export, job, predict, runtimes
+from launch import export, job, predict
+from launch.artifacts import artifact, runtimes
 from launch.local import LocalOptions
-from research import command
 from research import config as config_lib
+from research import flags as flags_lib
 from research.errors import UserError
 from research.tasks.task import Function
 
@@ -70,7 +71,7 @@ def test_flags(count, tmp_path, monkeypatch):
         experiment = data.draw(st.sampled_from(EXPERIMENTS))
         argv = data.draw(st.lists(flags(experiment, ["processes", "max_restarts"]), max_size=4))
         if data.draw(st.booleans()):
-            _quietly(lambda: command.parse(experiment, argv))
+            _quietly(lambda: flags_lib.parse(experiment, argv))
         else:
             where = [f"experiments.{experiment.name}", *argv]
             _quietly(lambda: job.parse("local", "", LocalOptions(), where))
@@ -81,7 +82,7 @@ def test_flags(count, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("count", COUNTS)
 def test_search_spaces(count, tmp_path, monkeypatch):
-    search_space = pytest.importorskip("launch.search_space")
+    search_space = pytest.importorskip("launch.sweeps.search_space")
     monkeypatch.chdir(tmp_path)
     known = [path for path, _, _ in config_lib.walk(cifar_cnn.EXPERIMENT.default_config)]
     numbers = texts | st.floats().map(str) | st.integers().map(str)
@@ -136,7 +137,7 @@ def test_configs(count, tmp_path, monkeypatch):
     @given(changed(whole) | values, st.binary(max_size=20))
     def parsed(value, tail):
         path.write_bytes(json.dumps(value).encode() + (tail if tail.startswith(b"{") else b""))
-        _quietly(lambda: command.parse(cifar_cnn.EXPERIMENT, ["--workdir=x"]))
+        _quietly(lambda: flags_lib.parse(cifar_cnn.EXPERIMENT, ["--workdir=x"]))
 
     parsed()
     assert [found.name for found in tmp_path.rglob("*")] == ["x", "config.json"]

@@ -11,13 +11,14 @@ from drawn import DATASET, Linear, read_lines, run, same
 from flax import nnx
 
 from experiments import char_rnn, cifar_cnn, cifar_speedrun, mnist_vae
-from research import app, optimizers, randomness, sharding, train
+from research import app, optimizers, randomness, sharding
 from research.config import AugmentConfig, DatasetConfig, MeshConfig, OptimizerConfig
 from research.data.pipeline import example_numbers
 from research.errors import NonFiniteLossError, UserError
+from research.process.signals import Signals
 from research.randomness import Stream
-from research.signals import Signals
 from research.tasks.classification import Classification
+from research.training import loop
 
 pytestmark = [pytest.mark.faults, pytest.mark.filterwarnings("ignore:overflow encountered in cast")]
 
@@ -52,7 +53,7 @@ def _run(workdir, devices=1, axes=None, signals=None, epochs=(0,), what="loss", 
     example = int(example_numbers(0, 90, 8 * step - 8, 8 * step)[0][3])
     task = Spoilt(Linear, (0.5,), (0.25,), AugmentConfig(), 0.0, example=example, epochs=epochs, what=what)
     workdir.mkdir(exist_ok=True)
-    return train.train_and_evaluate("drawn", config, task, DATASET, mesh, workdir, signals)
+    return loop.train_and_evaluate("drawn", config, task, DATASET, mesh, workdir, signals)
 
 
 def _by_hand(initial, without=(), order=None):
@@ -77,7 +78,7 @@ def _by_hand(initial, without=(), order=None):
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch):
-    monkeypatch.setattr(train, "_draw", lambda *_: None)
+    monkeypatch.setattr(loop, "_draw", lambda *_: None)
 
 
 @pytest.fixture(scope="module")

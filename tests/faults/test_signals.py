@@ -12,7 +12,7 @@ import time
 import pytest
 from command import COMMAND, DIGITS
 
-from research.signals import Signals
+from research.process.signals import Signals
 
 pytestmark = pytest.mark.faults
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from drawn import read_lines, run
 
-from research import train, writer
-from research.checkpoint import Checkpoints
+from research.record import writer
+from research.training import loop
+from research.training.checkpoint import Checkpoints
 
 FIRST, EVERY = 100, 25  # steps until all is warm, and between two looks
 
@@ -24,7 +25,7 @@ def _resident():
 )
 def test_memory_open_files_and_checkpoints_stay_as_they_are(epochs, tmp_path, monkeypatch):
     """Every step a dispatch: 450, and 10,125 in the soak; a checkpoint after every epoch, and every tenth step."""
-    monkeypatch.setattr(train, "_draw", lambda *_: None)
+    monkeypatch.setattr(loop, "_draw", lambda *_: None)
     looks, made = [], []
     progress, make = writer.Writer.progress, Checkpoints.__init__
 

@@ -1,0 +1,183 @@
+"""Plans: the train step compiled for each topology, and what its program says."""
+
+import contextlib
+import copy
+import dataclasses
+import re
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+import jax
+
+from launch.plans import hlo, lowering, topologies
+from launch.plans.roofline import Roofline, roofline
+from launch.plans.topologies import Topology
+from research import sharding
+from research.config import Config, MeshConfig
+from research.experiment import Experiment
+from research.training.state import TrainState, num_params
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """One program for one device of a topology.
+
+    Attributes:
+      state: its shapes, and where they lie.
+      program: what was compiled; None where it does not fit the memory.
+      bytes_per_device: that the program takes, or would.
+      seconds: that compiling took.
+    """
+
+    state: TrainState
+    program: hlo.Program | None
+    bytes_per_device: int
+    seconds: float
+
+
+class Planner:
+    """Compiles the train step of one experiment for topologies.
+
+    Args:
+      experiment: what is planned.
+      config: as its flags have it.
+      wanted: the topologies, and the experiment's config with the batch and the mesh for each.
+
+    Raises:
+      UserError: libtpu is missing, a mesh or batch does not suit its topology, or the experiment's data cannot be had.
+    """
+
+    def __init__(self, experiment: Experiment, config: Config, wanted: Sequence[tuple[Topology, Any]]):
+        self._devices: dict[Topology, Sequence[Any]] = {}
+        # The CPU devices that stand in for GPUs are made once, so the most of them first.
+        for topology, config in sorted(wanted, key=lambda pair: (pair[0].is_tpu, -pair[0].num_devices)):
+            sharding.make_mesh(config, self._of(topology))
+        one = len({str(config.mesh) for _, config in wanted}) == 1
+        self.workload = lowering.load(experiment, config, wanted[0][1].mesh if one else MeshConfig(data=1))
+        self._programs: dict[Any, Compiled] = {}
+
+    def _of(self, topology: Topology) -> Sequence[Any]:
+        if topology not in self._devices:
+            self._devices[topology] = topologies.devices(topology)
+        return self._devices[topology]
+
+    def row(self, topology: Topology, config: Any) -> dict[str, Any]:
+        """What plan.json says of one program."""
+        config = self._resolved(config)
+        mesh = sharding.make_mesh(config, self._of(topology))
+        compiled = self._compile(topology, config, mesh)
+        chip = topology.chip
+        held = {
+            f"{name}_bytes_per_chip": sharding.bytes_per_device(tree) * chip.devices
+            for name, tree in (("parameter", compiled.state.params), ("optimizer", compiled.state.opt_state))
+        }
+        needed = (compiled.bytes_per_device + self.workload.evaluation_bytes) * chip.devices
+        row = {
+            "topology": topology.name,
+            "num_chips": topology.num_chips,
+            "mesh": dict(mesh.shape),
+            "batch_size": config.batch_size,
+            "microbatch_size": config.microbatch_size,
+            "num_params": num_params(compiled.state),
+            **held,
+            "fits": compiled.program is not None and needed <= chip.memory_bytes,
+            "bytes_per_chip": needed,
+            "chip_memory_bytes": chip.memory_bytes,
+            "compiler": _compiler(mesh),
+            "compile_seconds": compiled.seconds,
+            "chip_source": chip.source,
+        }
+        return row | self._estimates(topology, config, mesh, compiled.program)
+
+    def _estimates(
+        self, topology: Topology, config: Any, mesh: jax.sharding.Mesh, program: hlo.Program | None
+    ) -> dict[str, Any]:
+        """Costs, collectives and times; None each where there is no program."""
+        names = (
+            "flops_per_chip bytes_accessed_per_chip collectives compute_seconds memory_seconds interconnect_seconds "
+            "step_seconds examples_per_second scaling_efficiency epoch_seconds"
+        )
+        if program is None:
+            return dict.fromkeys(names.split())
+        times, flops, moved, found = self._times(topology, config, mesh, program)
+        shape = dict(mesh.shape)
+        baseline = times if mesh.size == 1 else self._baseline(topology, config, mesh)
+        share = config.batch_size // (shape["data"] * shape["fsdp"])
+        ideal = baseline.step * config.batch_size / share / mesh.size if baseline else None
+        collectives = [
+            {
+                "kind": one.kind,
+                "bytes": one.bytes,
+                "axis": "slices" if one.slices else hlo.axes_of(one.group, shape),
+                "devices": one.slices or len(one.group),
+                "count": one.count,
+            }
+            for one in found
+        ]
+        rate = config.batch_size / times.step
+        values = (flops, moved, collectives, times.compute, times.memory, times.interconnect, times.step, rate)
+        efficiency = ideal / times.step if ideal else None
+        return dict(zip(names.split(), (*values, efficiency, self.workload.num_examples / rate)))
+
+    def _times(
+        self, topology: Topology, config: Any, mesh: jax.sharding.Mesh, program: hlo.Program
+    ) -> tuple[Roofline, float, float, list[hlo.Collective]]:
+        cost = program.cost()
+        flops, moved = (cost[key] * topology.chip.devices for key in ("flops", "bytes accessed"))
+        found = program.collectives()
+        dtype = getattr(getattr(config, "model", None), "dtype", "float32")
+        return roofline(topology, dtype, flops, moved, found, list(mesh.devices.flat)), flops, moved, found
+
+    def _baseline(self, topology: Topology, config: Any, mesh: jax.sharding.Mesh) -> Roofline | None:
+        """One device at its share of the batch, with nobody to talk to; None: it does not fit."""
+        shards = mesh.shape["data"] * mesh.shape["fsdp"]
+        alone = copy.deepcopy(config)
+        alone.mesh = MeshConfig(data=1)
+        alone.batch_size, alone.microbatch_size = config.batch_size // shards, config.microbatch_size // shards
+        one = Topology(topology.chip, (1,) * len(topology.shape))
+        single = sharding.make_mesh(alone, self._of(one)[:1])
+        program = self._compile(one, alone, single).program
+        return self._times(one, alone, single, program)[0] if program else None
+
+    def _resolved(self, config: Any) -> Any:
+        """With what the experiment's task has filled in."""
+        resolved = copy.deepcopy(self.workload.config)
+        resolved.mesh, resolved.batch_size = config.mesh, config.batch_size
+        resolved.microbatch_size = config.microbatch_size
+        return resolved
+
+    def _compile(self, topology: Topology, config: Any, mesh: jax.sharding.Mesh) -> Compiled:
+        key = topology, *mesh.shape.values(), config.batch_size, config.microbatch_size
+        if key not in self._programs:
+            self._programs[key] = self._compile_anew(config, mesh)
+        return self._programs[key]
+
+    def _compile_anew(self, config: Any, mesh: jax.sharding.Mesh) -> Compiled:
+        lowered, state = lowering.lower(self.workload, config, mesh)
+        began = time.monotonic()
+        quiet = contextlib.nullcontext() if mesh.devices.flat[0].platform == "cpu" else topologies.quiet()
+        try:
+            with quiet:
+                compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            found = re.search(r"(?:temporaries \(|Used )([\d.]+)([KMGT]?)", str(error))
+            wanted = float(found[1]) * _UNITS[found[2]] if found else 0.0
+            return Compiled(state, None, round(wanted) + sharding.bytes_per_device(state), time.monotonic() - began)
+        seconds = time.monotonic() - began
+        memory: Any = compiled.memory_analysis()
+        size = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        size += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+        return Compiled(state, hlo.Program(compiled.as_text() or ""), size, seconds)
+
+
+def _compiler(mesh: jax.sharding.Mesh) -> str:
+    platform = mesh.devices.flat[0].platform
+    names = {"tpu": ("libtpu", "libtpu"), "cpu": ("XLA:CPU of jaxlib", "jaxlib")}
+    name, package = names.get(platform, ("XLA:GPU of jaxlib", "jaxlib"))
+    return f"{name} {version(package)}"

@@ -1,0 +1,136 @@
+"""How `launch.plan` says what it found."""
+
+from typing import Any
+
+from launch.plans.lowering import Workload
+
+_HEAD = "topology|mesh|batch|microbatch|GiB a chip|compute ms|memory ms|interconnect ms|step ms|examples/s|efficiency"
+
+
+def _bytes(count: float) -> str:
+    """As in 1.5 MiB."""
+    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if count >= 1024**power:
+            return f"{count / 1024**power:,.2f} {unit}"
+    return f"{count:,.0f} B"
+
+
+def _seconds(seconds: float) -> str:
+    """As in 1.5 ms."""
+    for factor, unit in ((1, "s"), (1e3, "ms")):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:,.2f} {unit}"
+    return f"{seconds * 1e6:,.1f} us"
+
+
+def _count(number: float) -> str:
+    """As in 1.5 G."""
+    for factor, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if number >= factor:
+            return f"{number / factor:,.2f} {unit}"
+    return f"{number:,.0f} "
+
+
+def _mesh(row: dict[str, Any]) -> str:
+    return " ".join(f"{axis}={size}" for axis, size in row["mesh"].items() if size > 1) or "one device"
+
+
+def flags(row: dict[str, Any]) -> str:
+    """The experiment's flags that give this program."""
+    mesh = " ".join(f"--config.mesh.{axis}={size}" for axis, size in row["mesh"].items())
+    return f"{mesh} --config.microbatch_size={row['microbatch_size']}"
+
+
+def first_line(experiment: str, workload: Workload, count: int) -> str:
+    programs = "the train step" if count == 1 else f"{count} train steps"
+    return (
+        f"{experiment}: {workload.dataset.name} ({workload.num_examples:,} train); compiling {programs} ahead of time"
+    )
+
+
+def table_head() -> str:
+    names = _HEAD.split("|")
+    return f"| {' | '.join(names)} |\n| {' | '.join('---' for _ in names)} |"
+
+
+def table_row(row: dict[str, Any]) -> str:
+    """One program as Markdown."""
+    gib = f"{row['bytes_per_chip'] / 2**30:,.2f}" + ("" if row["fits"] else ": too large")
+    cells = [row["topology"], _mesh(row), f"{row['batch_size']:,}", f"{row['microbatch_size'] or '-'}", gib]
+    if row["step_seconds"] is None:
+        return f"| {' | '.join([*cells, *['-'] * 6])} |"
+    cells += [f"{row[f'{term}_seconds'] * 1e3:,.3f}" for term in ("compute", "memory", "interconnect", "step")]
+    efficiency = row["scaling_efficiency"]
+    cells += [f"{row['examples_per_second']:,.0f}", "-" if efficiency is None else f"{efficiency:.3f}"]
+    return f"| {' | '.join(cells)} |"
+
+
+def price(row: dict[str, Any], per_chip_hour: float, num_epochs: int) -> dict[str, float]:
+    """What an epoch and the training cost, by the estimate; nothing without a price."""
+    if not per_chip_hour or row["epoch_seconds"] is None:
+        return {}
+    epoch = row["epoch_seconds"] / 3600 * row["num_chips"] * per_chip_hour
+    return {"price_per_chip_hour": per_chip_hour, "epoch_cost": epoch, "training_cost": epoch * num_epochs}
+
+
+def too_large(row: dict[str, Any]) -> str:
+    """One line: what it wanted, and what would help."""
+    wanted = f"{_bytes(row['bytes_per_chip'])} of memory" if row["bytes_per_chip"] else "more memory"
+    return (
+        f"the train step wants {wanted} on each chip of {row['topology']}, which has "
+        f"{_bytes(row['chip_memory_bytes'])}: try a smaller --config.microbatch_size, "
+        "--config.mesh.fsdp above 1, or a smaller --config.batch_size"
+    )
+
+
+def report(row: dict[str, Any]) -> str:
+    """One program at length: what is known, then what is estimated."""
+    return "\n".join([*_facts(row), *_estimates(row)])
+
+
+def _facts(row: dict[str, Any]) -> list[str]:
+    chips = row["num_chips"]
+    spare = row["chip_memory_bytes"] - row["bytes_per_chip"]
+    stand_in = "; for CPU devices that stand in for the GPUs" if row["compiler"].startswith("XLA:CPU") else ""
+    lines = [
+        f"{row['topology']}: {chips:,} chips, {_mesh(row)}, batch {row['batch_size']:,}",
+        f"compiled by {row['compiler']} in {row['compile_seconds']:.1f} s, so a fact{stand_in}:",
+        f"  parameters       {row['num_params']:,}: {_bytes(row['parameter_bytes_per_chip'])} a chip",
+        f"  optimizer state  {_bytes(row['optimizer_bytes_per_chip'])} a chip",
+        f"  peak memory      {_bytes(row['bytes_per_chip'])} of {_bytes(row['chip_memory_bytes'])} a chip, data "
+        f"included: fits, {_bytes(spare)} to spare",
+        f"  FLOPs a step     {_count(row['flops_per_chip'])}FLOP a chip, "
+        f"{_count(row['flops_per_chip'] * chips)}FLOP in all",
+        f"  bytes a step     {_bytes(row['bytes_accessed_per_chip'])} a chip, "
+        f"{_bytes(row['bytes_accessed_per_chip'] * chips)} in all",
+    ]
+    for found in row["collectives"] or [None]:
+        what = "no collectives"
+        if found:
+            times = f", {found['count']:,} times" if found["count"] > 1 else ""
+            over = f"{found['axis']} ({found['devices']:,})"
+            what = f"{found['kind']} of {_bytes(found['bytes'])} over {over}{times}"
+        lines.append(f"  collective       {what}")
+    return lines
+
+
+def _estimates(row: dict[str, Any]) -> list[str]:
+    efficiency = row["scaling_efficiency"]
+    known = (
+        "unknown, as one chip cannot hold its share" if efficiency is None else f"{efficiency:.3f} of one chip's speed"
+    )
+    lines = [
+        f"estimated, not measured: the chip's published speeds ({row['chip_source']}), nothing overlapping:",
+        f"  compute          {_seconds(row['compute_seconds'])}",
+        f"  memory           {_seconds(row['memory_seconds'])} if all arrays lie in it; the larger of these two",
+        f"  interconnect     {_seconds(row['interconnect_seconds'])}",
+        f"  step             {_seconds(row['step_seconds'])}: {row['examples_per_second']:,.0f} examples/s, "
+        f"{_seconds(row['epoch_seconds'])} an epoch",
+        f"  efficiency       {known}, chip for chip",
+    ]
+    if "epoch_cost" in row:
+        lines.append(
+            f"  cost             {row['epoch_cost']:,.4f} an epoch, {row['training_cost']:,.2f} the training, at "
+            f"{row['price_per_chip_hour']} a chip and hour"
+        )
+    return lines

@@ -1,0 +1,143 @@
+"""How far a network scales, from a sweep over its size or its data: a power law, and what it expects beyond.
+
+Of each size the best trial counts, and each of its seeds is a measurement. An accuracy is fitted as the error, 1 minus
+it.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optuna
+from optuna.trial import FrozenTrial
+
+from launch.plans import hlo, lowering
+from launch.sweeps import scaling_law
+from launch.sweeps.search_space import Distribution
+from launch.sweeps.worker import SEED_VALUES, Sweep, fields
+from research import app, sharding
+from research.config import MeshConfig
+from research.errors import UserError
+from research.training import hyperparams
+from research.training.state import num_params
+
+_BEYOND = (2, 4, 10)  # times the largest size
+
+
+def check(by: str, searched: Mapping[str, Distribution], seeds: int) -> None:
+    """Raises `UserError` where what is searched has too few sizes of what is fitted against.
+
+    Args:
+      by: of `size_of`.
+      searched: the fields of the trials.
+      seeds: measurements of each size.
+    """
+    sizes = {"examples": ["dataset.train_fraction"]}.get(by, ["model.width", "model.depth", "model.layers"])
+    count = math.prod(_count(searched[field]) for field in sizes if field in searched)
+    if count < scaling_law.FEWEST_SIZES or count * seeds < scaling_law.FEWEST:
+        flags = " or ".join(f"--search='{field}=[...]'" for field in sizes)
+        raise UserError(
+            f"--fit={by} needs {scaling_law.FEWEST_SIZES} sizes or more, {scaling_law.FEWEST} with one seed each, and "
+            f"the search has {count}: give {flags}"
+        )
+
+
+def _count(distribution: Distribution) -> float:
+    """How many values there are."""
+    match distribution:
+        case optuna.distributions.CategoricalDistribution():
+            return len(set(distribution.choices))
+        case optuna.distributions.IntDistribution():
+            return len(range(distribution.low, distribution.high + 1, distribution.step))
+        case _:
+            return math.inf
+
+
+def size_of(by: str, sweep: Sweep, config: Any) -> int:
+    """The parameters of a trial's network, the FLOPs of its training, or its training examples.
+
+    Args:
+      by: "parameters", "flops" or "examples".
+      sweep: what was swept.
+      config: the trial's (`Sweep.trial_config`).
+    """
+    config.mesh = MeshConfig(data=1)
+    workload = lowering.Workload(config, *app.load(sweep.experiment, config))
+    if by == "examples":
+        return workload.num_examples
+    lowered, state = lowering.lower(workload, config, sharding.make_mesh(config, jax.local_devices()[:1]))
+    if by == "parameters":
+        return num_params(state)
+    return round(hlo.Program(lowered.compile().as_text() or "").cost()["flops"]) * workload.num_train_steps
+
+
+def measurements(by: str, sweep: Sweep, ranked: Sequence[FrozenTrial]) -> list[tuple[int, float]]:
+    """(size, loss or error) of every seed of the best trial of each size, the smallest first.
+
+    Args:
+      by: of `size_of`.
+      sweep: what was swept.
+      ranked: the trials that were trained to their end, the best first.
+    """
+    known: dict[Any, int] = {}  # trials of one program are of one size, and measuring may mean to compile
+    best: dict[int, FrozenTrial] = {}
+    for trial in ranked:
+        config = sweep.trial_config(fields(trial))
+        if (signature := hyperparams.signature(config)) not in known:
+            known[signature] = size_of(by, sweep, config)
+        best.setdefault(known[signature], trial)
+    values = ((size, value) for size, trial in best.items() for value in trial.user_attrs[SEED_VALUES])
+    return sorted((size, 1 - value if sweep.maximizes else value) for size, value in values)
+
+
+def fitted(by: str, what: str, points: Sequence[tuple[int, float]]) -> dict[str, Any]:
+    """What sweep.json says of the law.
+
+    Args:
+      by: what the sizes are.
+      what: the figure, as in "validation_loss".
+      points: of `measurements`.
+
+    Raises:
+      UserError: there are too few of them.
+    """
+    sizes, values = (np.array(column, np.float64) for column in zip(*points))
+    try:
+        law = scaling_law.fit(sizes, values)
+    except ValueError as error:
+        raise UserError(f"--fit={by}: {error}; search more sizes, or give --seeds=3") from None
+    found = {
+        "by": by,
+        "figure": what,
+        "floor": law.floor,
+        "factor": law.at_scale * law.scale**law.exponent,
+        "exponent": law.exponent,
+        "points": [list(point) for point in points],
+        "beyond": [_expected(law, times * sizes.max()) for times in _BEYOND],
+    }
+    smaller = sizes < sizes.max()
+    if smaller.sum() >= 4 and len(np.unique(sizes[smaller])) >= 3:
+        without = scaling_law.fit(sizes[smaller], values[smaller])
+        found["largest"] = _expected(without, sizes.max()) | {"measured": float(values[~smaller].mean())}
+    return found
+
+
+def _expected(law: scaling_law.ScalingLaw, size: float) -> dict[str, float]:
+    low, high = law.interval(size)
+    return {"size": float(size), "expected": float(law(size)), "low": float(low), "high": float(high)}
+
+
+def lines(found: Mapping[str, Any]) -> str:
+    """What the command prints of the law."""
+    power = f"{found['factor']:.4g} * {found['by']}^-{found['exponent']:.3f}"
+    text = [f"fit: {found['figure']} = {found['floor']:.4g} + {power}"]
+    text += [f"  expected at {_interval(row)}" for row in found["beyond"]]
+    if largest := found.get("largest"):
+        text.append(f"  without the largest it expects at {_interval(largest)}; measured {largest['measured']:.4f}")
+    return "\n".join(text)
+
+
+def _interval(row: Mapping[str, float]) -> str:
+    return f"{row['size']:.4g}: {row['expected']:.4f} (95% of runs: {row['low']:.4f} to {row['high']:.4f})"

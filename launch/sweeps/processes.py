@@ -1,0 +1,71 @@
+"""A sweep's workers as processes of this machine, each with cores and a GPU of its own."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from research.errors import UserError
+
+_GPUS = Path("/proc/driver/nvidia/gpus")
+_POLL_SECONDS = 1.0
+
+
+def run(count: int, argv: Sequence[str], show: Callable[[], None]) -> None:
+    """Starts workers that join the study, and shows what they do until the last has ended.
+
+    Args:
+      count: of workers.
+      argv: the arguments of `launch.sweep`.
+      show: called every second.
+
+    Raises:
+      UserError: all failed.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    command = [sys.executable, "-m", "launch.sweep", *argv, "--processes=0"]
+    processes = []
+    for index in range(count):
+        inherited = {name: value for name, value in os.environ.items() if name != "XLA_PYTHON_CLIENT_PREALLOCATE"}
+        environment = inherited | one_gpu(index, os.environ)
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
+        # Each has its own cores: small networks do not fill several.
+        os.sched_setaffinity(process.pid, set(cores[index % len(cores) :: count]) or set(cores))
+        processes.append(process)
+    try:
+        while any(process.poll() is None for process in processes):
+            time.sleep(_POLL_SECONDS)
+            show()
+    except BaseException:
+        for process in processes:
+            process.send_signal(signal.SIGTERM)
+        for process in processes:
+            process.wait()
+        raise
+    failed = [process.returncode for process in processes if process.returncode > 0]
+    if len(failed) == count:
+        raise UserError(f"all workers failed, the first with exit code {failed[0]}; their errors are above")
+
+
+def take_place(environment: Mapping[str, str]) -> dict[str, str]:
+    """What a worker adds to its environment before jax starts: the one GPU that its launcher meant for it.
+
+    A run's processes take theirs when they meet (`research.process.distributed`); workers never do.
+    """
+    index = environment.get("JAX_LOCAL_DEVICE_IDS")
+    if index is None and "JAX_COORDINATOR_ADDRESS" in environment:  # launch.slurm: a task for each GPU of a node
+        index = environment.get("SLURM_LOCALID")
+    return one_gpu(int(index), environment) if index and index.isdecimal() else {}
+
+
+def one_gpu(index: int, environment: Mapping[str, str]) -> dict[str, str]:
+    """That names GPU number `index`, counted again from 0 where there are fewer; {} where there are not several."""
+    named = environment.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        gpus = [gpu for gpu in named.split(",") if gpu]
+    else:
+        gpus = [str(number) for number in range(len(list(_GPUS.iterdir())) if _GPUS.is_dir() else 0)]
+    return {"CUDA_VISIBLE_DEVICES": gpus[index % len(gpus)]} if len(gpus) > 1 else {}

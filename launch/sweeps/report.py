@@ -1,0 +1,224 @@
+"""What a sweep leaves: sweep.json, trials.csv, sweep.html; and what it shows while it runs."""
+
+import csv
+import io
+import json
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from optuna.trial import FrozenTrial, TrialState
+
+from launch.sweeps.study import DIVERGED_AT, LOST, REASON, RETRY_OF, Study
+from launch.sweeps.worker import SEED_VALUES, Sweep, fields
+from research.record import storage
+
+_SHOWN = 5  # of the best trials, in the table
+_ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+
+
+def commands(module: str, args: list[str], sweep: Sweep, params: dict[str, Any]) -> list[list[str]]:
+    """The arguments of Python that train a trial alone, one for each of its seeds.
+
+    Args:
+      module: of the experiment.
+      args: its flags, without --workdir.
+      sweep: for its validation split and seeds.
+      params: the fields of the trial.
+    """
+    values = {"dataset.validation_fraction": sweep.config.dataset.validation_fraction, **params}
+    flags = [f"--config.{path}={value}" for path, value in values.items()]
+    first = params.get("seed", sweep.config.seed)
+    seeds = [f"--config.seed={first + number}" for number in range(sweep.seeds)] if sweep.seeds > 1 else [None]
+    return [["-m", module, *args, *flags, *filter(None, [seed])] for seed in seeds]
+
+
+def ended(study: Study) -> list[FrozenTrial]:
+    """The trials that ended by themselves: one that was lost is not among them if it was planned once more."""
+    retried = {trial.user_attrs[RETRY_OF] for trial in study.trials() if RETRY_OF in trial.user_attrs}
+    return [trial for trial in study.trials(*_ENDED) if trial.number not in retried]
+
+
+def best(study: Study, sweep: Sweep) -> list[FrozenTrial]:
+    """The trials that were trained to their end, the best first."""
+    return sorted(study.trials(TrialState.COMPLETE), key=lambda trial: trial.value or 0.0, reverse=sweep.maximizes)
+
+
+def summary(study: Study, sweep: Sweep) -> dict[str, Any]:
+    """What sweep.json holds of the trials so far."""
+    trials, ranked = ended(study), best(study, sweep)
+    failed = [trial for trial in trials if trial.state == TrialState.FAIL or DIVERGED_AT in trial.user_attrs]
+    pruned = [trial for trial in trials if trial.state == TrialState.PRUNED and trial not in failed]
+    seconds = _busy_seconds(study)
+    first = ranked[0] if ranked else None
+    return {
+        "study": study.optuna.study_name,
+        "identity": study.identity,
+        "metric": sweep.metric,
+        "num_trials": len(trials),
+        "num_complete": len(ranked),
+        "num_pruned": len(pruned),
+        "num_failed": len(failed),
+        "best_trial": first and first.number,
+        "best_value": first and first.value,
+        "best_seed_values": first and first.user_attrs[SEED_VALUES],
+        "best_params": first and fields(first),
+        "num_compilations": study.num_compilations(),
+        "wall_seconds": seconds,
+        "trials_per_minute": 60 * len(trials) / seconds if seconds else 0.0,
+    }
+
+
+def _busy_seconds(study: Study) -> float:
+    """How long any trial was running: the union of their times, so that the pause before a resumption is left out."""
+    now = datetime.now()
+    times = []
+    for trial in study.trials():
+        end = trial.datetime_complete or now
+        if str(trial.user_attrs.get(REASON)).startswith(LOST) and (seen := study.last_seen(trial)):
+            end = min(end, datetime.fromtimestamp(seen))  # it was found to be lost long after, perhaps
+        if trial.datetime_start:
+            times.append((trial.datetime_start, max(end, trial.datetime_start)))
+    total, until = 0.0, None
+    for start, end in sorted(times):
+        begin = max(start, until) if until else start
+        total += max((end - begin).total_seconds(), 0.0)
+        until = max(end, until) if until else end
+    return total
+
+
+def write(workdir: Path, study: Study, sweep: Sweep, figures: dict[str, Any]) -> None:
+    """Writes the record; `figures` are added to sweep.json, and "best_command" among them shown on the page.
+
+    Raises:
+      RecordError: it could not be written.
+    """
+    storage.replace(workdir / "trials.csv", _csv(study).encode())
+    storage.replace(workdir / "sweep.html", _page(study, sweep, figures.get("best_command", "")).encode())
+    write_summary(workdir, study, sweep, figures)
+
+
+def write_summary(workdir: Path, study: Study, sweep: Sweep, figures: dict[str, Any]) -> None:
+    """Writes sweep.json alone."""
+    storage.replace(workdir / "sweep.json", (json.dumps(summary(study, sweep) | figures, indent=2) + "\n").encode())
+
+
+def _csv(study: Study) -> str:
+    trials = study.trials()
+    names = sorted({name for trial in trials for name in fields(trial)})
+    noted = [DIVERGED_AT, REASON, RETRY_OF]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["number", "state", "value", "epochs", *names, SEED_VALUES, *noted, "seconds"])
+    for trial in trials:
+        seconds = trial.duration.total_seconds() if trial.duration else None
+        seeds = " ".join(map(str, trial.user_attrs.get(SEED_VALUES, [])))
+        last = max(trial.intermediate_values, default=None)
+        row = [trial.number, trial.state.name.lower(), trial.value, last, *map(fields(trial).get, names), seeds]
+        writer.writerow([*row, *map(trial.user_attrs.get, noted), seconds])
+    return text.getvalue()
+
+
+def _page(study: Study, sweep: Sweep, command: str) -> str:
+    """One page that needs nothing else: its pictures' scripts are in it."""
+    from html import escape
+
+    import plotly
+
+    figures = list(_figures(study, sweep))
+    parts = [
+        f"<section>{figure.to_html(full_html=False, include_plotlyjs=False, default_width='100%')}</section>"
+        for figure in figures
+    ]
+    found = summary(study, sweep)
+    rows = "".join(f"<tr><td>{escape(str(k))}</td><td>{escape(str(v))}</td></tr>" for k, v in found.items())
+    copy = "navigator.clipboard.writeText(document.getElementById('command').textContent)"
+    return (
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
+        f"<title>{escape(study.optuna.study_name)}</title>"
+        "<style>body{font-family:sans-serif;max-width:75rem;margin:auto;padding:1rem}"
+        "pre{background:#eee;padding:1rem;white-space:pre-wrap;overflow-wrap:anywhere}td{padding-right:2rem}</style>"
+        f"<script>{plotly.offline.get_plotlyjs()}</script></head><body>"
+        f"<h1>Sweep {escape(study.optuna.study_name)}</h1>"
+        f"<pre id='command'>{escape(command)}</pre><button onclick=\"{copy}\">copy</button>"
+        f"<table>{rows}</table>{''.join(parts)}</body></html>\n"
+    )
+
+
+def _figures(study: Study, sweep: Sweep) -> Iterator[Any]:
+    from optuna import visualization
+
+    varied = {name for trial in study.trials() for name in trial.params}
+    yield visualization.plot_intermediate_values(study.optuna).update_layout(
+        title="Learning curves of all trials", xaxis_title="epoch", yaxis_title=sweep.metric
+    )
+    if varied and len(study.trials(TrialState.COMPLETE)) > 1:
+        label: Any = {"target_name": sweep.metric}
+        yield visualization.plot_optimization_history(study.optuna, **label)
+        yield visualization.plot_parallel_coordinate(study.optuna, **label)
+        yield visualization.plot_slice(study.optuna, **label)
+        if len({trial.value for trial in study.trials(TrialState.COMPLETE)}) > 1:
+            yield visualization.plot_param_importances(study.optuna, **label)
+
+
+def line(trial: FrozenTrial, metric: str) -> str:
+    """One trial that ended, as a line."""
+    values = " ".join(f"{n}={v:.4g}" if isinstance(v, float) else f"{n}={v}" for n, v in fields(trial).items())
+    what = {
+        TrialState.COMPLETE: f"{metric} {trial.value:.4f}" if trial.value is not None else "",
+        TrialState.PRUNED: f"pruned after epoch {max(trial.intermediate_values, default=0)}",
+    }.get(trial.state, "failed")
+    reason = trial.user_attrs.get(REASON)
+    return f"trial {trial.number}  {what if not reason else f'failed: {reason}'}  {values}".rstrip()
+
+
+class Display:
+    """The best trials while a sweep runs: a table on a terminal, else a line for each trial that ended."""
+
+    def __init__(self, study: Study, sweep: Sweep):
+        self._study, self._sweep = study, sweep
+        self._seen = {trial.number for trial in study.trials(*_ENDED)}
+        self._live: Any = None
+
+    @contextmanager
+    def shown(self) -> Iterator["Display"]:
+        """Within it `update` shows."""
+        if not sys.stdout.isatty():
+            yield self
+            return
+        from rich.live import Live
+
+        with Live(self._table(), auto_refresh=False) as self._live:
+            yield self
+        self._live = None
+
+    def update(self) -> None:
+        """Shows what is new."""
+        new = [trial for trial in self._study.trials(*_ENDED) if trial.number not in self._seen]
+        self._seen |= {trial.number for trial in new}
+        if self._live:
+            self._live.update(self._table(), refresh=True)
+            return
+        for trial in new:
+            print(line(trial, self._sweep.metric), flush=True)
+
+    def _table(self) -> Any:
+        from rich.table import Table
+
+        count = len(ended(self._study))
+        table = Table(title=f"{self._study.optuna.study_name}: {count} of {self._sweep.trials} trials")
+        for heading in ("trial", self._sweep.metric, "values"):
+            table.add_column(heading)
+        for trial in best(self._study, self._sweep)[:_SHOWN]:
+            values = " ".join(f"{name}={value}" for name, value in fields(trial).items())
+            table.add_row(str(trial.number), f"{trial.value:.4f}", values)
+        return table
+
+
+def shell(arguments: list[str]) -> str:
+    """A command to copy."""
+    return shlex.join(["python", *arguments])

@@ -1,0 +1,279 @@
+"""One worker of a sweep: claims trials, groups them by what is compiled, trains each group as a population."""
+
+import copy
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from launch.sweeps.search_space import SearchSpace, check_value
+from launch.sweeps.study import DIVERGED_AT, REASON, Study
+from research import config as config_lib
+from research import optimizers
+from research.config import Config, DatasetConfig
+from research.data import sources
+from research.data.sources import Dataset
+from research.errors import NonFiniteLossError, UserError, of_memory
+from research.experiment import Experiment
+from research.process.signals import Signals, StoppedError
+from research.training import hyperparams
+from research.training.population import Population, Report
+
+FIGURES, SEED_VALUES, FIELDS = "figures", "seed_values", "fields"
+_FAILURES_IN_A_ROW = 10
+_MOST_DATASETS, _MOST_POPULATIONS = 4, 16  # kept in memory: the newest, and of each data set
+_DIVERGED = "the loss or the gradient became NaN or infinite"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """What is swept.
+
+    Attributes:
+      experiment: whose trials these are.
+      config: not resolved; each trial changes it.
+      space: what they change.
+      metric: the figure that decides, as in "validation_loss".
+      trials: how many there are.
+      seeds: members of each trial, which count by their mean; the first has the config's seed.
+      size: members that train together.
+      devices: on which.
+      alone: those that the command of one trial has; None: all.
+    """
+
+    experiment: Experiment
+    config: Config
+    space: SearchSpace
+    metric: str
+    trials: int
+    seeds: int
+    size: int
+    devices: Sequence[Any]
+    alone: Sequence[Any] | None = None
+
+    @property
+    def maximizes(self) -> bool:
+        """Whether more of the metric is better."""
+        return self.metric.endswith("accuracy")
+
+    def trial_config(self, values: dict[str, Any]) -> Config:
+        """The resolved config of a trial.
+
+        Raises:
+          UserError: its values are impossible, or contradict each other.
+        """
+        config = copy.deepcopy(self.config)
+        for path, value in values.items():
+            check_value(path, value, config)
+            config_lib.assign(config, path, value)
+        config_lib.check(config)
+        optimizers.resolve(config.optimizer)
+        return config
+
+
+@dataclasses.dataclass
+class _Running:
+    """A claimed trial, and the slots of its members once it trains."""
+
+    trial: optuna.Trial
+    config: Config
+    slots: list[int] = dataclasses.field(default_factory=list)
+
+
+class Worker:
+    """One worker.
+
+    Args:
+      sweep: what is swept.
+      study: the trials.
+      signals: where a wish to stop is noted.
+      tell: called after every epoch of a population.
+    """
+
+    def __init__(self, sweep: Sweep, study: Study, signals: Signals, tell: Callable[[], None]):
+        self._sweep, self._study, self._signals, self._tell = sweep, study, signals, tell
+        self._places = max(1, sweep.size // sweep.seeds)  # trials at once
+        self._queues: dict[Any, list[_Running]] = {}
+        self._running: list[_Running] = []
+        self._loaded: dict[str, tuple[Dataset, dict[Any, Population]]] = {}  # the newest last
+        self._compilations = 0
+        self._failures: list[str] = []
+
+    def run(self) -> None:
+        """Trains until no planned trial is left.
+
+        Raises:
+          StoppedError: a signal came; what was running is planned once more.
+          UserError: ten trials failed in a row; while others train, ten more than twice as many as train together.
+          OutOfMemoryError: what was running is planned once more.
+        """
+        try:
+            while self._claim_a_few():
+                signature = max(self._queues, key=lambda s: len(self._queues[s]))
+                self._train(signature)
+        except BaseException as error:
+            reason = str(error) if isinstance(error, StoppedError) else "its worker failed"
+            for running in [*self._running, *(r for queue in self._queues.values() for r in queue)]:
+                self._study.retry(running.trial, reason)
+            half = max(self._sweep.seeds, self._sweep.size // 2)
+            advice = f"give --population={half} to go on, or search smaller networks"
+            if exhausted := of_memory(error, advice):
+                raise exhausted from None
+            raise
+
+    def _claim_a_few(self) -> bool:
+        """Claims until a whole population waits, or nothing is left to claim; False: nothing waits."""
+        while sum(map(len, self._queues.values())) < self._places and self._claim():
+            pass
+        return any(self._queues.values())
+
+    def _claim(self) -> bool:
+        """Claims one trial and lets it wait with those of its signature; False: there is none."""
+        self._study.retry_lost()
+        trial = self._study.claim(self._sweep.trials)
+        if trial is None:
+            return False
+        try:
+            values = self._sweep.space.suggest(trial)
+            config = self._sweep.trial_config(values)
+            if self._sweep.space.function:  # which may make fields of what it suggested
+                trial.set_user_attr(FIELDS, values)
+        except UserError as error:
+            self._fail(trial, str(error))
+        else:
+            self._queues.setdefault(hyperparams.signature(config), []).append(_Running(trial, config))
+        return True
+
+    def _population(self, signature: Any, config: Config) -> Population:
+        key = repr(config.dataset)
+        if key in self._loaded:
+            dataset, populations = self._loaded.pop(key)
+        else:
+            _keep_newest(self._loaded, _MOST_DATASETS - 1)
+            dataset, populations = load(config.dataset), {}
+        self._loaded[key] = dataset, populations
+        population = populations.pop(signature, None)
+        if population is None:
+            _keep_newest(populations, _MOST_POPULATIONS - 1)
+            config = copy.deepcopy(config)
+            experiment, sweep = self._sweep.experiment, self._sweep
+            dataset = experiment.prepare(config, dataset)
+            task = experiment.make_task(config, dataset)
+            # All trials of a population train at once.
+            size = self._places * sweep.seeds
+            beside = next(iter(populations.values()), None)
+            population = Population(config, task, dataset, sweep.devices, size, beside)
+        populations[signature] = population
+        return population
+
+    def _train(self, signature: Any) -> None:
+        """Trains the trials of one signature, and those that come while it does."""
+        queue = self._queues[signature]
+        try:
+            population = self._population(signature, queue[0].config)
+        except UserError as error:
+            for running in self._queues.pop(signature):
+                self._fail(running.trial, str(error))
+            return
+        earlier = self._compilations - population.num_compilations
+        while self._fill(population, signature):
+            with self._signals.deferred():
+                reports = population.train_epoch(lambda: bool(self._signals.received))
+            if self._signals.received:
+                name = self._signals.received.name
+                raise StoppedError(f"stopped by {name}: the same command goes on", self._signals.received)
+            self._compilations = earlier + population.num_compilations
+            self._study.add_compilations(self._compilations)
+            for running in list(self._running):
+                if self._ended(running, [reports[slot] for slot in running.slots]):
+                    self._running.remove(running)
+                    for slot in running.slots:
+                        population.stop(slot)
+            self._tell()
+            self._stop_if_all_fail()
+        del self._queues[signature]
+
+    def _fill(self, population: Population, signature: Any) -> bool:
+        """Starts waiting trials in free slots; False: the population is empty."""
+        queue = self._queues[signature]
+        while len(self._running) < self._places:
+            others = sum(map(len, self._queues.values())) - len(queue)
+            if not queue and (others >= self._places or not self._claim()):
+                break
+            if queue:
+                running = queue.pop(0)
+                self._running.append(running)
+                running.slots = population.free[: self._sweep.seeds]
+                for number, slot in enumerate(running.slots):
+                    population.start(slot, dataclasses.replace(running.config, seed=running.config.seed + number))
+        return bool(self._running)
+
+    def _ended(self, running: _Running, reports: list[Report]) -> bool:
+        """Notes what the members of a trial did in an epoch; whether the trial is at its end."""
+        trial, metric = running.trial, self._sweep.metric
+        diverged = [report.diverged_at for report in reports if report.diverged_at is not None]
+        if diverged:
+            reason = f"{_DIVERGED} at step {min(diverged)}"
+            self._failures.append(reason)
+            attributes = {DIVERGED_AT: min(diverged), REASON: reason}
+            self._study.finish(trial, None, TrialState.PRUNED, **attributes)
+            return True
+        values = [report.figures[metric] for report in reports]
+        value = sum(values) / len(values)
+        try:
+            trial.report(value, reports[0].epoch)
+            pruned = not reports[0].finished and trial.should_prune()
+        except optuna.exceptions.UpdateFinishedTrialError:  # this worker was taken for dead
+            return True
+        if not (pruned or reports[0].finished):
+            return False
+        self._failures.clear()
+        attributes = {FIGURES: [report.figures for report in reports], SEED_VALUES: values}
+        state = TrialState.PRUNED if pruned else TrialState.COMPLETE
+        self._study.finish(trial, None if pruned else value, state, **attributes)
+        return True
+
+    def _fail(self, trial: optuna.Trial, reason: str) -> None:
+        self._failures.append(reason)
+        self._study.finish(trial, None, TrialState.FAIL, **{REASON: reason})
+        self._tell()
+        self._stop_if_all_fail()
+
+    def _stop_if_all_fail(self) -> None:
+        # Those that train beside the failures may end well; but where each lasts an epoch or two some always train.
+        if len(self._failures) < (2 * self._places if self._running else 0) + _FAILURES_IN_A_ROW:
+            return
+        diverged = [reason for reason in self._failures if reason.startswith(_DIVERGED)]
+        ((common, count),) = Counter(self._failures).most_common(1)
+        if len(diverged) >= count:
+            raise NonFiniteLossError(
+                f"{len(self._failures)} trials in a row failed, of {len(diverged)} {_DIVERGED} "
+                f"(the last: {diverged[-1].rpartition('at ')[2]}): search lower learning rates, or give "
+                "--config.optimizer.clip_norm=1"
+            )
+        raise UserError(f"{len(self._failures)} trials in a row failed, {count} of them by: {common}")
+
+
+def _keep_newest(kept: dict[Any, Any], count: int) -> None:
+    for key in list(kept)[: max(0, len(kept) - count)]:
+        del kept[key]
+
+
+def fields(trial: FrozenTrial) -> dict[str, Any]:
+    """The fields of the Config that a trial sets: what was suggested, or what a Python file made of it."""
+    return trial.user_attrs.get(FIELDS, trial.params)
+
+
+def load(config: DatasetConfig) -> Dataset:
+    """The data set of a trial.
+
+    Raises:
+      UserError: it cannot be had, or has no validation split.
+    """
+    dataset = sources.load(config)
+    if dataset.validation is None:
+        raise UserError("a sweep selects on a validation split: give --config.dataset.validation_fraction=0.1")
+    return dataset

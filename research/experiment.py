@@ -1,0 +1,49 @@
+"""What an experiment's file defines: its configs, its task, and what its command can do."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from research.config import Config
+from research.data import sources
+from research.process.signals import Signals
+from research.tasks.predictor import Predictor
+from research.tasks.task import Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What an experiment's file defines.
+
+    Attributes:
+      name: as in `python -m experiments.<name>`, and the folder of its runs.
+      doc: its docstring, which `--help` shows.
+      presets: functions that make its configs, by name; the first is the default.
+      make_task: builds the task from the config and the data set, whatever the seed; may raise `UserError`.
+      prepare: makes of the data set what the task learns from; may raise `UserError`.
+      sample: what `--mode=sample` does with a trained network, given the options, of type `sample_options`, and the
+        workdir; may raise `UserError`.
+      sample_options: a dataclass of `research.config.option` fields, each of them a flag.
+      run: what the whole command does in the place of `app.run`; None: that. Sweeps refuse an experiment that has one.
+    """
+
+    name: str
+    doc: str
+    presets: Mapping[str, Callable[[], Config]]
+    make_task: Callable[[Any, sources.Dataset], Task]
+    prepare: Callable[[Any, sources.Dataset], sources.Dataset] = lambda _, dataset: dataset
+    sample: Callable[[Predictor, Any, sources.Dataset, Any, Path], None] | None = None
+    sample_options: type | None = None
+    run: Callable[["Experiment", Sequence[str], Signals], Any] | None = None
+
+    @property
+    def modes(self) -> dict[str, str]:
+        """What `--mode` may be, and what that does."""
+        modes = {"train": "train, or resume the run in --workdir", "eval": "evaluate its newest checkpoint"}
+        return modes | ({"sample": "show samples of what it has learned"} if self.sample else {})
+
+    @property
+    def default_config(self) -> Config:
+        """The config of the first preset."""
+        return next(iter(self.presets.values()))()

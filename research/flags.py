@@ -1,0 +1,194 @@
+"""The command line of an experiment: flags -> `Command`, with a checked Config.
+
+Every field of the experiment's Config is an absl flag, `--config.<path>`; `--config=PRESET` picks where they start.
+"""
+
+import copy
+import dataclasses
+import difflib
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags as absl_flags
+
+from research import config as config_lib
+from research.config import Config
+from research.errors import UserError
+from research.experiment import Experiment
+from research.record import config_json
+from research.record.storage import open_path
+from research.record.workdir import read_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """What a command line asks for.
+
+    Attributes:
+      config: checked, not yet resolved.
+      workdir: the folder of the record.
+      workdir_given: whether it was named, not made up of the time.
+      mode: "train", "eval" or "sample".
+      options: of the mode "sample".
+      earlier: the config of the run that `workdir` holds, or None.
+      reproduces: the summary of the run to be run again, or None.
+    """
+
+    config: Config
+    workdir: Path
+    workdir_given: bool
+    mode: str
+    options: Any
+    earlier: Config | None
+    reproduces: dict[str, Any] | None
+
+
+DEFINE: dict[Any, Callable[..., Any]] = {
+    int: absl_flags.DEFINE_integer,
+    float: absl_flags.DEFINE_float,
+    float | None: absl_flags.DEFINE_float,
+    bool: absl_flags.DEFINE_boolean,
+    str: absl_flags.DEFINE_string,
+    tuple[str, ...]: absl_flags.DEFINE_multi_string,
+}
+
+
+# Fields whose value fills in what others leave open: config.json has no longer which of them were given.
+_DECIDES_OTHERS = ("optimizer.name", "model.name", "model.likelihood")
+
+
+def define_flags(experiment: Experiment) -> absl_flags.FlagValues:
+    """The flags of an experiment, in a set of their own."""
+    values = absl_flags.FlagValues()
+    absl_flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
+    absl_flags.DEFINE_string("workdir", None, "folder of the run's record", flag_values=values)
+    absl_flags.DEFINE_enum("mode", "train", list(experiment.modes), "what to do", flag_values=values)
+    absl_flags.DEFINE_string("reproduce", None, "summary.json of a run to run again", flag_values=values)
+    names = list(experiment.presets)
+    absl_flags.DEFINE_enum("config", names[0], names, "the preset to start from", flag_values=values)
+    for prefix, options in _groups(experiment):
+        for path, field, value in config_lib.walk(options, prefix):
+            DEFINE[field.type](path, value, field.metadata["help"], flag_values=values)
+    return values
+
+
+def _groups(experiment: Experiment) -> list[tuple[str, Any]]:
+    """The dataclasses whose fields are flags, each with the prefix of its flags' names."""
+    options = experiment.sample_options
+    return [*([("", options())] if options else []), ("config.", experiment.default_config)]
+
+
+def help_text(experiment: Experiment) -> str:
+    """The docstring, and every flag with its type, default and meaning."""
+    lines = [
+        experiment.doc.strip(),
+        "",
+        f"  --workdir=DIR  folder of the run's record (default: runs/{experiment.name}/<date-time>)",
+        *(f"  --mode={name}  {meaning}" for name, meaning in experiment.modes.items()),
+        "  --reproduce=DIR/summary.json  run that run again, with its config",
+        f"  --config=NAME  the preset to start from: {', '.join(experiment.presets)}",
+        "",
+    ]
+    for prefix, options in _groups(experiment):
+        for path, field, value in config_lib.walk(options, prefix):
+            lines += field_help(path, field, value, "" if prefix else ", with --mode=sample")
+    return "\n".join(lines)
+
+
+def field_help(path: str, field: dataclasses.Field, value: Any, when: str = "") -> list[str]:
+    """The lines of `--help` for one flag: its type, default, meaning and choices, and `when` it is read."""
+    kind = getattr(field.type, "__name__", "float")
+    default = {"": "empty", None: "see below"}.get(value, value)
+    choices = " | ".join(c or "''" for c in field.metadata["choices"])
+    first = f"  --{path}={kind} (default: {default}){when}"
+    return [first, f"      {field.metadata['help']}" + (f": {choices}" if choices else "")]
+
+
+def nearest(name: str, known: Sequence[str]) -> list[str]:
+    """The nearest right names of flags or fields: the same field of another group, else one spelt alike."""
+    last = {flag: flag.rpartition(".")[2] for flag in known}
+    word = name.rpartition(".")[2]
+    near = [flag for flag in known if last[flag] == word]
+    near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    near = near or [flag for flag in known if last[flag] in difflib.get_close_matches(word, last.values(), n=1)]
+    return near or [flag for flag in known if word in last[flag].split("_")]
+
+
+def _unknown(name: str, known: Sequence[str]) -> str:
+    near = nearest(name, known)
+    meant = f": did you mean {' or '.join(f'--{flag}' for flag in near)}?" if near else ""
+    return f"unknown flag --{name}{meant or '; --help lists them all'}"
+
+
+def parse(experiment: Experiment, argv: Sequence[str], launcher: Sequence[str] = ()) -> Command:
+    """What the arguments ask for, checked; `launcher` are other flags that may have been meant by an unknown one.
+
+    The config starts from the preset where one is named, else from that of the run to be reproduced, else from that of
+    the run in --workdir, else from the first preset; the flags given change it.
+
+    Raises:
+      UserError: an unknown flag (the nearest right one is named), an ill-typed or impossible value.
+      SystemExit: after `--help`.
+    """
+    values = define_flags(experiment)
+    try:
+        rest = values([experiment.name, *argv])[1:]
+    except absl_flags.UnrecognizedFlagError as error:
+        raise UserError(_unknown(error.flagname, [*launcher, *values])) from None
+    except absl_flags.Error as error:
+        raise UserError(str(error)) from None
+    if rest:
+        raise UserError(f"unexpected argument {rest[0]!r}: flags are written --name=value")
+    if values["help"].value:
+        print(help_text(experiment))
+        raise SystemExit(0)
+    workdir = open_path(values["workdir"].value or f"runs/{experiment.name}/{time.strftime('%Y-%m-%d-%H%M%S')}")
+    earlier = _stored_config(experiment, workdir)
+    mode = str(values["mode"].value)
+    if mode != "train" and earlier is None:
+        raise UserError(f"--mode={mode} needs the --workdir of a run: there is no config.json in {workdir}")
+    reproduces, reproduced = None, None
+    if values["reproduce"].value:
+        path = open_path(values["reproduce"].value)
+        reproduces, reproduced = read_json(path), _stored_config(experiment, path.parent)
+        if reproduces is None or reproduced is None:
+            raise UserError(f"--reproduce={path}: there is no such file, or no config.json beside it")
+        if "num_train_steps" not in reproduces:
+            raise UserError(f"--reproduce={path}: it is no summary.json of a run")
+        if mode != "train":
+            raise UserError(f"--reproduce is for training: leave it or --mode={mode} out")
+    config = experiment.presets[str(values["config"].value)]()
+    if not values["config"].present:
+        config = copy.deepcopy(reproduced or earlier or config)
+    for path, _, value in config_lib.walk(config):
+        flag = values[f"config.{path}"]
+        if flag.present:
+            if reproduced and not values["config"].present and path in _DECIDES_OTHERS and flag.value != value:
+                raise UserError(
+                    f"--config.{path}={flag.value}: the record of --reproduce has {value}, and what that left open was "
+                    "filled in for it: give the flags without --reproduce"
+                )
+            config_lib.assign(config, path, flag.value)
+    config_lib.check(config)
+    given = bool(values["workdir"].value)
+    return Command(config, workdir, given, mode, _sample_options(experiment, values, mode), earlier, reproduces)
+
+
+def _sample_options(experiment: Experiment, values: absl_flags.FlagValues, mode: str) -> Any:
+    if experiment.sample_options is None:
+        return None
+    options = experiment.sample_options()
+    for name, _, _ in config_lib.walk(options):
+        if values[name].present and mode != "sample":
+            raise UserError(f"--{name} is for --mode=sample")
+        config_lib.assign(options, name, values[name].value)
+    config_lib.check_fields(options, "--")
+    return options
+
+
+def _stored_config(experiment: Experiment, workdir: Path) -> Config | None:
+    path = workdir / "config.json"
+    values = read_json(path)
+    return None if values is None else config_json.load(experiment.default_config, values, str(path))

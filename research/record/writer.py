@@ -1,0 +1,168 @@
+"""The record of a run in its workdir (metrics.jsonl, TensorBoard events, pictures ...); progress on the terminal."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import math
+import os
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+from research.errors import RecordError
+from research.record import storage
+from research.record.events import Events
+
+_SECONDS_BETWEEN_PLAIN_LINES = 10.0
+_NARROW = 80  # columns below which the whole bar would be cut
+_NARROW_BAR = "{n_fmt}/{total_fmt} {remaining} left{postfix}"
+
+
+def _standard(value: dict[str, Any]) -> dict[str, Any]:
+    """As JSON can have it: a number that is not finite becomes null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in value.items()}
+
+
+def _step(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinity where its writer was killed meanwhile, NaN where it is damaged."""
+    try:
+        return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
+    except (ValueError, TypeError, KeyError):
+        return math.nan
+
+
+class Writer:
+    """Writes one run's record; only process 0 has an active one.
+
+    Args:
+      workdir: an existing folder.
+      num_train_steps: the length of the progress bar.
+      active: whether this process writes at all.
+    """
+
+    def __init__(self, workdir: Path, num_train_steps: int, *, active: bool):
+        self.workdir = workdir
+        self._active = active
+        self._metrics = storage.Log(workdir / "metrics.jsonl")
+        self._events = Events(workdir, self.warning)
+        self._config = ""
+        self._total = num_train_steps
+        self._first = 0
+        self._row: dict[str, Any] = {}
+        self._start = self._last_line = time.monotonic()
+        # A bar needs a terminal that can go back to a line's start; None: tqdm looks whether it is one.
+        disable = True if not active or os.environ.get("TERM") == "dumb" else None
+        self._bar = tqdm(total=num_train_steps, unit="step", dynamic_ncols=True, disable=disable)
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+        with contextlib.suppress(RecordError) if error else contextlib.nullcontext():  # what came first is told
+            self._flush()
+            self._sync()
+
+    def _write_json(self, name: str, value: dict[str, Any]) -> None:
+        if self._active:
+            text = json.dumps(_standard(value), indent=2, allow_nan=False) + "\n"
+            storage.replace(self.workdir / name, text.encode())
+
+    def config(self, config: Any) -> None:
+        """Writes config.json."""
+        text = json.dumps(dataclasses.asdict(config), indent=2)
+        self._config = textwrap.indent(text, "    ")  # which makes it code in Markdown
+        self._write_json("config.json", dataclasses.asdict(config))
+
+    def summary(self, summary: dict[str, Any]) -> None:
+        """Writes summary.json, and the last line of metrics.jsonl: the run is finished."""
+        self._flush()
+        self._sync()
+        self._write_json("summary.json", summary)
+
+    def sync(self) -> dict[str, Any]:
+        """Returns the newest line, to which more may come for its step, when all before it is in metrics.jsonl."""
+        self._sync()
+        return dict(self._row)
+
+    def _sync(self) -> None:
+        if self._active:
+            self._events.sync()
+            self._metrics.sync()
+
+    def resume(self, step: int, row: dict[str, Any]) -> None:
+        """Takes metrics.jsonl and the events back to what it was at `step`, when `row` was its newest line."""
+        path = self.workdir / "metrics.jsonl"
+        self._row = dict(row)
+        if self._active:
+            lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+            steps = list(map(_step, lines))
+            if damaged := sum(map(math.isnan, steps)):
+                self.warning(f"metrics.jsonl: {damaged} damaged line{'s' if damaged > 1 else ''} left out")
+            kept = [line for line, at in zip(lines, steps) if at < row.get("step", step + 1)]
+            self._metrics.replace("".join(kept).encode())
+            self._events.start(self._config, step, row.get("step", step + 1))
+        self._bar.initial = self._bar.n = self._first = step
+
+    def scalars(self, step: int, epoch: int, values: dict[str, float]) -> None:
+        """Adds to the line of metrics.jsonl for `step`; steps must come in order, and each gets one line."""
+        if self._row and self._row["step"] != step:
+            self._flush()
+        self._row |= {"step": step, "epoch": epoch, **values}
+
+    def _flush(self) -> None:
+        if self._active and self._row:
+            self._events.scalars(self._row)
+            self._metrics.append(json.dumps(_standard(self._row), allow_nan=False).encode() + b"\n")
+        self._row = {}
+
+    def picture(self, name: str, draw: Callable[[], Any], step: int) -> None:
+        """Saves `<name>.png`, and an event of it. Where that fails, for any reason, a WARNING line says so.
+
+        Args:
+          name: of the file, without its ending.
+          draw: makes the matplotlib Figure; called in the process that writes only.
+          step: what it shows.
+        """
+        if not self._active:
+            return
+        try:
+            png = io.BytesIO()
+            draw().savefig(png, format="png", dpi=120)
+            storage.replace(self.workdir / f"{name}.png", png.getvalue())
+            self._events.image(name, png.getvalue(), step)
+        except Exception as error:
+            self.warning(f"{name}.png was not drawn: {error.__cause__ or error}")
+
+    def progress(self, step: int, loss: float, examples_per_second: float) -> None:
+        """Shows how far training is: a bar on a terminal, else a line now and then."""
+        speed = f"{examples_per_second:,.0f} examples/s"
+        narrow = (self._bar.format_dict["ncols"] or _NARROW) < _NARROW
+        self._bar.bar_format = _NARROW_BAR if narrow else None
+        self._bar.set_postfix_str(f"loss {loss:.4f}" + ("" if narrow else f", {speed}"), refresh=False)
+        self._bar.update(step - self._bar.n)
+        now = time.monotonic()
+        if self._bar.disable and self._active and now - self._last_line > _SECONDS_BETWEEN_PLAIN_LINES:
+            self._last_line = now
+            left = tqdm.format_interval((now - self._start) / (step - self._first) * (self._total - step))
+            self.message(f"step {step:,}/{self._total:,}  loss {loss:.4f}  {speed}  {left} left")
+
+    def message(self, text: str) -> None:
+        """Prints a line above the progress bar."""
+        if self._active:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def warning(self, text: str) -> None:
+        """Prints a line on stderr, above the progress bar."""
+        if self._active:
+            tqdm.write(f"WARNING: {text}", file=sys.stderr)

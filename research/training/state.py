@@ -1,0 +1,129 @@
+"""The training state: one pytree, created already sharded."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from research import randomness, sharding
+from research.config import Config
+from research.network import split_network
+from research.randomness import Stream
+from research.tasks.task import Task
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that training changes.
+
+    Attributes:
+      step: int32 scalar, the number of updates made.
+      params: trained arrays, float32.
+      model_state: the model's other arrays (batch statistics, frozen kernels).
+      carry: what each example of the newest batch left to the one that continues it, [microbatches, b, ...]; {} for a
+        task without memory.
+      opt_state: the optimiser's state.
+      ema_params: the parameters' moving average, or None.
+      ema_model_state: `model_state` with batch statistics of the averaged parameters, made by
+        `Steps.estimate_statistics` before an evaluation; None without an average or batch statistics.
+    """
+
+    step: jax.Array
+    params: Any
+    model_state: Any
+    carry: Any
+    opt_state: Any
+    ema_params: Any
+    ema_model_state: Any
+
+    @property
+    def eval_params(self) -> Any:
+        """The parameters that evaluation uses."""
+        return self.params if self.ema_params is None else self.ema_params
+
+    @property
+    def eval_model_state(self) -> Any:
+        """The `model_state` that evaluation uses."""
+        return self.model_state if self.ema_model_state is None else self.ema_model_state
+
+
+def abstract_state(
+    task: Task, tx: optax.GradientTransformation, config: Config, mesh: jax.sharding.Mesh
+) -> tuple[nnx.GraphDef, Callable[[Any], TrainState], TrainState]:
+    """What `create_state` makes, without an array of it: the mesh's devices need not be there.
+
+    Returns:
+      The model's static part, the function that makes the state from a seed (uint32), and the state's
+      `jax.ShapeDtypeStruct`s with their shardings.
+    """
+    graphdef = nnx.split(nnx.eval_shape(lambda: task.create_model(nnx.Rngs(config.seed))))[0]
+    size = config.examples_at_once
+    count = config.batch_size // size
+
+    def init(seed: jax.Array) -> TrainState:
+        rngs = nnx.Rngs(randomness.key(Stream.INITIALIZATION, seed))
+        _, params, model_state = split_network(task.create_model(rngs))
+        # A copy: state is donated, and two leaves of it must not share a buffer.
+        ema_params = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else None
+        own_statistics = ema_params is not None and _has_batch_statistics(model_state)
+        ema_model_state = jax.tree.map(jnp.copy, model_state) if own_statistics else None
+        carry = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), task.initial_carry(size))
+        return TrainState(jnp.int32(0), params, model_state, carry, tx.init(params), ema_params, ema_model_state)
+
+    shapes = jax.eval_shape(init, np.uint32(config.seed))
+    placed = sharding.batch_sharding(mesh, 1)
+    shardings = dataclasses.replace(
+        sharding.tree_shardings(shapes, mesh), carry=jax.tree.map(lambda _: placed, shapes.carry)
+    )
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    return graphdef, init, abstract
+
+
+def _has_batch_statistics(model_state: Any) -> bool:
+    variables = jax.tree.leaves(model_state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return any(isinstance(variable, nnx.BatchStat) for variable in variables)
+
+
+def create_state(
+    task: Task, tx: optax.GradientTransformation, config: Config, mesh: jax.sharding.Mesh
+) -> tuple[nnx.GraphDef, TrainState]:
+    """Builds the model and its optimiser's state on the mesh.
+
+    No device ever holds an array whole that the mesh splits: shapes are traced first, their shardings follow from the
+    rules, and the initialisation is jitted with them.
+
+    Returns:
+      The model's static part (`merge_network` makes a module of it), and the state.
+    """
+    graphdef, init = make_init(task, tx, config, mesh)
+    return graphdef, init(np.uint32(config.seed))
+
+
+def make_init(
+    task: Task, tx: optax.GradientTransformation, config: Config, mesh: jax.sharding.Mesh
+) -> tuple[nnx.GraphDef, Callable[[Any], TrainState]]:
+    """The model's static part, and what makes the state from a seed (uint32): compiled once for all seeds."""
+    graphdef, init, abstract = abstract_state(task, tx, config, mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    # Random numbers take XLA:CPU's optimiser long to compile (seconds) for a program that runs once.
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    options = {"xla_backend_optimization_level": 0} if on_cpu else None
+    return graphdef, jax.jit(init, out_shardings=shardings, compiler_options=options)
+
+
+def num_params(state: TrainState) -> int:
+    """The number of trained scalars."""
+    return sum(leaf.size for leaf in jax.tree.leaves(state.params))
+
+
+@jax.jit
+def is_finite(tree: Any) -> jax.Array:
+    """Whether no float of a tree is NaN or infinite, bool scalar."""
+    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.all(jnp.stack([jnp.isfinite(x).all() for x in floats]))

@@ -1,0 +1,1 @@
+"""Commands that run an experiment somewhere else, many times, or ahead of time; one file each."""

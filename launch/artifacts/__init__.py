@@ -1,0 +1,1 @@
+"""Exported networks, and how they run without this project."""

@@ -62,7 +62,7 @@ def finish(workdir: Path, command: Sequence[str], fit_by: str, sweep: Sweep, stu
         report.write(workdir, study, sweep, {})
         raise UserError(f"no trial was trained to its end; {workdir}/trials.csv says why")
     first = ranked[0]
-    commands = report.commands(command[0], command[1:], sweep, fields(first))
+    commands = report.commands(command[0], list(command[1:]), sweep, fields(first))
     lines = [report.shell(command) for command in commands]
     figures: dict[str, Any] = {"best_command": "\n".join(lines)}
     report.write(workdir, study, sweep, figures)

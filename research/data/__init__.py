@@ -1,0 +1,1 @@
+"""Data sets, the order of their examples, augmentation, and the input pipeline."""

@@ -1,0 +1,1 @@
+"""The train loop: state, steps, dispatches, checkpoints, populations."""

@@ -54,8 +54,8 @@ class Planner:
     def __init__(self, experiment: Experiment, config: Config, wanted: Sequence[tuple[Topology, Any]]):
         self._devices: dict[Topology, Sequence[Any]] = {}
         # The CPU devices that stand in for GPUs are made once, so the most of them first.
-        for topology, config in sorted(wanted, key=lambda pair: (pair[0].is_tpu, -pair[0].num_devices)):
-            sharding.make_mesh(config, self._of(topology))
+        for topology, own_config in sorted(wanted, key=lambda pair: (pair[0].is_tpu, -pair[0].num_devices)):
+            sharding.make_mesh(own_config, self._of(topology))
         one = len({str(config.mesh) for _, config in wanted}) == 1
         self.workload = lowering.load(experiment, config, wanted[0][1].mesh if one else MeshConfig(data=1))
         self._programs: dict[Any, Compiled] = {}

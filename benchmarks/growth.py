@@ -20,7 +20,7 @@ from experiments import char_rnn, cifar_cnn
 from experiments.char_rnn import CharRNNConfig
 from experiments.cifar_cnn import CifarConfig
 from launch.plans.hlo import Program
-from research import optimizers, sharding
+from research import sharding
 from research.config import CNNConfig, Config, OptimizerConfig, RNNConfig
 from research.data.sources import Dataset
 from research.training.run import Training
@@ -81,10 +81,12 @@ def _dataset(config: Config, steps: int) -> Dataset:
 
 def _training(case: Case, steps: int) -> Training:
     config = dataclasses.replace(case.config, steps_per_dispatch=steps, num_epochs=_DISPATCHES + 1)
-    optimizers.resolve(config.optimizer)
     dataset = _dataset(config, steps)
-    make_task: Any = char_rnn.make_task if isinstance(config, CharRNNConfig) else cifar_cnn.make_task
-    return Training(config, make_task(config, dataset), dataset, sharding.make_mesh(config, jax.devices()[:1]))
+    experiment = char_rnn.EXPERIMENT if isinstance(config, CharRNNConfig) else cifar_cnn.EXPERIMENT
+    config = experiment.resolve(config, dataset)
+    return Training(
+        config, experiment.make_task(config, dataset), dataset, sharding.make_mesh(config, jax.devices()[:1])
+    )
 
 
 def _seconds(training: Training) -> list[float]:

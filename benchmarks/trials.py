@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from research import app, optimizers
+from research import app
 from research import config as config_lib
 from research.config import Config, DatasetConfig
 from research.data import sources
@@ -47,9 +47,7 @@ def train(
 
 def population(experiment: Experiment, config: Config, size: int, *, test: bool = False) -> tuple[Config, Population]:
     """Slots for so many runs or more, evenly over the devices; with the config resolved. Arguments as of `train`."""
-    config = copy.deepcopy(config)
-    optimizers.resolve(config.optimizer)
-    dataset, task = app.load(experiment, config)
+    config, dataset, task = app.load(experiment, config)
     if test:
         dataset = dataclasses.replace(dataset, validation=dataset.test)
     return config, Population(config, task, dataset, jax.devices(), size)

@@ -29,8 +29,12 @@ class CifarConfig(Config):
     label_smoothing: float = option(
         0.0, "part of the target spread over all classes", minimum=0, below=1, step_input=True
     )
-    mirror: bool = option(False, "evaluate by the mean of each image's logits and its mirror image's")
-    translate: bool = option(False, "evaluate by the mean of the image's logits and those of it shifted by a pixel")
+    mirror: bool = option(
+        False, "evaluate by the mean of each image's logits and its mirror image's", may_change="evaluation"
+    )
+    translate: bool = option(
+        False, "evaluate by the mean of the image's logits and those of it shifted by a pixel", may_change="evaluation"
+    )
     model: CNNConfig = dataclasses.field(default_factory=CNNConfig)
     augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
 
@@ -76,21 +80,30 @@ def airbench() -> CifarConfig:
     )
 
 
+def complete(config: CifarConfig, dataset: Dataset) -> CifarConfig:
+    """The config with the published numbers of the architecture where it leaves them open.
+
+    Raises:
+      UserError: the data set has no images, or they do not suit the architecture or the augmentation.
+    """
+    if "image" not in dataset.train:
+        raise UserError(f"--config.dataset.name={dataset.name} has no images to classify: use cifar10, mnist or digits")
+    shape = dataset.train["image"].shape[1:]
+    images.check(config.augment, shape)
+    return dataclasses.replace(config, model=cnn.resolve(config.model, shape))
+
+
 def make_task(config: CifarConfig, dataset: Dataset, *, norm_momentum: float = 0.95) -> Classification:
     """Classification of the data set's images by the network that the config names.
 
     Args:
-      config: resolved here in place (`cnn.resolve`).
+      config: resolved.
       dataset: it has images and labels.
       norm_momentum: of airbench's batch norm (`cnn.create`). The published 0.6 is for batches of 1,024 and more; this
         experiment's are smaller.
     """
-    if "image" not in dataset.train:
-        raise UserError(f"--config.dataset.name={dataset.name} has no images to classify: use cifar10, mnist or digits")
     train = dataset.train["image"]
-    images.check(config.augment, train.shape[1:])
     mean, std = images.channel_statistics(train)
-    cnn.resolve(config.model, train.shape[1:])
     whitening = None
     if config.model.name == "airbench":
         whitening = whitening_kernel(np.asarray(images.normalize(train[:5000], mean, std)))
@@ -110,7 +123,11 @@ def make_task(config: CifarConfig, dataset: Dataset, *, norm_momentum: float = 0
 
 
 EXPERIMENT = app.Experiment(
-    "cifar_cnn", str(__doc__), {"default": get_config, "paper": paper, "quick": quick, "airbench": airbench}, make_task
+    "cifar_cnn",
+    str(__doc__),
+    {"default": get_config, "paper": paper, "quick": quick, "airbench": airbench},
+    make_task,
+    complete=complete,
 )
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any
 from experiments import cifar_cnn
 from experiments.cifar_cnn import CifarConfig
 from research import app
-from research.config import AugmentConfig, CNNConfig, OptimizerConfig, option
+from research.config import AugmentConfig, CNNConfig, OptimizerConfig, option, walk
 from research.data.sources import Dataset
 from research.errors import UserError
 from research.process.signals import Signals, StoppedError
@@ -34,9 +34,6 @@ class SpeedrunConfig(CifarConfig):
     """Image classification, again and again."""
 
     num_runs: int = option(20, "runs, each of another seed", minimum=1)
-
-
-_OF_RECORDS = ("log_every_steps", "pictures_every_epochs", "checkpoint_every_steps", "keep_checkpoints", "max_rewinds")
 
 
 def airbench94() -> SpeedrunConfig:
@@ -137,7 +134,7 @@ def run(experiment: app.Experiment, argv: Sequence[str], signals: Signals) -> di
         raise UserError("a speedrun is for one process: start it without a launcher")
     with Workdir(command.workdir):
         dataset = sources.load(config.dataset)
-        config.dataset.name = dataset.name
+        config = experiment.resolve(config, dataset)
         runs: list[dict[str, Any]] = []
         for number in range(config.num_runs):
             seeded = dataclasses.replace(config, seed=config.seed + number)
@@ -159,12 +156,12 @@ def _check(command: app.Command, path: Any) -> None:
     config: Any = command.config
     if config.seed + config.num_runs > 2**32:
         raise UserError(f"--config.seed={config.seed}: that of the last run must be below 2**32")
-    for name in _OF_RECORDS:
-        if getattr(command.config, name) != getattr(SpeedrunConfig(), name):
-            raise UserError(f"--config.{name}: a speedrun leaves nothing but speedrun.json; leave it out")
+    for path, field, value in walk(config):
+        if field.metadata["record_only"] and value != field.default:
+            raise UserError(f"--config.{path}: a speedrun leaves nothing but speedrun.json; leave it out")
 
 
-def _run(config: SpeedrunConfig, dataset: Dataset, mesh: Any, workdir: Path, signals: Signals) -> dict[str, Any]:
+def _run(config: Any, dataset: Dataset, mesh: Any, workdir: Path, signals: Signals) -> dict[str, Any]:
     """One run, which leaves nothing on disk: its seed, accuracies and times."""
     import jax
 
@@ -216,6 +213,7 @@ EXPERIMENT = app.Experiment(
     str(__doc__),
     {"airbench94": airbench94, "airbench96": airbench96, "quick": quick},
     make_task,
+    complete=cifar_cnn.complete,
     run=run,
 )
 

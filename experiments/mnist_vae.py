@@ -51,7 +51,10 @@ class MnistVAEConfig(Config):
         choices=("", "stochastic", "fixed"),
     )
     final_samples: int = option(
-        5000, "samples an image of the test log-likelihood at the end; 0: it is left out", minimum=0
+        5000,
+        "samples an image of the test log-likelihood at the end; 0: it is left out",
+        minimum=0,
+        may_change="evaluation",
     )
     model: VAEConfig = dataclasses.field(default_factory=VAEConfig)
 
@@ -107,12 +110,15 @@ def conv() -> MnistVAEConfig:
     return config
 
 
-def resolve(config: MnistVAEConfig) -> None:
-    """Fills in place what the config leaves open, so that the record shows it.
+def complete(config: MnistVAEConfig, dataset: Dataset) -> MnistVAEConfig:
+    """The config with the binarization that the likelihood needs where it leaves that open.
 
     Raises:
-      UserError: fields that contradict each other.
+      UserError: the data set has no images, or fields contradict each other.
     """
+    if "image" not in dataset.train:
+        raise UserError(f"--config.dataset.name={dataset.name} has no images: use mnist, cifar10 or digits")
+    vae.check(config.model, dataset.train["image"].shape[1:])
     gaussian = config.model.likelihood == "gaussian"
     if gaussian and config.binarize:
         raise UserError(
@@ -126,16 +132,12 @@ def resolve(config: MnistVAEConfig) -> None:
         raise UserError(f"--config.beta_warmup={config.beta_warmup}: there is nothing to warm up to with beta=0")
     if not config.beta and config.free_bits:
         raise UserError(f"--config.free_bits={config.free_bits}: the KL does not count with beta=0; leave it out")
-    config.binarize = config.binarize or ("" if gaussian else "stochastic")
+    return dataclasses.replace(config, binarize=config.binarize or ("" if gaussian else "stochastic"))
 
 
 def make_task(config: MnistVAEConfig, dataset: Dataset) -> VAE:
-    """A variational autoencoder of the data set's images."""
-    if "image" not in dataset.train:
-        raise UserError(f"--config.dataset.name={dataset.name} has no images: use mnist, cifar10 or digits")
+    """A variational autoencoder of the data set's images; `config` is resolved."""
     train = dataset.train["image"]
-    resolve(config)
-    vae.check(config.model, train.shape[1:])
     mean = images.pixel_means(train)
     num_train_steps = epoch_ends(len(train), config.batch_size, config.num_epochs)[-1]
 

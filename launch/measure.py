@@ -36,9 +36,8 @@ def training(job: Job) -> Any:
 
     from research.training.run import Training
 
-    config = job.config
-    mesh = app.start(config)
-    dataset, task = app.load(job.experiment, config)
+    mesh = app.start(job.config)
+    config, dataset, task = app.load(job.experiment, job.config)
     with jax.set_mesh(mesh):
         return Training(config, task, dataset, mesh)
 

@@ -11,7 +11,6 @@ workers, on any machine that reaches the --storage, join it by the same command 
 sweep.json, trials.csv, sweep.html, journal.log, and the run of the best trial.
 """
 
-import copy
 import dataclasses
 import importlib.util
 import json
@@ -25,7 +24,6 @@ from launch import job as job_lib
 from launch.job import Job
 from launch.sweeps import options as sweep_options
 from launch.sweeps.options import SweepOptions
-from research.config import MeshConfig
 from research.errors import RecordError, UserError
 from research.process.signals import Signals, StoppedError
 from research.process.terminal import lasting_output
@@ -53,8 +51,6 @@ def run(argv: Sequence[str]) -> int:
         if importlib.util.find_spec(package) is None:
             raise UserError(f'sweeps need {package}: pip install -e ".[sweep]"')
     sweep_options.check_place(job.workdir, options)
-    if job.config.mesh != MeshConfig():
-        raise UserError("--config.mesh: in a sweep each trial has one device, and trials are spread over all devices")
     signals = Signals()
     from optuna.exceptions import StorageInternalError
 
@@ -157,7 +153,6 @@ def _sweep(job: Job) -> tuple["Sweep", list[dict[str, Any]]]:
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     import jax
 
-    from research import optimizers
     from research.data import sources
     from research.process import compilation_cache
     from research.training.population import Population
@@ -166,13 +161,11 @@ def _sweep(job: Job) -> tuple["Sweep", list[dict[str, Any]]]:
     compilation_cache.enable()
     split = split_cpu(options.population)
     dataset = sources.load(config.dataset)
-    if dataset.validation is None:
-        config.dataset.validation_fraction = _VALIDATION
-    config.dataset.name = dataset.name
-    dataset = load(config.dataset)
-    resolved = copy.deepcopy(config)
-    optimizers.resolve(resolved.optimizer)
-    dataset = job.experiment.prepare(resolved, dataset)
+    fraction = config.dataset.validation_fraction if dataset.validation else _VALIDATION
+    found = dataclasses.replace(config.dataset, name=dataset.name, validation_fraction=fraction)
+    config = dataclasses.replace(config, dataset=found)
+    dataset = job.experiment.prepare(config, load(config.dataset))
+    resolved = job.experiment.resolve(config, dataset)
     devices = jax.local_devices()[: options.population or None]  # hosts of one TPU slice see each other's
     alone = devices[:1] if split and devices[0].platform == "cpu" else None
     population = Population(resolved, job.experiment.make_task(resolved, dataset), dataset, devices, len(devices))

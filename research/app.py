@@ -57,8 +57,7 @@ def run(
     with Workdir(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
         distributed.wait("the first process has claimed the workdir")
         with distributed.first_process_first("the data set is on disk"):
-            dataset, task = load(experiment, config)
-        config.dataset.name = dataset.name
+            config, dataset, task = load(experiment, config)
         if command.earlier:
             config_json.check_resumes(config, command.earlier, str(workdir))
         _say(_first_line(experiment, dataset, mesh))
@@ -91,7 +90,7 @@ def start(config: Config, devices: Sequence[Any] | None = None) -> Any:
     """What comes before the data: finds the cache of compiled programs, and the run's other processes.
 
     Args:
-      config: checked; what it leaves to the optimiser is filled in place.
+      config: checked, not yet resolved.
       devices: of the mesh; None: all.
 
     Returns:
@@ -104,7 +103,7 @@ def start(config: Config, devices: Sequence[Any] | None = None) -> Any:
     from research.process import compilation_cache, distributed
 
     compilation_cache.enable()
-    optimizers.resolve(config.optimizer)
+    optimizers.check(config.optimizer)
     distributed.join(config.distributed)
     return sharding.make_mesh(config, devices)
 
@@ -117,10 +116,15 @@ def _say(text: str) -> None:
         print(text, flush=True)
 
 
-def load(experiment: Experiment, config: Config) -> tuple[sources.Dataset, Task]:
-    """The data set, as the experiment prepares it, and what is learned of it."""
+def load(experiment: Experiment, config: Any) -> tuple[Any, sources.Dataset, Task]:
+    """(resolved config, data set as the experiment prepares it, task).
+
+    Raises:
+      UserError: the data set is not available, or does not suit the config or the experiment.
+    """
     dataset = experiment.prepare(config, sources.load(config.dataset))
-    return dataset, experiment.make_task(config, dataset)
+    config = experiment.resolve(config, dataset)
+    return config, dataset, experiment.make_task(config, dataset)
 
 
 def restored(experiment: Experiment, command: Command, mesh: Any) -> "Training":
@@ -131,11 +135,10 @@ def restored(experiment: Experiment, command: Command, mesh: Any) -> "Training":
     """
     from research.training import loop
 
-    dataset, task = load(experiment, command.config)
-    command.config.dataset.name = dataset.name
+    config, dataset, task = load(experiment, command.config)
     assert command.earlier is not None, "parse has seen to it"
-    config_json.check_evaluates(command.config, command.earlier, str(command.workdir))
-    return loop.restore(command.config, task, dataset, mesh, command.workdir)
+    config_json.check_evaluates(config, command.earlier, str(command.workdir))
+    return loop.restore(config, task, dataset, mesh, command.workdir)
 
 
 def _evaluate(experiment: Experiment, command: Command, mesh: Any) -> dict[str, Any]:
@@ -154,7 +157,7 @@ def _sample(experiment: Experiment, command: Command, mesh: Any) -> dict[str, An
         raise UserError("--mode=sample is for one process: start it without a launcher")
     training = restored(experiment, command, mesh)
     assert experiment.sample is not None
-    experiment.sample(training.predictor(), command.config, training.dataset, command.options, command.workdir)
+    experiment.sample(training.predictor(), training.config, training.dataset, command.options, command.workdir)
     return {"step": training.progress.step}
 
 

@@ -5,38 +5,19 @@ Every field is one command-line flag, `--config.<path>=<value>` (see `research.a
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
 from research.errors import UserError
+from research.fields import assign, check_fields, option, walk
+
+__all__ = ["assign", "check_fields", "option", "walk"]  # besides what is defined here
 
 OPTIMIZERS = ("sgd", "momentum", "nesterov", "adagrad", "rmsprop", "adam", "adamw", "lion", "muon", "lars", "lamb")
 SCHEDULES = ("constant", "cosine", "linear", "one_cycle", "step", "tripling")
 DTYPES = ("float32", "bfloat16")
 
-_FLOAT32 = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
-
-
-def option(
-    default: Any,
-    help: str,
-    *,
-    choices: Sequence[str] = (),
-    minimum: float | None = None,
-    above: float | None = None,
-    maximum: float | None = None,
-    below: float | None = None,
-    step_input: bool = False,
-) -> Any:
-    """A dataclass field with its meaning (`help`) and its bounds; `minimum` and `maximum` are themselves allowed.
-
-    A `step_input` is a number that the compiled step is given, not one that it has in it (`training/hyperparams.py`).
-    """
-    bounds = {"minimum": minimum, "above": above, "maximum": maximum, "below": below}
-    metadata = {"help": help, "choices": tuple(choices), **bounds, "step_input": step_input}
-    return dataclasses.field(default=default, metadata=metadata)
+_ONE_DEVICE = "a trial has one device, and the trials are spread over all devices"
+_NO_RECOVERY = "in a sweep a trial whose loss is not finite has failed"
 
 
 @dataclasses.dataclass
@@ -44,11 +25,13 @@ class DatasetConfig:
     """Which data, from where."""
 
     name: str = option("cifar10|digits", "data set (a TFDS name, digits or pydoc); of a|b the first that can be had")
-    data_dir: str = option("", "folder of prepared TFDS sets and archives; empty: TFDS_DATA_DIR, else TFDS's default")
+    data_dir: str = option(
+        "", "folder of prepared TFDS sets and archives; empty: TFDS_DATA_DIR, else TFDS's default", may_change="resume"
+    )
     validation_fraction: float = option(0.0, "part of the training set held out for validation", minimum=0, below=1)
     train_fraction: float = option(1.0, "part of what is then left that is trained on", above=0, maximum=1)
     max_device_gib: float = option(
-        2.0, "data sets up to this size (GiB) live on the device, larger ones stream", minimum=0
+        2.0, "data sets up to this size (GiB) live on the device, larger ones stream", minimum=0, may_change="resume"
     )
 
 
@@ -84,7 +67,9 @@ class NetworkConfig:
 class CNNConfig(NetworkConfig):
     """A convolutional network (`research.models.cnn`)."""
 
-    name: str = option("simple", "architecture", choices=("simple", "resnet", "wide_resnet", "airbench"))
+    name: str = option(
+        "simple", "architecture", choices=("simple", "resnet", "wide_resnet", "airbench"), decides_others=True
+    )
     width: int = option(
         0, "channels of the first convolution (wide_resnet: widening factor); 0: the published", minimum=0
     )
@@ -103,7 +88,7 @@ class CNNConfig(NetworkConfig):
 class RNNConfig(NetworkConfig):
     """A recurrent network (`research.models.rnn`)."""
 
-    name: str = option("lstm", "cell", choices=("simple", "gru", "lstm", "mingru", "lru"))
+    name: str = option("lstm", "cell", choices=("simple", "gru", "lstm", "mingru", "lru"), decides_others=True)
     width: int = option(256, "features between layers, and recurrent units of each", minimum=1)
     layers: int = option(2, "recurrent layers", minimum=1)
     dropout: float = option(0.0, "dropout rate of what a layer adds or passes on", minimum=0, below=1, step_input=True)
@@ -115,7 +100,7 @@ class RNNConfig(NetworkConfig):
 class VAEConfig(NetworkConfig):
     """A variational autoencoder (`research.models.vae`)."""
 
-    name: str = option("dense", "architecture of encoder and decoder", choices=("dense", "conv"))
+    name: str = option("dense", "architecture of encoder and decoder", choices=("dense", "conv"), decides_others=True)
     latents: int = option(50, "dimensions of the latent space", minimum=1)
     width: int = option(200, "units of a hidden layer; conv: channels at full resolution", minimum=1)
     depth: int = option(2, "hidden layers of encoder and of decoder; conv: halvings of the resolution", minimum=1)
@@ -124,6 +109,7 @@ class VAEConfig(NetworkConfig):
         "bernoulli",
         "of a pixel given the latents; gaussian: mean and variance are learned",
         choices=("bernoulli", "gaussian"),
+        decides_others=True,
     )
     dtype: str = option("float32", "compute dtype; parameters and likelihoods stay float32", choices=DTYPES)
 
@@ -132,7 +118,7 @@ class VAEConfig(NetworkConfig):
 class OptimizerConfig:
     """The training algorithm (`research.optimizers`)."""
 
-    name: str = option("nesterov", "update rule", choices=OPTIMIZERS)
+    name: str = option("nesterov", "update rule", choices=OPTIMIZERS, decides_others=True)
     learning_rate: float | None = option(
         None, "peak learning rate; default: the rule's customary one", minimum=0, step_input=True
     )
@@ -155,7 +141,9 @@ class OptimizerConfig:
         False, "hold convolutions' kernels at a norm of 1 an output, for networks that normalise after them"
     )
     schedule: str = option("constant", "learning rate over time", choices=SCHEDULES)
-    warmup: float = option(0.0, "part of training over which the learning rate rises linearly", minimum=0, below=1)
+    warmup: float = option(
+        0.0, "part of training over which the learning rate rises linearly", minimum=0, below=1, signature=False
+    )
     end_factor: float = option(
         0.0, "last learning rate of a decaying schedule, as a part of the peak", minimum=0, maximum=1, step_input=True
     )
@@ -169,14 +157,39 @@ class OptimizerConfig:
 class MeshConfig:
     """How the devices are arranged: their number is the product of the axes."""
 
-    data: int = option(-1, "devices that share the batch; -1: all that the other axes leave", minimum=-1)
-    fsdp: int = option(
-        1, "devices that share the batch and shard parameters and optimiser state; -1: the rest", minimum=-1
+    data: int = option(
+        -1,
+        "devices that share the batch; -1: all that the other axes leave",
+        minimum=-1,
+        may_change="resume",
+        not_searchable=_ONE_DEVICE,
     )
-    sequence: int = option(1, "devices that share the time axis of a parallel recurrence; -1: the rest", minimum=-1)
-    model: int = option(1, "devices that share a layer's output features; -1: the rest", minimum=-1)
+    fsdp: int = option(
+        1,
+        "devices that share the batch and shard parameters and optimiser state; -1: the rest",
+        minimum=-1,
+        may_change="resume",
+        not_searchable=_ONE_DEVICE,
+    )
+    sequence: int = option(
+        1,
+        "devices that share the time axis of a parallel recurrence; -1: the rest",
+        minimum=-1,
+        may_change="resume",
+        not_searchable=_ONE_DEVICE,
+    )
+    model: int = option(
+        1,
+        "devices that share a layer's output features; -1: the rest",
+        minimum=-1,
+        may_change="resume",
+        not_searchable=_ONE_DEVICE,
+    )
     reduce_dtype: str = option(
-        "float32", "in which gradients travel where `data` is the only axis", choices=("float32", "bfloat16")
+        "float32",
+        "in which gradients travel where `data` is the only axis",
+        choices=("float32", "bfloat16"),
+        not_searchable=_ONE_DEVICE,
     )
 
 
@@ -188,33 +201,78 @@ class DistributedConfig:
         "auto",
         "join other processes: where the environment names them (auto), always (as on Cloud TPU), or never",
         choices=("auto", "always", "never"),
+        may_change="resume",
+        not_searchable=_ONE_DEVICE,
     )
-    timeout: int = option(300, "seconds to wait for a process that is missing or silent", minimum=1)
+    timeout: int = option(
+        300,
+        "seconds to wait for a process that is missing or silent",
+        minimum=1,
+        may_change="resume",
+        not_searchable=_ONE_DEVICE,
+    )
 
 
 @dataclasses.dataclass
 class Config:
     """What every experiment has; an experiment's own config extends it."""
 
-    seed: int = option(0, "seed of initialisation, data order, augmentation and dropout", minimum=0, maximum=2**32 - 1)
-    num_epochs: int = option(10, "passes over the training set", minimum=1)
-    batch_size: int = option(64, "examples a step, over all devices", minimum=1)
+    seed: int = option(
+        0, "seed of initialisation, data order, augmentation and dropout", minimum=0, maximum=2**32 - 1, signature=False
+    )
+    num_epochs: int = option(10, "passes over the training set", minimum=1, may_change="resume")
+    batch_size: int = option(64, "examples a step, over all devices", minimum=1, may_change="evaluation")
     microbatch_size: int = option(
-        0, "examples at once, over all devices; gradients are accumulated; 0: the batch", minimum=0
+        0,
+        "examples at once, over all devices; gradients are accumulated; 0: the batch",
+        minimum=0,
+        may_change="evaluation",
     )
     steps_per_dispatch: int = option(
-        0, "train steps per call of the program; 0: half a second's worth, at most 512 (8 of streamed data)", minimum=0
+        0,
+        "train steps per call of the program; 0: half a second's worth, at most 512 (8 of streamed data)",
+        minimum=0,
+        may_change="resume",
     )
-    log_every_steps: int = option(50, "steps between the training lines of metrics.jsonl", minimum=1)
+    log_every_steps: int = option(
+        50, "steps between the training lines of metrics.jsonl", minimum=1, may_change="evaluation", record_only=True
+    )
     pictures_every_epochs: int = option(
-        0, "epochs between pictures of what has been learned; 0: at the end only", minimum=0
+        0,
+        "epochs between pictures of what has been learned; 0: at the end only",
+        minimum=0,
+        may_change="resume",
+        record_only=True,
     )
-    checkpoint_every_steps: int = option(0, "steps between checkpoints within an epoch; 0: at its end only", minimum=0)
+    checkpoint_every_steps: int = option(
+        0,
+        "steps between checkpoints within an epoch; 0: at its end only",
+        minimum=0,
+        may_change="resume",
+        record_only=True,
+    )
     keep_checkpoints: int = option(
-        2, "newest checkpoints kept, beside the best by validation loss where there is a validation split", minimum=1
+        2,
+        "newest checkpoints kept, beside the best by validation loss where there is a validation split",
+        minimum=1,
+        may_change="resume",
+        record_only=True,
     )
-    max_skipped_steps: int = option(0, "steps in a row left out where loss or gradient is not finite", minimum=0)
-    max_rewinds: int = option(0, "times that one more of those only leads back to the newest checkpoint", minimum=0)
+    max_skipped_steps: int = option(
+        0,
+        "steps in a row left out where loss or gradient is not finite",
+        minimum=0,
+        may_change="resume",
+        not_searchable=_NO_RECOVERY,
+    )
+    max_rewinds: int = option(
+        0,
+        "times that one more of those only leads back to the newest checkpoint",
+        minimum=0,
+        may_change="resume",
+        not_searchable=_NO_RECOVERY,
+        record_only=True,
+    )
     dataset: DatasetConfig = dataclasses.field(default_factory=DatasetConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -229,24 +287,6 @@ class Config:
 def is_on(value: Any) -> bool:
     """Whether a number that means "off" at 0 is another: always, where it is an input of the step and so traced."""
     return not isinstance(value, (int, float)) or value != 0
-
-
-def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
-    """Yields (path, field, value) of every leaf field, e.g. ("optimizer.name", Field, "adam")."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from walk(value, f"{prefix}{field.name}.")
-        else:
-            yield f"{prefix}{field.name}", field, value
-
-
-def assign(config: Any, path: str, value: Any) -> None:
-    """Sets the field at a dotted path in place: `assign(config, "optimizer.name", "adam")`."""
-    *parents, name = path.split(".")
-    for parent in parents:
-        config = getattr(config, parent)
-    setattr(config, name, value)
 
 
 def check(config: Config) -> None:
@@ -272,28 +312,3 @@ def _check_parametrization(model: NetworkConfig, rule: str) -> None:
         raise UserError(f"--config.optimizer.name={rule}: mup has no rule for it; use another optimiser")
     if getattr(model, "tied", False):
         raise UserError("--config.model.tied: mup scales the two kernels differently; leave it False")
-
-
-def check_fields(options: Any, prefix: str) -> None:
-    """Raises `UserError` for the first field of a dataclass out of its bounds; its flag is `prefix` and its path."""
-    for path, field, value in walk(options, prefix):
-        if value is not None:
-            _check_field(path, field.metadata, value)
-
-
-def _check_field(flag: str, metadata: Any, value: Any) -> None:
-    if metadata["choices"] and value not in metadata["choices"]:
-        raise UserError(f"{flag}={value!r}: use one of {', '.join(repr(c) for c in metadata['choices'])}")
-    smallest, largest = _FLOAT32
-    if isinstance(value, float) and value and not smallest <= abs(value) <= largest:
-        raise UserError(f"{flag}={value}: must be a finite number of float32's, 0 or {smallest:.1e} to {largest:.1e}")
-    tests = {
-        "minimum": ("at least", lambda bound: value >= bound),
-        "above": ("above", lambda bound: value > bound),
-        "maximum": ("at most", lambda bound: value <= bound),
-        "below": ("below", lambda bound: value < bound),
-    }
-    for name, (words, holds) in tests.items():
-        bound = metadata[name]
-        if bound is not None and not holds(bound):
-            raise UserError(f"{flag}={value}: must be {words} {bound}")

@@ -85,8 +85,8 @@ def _two_steps() -> Iterator[str]:
     for name, array in dataset.train.items():
         dataset.train[name] = array[: 2 * config.batch_size]
     shape, classes = dataset.train["image"].shape[1:], len(dataset.label_names)
-    cnn.resolve(model, shape)
-    optimizers.resolve(config.optimizer)
+    model = cnn.resolve(model, shape)
+    config.optimizer = optimizers.resolve(config.optimizer)
     statistics = images.channel_statistics(dataset.train["image"])
     task = Classification(
         lambda rngs: cnn.create(model, image_shape=shape, num_classes=classes, rngs=rngs), *statistics

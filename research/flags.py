@@ -55,10 +55,6 @@ DEFINE: dict[Any, Callable[..., Any]] = {
 }
 
 
-# Fields whose value fills in what others leave open: config.json has no longer which of them were given.
-_DECIDES_OTHERS = ("optimizer.name", "model.name", "model.likelihood")
-
-
 def define_flags(experiment: Experiment) -> absl_flags.FlagValues:
     """The flags of an experiment, in a set of their own."""
     values = absl_flags.FlagValues()
@@ -162,10 +158,10 @@ def parse(experiment: Experiment, argv: Sequence[str], launcher: Sequence[str] =
     config = experiment.presets[str(values["config"].value)]()
     if not values["config"].present:
         config = copy.deepcopy(reproduced or earlier or config)
-    for path, _, value in config_lib.walk(config):
+    for path, field, value in config_lib.walk(config):
         flag = values[f"config.{path}"]
         if flag.present:
-            if reproduced and not values["config"].present and path in _DECIDES_OTHERS and flag.value != value:
+            if reproduced and not values["config"].present and field.metadata["decides_others"] and flag.value != value:
                 raise UserError(
                     f"--config.{path}={flag.value}: the record of --reproduce has {value}, and what that left open was "
                     "filled in for it: give the flags without --reproduce"

@@ -57,12 +57,8 @@ _RATES_AT_ONCE = 2**16
 _DECAYING = ("cosine", "linear", "one_cycle")
 
 
-def resolve(config: OptimizerConfig) -> None:
-    """Fills in place what the config leaves to the rule, so that the record shows it.
-
-    Raises:
-      UserError: a field is set that the rule, the schedule or the scaling would ignore.
-    """
+def check(config: OptimizerConfig) -> None:
+    """Raises `UserError` where a field is set that the rule, the schedule or the scaling would ignore."""
     defaults = DEFAULTS[config.name]
     if config.momentum is not None and defaults.momentum is None:
         raise UserError(f"--config.optimizer.momentum: {config.name} has none; use momentum or nesterov")
@@ -70,9 +66,17 @@ def resolve(config: OptimizerConfig) -> None:
         raise UserError(f"--config.optimizer.end_factor needs a schedule that uses it: {', '.join(_DECAYING)}")
     if config.batch_scaling == "none" and config.base_batch_size != OptimizerConfig.base_batch_size:
         raise UserError("--config.optimizer.base_batch_size needs --config.optimizer.batch_scaling=linear or sqrt")
-    for field, default in defaults._asdict().items():
-        if getattr(config, field) is None:
-            setattr(config, field, default)
+
+
+def resolve(config: OptimizerConfig) -> OptimizerConfig:
+    """The config with the rule's defaults in place of None.
+
+    Raises:
+      UserError: as `check`.
+    """
+    check(config)
+    defaults = DEFAULTS[config.name]._asdict()
+    return dataclasses.replace(config, **{name: x for name, x in defaults.items() if getattr(config, name) is None})
 
 
 def scaled(config: OptimizerConfig, batch_size: int) -> OptimizerConfig:

@@ -43,7 +43,7 @@ def run(workdir, devices=1, dataset=DATASET, rate=0.1, max_device_gib=2.0, signa
     config.dataset = DatasetConfig(max_device_gib=max_device_gib)
     if "optimizer" not in fields:
         config.optimizer = OptimizerConfig(name="sgd", learning_rate=rate)
-    optimizers.resolve(config.optimizer)
+    config.optimizer = optimizers.resolve(config.optimizer)
     mesh = sharding.make_mesh(config, jax.devices()[:devices])
     task = Classification(Linear, (0.5,), (0.25,), AugmentConfig(), 0.1)
     workdir.mkdir(exist_ok=True)

@@ -47,7 +47,7 @@ MESHES = {
 def _config(network, mesh="data=4", **fields):
     config = dataclasses.replace(outsider.get_config(), network=network, batch_size=16, mesh=MESHES[mesh], **fields)
     config.optimizer = dataclasses.replace(config.optimizer, ema_decay=0.9)
-    optimizers.resolve(config.optimizer)
+    config.optimizer = optimizers.resolve(config.optimizer)
     return config
 
 
@@ -124,7 +124,7 @@ def test_two_processes_learn_what_one_device_learns(env, tmp_path):
 
 def _saved(workdir):
     config = dataclasses.replace(outsider.get_config(), network="Everything", microbatch_size=48)
-    optimizers.resolve(config.optimizer)
+    config.optimizer = optimizers.resolve(config.optimizer)
     digits = Dataset("digits", tuple("0123456789"), {"image": np.zeros((1437, 32, 32, 1), np.uint8)}, None, {})
     task = outsider.make_task(config, digits)
     tx = hyperparams.make_optimizer(config, hyperparams.inputs(config, 14), None)

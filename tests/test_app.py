@@ -54,7 +54,7 @@ def test_flags_start_from_the_preset_and_change_it():
 def test_the_papers_settings_stand_as_a_preset():
     config = cifar_cnn.paper()
     optimizer = config.optimizer
-    optimizers.resolve(optimizer)
+    optimizer = optimizers.resolve(optimizer)
     assert (optimizer.name, optimizer.learning_rate, optimizer.schedule) == ("adam", 0.001, "constant")
     assert (config.batch_size, config.num_epochs, config.model.name) == (32, 10, "simple")
     assert config.augment == config_lib.AugmentConfig()
@@ -65,7 +65,7 @@ def test_the_papers_settings_stand_as_a_preset():
 @pytest.mark.parametrize("name", config_lib.OPTIMIZERS)
 def test_another_rule_brings_its_own_rate_and_momentum(name, preset):
     config = _parse(f"--config={preset}", f"--config.optimizer.name={name}")
-    optimizers.resolve(config.optimizer)
+    config.optimizer = optimizers.resolve(config.optimizer)
     assert (config.optimizer.learning_rate, config.optimizer.momentum) == optimizers.DEFAULTS[name][:2]
 
 
@@ -188,12 +188,12 @@ def _before_training(base, path=None):
     if path:
         config_lib.assign(config, path, OTHER[path])
     config_lib.check(config)
-    optimizers.resolve(config.optimizer)
+    dataset = _drawn()
+    config = EXPERIMENT.resolve(config, dataset)
     mesh = sharding.make_mesh(config, jax.devices()[: 1 if path == "mesh.data" else 2])
     texts = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax.stages.Lowered, "compile", lambda lowered: texts.append(lowered.as_text()))
-        dataset = _drawn()
         run = Training(config, EXPERIMENT.make_task(config, dataset), dataset, mesh)
         run.compile(train=True)
     arrays = jax.tree.leaves(jax.tree.map(np.asarray, (run.state, run._batches.sample(), run._given)))

@@ -22,7 +22,7 @@ from research.training.run import Training
 def _config(**fields):
     config = dataclasses.replace(outsider.get_config(), num_epochs=1, batch_size=8, **fields)
     config.optimizer = dataclasses.replace(config.optimizer, ema_decay=0.9)
-    optimizers.resolve(config.optimizer)
+    config.optimizer = optimizers.resolve(config.optimizer)
     return config
 
 

@@ -44,7 +44,7 @@ def _run(workdir, devices=1, axes=None, signals=None, **fields):
     """Trains it; returns the state and the record's lines."""
     config = _config(axes, **fields)
     config.steps_per_dispatch = 1  # so that it can be stopped anywhere
-    optimizers.resolve(config.optimizer)
+    config.optimizer = optimizers.resolve(config.optimizer)
     mesh = sharding.make_mesh(config, jax.devices()[:devices])
     dataset = char_rnn.prepare(config, RAW)
     workdir.mkdir(exist_ok=True)

@@ -61,6 +61,7 @@ def test_the_presets_networks_are_the_published_ones(preset, channels, momentum)
     dataset = Dataset(
         "drawn", tuple("abcdefghij"), {"image": pixels, "label": np.arange(8, dtype=np.int32)}, None, None
     )
+    config = cifar_speedrun.EXPERIMENT.resolve(config, dataset)
     task = cifar_speedrun.EXPERIMENT.make_task(config, dataset)
     network = nnx.eval_shape(lambda: task.network(nnx.Rngs(0)))
     assert tuple(group.convs[-1].kernel.shape[-1] for group in network.groups) == channels

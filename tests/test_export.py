@@ -18,7 +18,7 @@ from jax.interpreters.mlir import make_ir_context
 from experiments import char_rnn, cifar_cnn, mnist_vae
 from launch import export
 from launch.artifacts import artifact, runtimes
-from research import app, flags, optimizers, sharding
+from research import app, flags, sharding
 from research import config as config_lib
 from research.data import images, sources
 from research.errors import RecordError, UserError
@@ -33,8 +33,8 @@ TEXT = sources.Dataset("drawn", (), {"text": _BYTES}, None, {"text": _BYTES[:100
 
 
 def _begun(experiment, config, dataset):
-    optimizers.resolve(config.optimizer)
     dataset = experiment.prepare(config, dataset)
+    config = experiment.resolve(config, dataset)
     mesh = sharding.make_mesh(config, jax.devices()[:1])
     return Training(config, experiment.make_task(config, dataset), dataset, mesh)
 
@@ -48,7 +48,7 @@ def run(tmp_path_factory):
     training = _begun(cifar_cnn.EXPERIMENT, config, sources.load(config.dataset))
     average = jax.tree.map(lambda x: 1.5 * x + 0.01, training.state.ema_params)
     state = dataclasses.replace(training.state, ema_params=average)
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(training.config)))
     with Checkpoints(folder, keep=1, message=print) as saved:
         saved.save(state, checksums_of(state), dataclasses.asdict(training.progress) | {"step": 1}, None)
     return folder

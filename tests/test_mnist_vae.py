@@ -10,7 +10,7 @@ from drawn import read_lines, same
 from upath import UPath
 
 from experiments import mnist_vae
-from research import app, optimizers, sharding
+from research import app, sharding
 from research import config as config_lib
 from research.data import sources
 from research.errors import RecordError, UserError
@@ -30,8 +30,7 @@ def _config(**fields):
     for path, value in (small | {"optimizer.ema_decay": 0.0} | fields).items():
         config_lib.assign(config, path, value)
     config_lib.check(config)
-    optimizers.resolve(config.optimizer)
-    return config
+    return mnist_vae.EXPERIMENT.resolve(config, _drawn())
 
 
 def _train(workdir, devices=1, signals=None, **fields):
@@ -135,14 +134,14 @@ def test_samples_are_saved_and_follow_their_seed(tmp_path, capsys):
 )
 def test_bad_flags_name_what_is_right(args, words):
     with pytest.raises(UserError) as error:
-        mnist_vae.make_task(app.parse(mnist_vae.EXPERIMENT, args).config, _drawn())  # pyright: ignore
+        mnist_vae.EXPERIMENT.resolve(app.parse(mnist_vae.EXPERIMENT, args).config, _drawn())  # pyright: ignore
     assert words in str(error.value)
 
 
 def test_a_text_has_no_images():
     text = SimpleNamespace(name="tiny_shakespeare", train={"text": np.zeros(9, np.uint8)})
     with pytest.raises(UserError, match="tiny_shakespeare has no images"):
-        mnist_vae.make_task(_config(), text)  # pyright: ignore
+        mnist_vae.EXPERIMENT.resolve(_config(), text)  # pyright: ignore
 
 
 @functools.cache
@@ -184,8 +183,8 @@ def test_each_field_changes_the_loss(field, value):
 def test_presets_are_valid(name):
     config = mnist_vae.EXPERIMENT.presets[name]()
     config_lib.check(config)
-    optimizers.resolve(config.optimizer)
     dataset = sources.Dataset("drawn", ("a",), {"image": np.zeros((2000, 28, 28, 1), np.uint8)}, None, {})
+    config = mnist_vae.EXPERIMENT.resolve(config, dataset)
     task = mnist_vae.make_task(config, dataset)  # pyright: ignore
     assert task.samples == (50 if name == "iwae" else 1)
     assert task.final_samples == 5000

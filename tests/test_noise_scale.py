@@ -37,7 +37,7 @@ def _trained(workdir, devices=1, **fields):
     x = np.random.default_rng(0).normal([0.0, 0.5, 0.0, 0.0], [1.0, 2.0, 0.5, 0.1], (4096, 4)).astype(np.float32)
     dataset = Dataset("drawn", (), {"x": x}, None, {"x": x[:64]})
     config = Config(num_epochs=4, batch_size=64, optimizer=OptimizerConfig(name="sgd", learning_rate=0.0), **fields)
-    optimizers.resolve(config.optimizer)
+    config.optimizer = optimizers.resolve(config.optimizer)
     mesh = sharding.make_mesh(config, jax.devices()[:devices])
     workdir.mkdir()
     _, summary = loop.train_and_evaluate("quadratic", config, Quadratic(), dataset, mesh, workdir)

@@ -25,7 +25,7 @@ def _float32(tree):
 
 def _resolved(**fields) -> OptimizerConfig:
     config = OptimizerConfig(**fields)
-    optimizers.resolve(config)
+    config = optimizers.resolve(config)
     return config
 
 

@@ -27,7 +27,7 @@ def _task(kind, rule="adam", **model):
     """The experiment's own task, its optimiser's config, and a batch."""
     names = tuple(map(str, range(20)))
     optimizer = OptimizerConfig(name=rule, learning_rate={"adam": 1e-3, "momentum": 0.02, "muon": 0.005}[rule])
-    optimizers.resolve(optimizer)
+    optimizer = optimizers.resolve(optimizer)
     index = {"index": np.arange(16), "epoch": np.zeros(16, np.int32), "step": np.int32(0)}
     options = {"batch_size": 16, "num_epochs": 1, "optimizer": optimizer}
     if kind == "lstm":
@@ -42,6 +42,7 @@ def _task(kind, rule="adam", **model):
     }[kind]
     config = make_config(**options, model=make_model(**model))
     dataset = Dataset("drawn", names[:4], IMAGES, None, IMAGES)
+    config = experiment.EXPERIMENT.resolve(config, dataset)
     return experiment.make_task(config, dataset), config, index | IMAGES
 
 
@@ -142,7 +143,7 @@ SIZES = {"input": (1, 1 / R), "output": (1 / R, 1)}
 
 def _first_update(rule, kernel, gradient, widths):
     config = OptimizerConfig(name=rule, learning_rate=0.1, weight_decay=0.5)
-    optimizers.resolve(config)
+    config = optimizers.resolve(config)
     tx = optimizers.make_optimizer(config, optimizers.boundaries(config, 10), {"kernel": widths})
     params, grads = ({"kernel": jnp.full((3, 3), value)} for value in (kernel, gradient))
     updates: Any = tx.update(grads, tx.init(params), params)[0]

@@ -39,7 +39,7 @@ BASE = LinearConfig(
     model=ModelConfig(dropout=0.2),
     optimizer=OptimizerConfig(name="momentum", learning_rate=0.05, schedule="cosine", warmup=0.2),
 )
-optimizers.resolve(BASE.optimizer)
+BASE.optimizer = optimizers.resolve(BASE.optimizer)
 
 
 def _config(rate, seed, warmup=0.2, smoothing=0.1, dropout=0.2):

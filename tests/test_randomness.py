@@ -60,7 +60,7 @@ class KeysTask(Task):
 
 def test_steps_do_not_draw_what_initialization_drew():
     config = Config(batch_size=8)
-    optimizers.resolve(config.optimizer)
+    config.optimizer = optimizers.resolve(config.optimizer)
     mesh, given = sharding.make_mesh(config, jax.devices()[:1]), hyperparams.inputs(config, 4)
     graphdef, state = create_state(KeysTask(), hyperparams.make_optimizer(config, given, None), config, mesh)
     batches = TrainBatches(DATASET.train, config, mesh, resident=True, capacity=1)

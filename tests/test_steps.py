@@ -10,8 +10,8 @@ import optax
 import pytest
 from flax import nnx
 
-from experiments.cifar_cnn import CifarConfig, make_task
-from research import optimizers, randomness, sharding
+from experiments.cifar_cnn import EXPERIMENT, CifarConfig, make_task
+from research import randomness, sharding
 from research.config import AugmentConfig, CNNConfig, MeshConfig, OptimizerConfig
 from research.data.pipeline import EvalBatches, TrainBatches
 from research.data.sources import Dataset
@@ -41,8 +41,7 @@ def _config(**fields) -> CifarConfig:
         optimizer=OptimizerConfig(name="momentum", learning_rate=0.05),
     )
     config = dataclasses.replace(config, **fields)
-    optimizers.resolve(config.optimizer)
-    return config
+    return EXPERIMENT.resolve(config, _dataset())
 
 
 class Build:

@@ -26,7 +26,7 @@ def _float32(tree):
 
 def _made(**fields):
     config = OptimizerConfig(**fields)
-    optimizers.resolve(config)
+    config = optimizers.resolve(config)
     return optimizers.make_optimizer(config, optimizers.boundaries(config, STEPS))
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import io
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,12 +22,12 @@ from experiments.char_rnn import CharRNNConfig
 from experiments.cifar_cnn import CifarConfig
 from experiments.mnist_vae import MnistVAEConfig
 from launch.plans.hlo import Program
-from research import app, optimizers, sharding
+from research import app, sharding
 from research.config import CNNConfig, Config, OptimizerConfig, RNNConfig, VAEConfig
 from research.data.sources import Dataset
+from research.experiment import Experiment
 from research.models import rnn
 from research.tasks.generation import generate
-from research.tasks.task import Task
 from research.training.run import Training
 
 _MICROBATCH = 32  # on a CPU: activations then stay in its cache
@@ -49,7 +49,7 @@ def _places(model: Any, network: str) -> list[nnx.Param]:
     return [model.stem.kernel, *(conv.kernel for conv in convs), model.logits.kernel, model.logits.bias]
 
 
-def _config(work: works.Work, epochs: int) -> tuple[Config, Callable[[Any, Dataset], Task]]:
+def _config(work: works.Work, epochs: int) -> tuple[Config, Experiment]:
     options: dict[str, Any] = {
         "num_epochs": epochs,
         "batch_size": work.batch_size,
@@ -58,16 +58,16 @@ def _config(work: works.Work, epochs: int) -> tuple[Config, Callable[[Any, Datas
     match work.network:
         case "lstm":
             model = RNNConfig(name="lstm", width=work.width, layers=1, dtype=work.dtype)
-            return CharRNNConfig(sequence_length=works.SEQUENCE, model=model, **options), char_rnn.make_task
+            return CharRNNConfig(sequence_length=works.SEQUENCE, model=model, **options), char_rnn.EXPERIMENT
         case "vae":
-            return MnistVAEConfig(final_samples=0, model=VAEConfig(dtype=work.dtype), **options), mnist_vae.make_task
+            return MnistVAEConfig(final_samples=0, model=VAEConfig(dtype=work.dtype), **options), mnist_vae.EXPERIMENT
         case "cnn":
             small = jax.default_backend() == "cpu" and work.batch_size > _MICROBATCH
             model, size = CNNConfig(dtype=work.dtype), _MICROBATCH if small else 0
-            return CifarConfig(microbatch_size=size, model=model, **options), cifar_cnn.make_task
+            return CifarConfig(microbatch_size=size, model=model, **options), cifar_cnn.EXPERIMENT
         case _:
             # Whole batches: batch norm is to see as many examples at once as it does elsewhere.
-            return CifarConfig(model=CNNConfig(name="resnet", dtype=work.dtype), **options), cifar_cnn.make_task
+            return CifarConfig(model=CNNConfig(name="resnet", dtype=work.dtype), **options), cifar_cnn.EXPERIMENT
 
 
 def _dataset(work: works.Work, arrays: dict[str, np.ndarray]) -> Dataset:
@@ -85,10 +85,10 @@ def _dataset(work: works.Work, arrays: dict[str, np.ndarray]) -> Dataset:
 
 
 def _training(work: works.Work, arrays: dict[str, np.ndarray], epochs: int) -> Training:
-    config, make_task = _config(work, epochs)
-    optimizers.resolve(config.optimizer)
+    config, experiment = _config(work, epochs)
     dataset = _dataset(work, arrays)
-    task = make_task(config, dataset)
+    config = experiment.resolve(config, dataset)
+    task = experiment.make_task(config, dataset)
     mesh = sharding.make_mesh(config)
     original: Any = task
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from research import app, optimizers, sharding
+from research import app, sharding
 from research.config import Config, MeshConfig
 from research.data.pipeline import epoch_ends, is_resident
 from research.data.sources import Dataset
@@ -62,8 +62,7 @@ def load(experiment: Experiment, config: Config, mesh: MeshConfig) -> Workload:
     """
     config = copy.deepcopy(config)
     config.mesh = mesh
-    optimizers.resolve(config.optimizer)
-    return Workload(config, *app.load(experiment, config))
+    return Workload(*app.load(experiment, config))
 
 
 def lower(workload: Workload, config: Config, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Lowered, TrainState]:

@@ -64,7 +64,8 @@ def size_of(by: str, sweep: Sweep, config: Any) -> int:
       config: the trial's (`Sweep.trial_config`).
     """
     config.mesh = MeshConfig(data=1)
-    workload = lowering.Workload(config, *app.load(sweep.experiment, config))
+    workload = lowering.Workload(*app.load(sweep.experiment, config))
+    config = workload.config
     if by == "examples":
         return workload.num_examples
     lowered, state = lowering.lower(workload, config, sharding.make_mesh(config, jax.local_devices()[:1]))

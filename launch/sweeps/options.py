@@ -3,6 +3,7 @@
 import dataclasses
 from typing import TYPE_CHECKING
 
+from research import config as config_lib
 from research.config import Config, option
 from research.errors import UserError
 from research.experiment import Experiment
@@ -67,9 +68,11 @@ def check_search(experiment: Experiment, options: SweepOptions, config: Config) 
         raise UserError(f"{experiment.name} makes runs of its own, which a sweep does not: sweep another experiment")
     if not options.search and options.seeds == 1:
         raise UserError("say what to vary, as in --search='optimizer.learning_rate=log(1e-4,1)', or give --seeds=5")
-    for name in search_space.RECOVERY:
-        if getattr(config, name):
-            raise UserError(f"--config.{name}: {search_space.NO_RECOVERY}")
+    for path, field, value in config_lib.walk(config):
+        # How the processes of a sweep find each other may be said.
+        reason = field.metadata["not_searchable"]
+        if reason and value != field.default and not path.startswith("distributed."):
+            raise UserError(f"--config.{path}: {reason}; leave it out")
     if 0 < options.population < options.seeds:
         raise UserError(
             f"--population={options.population}: the {options.seeds} runs of a trial train together; give at least "

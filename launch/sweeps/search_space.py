@@ -31,9 +31,6 @@ optuna.logging.set_verbosity(optuna.logging.ERROR)
 warnings.filterwarnings("ignore", module="optuna")
 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
 
-_ALONE = ("mesh.", "distributed.")  # how a trial is spread over devices is not searched
-RECOVERY = ("max_skipped_steps", "max_rewinds")
-NO_RECOVERY = "in a sweep a trial whose loss is not finite is over; leave it out"
 _TRIED = 16  # draws of a Python file that are checked
 Distribution = (
     optuna.distributions.FloatDistribution
@@ -136,10 +133,8 @@ def _field(path: str, config: Config, where: str) -> dataclasses.Field:
     if path not in fields:
         near = nearest(path, list(fields))
         raise UserError(f"{where}: there is no field {path}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
-    if path.startswith(_ALONE):
-        raise UserError(f"{where}: how a trial lies on devices is not searched; give --config.{path} once for all")
-    if path in RECOVERY:
-        raise UserError(f"{where}: {NO_RECOVERY}")
+    if reason := fields[path].metadata["not_searchable"]:
+        raise UserError(f"{where}: {reason}; leave it out")
     return fields[path]
 
 

@@ -60,7 +60,7 @@ class Sweep:
         return self.metric.endswith("accuracy")
 
     def trial_config(self, values: dict[str, Any]) -> Config:
-        """The resolved config of a trial.
+        """The config of a trial, not resolved.
 
         Raises:
           UserError: its values are impossible, or contradict each other.
@@ -70,7 +70,7 @@ class Sweep:
             check_value(path, value, config)
             config_lib.assign(config, path, value)
         config_lib.check(config)
-        optimizers.resolve(config.optimizer)
+        optimizers.check(config.optimizer)
         return config
 
 
@@ -147,7 +147,7 @@ class Worker:
             self._queues.setdefault(hyperparams.signature(config), []).append(_Running(trial, config))
         return True
 
-    def _population(self, signature: Any, config: Config) -> Population:
+    def _population(self, signature: Any, config: Config) -> tuple[Population, Dataset]:
         key = repr(config.dataset)
         if key in self._loaded:
             dataset, populations = self._loaded.pop(key)
@@ -158,28 +158,28 @@ class Worker:
         population = populations.pop(signature, None)
         if population is None:
             _keep_newest(populations, _MOST_POPULATIONS - 1)
-            config = copy.deepcopy(config)
             experiment, sweep = self._sweep.experiment, self._sweep
             dataset = experiment.prepare(config, dataset)
+            config = experiment.resolve(config, dataset)
             task = experiment.make_task(config, dataset)
             # All trials of a population train at once.
             size = self._places * sweep.seeds
             beside = next(iter(populations.values()), None)
             population = Population(config, task, dataset, sweep.devices, size, beside)
         populations[signature] = population
-        return population
+        return population, dataset
 
     def _train(self, signature: Any) -> None:
         """Trains the trials of one signature, and those that come while it does."""
         queue = self._queues[signature]
         try:
-            population = self._population(signature, queue[0].config)
+            population, dataset = self._population(signature, queue[0].config)
         except UserError as error:
             for running in self._queues.pop(signature):
                 self._fail(running.trial, str(error))
             return
         earlier = self._compilations - population.num_compilations
-        while self._fill(population, signature):
+        while self._fill(population, dataset, signature):
             with self._signals.deferred():
                 reports = population.train_epoch(lambda: bool(self._signals.received))
             if self._signals.received:
@@ -196,7 +196,7 @@ class Worker:
             self._stop_if_all_fail()
         del self._queues[signature]
 
-    def _fill(self, population: Population, signature: Any) -> bool:
+    def _fill(self, population: Population, dataset: Dataset, signature: Any) -> bool:
         """Starts waiting trials in free slots; False: the population is empty."""
         queue = self._queues[signature]
         while len(self._running) < self._places:
@@ -207,8 +207,9 @@ class Worker:
                 running = queue.pop(0)
                 self._running.append(running)
                 running.slots = population.free[: self._sweep.seeds]
+                config = self._sweep.experiment.resolve(running.config, dataset)
                 for number, slot in enumerate(running.slots):
-                    population.start(slot, dataclasses.replace(running.config, seed=running.config.seed + number))
+                    population.start(slot, dataclasses.replace(config, seed=config.seed + number))
         return bool(self._running)
 
     def _ended(self, running: _Running, reports: list[Report]) -> bool:

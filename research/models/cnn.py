@@ -12,6 +12,7 @@ Every network is called as `network(images, train=..., key=...)` with normalized
 logits, float32 [b, classes]. `key` is for dropout, in training only.
 """
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -40,8 +41,8 @@ _SMALLEST_IMAGE = {"simple": 18, "resnet": 8, "wide_resnet": 4, "airbench": 25}
 _RESNET_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
 
 
-def resolve(config: CNNConfig, image_shape: tuple[int, ...]) -> None:
-    """Fills in place what the config leaves to the architecture, so that the record shows it.
+def resolve(config: CNNConfig, image_shape: tuple[int, ...]) -> CNNConfig:
+    """The config with the architecture's published width, depth and norm where it leaves them open.
 
     Raises:
       UserError: a field is set that the architecture would ignore, a depth that it does not have, or the images
@@ -52,12 +53,11 @@ def resolve(config: CNNConfig, image_shape: tuple[int, ...]) -> None:
         raise UserError(f"--config.model.depth={config.depth}: {config.name} has one depth; leave it 0")
     if config.pool != "max" and config.name != "simple":
         raise UserError(f"--config.model.pool={config.pool}: only the simple network has this choice")
-    config.depth, config.norm = config.depth or depth, config.norm or norm
+    config = dataclasses.replace(config, depth=config.depth or depth, norm=config.norm or norm)
     if config.name == "airbench":
         if config.depth not in airbench.CHANNELS:
             raise UserError(f"--config.model.depth={config.depth}: airbench has 2 or 3 convolutions a group")
         width = airbench.CHANNELS[config.depth][0]
-    config.width = config.width or width
     if config.name == "resnet" and config.depth not in _RESNET_BLOCKS:
         raise UserError(f"--config.model.depth={config.depth}: resnet has {' or '.join(map(str, _RESNET_BLOCKS))}")
     if config.name == "wide_resnet" and (config.depth < 10 or config.depth % 6 != 4):
@@ -65,6 +65,7 @@ def resolve(config: CNNConfig, image_shape: tuple[int, ...]) -> None:
     if min(image_shape[:2]) < (smallest := _SMALLEST_IMAGE[config.name]):
         size = "x".join(map(str, image_shape[:2]))
         raise UserError(f"--config.model.name={config.name} needs images of {smallest}x{smallest} or more, not {size}")
+    return dataclasses.replace(config, width=config.width or width)
 
 
 def create(

@@ -31,36 +31,12 @@ def load(config: Config, values: dict[str, Any], source: str) -> Config:
     return config
 
 
-# What may differ between a run and its resumption: these change no result, and training may go on for longer.
-_FREE = (
-    "num_epochs",
-    "steps_per_dispatch",
-    "checkpoint_every_steps",
-    "keep_checkpoints",
-    "pictures_every_epochs",
-    "max_skipped_steps",
-    "max_rewinds",
-    "dataset.data_dir",
-    "dataset.max_device_gib",
-    "mesh.data",
-    "mesh.fsdp",
-    "mesh.sequence",
-    "mesh.model",
-    "distributed.start",
-    "distributed.timeout",
-)
-
-
-# And between a run and an evaluation of it: how the network is evaluated, and by how much at once.
-_OF_EVALUATION = ("mirror", "translate", "final_samples", "batch_size", "microbatch_size", "log_every_steps")
-
-
-def _check_same(config: Config, earlier: Config, workdir: str, free: tuple[str, ...]) -> None:
+def _check_same(config: Config, earlier: Config, workdir: str, allowed: tuple[str, ...]) -> None:
     pairs = zip(walk(config), walk(earlier))
     differing = [
         f"{path} {old!r} there, {new!r} here"
-        for (path, _, new), (_, _, old) in pairs
-        if new != old and path not in free
+        for (path, field, new), (_, _, old) in pairs
+        if new != old and field.metadata["may_change"] not in allowed
     ]
     if differing:
         raise UserError(
@@ -71,12 +47,12 @@ def _check_same(config: Config, earlier: Config, workdir: str, free: tuple[str, 
 
 def check_evaluates(config: Config, earlier: Config, workdir: str) -> None:
     """Raises `UserError` naming the fields by which `config` would evaluate another run than `workdir` holds."""
-    _check_same(config, earlier, workdir, (*_FREE, *_OF_EVALUATION))
+    _check_same(config, earlier, workdir, ("evaluation", "resume"))
 
 
 def check_resumes(config: Config, earlier: Config, workdir: str) -> None:
     """Raises `UserError` naming the fields by which `config` is not that of the run that `workdir` holds."""
-    _check_same(config, earlier, workdir, _FREE)
+    _check_same(config, earlier, workdir, ("resume",))
     if config.num_epochs < earlier.num_epochs:
         raise UserError(
             f"--config.num_epochs={config.num_epochs}: the run in --workdir={workdir} has {earlier.num_epochs} epochs, "

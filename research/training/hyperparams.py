@@ -2,7 +2,7 @@
 
 A field declared with `step_input` (`research.config.option`) is one, unless it is 0: that turns something off, and what
 is off is not in the program. The seed and the schedule's end points, which follow from `optimizer.warmup`, are inputs
-too. All else is part of the program: its `signature`.
+too (`signature=False`). All else is part of the program: its `signature`.
 """
 
 import dataclasses
@@ -18,7 +18,6 @@ from research.config import Config
 
 Inputs = Mapping[str, Any]
 SEED, BOUNDARIES, DROPOUT = "seed", "optimizer.boundaries", "model.dropout"
-_WITHIN = (SEED, "optimizer.warmup")  # the boundaries follow from the warm-up
 
 
 def inputs(config: Config, num_train_steps: int) -> dict[str, Any]:
@@ -41,7 +40,7 @@ def signature(config: Config) -> tuple[tuple[str, Any], ...]:
     return tuple(
         (path, "input" if _is_input(field, value) else value)
         for path, field, value in config_lib.walk(config)
-        if path not in _WITHIN
+        if field.metadata["signature"]
     )
 
 

@@ -48,7 +48,7 @@ def _run(workdir, devices=1, axes=None, signals=None, epochs=(0,), what="loss", 
     config = cifar_cnn.CifarConfig(**{"num_epochs": 2, "batch_size": 8, "log_every_steps": 1, **fields})
     config.dataset, config.mesh = DatasetConfig(), MeshConfig(**axes or {})
     config.optimizer = OptimizerConfig(name="sgd", learning_rate=0.1, schedule="linear")
-    optimizers.resolve(config.optimizer)
+    config.optimizer = optimizers.resolve(config.optimizer)
     mesh = sharding.make_mesh(config, jax.devices()[:devices])
     example = int(example_numbers(0, 90, 8 * step - 8, 8 * step)[0][3])
     task = Spoilt(Linear, (0.5,), (0.25,), AugmentConfig(), 0.0, example=example, epochs=epochs, what=what)

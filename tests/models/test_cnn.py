@@ -20,7 +20,7 @@ CIFAR = (32, 32, 3)
 
 def _config(**fields) -> CNNConfig:
     config = CNNConfig(**fields)
-    cnn.resolve(config, CIFAR)
+    config = cnn.resolve(config, CIFAR)
     return config
 
 

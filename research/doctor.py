@@ -69,7 +69,7 @@ def _caches() -> Iterator[str]:
 
 
 def _two_steps() -> Iterator[str]:
-    """The paper's network on the embedded digits, by the loop that every experiment has."""
+    """The tutorial CNN on the embedded digits, by the loop that every experiment has."""
     import jax
 
     from research import optimizers, sharding

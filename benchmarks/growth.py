@@ -52,9 +52,9 @@ def cases() -> Iterator[Case]:
         return CifarConfig(batch_size=batch_size, num_epochs=1, optimizer=sgd, model=CNNConfig(**model))
 
     for size in (16, 32, 64, 128, 256):
-        yield Case("batch size, the paper's CNN", size, cnn(size, name="simple"))
+        yield Case("batch size, the tutorial CNN", size, cnn(size, name="simple"))
     for size in (8, 16, 32, 64, 128):
-        yield Case("width, the paper's CNN", size, cnn(32, name="simple", width=size))
+        yield Case("width, the tutorial CNN", size, cnn(32, name="simple", width=size))
     for size in (10, 16, 22, 28):
         yield Case("depth, a wide ResNet of width 1", size, cnn(16, name="wide_resnet", width=1, depth=size))
     for size in (32, 64, 128, 256, 512):

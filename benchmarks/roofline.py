@@ -22,7 +22,7 @@ from launch.plans.hlo import Program
 from launch.plans.roofline import Roofline
 
 _CASES = {
-    "cifar_cnn": ("default", "paper", "airbench"),
+    "cifar_cnn": ("default", "tutorial", "airbench"),
     "char_rnn": ("default", "lru", "lstm", "gru", "simple"),
     "mnist_vae": ("default", "iwae", "burda", "conv"),
 }

@@ -22,7 +22,7 @@ from benchmarks import command, output
 
 Run = dict[str, float]
 OURS, PEERS = "meshwork", ("keras", "torch")
-MODULES = {"cnn": ["experiments.cifar_cnn", "--config=paper"], "mlp": ["benchmarks.mlp"]}
+MODULES = {"cnn": ["experiments.cifar_cnn", "--config=tutorial"], "mlp": ["benchmarks.mlp"]}
 _BATCH = 32
 NEAR = 0.05  # the best accuracies must be, or it was not the same work
 

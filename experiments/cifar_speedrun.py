@@ -2,7 +2,7 @@
 
 python -m experiments.cifar_speedrun                      airbench94's network, whole, for an accelerator: 20 runs
 python -m experiments.cifar_speedrun --config=airbench96  airbench96's network, deeper and wider, trained for longer
-python -m experiments.cifar_speedrun --config=quick       the paper's network in one epoch, for a CPU: 5 runs
+python -m experiments.cifar_speedrun --config=quick       the tutorial CNN in one epoch, for a CPU: 5 runs
 
 Run i has the seed `seed` + i. Compilation is not in the time, as in airbench (Jordan 2024, arXiv 2404.00498, section
 2); the evaluation after the last step is. The results go to speedrun.json, which is rewritten after every run.

@@ -44,7 +44,7 @@ DEFAULTS = {
     # Chen et al. 2023, arXiv 2302.06675, section 5: a rate 3 to 10 times smaller than AdamW's and a decay as many times
     # larger, so that rate * decay, the shrinkage of a step, is AdamW's. Here both factors are 10.
     "lion": Defaults(0.0001, 0.9, 0.1),
-    # Published as 0.02 and 0.95; these were better on the paper's network. No decay, as in Jordan's code and in Optax;
+    # Published as 0.02 and 0.95; these were better on the tutorial CNN. No decay, as in Jordan's code and in Optax;
     # torch.optim.Muon's default is 0.1.
     "muon": Defaults(0.015, 0.9, 0.0),
     "lars": Defaults(4.0, 0.9, 0.0005),  # You et al. 2017, arXiv 1708.03888

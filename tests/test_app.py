@@ -43,16 +43,16 @@ def test_help_shows_the_docstring_and_every_field(flag, capsys):
 
 def test_flags_start_from_the_preset_and_change_it():
     assert _parse() == cifar_cnn.get_config()
-    assert _parse("--config=paper") == cifar_cnn.paper()
-    config = _parse("--config.optimizer.learning_rate=0.5", "--config=paper", "--config.model.width=8")
-    expected = cifar_cnn.paper()
+    assert _parse("--config=tutorial") == cifar_cnn.tutorial()
+    config = _parse("--config.optimizer.learning_rate=0.5", "--config=tutorial", "--config.model.width=8")
+    expected = cifar_cnn.tutorial()
     expected.optimizer.learning_rate, expected.model.width = 0.5, 8
     assert config == expected
     assert str(app.parse(EXPERIMENT, ["--workdir=x"]).workdir) == "x"
 
 
-def test_the_papers_settings_stand_as_a_preset():
-    config = cifar_cnn.paper()
+def test_the_tutorials_settings_stand_as_a_preset():
+    config = cifar_cnn.tutorial()
     optimizer = config.optimizer
     optimizer = optimizers.resolve(optimizer)
     assert (optimizer.name, optimizer.learning_rate, optimizer.schedule) == ("adam", 0.001, "constant")
@@ -61,7 +61,7 @@ def test_the_papers_settings_stand_as_a_preset():
     assert config.label_smoothing == config.model.dropout == optimizer.weight_decay == 0
 
 
-@pytest.mark.parametrize("preset", ["default", "paper"])
+@pytest.mark.parametrize("preset", ["default", "tutorial"])
 @pytest.mark.parametrize("name", config_lib.OPTIMIZERS)
 def test_another_rule_brings_its_own_rate_and_momentum(name, preset):
     config = _parse(f"--config={preset}", f"--config.optimizer.name={name}")
@@ -101,7 +101,7 @@ def test_another_rule_brings_its_own_rate_and_momentum(name, preset):
         ("--config.dataset.validation_fraction=1", "must be below 1"),
         ("--config.mesh.data=-2", "must be at least -1"),
         ("--config.microbatch_size=5", "is not a multiple of --config.microbatch_size=5"),
-        ("--config=papers", "paper"),
+        ("--config=tutorials", "tutorial"),
         ("train", "unexpected argument 'train'"),
         ("--config.seed", "config.seed"),
     ],

@@ -116,7 +116,7 @@ def test_a_damaged_archive_is_named(env, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_ends_with_code_3(env, tmp_path):
-    args = ["--config.optimizer.learning_rate=1e30", "--config.optimizer.name=sgd", "--config=paper", "--workdir=x"]
+    args = ["--config.optimizer.learning_rate=1e30", "--config.optimizer.name=sgd", "--config=tutorial", "--workdir=x"]
     done = run_command(env, *DIGITS, *args)
     assert done.returncode == 3
     assert re.search(r"^error: the training loss became \S+ at step \d+:", done.stderr, re.MULTILINE)

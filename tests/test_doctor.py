@@ -6,6 +6,9 @@ import sys
 import jax
 
 from research import doctor
+from research.config import DatasetConfig
+from research.data import sources
+from research.training import loop
 
 
 def test_what_is_there_is_said(monkeypatch, capsys):
@@ -19,6 +22,20 @@ def test_what_is_there_is_said(monkeypatch, capsys):
     assert "7: cpu (cpu)" in lines
     assert any(line.startswith("cifar10: ") for line in lines)
     assert lines[-1] == "all is well"
+
+
+def test_two_steps_leave_the_embedded_data_set_as_it_was(monkeypatch):
+    datasets = []
+
+    def train_and_evaluate(experiment, config, task, dataset, mesh, workdir):
+        datasets.append(dataset)
+        return None, {"train_loss": 2.0, "compile_seconds": 1.0}
+
+    monkeypatch.setattr(loop, "train_and_evaluate", train_and_evaluate)
+    (line,) = doctor._two_steps()
+    assert line.startswith("loss 2.0000")
+    assert len(datasets[0].train["label"]) == 2 * 8 * jax.device_count()
+    assert len(sources.load(DatasetConfig(name="digits")).train["label"]) == 1437
 
 
 def test_what_fails_is_named_and_the_rest_goes_on(env, tmp_path):

@@ -122,7 +122,8 @@ def test_a_finished_run_is_only_evaluated_and_may_be_reproduced(env, tmp_path, c
     words = "--config.optimizer.name=sgd: the record of --reproduce has momentum"
     complains(run_here(["--reproduce=x/summary.json", "--config.optimizer.name=sgd", "--workdir=z"], capsys), words)
     # A preset starts anew.
-    flags.parse(cifar_cnn.EXPERIMENT, ["--reproduce=x/summary.json", "--config=paper", "--config.optimizer.name=sgd"])
+    args = ["--reproduce=x/summary.json", "--config=tutorial", "--config.optimizer.name=sgd"]
+    flags.parse(cifar_cnn.EXPERIMENT, args)
     (tmp_path / "y/summary.json").write_text('{"a": 1}')
     complains(run_here(["--workdir=y"], capsys), "y/summary.json is not a run's: delete it")
     complains(run_here(["--reproduce=nowhere/summary.json"], capsys), "no such file")

@@ -112,7 +112,7 @@ def test_seeds_count_by_their_mean(fake):
     assert [trial.value for trial in study.trials()] == pytest.approx([0.3 + 1, 0.6 + 1])
     assert study.trials()[0].user_attrs["seed_values"] == pytest.approx([0.3, 1.3, 2.3])
     assert _Fake.made[0].most == 6
-    commands = report.commands("experiments.cifar_cnn", ["--config=paper"], swept, {RATE: 0.2})
+    commands = report.commands("experiments.cifar_cnn", ["--config=tutorial"], swept, {RATE: 0.2})
     assert [command[-1] for command in commands] == [f"--config.seed={seed}" for seed in range(3)]
 
 

@@ -143,7 +143,7 @@ def sample(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs
 
 
 def command(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs: int, clock: Clock) -> None:
-    """`python -m experiments.cifar_cnn --config=paper`, and tells the clock."""
+    """`python -m experiments.cifar_cnn --config=tutorial`, and tells the clock."""
     del work, arrays, variant
     dispatches = Training.dispatches
 
@@ -153,7 +153,7 @@ def command(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epoch
             yield done
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        args = ["--config=paper", "--config.dataset.name=cifar10", f"--config.num_epochs={epochs}"]
+        args = ["--config=tutorial", "--config.dataset.name=cifar10", f"--config.num_epochs={epochs}"]
         with mock.patch.object(Training, "dispatches", timed):
             summary = app.run(cifar_cnn.EXPERIMENT, [*args, f"--workdir={folder}/run"])
         rows = map(json.loads, (Path(folder) / "run/metrics.jsonl").read_text().splitlines())

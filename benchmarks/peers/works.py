@@ -26,7 +26,7 @@ class Work:
     """One thing to be done.
 
     Attributes:
-      network: "cnn" (the paper's), "resnet" (ResNet-18 for CIFAR), "lstm" (a language model), "vae" (dense).
+      network: "cnn" (the tutorial CNN), "resnet" (ResNet-18 for CIFAR), "lstm" (a language model), "vae" (dense).
       batch_size: examples a step.
       steps: updates an epoch.
       dtype: of the computation.

@@ -54,7 +54,7 @@ def load(entry: str, decode: Callable[[], Iterator[Arrays]]) -> Arrays:
       decode: yields consecutive pieces of the arrays: same names and dtypes, sizes that differ in the first axis only.
 
     Returns:
-      The joined arrays by name: read-only memory maps, or arrays in memory where the cache cannot be written, which is
+      The joined arrays by name, read-only: memory maps, or arrays in memory where the cache cannot be written, which is
       said once on stderr.
     """
     path = folder() / entry
@@ -70,7 +70,14 @@ def load(entry: str, decode: Callable[[], Iterator[Arrays]]) -> Arrays:
         reason = error.strerror or str(error)
     _warn_once(f"no cache in {folder()} ({reason}): decoding at every start; MESHWORK_CACHE_DIR names another folder")
     pieces = list(decode())
-    return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+    return read_only({name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]})
+
+
+def read_only(arrays: Arrays) -> Arrays:
+    """A new dictionary of the same arrays, now read-only, so that nobody who shares them can change them for others."""
+    for array in arrays.values():
+        array.flags.writeable = False
+    return dict(arrays)
 
 
 @functools.cache

@@ -11,7 +11,6 @@ from research.data import cache
 from research.data.cache import Arrays
 
 
-@functools.cache  # a sweep loads them several times
 def digits() -> tuple[tuple[str, ...], dict[str, Arrays]]:
     """1,797 handwritten digits (scikit-learn's `load_digits`, 8x8 in 17 greys), enlarged to 32x32.
 
@@ -19,14 +18,20 @@ def digits() -> tuple[tuple[str, ...], dict[str, Arrays]]:
 
     Returns:
       The label names, and the splits "train" (1,437 examples) and "test" (360), each with "image" (uint8 [n,32,32,1])
-      and "label" (int32 [n]).
+      and "label" (int32 [n]), read-only.
     """
+    # The cached arrays are shared; the dictionaries are new, so that a caller may change its own.
+    return tuple("0123456789"), {split: dict(arrays) for split, arrays in _digits_splits().items()}
+
+
+@functools.cache  # a sweep loads them several times
+def _digits_splits() -> dict[str, Arrays]:
     arrays = cache.load(f"digits-{version('scikit-learn')}", _enlarged_digits)
     is_test = np.zeros(len(arrays["label"]), bool)
     is_test[np.argsort(arrays["label"], kind="stable")[::5]] = True
     parts = {"train": ~is_test, "test": is_test}
-    return tuple("0123456789"), {
-        split: {name: array[part] for name, array in arrays.items()} for split, part in parts.items()
+    return {
+        split: cache.read_only({name: array[part] for name, array in arrays.items()}) for split, part in parts.items()
     }
 
 
@@ -47,7 +52,7 @@ def pydoc() -> tuple[tuple[str, ...], dict[str, Arrays]]:
 
     Returns:
       No label names, and the splits "train" (the first 90%), "validation" and "test" (5% each), each with "text" (uint8
-      [number of bytes]).
+      [number of bytes]), read-only.
     """
     from pydoc_data.topics import topics  # half a megabyte, and seldom needed
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from research import randomness
 from research.config import DatasetConfig
-from research.data import embedded, prepare, tfds_sets
+from research.data import cache, embedded, prepare, tfds_sets
 from research.data.cache import Arrays
 from research.data.tfds_sets import UnavailableError
 from research.errors import UserError
@@ -19,7 +19,7 @@ from research.randomness import Stream
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A data set's splits, as arrays that may be read-only memory maps.
+    """A data set's splits. Those that `load` returns have read-only arrays, some of them memory maps.
 
     Attributes:
       name: its TFDS name, or one of `embedded.DATASETS`.
@@ -75,7 +75,13 @@ def _load(name: str, config: DatasetConfig) -> Dataset:
         train, validation = _hold_out(train, config.validation_fraction)
     if config.train_fraction < 1:
         train = _part(train, config.train_fraction)
-    return Dataset(name, label_names, train, validation, splits["test"])
+    return Dataset(
+        name,
+        label_names,
+        cache.read_only(train),
+        None if validation is None else cache.read_only(validation),
+        cache.read_only(splits["test"]),
+    )
 
 
 def _load_tfds(name: str, data_dir: str) -> tuple[tuple[str, ...], dict[str, Arrays]]:

@@ -202,7 +202,7 @@ def _parts(x: jax.Array, kernel: jax.Array) -> int:
     """Into how many parts of a batch its kernel gradient is taken."""
     parts = 1 << ((x.nbytes - 1) // _PART).bit_length()
     # A loop has its operands whole, which is worth a second part where the sum of two gradients costs little: a step
-    # of the paper's CNN at batch 32 takes 3.70 ms so, 3.97 in one part (medians of 5 interleaved runs).
+    # of the tutorial CNN at batch 32 takes 3.70 ms so, 3.97 in one part (medians of 5 interleaved runs).
     if x.nbytes > max(_PART // 8, 8 * kernel.nbytes):
         parts = max(parts, 2)
     return math.gcd(len(x), parts)

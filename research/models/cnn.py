@@ -2,7 +2,7 @@
 
 | name | source | published width, depth, normalization |
 | --- | --- | --- |
-| simple | the paper: three convolutions and a hidden layer | 32, -, none |
+| simple | the tutorial CNN: three convolutions and a hidden layer | 32, -, none |
 | resnet | He et al. 2016, arXiv 1512.03385, with a 3x3 stem for CIFAR | 64, 18, batch |
 | wide_resnet | Zagoruyko & Komodakis 2016, arXiv 1605.07146 | 10 (times 16), 28, batch |
 | airbench | Jordan 2024, arXiv 2404.00498: airbench94 | 64, 2, batch without scale |

@@ -106,6 +106,30 @@ def test_a_set_is_prepared_once_then_cached_and_follows_its_source(mnist_dir, ca
     assert "decoding mnist/train once" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("fraction", "part"), [(0.0, 1.0), (0.25, 0.5)])
+@pytest.mark.parametrize("name", ["digits", "pydoc", "mnist", "tiny_shakespeare"])
+@pytest.mark.parametrize("cached", [True, False])
+def test_no_caller_can_change_what_the_next_one_loads(mnist_dir, monkeypatch, name, cached, fraction, part):
+    if not cached:  # the arrays are in memory where the cache folder cannot be written
+        monkeypatch.setenv("MESHWORK_CACHE_DIR", str(mnist_dir / "mnist.npz"))
+    (mnist_dir / "input.txt").write_bytes(bytes(range(32, 127)) * 4)
+    dataset = load(name, mnist_dir, fraction, part)
+    before = {}
+    for split in ("train", "validation", "test"):
+        if (arrays := getattr(dataset, split)) is None:
+            continue
+        before[split] = {feature: array.copy() for feature, array in arrays.items()}
+        for array in arrays.values():
+            with pytest.raises(ValueError, match="read-only"):
+                array[0] = 1
+        arrays.clear()
+    again = load(name, mnist_dir, fraction, part)
+    for split, arrays in before.items():
+        assert getattr(again, split).keys() == arrays.keys()
+        for feature, array in arrays.items():
+            np.testing.assert_array_equal(getattr(again, split)[feature], array)
+
+
 def test_what_is_cached_needs_no_tfds(mnist_dir):
     load("mnist", mnist_dir)
     code = (

@@ -86,7 +86,7 @@ def _airbench_params(*channels: int, depth: int) -> int:
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({"name": "simple"}, 122_570),  # Keras's summary() of the paper's program
+        ({"name": "simple"}, 122_570),  # Keras's summary() of the tutorial's model
         ({"name": "simple", "width": 48}, _simple_params(48)),
         ({"name": "resnet"}, 11_173_962),  # kuangliu/pytorch-cifar's ResNet18
         ({"name": "resnet", "depth": 34}, 21_282_122),  # and ResNet34
@@ -143,7 +143,7 @@ def test_each_field_changes_the_output(field, value):
     assert np.abs(plain - changed).max() > 1e-4
 
 
-def test_the_simple_network_is_the_papers():
+def test_the_simple_network_is_the_tutorial_cnn():
     """Against the same network in plain lax: pooling after ReLU, with the bias before it."""
     model = _filled(_config(width=4))
     for norm in model.norms:

@@ -92,7 +92,7 @@ def _training(case: Case, steps: int) -> Training:
 def _seconds(training: Training) -> list[float]:
     """Of each epoch, which is one dispatch."""
     seconds = []
-    for end in training.ends:
+    for end in training.epoch_end_steps:
         start = time.monotonic()
         for _ in training.dispatches(end):
             pass

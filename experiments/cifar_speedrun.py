@@ -17,16 +17,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from experiments import cifar_cnn
 from experiments.cifar_cnn import CifarConfig
 from research import app
 from research.config import AugmentConfig, CNNConfig, OptimizerConfig, option, walk
+from research.data import sources
 from research.data.sources import Dataset
 from research.errors import UserError
 from research.process.signals import Signals, StoppedError
 from research.record import storage
 from research.record.workdir import Workdir
+from research.record.writer import Writer
 from research.tasks.classification import Classification
+from research.training.run import Training
 
 
 @dataclasses.dataclass
@@ -125,11 +130,6 @@ def run(experiment: app.Experiment, argv: Sequence[str], signals: Signals) -> di
     path = command.workdir / "speedrun.json"
     _check(command, path)
     mesh = app.start(config)
-    # Imported here so that --help and a misspelt flag answer at once.
-    import jax
-
-    from research.data import sources
-
     if jax.process_count() > 1:
         raise UserError("a speedrun is for one process: start it without a launcher")
     with Workdir(command.workdir):
@@ -163,14 +163,8 @@ def _check(command: app.Command, path: Any) -> None:
 
 def _run(config: Any, dataset: Dataset, mesh: Any, workdir: Path, signals: Signals) -> dict[str, Any]:
     """One run, which leaves nothing on disk: its seed, accuracies and times."""
-    import jax
-
-    from research.record.writer import Writer
-    from research.training.run import Training
-
-    training = Training(config, make_task(config, dataset), dataset, mesh)
-    training.signals = signals
-    end = training.ends[-1]
+    training = Training(config, make_task(config, dataset), dataset, mesh, signals)
+    end = training.epoch_end_steps[-1]
     with jax.set_mesh(mesh), Writer(workdir, end, active=True) as writer:
         compile_seconds = training.compile(train=True)
         with signals.deferred():

@@ -103,7 +103,7 @@ def contents(experiment: str, training: "Training") -> tuple[dict[str, Any], dic
 
     from launch.artifacts.runtimes import described
     from research.network import merge_network
-    from research.training import loop
+    from research.training import summary
     from research.training.state import num_params
 
     state, task, dataset = training.state, training.task, training.dataset
@@ -138,7 +138,7 @@ def contents(experiment: str, training: "Training") -> tuple[dict[str, Any], dic
             for name, function in functions.items()
         },
         "weights": {name: {"shape": list(x.shape), "dtype": str(x.dtype)} for name, x in weights.items()},
-        "versions": loop.versions()
+        "versions": summary.versions()
         | {"calling_convention": max(e.calling_convention_version for e in exported.values())},
     }
     return manifest, weights, {name: bytes(e.serialize()) for name, e in exported.items()}

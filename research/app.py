@@ -4,22 +4,25 @@ import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import jax
+
+from research import optimizers, sharding
 from research.config import Config
 from research.data import sources
 from research.errors import UserError
 from research.experiment import Experiment
 from research.flags import Command, parse
+from research.process import compilation_cache, distributed
 from research.process.exit import exit_with, own_exit_code
 from research.process.signals import Signals
 from research.process.terminal import lasting_output
 from research.record import config_json
 from research.record.workdir import Workdir, read_json
 from research.tasks.task import Task
-
-if TYPE_CHECKING:
-    from research.training.run import Training
+from research.training import loop, summary
+from research.training.run import Training
 
 __all__ = ["Experiment", "load", "main", "parse", "restored", "run", "start"]
 
@@ -38,12 +41,6 @@ def run(
     command = parse(experiment, argv)
     config, workdir = command.config, command.workdir
     mesh = start(config, devices)
-    # Imported here so that --help and a misspelt flag answer at once.
-    import jax
-
-    from research.process import distributed
-    from research.training import loop
-
     if signals:
         signals.spreads = jax.process_count() > 1
     if jax.process_count() > 1 and not command.workdir_given:
@@ -53,7 +50,7 @@ def run(
     if command.mode == "sample":
         return _sample(experiment, command, mesh)
     if command.earlier is None and (found := _remains(workdir)):
-        raise UserError(f"--workdir={workdir} holds {found} without its config.json: give a folder of its own")
+        raise UserError(f"--workdir={workdir} holds {found}, but no config.json: give another --workdir")
     with Workdir(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
         distributed.wait("the first process has claimed the workdir")
         with distributed.first_process_first("the data set is on disk"):
@@ -68,22 +65,23 @@ def run(
             _say(f"the run in {workdir} is finished: evaluating it; a larger --config.num_epochs trains it further")
             return _evaluate(experiment, command, mesh)
         if command.reproduces:
-            _say(_differences(command.reproduces, loop.versions() | _hardware(mesh)))
+            _say(_differences(command.reproduces, summary.versions() | _hardware(mesh)))
         arguments = (experiment.name, config, task, dataset, mesh, workdir)
-        _, summary = loop.train_and_evaluate(*arguments, signals=signals)
-    _say(_last_lines(summary, workdir))
+        _, found = loop.train_and_evaluate(*arguments, signals=signals)
+    _say(_last_lines(found, workdir))
     if command.reproduces:
-        figures = {n: v for n, v in summary.items() if n.startswith(("train_", "test_")) and n != "train_seconds"}
-        _say(_differences(command.reproduces, figures))
-    return summary
+        results = {n: v for n, v in found.items() if n.startswith(("train_", "test_")) and n != "train_seconds"}
+        _say(_differences(command.reproduces, results))
+    return found
 
 
-def _remains(workdir: Path) -> str | None:
-    """What there is of a run whose config.json is gone, which nothing else makes sense without."""
-    if (workdir / "metrics.jsonl").exists():
-        return "a metrics.jsonl"
-    saved = workdir / "checkpoints"
-    return "checkpoints" if saved.is_dir() and any(path.name.isdigit() for path in saved.iterdir()) else None
+def _remains(workdir: Path) -> str:
+    """The name of a part of a run's record, or None: without its config.json none of it can be used."""
+    found = [name for name in ("metrics.jsonl", "summary.json") if (workdir / name).exists()]
+    checkpoints = workdir / "checkpoints"
+    if checkpoints.is_dir() and any(path.name.isdigit() for path in checkpoints.iterdir()):
+        found.append("checkpoints")
+    return ", ".join(found)
 
 
 def start(config: Config, devices: Sequence[Any] | None = None) -> Any:
@@ -99,9 +97,6 @@ def start(config: Config, devices: Sequence[Any] | None = None) -> Any:
     Raises:
       UserError: the config contradicts itself or the devices, or a process is missing.
     """
-    from research import optimizers, sharding
-    from research.process import compilation_cache, distributed
-
     compilation_cache.enable()
     optimizers.check(config.optimizer)
     distributed.join(config.distributed)
@@ -110,8 +105,6 @@ def start(config: Config, devices: Sequence[Any] | None = None) -> Any:
 
 def _say(text: str) -> None:
     """Prints it, once however many processes there are."""
-    import jax
-
     if jax.process_index() == 0:
         print(text, flush=True)
 
@@ -127,14 +120,12 @@ def load(experiment: Experiment, config: Any) -> tuple[Any, sources.Dataset, Tas
     return config, dataset, experiment.make_task(config, dataset)
 
 
-def restored(experiment: Experiment, command: Command, mesh: Any) -> "Training":
+def restored(experiment: Experiment, command: Command, mesh: Any) -> Training:
     """The run in the workdir, at its newest checkpoint.
 
     Raises:
       UserError: the command's config is not that of the run, or there is no checkpoint.
     """
-    from research.training import loop
-
     config, dataset, task = load(experiment, command.config)
     assert command.earlier is not None, "parse has seen to it"
     config_json.check_evaluates(config, command.earlier, str(command.workdir))
@@ -142,8 +133,6 @@ def restored(experiment: Experiment, command: Command, mesh: Any) -> "Training":
 
 
 def _evaluate(experiment: Experiment, command: Command, mesh: Any) -> dict[str, Any]:
-    from research.training import loop
-
     training = restored(experiment, command, mesh)
     step, results = training.progress.step, loop.evaluate(training)
     _say(f"{experiment.name} on {training.dataset.name}, step {step:,}: {_figures(results)}")
@@ -151,8 +140,6 @@ def _evaluate(experiment: Experiment, command: Command, mesh: Any) -> dict[str, 
 
 
 def _sample(experiment: Experiment, command: Command, mesh: Any) -> dict[str, Any]:
-    import jax
-
     if jax.process_count() > 1:
         raise UserError("--mode=sample is for one process: start it without a launcher")
     training = restored(experiment, command, mesh)

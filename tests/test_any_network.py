@@ -20,8 +20,9 @@ from research.data.sources import Dataset
 from research.errors import ReplicaError, UserError
 from research.layers.dropout import Dropout
 from research.record.writer import Writer
-from research.training import hyperparams, loop, per_device
+from research.training import hyperparams, per_device
 from research.training.checkpoint import Checkpoints
+from research.training.loop import Loop, train_and_evaluate
 from research.training.run import Training
 from research.training.state import create_state
 from research.training.steps import Steps
@@ -192,7 +193,7 @@ def test_what_initial_parameters_hide_is_an_error_at_the_first_checkpoint(monkey
     config = _config("Noise", num_epochs=1)
     mesh = sharding.make_mesh(config, jax.devices()[:4])
     with pytest.raises(UserError, match="per_device_gradients is declared"):
-        loop.train_and_evaluate("outsider", config, outsider.make_task(config, DATASET), DATASET, mesh, tmp_path)
+        train_and_evaluate("outsider", config, outsider.make_task(config, DATASET), DATASET, mesh, tmp_path)
     assert (tmp_path / "metrics.jsonl").stat().st_size
     assert not [path for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
 
@@ -239,19 +240,20 @@ def test_replicas_that_differ_stop_the_run_and_keep_the_last_checkpoint(devices,
     mesh = sharding.make_mesh(config, jax.devices()[:devices])
     run = Training(config, outsider.make_task(config, DATASET), DATASET, mesh)
     with (
-        Writer(tmp_path, run.ends[-1], active=True) as writer,
+        Writer(tmp_path, run.epoch_end_steps[-1], active=True) as writer,
         Checkpoints(tmp_path, keep=2, message=print) as saved,
         jax.set_mesh(mesh),
     ):
+        loop = Loop("outsider", run, writer, saved)
         run.compile(train=True)
-        run.save(writer, saved)
+        loop.save()
         for _ in run.dispatches(2):
             pass
         kernel = run.state.params["last"]["kernel"]
         # NaN: whether all is finite, each process would answer by its own replica.
         kernel[...] = _spoilt(kernel[...], named[-1], np.nan)
         with pytest.raises(ReplicaError, match=r"params\.last\.kernel") as error:
-            run.save(writer, saved)
+            loop.save()
     for number, device in enumerate(mesh.devices.flat):
         assert (f"{device} of process 0" in str(error.value)) == (number in named)
     assert ("no majority" in str(error.value)) == (devices == 2)

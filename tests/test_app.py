@@ -196,8 +196,8 @@ def _before_training(base, path=None):
         patch.setattr(jax.stages.Lowered, "compile", lambda lowered: texts.append(lowered.as_text()))
         run = Training(config, EXPERIMENT.make_task(config, dataset), dataset, mesh)
         run.compile(train=True)
-    arrays = jax.tree.leaves(jax.tree.map(np.asarray, (run.state, run._batches.sample(), run._given)))
-    return texts, [array.tobytes() for array in arrays], run.ends, run._pace.capacity
+    arrays = jax.tree.leaves(jax.tree.map(np.asarray, (run.state, run._train_batches.sample(), run._hparams)))
+    return texts, [array.tobytes() for array in arrays], run.epoch_end_steps, run._sizer.capacity
 
 
 @pytest.mark.parametrize("path", OTHER)

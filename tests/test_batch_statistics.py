@@ -35,7 +35,7 @@ def _training(config, dataset=DATASET):
 
 
 def _train(training):
-    for _ in training.dispatches(training.ends[-1]):
+    for _ in training.dispatches(training.epoch_end_steps[-1]):
         pass
     return training
 
@@ -46,7 +46,7 @@ def test_they_are_means_over_the_newest_batches_for_the_average():
     state = jax.tree.map(np.array, training.state)  # evaluation donates it
     training.evaluate()
     kernel, bias = (np.float64(state.ema_params["first"][name][...]) for name in ("kernel", "bias"))
-    task, steps = training.task, training.ends[-1]
+    task, steps = training.task, training.epoch_end_steps[-1]
     assert steps < batch_statistics.NUM_STEPS
     batches = TrainBatches(DATASET.train, training.config, training.mesh, resident=True, capacity=1)
     mean, var = [], []
@@ -69,7 +69,8 @@ def test_training_does_not_see_them_and_a_checkpoint_has_them(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, looked_at.state.params, plain.state.params)
     jax.tree.map(np.testing.assert_array_equal, looked_at.state.model_state, plain.state.model_state)
     with Writer(tmp_path, 1, active=True) as writer, Checkpoints(tmp_path, keep=1, message=print) as saved:
-        plain.finish_epoch({"loss": 1.0, "accuracy": 0.5}, writer, saved)
+        plain.progress.sums = {"loss": 1.0, "accuracy": 0.5}
+        loop.Loop("outsider", plain, writer, saved).finish_epoch()
         saved.wait()
         again = _training(_config())
         assert again.restore(saved)
@@ -82,7 +83,7 @@ def test_a_checkpoint_within_an_epoch_has_none_and_whoever_opens_it_makes_them(t
     with Writer(tmp_path, 1, active=True) as writer, Checkpoints(tmp_path, keep=1, message=print) as saved:
         for _ in during.dispatches(4):
             pass
-        during.save(writer, saved)
+        loop.Loop("outsider", during, writer, saved).save()
     initial = _training(_config()).state.ema_model_state
     jax.tree.map(np.testing.assert_array_equal, during.state.ema_model_state, initial)
     expected = during.evaluate()

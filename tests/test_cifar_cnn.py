@@ -84,7 +84,8 @@ def test_a_terminal_gets_a_progress_bar(env, tmp_path):
         (["--config.optimizer.name=sgd", "--config.optimizer.momentum=0.9"], ["momentum", "sgd has none"]),
         (["--config.mesh.sequence=8", "--config.dataset.name=digits"], ["mesh.sequence=8", "not parallel over time"]),
         (["--workdir=file/run"], ["--workdir=file/run cannot be written", "Not a directory"]),
-        (["--workdir=finished"], ["holds a metrics.jsonl without its config.json"]),
+        (["--workdir=finished"], ["holds metrics.jsonl, but no config.json"]),
+        (["--workdir=summarized"], ["holds summary.json, but no config.json"]),
         (["--workdir=file"], ["--workdir=file cannot be written"]),
         (["--workdir=" + 300 * "x"], ["cannot be read", "name too long"]),
         (["--config.dataset.data_dir=" + 300 * "x"], ["no such folder"]),
@@ -95,6 +96,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(args, words, env, tmp_path, mo
     Path("file").touch()
     Path("finished").mkdir()
     Path("finished/metrics.jsonl").touch()
+    Path("summarized").mkdir()
+    Path("summarized/summary.json").write_text('{"num_epochs": 99}')
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
     before = sorted(tmp_path.rglob("*"))
     complains(run_here(args, capsys), *words)

@@ -9,14 +9,18 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from benchmarks import roofline as benchmark
+from experiments import mnist_vae
 from launch import plan
-from launch.plans import chips, roofline, topologies
+from launch.plans import chips, lowering, roofline, topologies
 from launch.plans.hlo import Collective
+from research import sharding
 from research.config import MeshConfig
 from research.errors import UserError
+from research.training.run import Training
 
 DIGITS = ["--config.dataset.name=digits", "--config.model.depth=1", "--config.model.latents=8"]
 VAE = [
@@ -324,6 +328,19 @@ def test_gpus_are_compiled_for_without_one(tmp_path):
     assert row["flops_per_chip"] == pytest.approx(64 * (6 * sum(_kernels(512)) - 2 * PIXELS * 512), rel=0.1)
     assert {(c["kind"], c["axis"], c["devices"]) for c in row["collectives"]} == {("all-reduce", "data", 16)}
     assert 0 <= sum(c["bytes"] for c in row["collectives"]) - 4 * _num_params(512) <= 4 * 16
+
+
+def test_a_run_compiles_what_was_planned():
+    """The same number of steps a dispatch where the batch size does not divide the data set: epochs of 2 and 3."""
+    config = mnist_vae.EXPERIMENT.presets["default"]()
+    config.batch_size, config.num_epochs, config.dataset.name = 512, 2, "digits"
+    workload = lowering.load(mnist_vae.EXPERIMENT, config, MeshConfig(data=1))
+    mesh = sharding.make_mesh(workload.config, jax.devices()[:1])
+    lowered, _ = lowering.lower(workload, workload.config, mesh)
+    run = Training(workload.config, workload.task, workload.dataset, mesh)
+    assert run.epoch_end_steps == [2, 5]
+    inputs = lowered.in_avals[0][2]["index"]
+    assert inputs.shape == run._train_batches.sample()["index"].shape == (3, 1, 512)
 
 
 def test_a_batch_larger_than_the_training_set_is_not_planned(tmp_path, capsys):

@@ -65,7 +65,7 @@ def alone():
         with jax.set_mesh(mesh):
             training = Training(config, make_task(config, DATASET), DATASET, mesh)
             training.compile(train=True)
-            for _ in training.dispatches(training.ends[-1]):
+            for _ in training.dispatches(training.epoch_end_steps[-1]):
                 pass
             found.append(training.evaluate())
     return found

@@ -16,6 +16,7 @@ from drawn import DATASET, read_lines, run, same, split
 from experiments import cifar_cnn
 from research import flags
 from research.process.signals import Signals, StoppedError
+from research.record import writer
 from research.training import run as run_module
 from research.training.checkpoint import Checkpoints
 
@@ -43,6 +44,31 @@ def test_stopped_anywhere_it_ends_the_same(step, every, stop_at, tmp_path):
     same(resumed, state)
     assert _figures(other) == _figures(summary)
     assert read_lines(tmp_path / "stopped") == read_lines(tmp_path / "whole")
+
+
+def _saved_progress(workdir, step):
+    return json.loads((workdir / f"checkpoints/{step}/record/metadata").read_text())["progress"]
+
+
+def test_a_signal_in_the_last_dispatch_of_an_epoch_comes_after_its_evaluation(stop_at, tmp_path):
+    """Or the checkpoint of that step would have no results, and resuming, which does not save it again, none either."""
+    stop_at(tmp_path, 11, steps_per_dispatch=11, dataset=dataclasses.replace(DATASET, validation=split(2, 20)))
+    progress = _saved_progress(tmp_path, 11)
+    assert progress["epoch"] == 1
+    assert progress["best"] == [progress["results"]["validation_loss"], 11]
+
+
+def test_a_signal_in_the_last_dispatch_of_all_ends_a_finished_run(monkeypatch, tmp_path):
+    signals, progress = Signals(), writer.Writer.progress
+
+    def stopping(self, step, *args):
+        progress(self, step, *args)
+        signals.received = signal.SIGTERM if step == 22 else None
+
+    monkeypatch.setattr(writer.Writer, "progress", stopping)
+    _, summary = run(tmp_path, signals=signals)
+    assert _saved_progress(tmp_path, 22)["results"]["test_loss"] == summary["test_loss"]
+    assert read_summary(tmp_path)["test_loss"] == summary["test_loss"]
 
 
 def test_stopped_again_and_again(stop_at, tmp_path):

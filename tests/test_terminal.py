@@ -12,6 +12,8 @@ import pytest
 from command import COMMAND, DIGITS, read_summary
 from drawn import run
 
+from research.record import writer
+
 
 def test_output_that_nobody_reads_ends_no_run(env, tmp_path):
     """stdout and stderr are a pipe whose reader is gone."""
@@ -69,3 +71,19 @@ def test_the_bar_fits_the_terminal(columns, terminal, tmp_path, monkeypatch):
 def test_a_dumb_terminal_gets_no_bar(terminal, tmp_path, monkeypatch):
     monkeypatch.setenv("TERM", "dumb")
     assert terminal(tmp_path / "x", 80) == ""
+
+
+def test_the_time_left_counts_from_where_training_began_or_went_back_to(monkeypatch, tmp_path, capsys):
+    """Not from before compiling, and after a rewind not from before that."""
+    clock = [0.0]
+    monkeypatch.setattr(writer.time, "monotonic", lambda: clock[0])
+    with writer.Writer(tmp_path, 1000, active=True) as record:
+        clock[0] = 3600.0  # an hour of compiling
+        record.resume(0, {})
+        clock[0] += 20.0
+        record.progress(100, 1.0, 1.0)
+        record.resume(50, {})
+        clock[0] += 20.0
+        record.progress(100, 1.0, 1.0)
+    lines = [line for line in capsys.readouterr().out.splitlines() if " left" in line]
+    assert [line.split()[-2] for line in lines] == ["03:00", "06:00"]

@@ -14,6 +14,7 @@ from drawn import DATASET, read_lines, run, same, split
 from research.config import OptimizerConfig
 from research.errors import NonFiniteLossError
 from research.record import writer
+from research.training import loop
 from research.training import run as run_module
 
 
@@ -163,13 +164,13 @@ def test_what_is_not_finite_is_null_in_the_record(tmp_path):
 
 def test_time_that_the_device_works_through_a_pause_counts_as_training(tmp_path, monkeypatch):
     """With a dispatch in flight a slow consumer is no reason to stop the clock; without one it is."""
-    record = run_module.Training._record
+    record = loop.Loop._record
 
     def slow(self, *args):
         time.sleep(0.05)
         record(self, *args)
 
-    monkeypatch.setattr(run_module.Training, "_record", slow)
+    monkeypatch.setattr(loop.Loop, "_record", slow)
     dispatches = run_module.Training.dispatches
 
     def seconds(overlap):

@@ -109,7 +109,7 @@ def train(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs:
     with jax.set_mesh(training.mesh):
         training.compile(train=True)
         seconds, previous = 0.0, 0
-        for end in training.ends:
+        for end in training.epoch_end_steps:
             total = 0.0
             for _, values in training.dispatches(end):
                 clock.step()

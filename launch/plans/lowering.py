@@ -10,12 +10,12 @@ import numpy as np
 
 from research import app, sharding
 from research.config import Config, MeshConfig
-from research.data.pipeline import epoch_ends, is_resident
+from research.data.pipeline import epoch_ends, is_resident, longest_epoch
 from research.data.sources import Dataset
 from research.experiment import Experiment
 from research.tasks.task import Task
 from research.training import hyperparams
-from research.training.dispatch import most_steps
+from research.training.dispatch import dispatch_capacity
 from research.training.state import TrainState, abstract_state
 from research.training.steps import Steps
 
@@ -78,8 +78,11 @@ def lower(workload: Workload, config: Config, mesh: jax.sharding.Mesh) -> tuple[
         workload.task, hyperparams.make_optimizer(config, given, workload.task.widths), config, mesh
     )
     steps = Steps(workload.task, graphdef, config, mesh)
-    longest = max(1, workload.num_examples // config.batch_size)
-    size, capacity = config.examples_at_once, most_steps(config, resident=workload.resident, steps_per_epoch=longest)
+    longest = longest_epoch(epoch_ends(workload.num_examples, config.batch_size, config.num_epochs))
+    size, capacity = (
+        config.examples_at_once,
+        dispatch_capacity(config, resident=workload.resident, longest_epoch=longest),
+    )
     shape = capacity, config.batch_size // size, size
 
     def placed(dims: tuple[int, ...], dtype: Any, where: Any) -> jax.ShapeDtypeStruct:

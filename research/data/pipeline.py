@@ -12,7 +12,8 @@ grain, in the same order.
 
 import copy
 import functools
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -60,6 +61,11 @@ def epoch_ends(num_examples: int, batch_size: int, num_epochs: int) -> list[int]
     if not ends[0]:
         raise UserError(f"--config.batch_size={batch_size} is larger than the training set ({num_examples:,} examples)")
     return ends
+
+
+def longest_epoch(epoch_end_steps: Sequence[int]) -> int:
+    """The most steps that an epoch has: where the batch size does not divide the data set, epochs differ by one."""
+    return max(end - start for start, end in itertools.pairwise([0, *epoch_end_steps]))
 
 
 def is_resident(config: Config, *splits: Arrays | None) -> bool:

@@ -111,6 +111,9 @@ class Writer:
             kept = [line for line, at in zip(lines, steps) if at < row.get("step", step + 1)]
             self._metrics.replace("".join(kept).encode())
             self._events.start(self._config, step, row.get("step", step + 1))
+        # What came before, compiling or a rewound part of the run, says nothing of the time that is left.
+        self._start = time.monotonic()
+        self._bar.reset()
         self._bar.initial = self._bar.n = self._first = step
 
     def scalars(self, step: int, epoch: int, values: dict[str, float]) -> None:

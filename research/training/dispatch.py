@@ -1,4 +1,4 @@
-"""How many steps one call of the compiled program makes."""
+"""How many train steps one dispatch, a call of the compiled program, makes."""
 
 import jax
 
@@ -6,29 +6,36 @@ from research.config import Config
 from research.process import distributed
 
 _SECONDS_PER_DISPATCH = 0.5
-_MOST_AGREEMENTS = 8  # dispatches by which several processes find their pace
-_MOST_STEPS_PER_DISPATCH = {True: 512, False: 8}  # by whether the data set is resident: streamed batches take memory
+_MAX_AGREEMENTS = 8  # dispatches after which several processes no longer adapt the size
+_MAX_STEPS = {True: 512, False: 8}  # by whether the data set is resident: streamed batches take memory
 
 
-def most_steps(config: Config, *, resident: bool, steps_per_epoch: int) -> int:
-    """How many steps a dispatch can make: what the compiled program is made for."""
-    return min(config.steps_per_dispatch or _MOST_STEPS_PER_DISPATCH[resident], steps_per_epoch)
+def dispatch_capacity(config: Config, *, resident: bool, longest_epoch: int) -> int:
+    """The largest number of steps of a dispatch, for which the program is compiled."""
+    return min(config.steps_per_dispatch or _MAX_STEPS[resident], longest_epoch)
 
 
-class Pace:
-    """How many steps the next dispatch makes: as configured, or about half a second's worth."""
+class DispatchSizer:
+    """Chooses the size of the next dispatch: as configured, or about half a second's worth of steps.
 
-    def __init__(self, config: Config, *, resident: bool, steps_per_epoch: int):
-        self.capacity = most_steps(config, resident=resident, steps_per_epoch=steps_per_epoch)
+    Attributes:
+      capacity: the largest size.
+      num_steps: of the next dispatch.
+    """
+
+    def __init__(self, config: Config, *, resident: bool, longest_epoch: int):
+        self.capacity = dispatch_capacity(config, resident=resident, longest_epoch=longest_epoch)
         self._adapts = not config.steps_per_dispatch
-        self._agreements = _MOST_AGREEMENTS
-        self.steps = 1 if self._adapts else self.capacity
+        self._agreements = _MAX_AGREEMENTS
+        self.num_steps = 1 if self._adapts else self.capacity
 
-    def measured(self, num_steps: int, seconds: float) -> None:
+    def update(self, num_steps: int, seconds: float) -> None:
+        """Adapts the size to the time that the newest dispatch took."""
         if jax.process_count() > 1:
-            # All processes must dispatch alike, so they go by the first one's clock; once it is known, nobody waits.
+            # All processes must dispatch the same number of steps, so the first one's clock counts for all. To agree on
+            # it costs a collective, so after a few dispatches the size stays.
             self._adapts = self._adapts and self._agreements > 0
             self._agreements -= 1
             seconds = distributed.from_first(seconds) if self._adapts else seconds
         if self._adapts:
-            self.steps = max(1, min(self.capacity, int(_SECONDS_PER_DISPATCH * num_steps / seconds)))
+            self.num_steps = max(1, min(self.capacity, int(_SECONDS_PER_DISPATCH * num_steps / seconds)))

@@ -1,22 +1,170 @@
-"""The one loop: trains, evaluates after every epoch, and leaves the record; or goes on where an earlier run stopped."""
+"""The train loop: batch, step, metrics, evaluation, checkpoint, stop."""
 
-from importlib.metadata import version
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
-from research import plots, sharding
+from research import plots
 from research.config import Config
 from research.data.sources import Dataset
 from research.errors import NonFiniteLossError, UserError
-from research.process.signals import Signals
+from research.process.signals import Signals, StoppedError
 from research.record.workdir import read_metrics
 from research.record.writer import Writer
 from research.tasks.task import Task
-from research.training.checkpoint import Checkpoints
+from research.training import noise_scale, summary
+from research.training.checkpoint import Checkpoints, checksums_of
+from research.training.progress import non_finite
 from research.training.run import Training
-from research.training.state import TrainState, num_params
+from research.training.state import TrainState, is_finite, num_params
+
+
+class Loop:
+    """Trains a run to its end, and records it.
+
+    Args:
+      experiment: its name in the record.
+      run: at its first step, or where it resumes.
+      writer: of the record.
+      checkpoints: of the run.
+    """
+
+    def __init__(self, experiment: str, run: Training, writer: Writer, checkpoints: Checkpoints):
+        self._experiment = experiment
+        self._run = run
+        self._writer = writer
+        self._checkpoints = checkpoints
+        self._check_pending = True
+
+    def train(self) -> None:
+        """Trains from where the run is to the end of the last epoch.
+
+        Raises:
+          NonFiniteLossError: the loss or the gradient became NaN or infinite, more often than the config allows.
+          StoppedError: a stop signal came; a checkpoint has been saved.
+        """
+        run, every = self._run, self._run.config.pictures_every_epochs
+        while (epoch := run.progress.epoch) < run.config.num_epochs:
+            if epoch and every and epoch % every == 0:
+                self.draw()
+            try:
+                self.train_epoch()
+            except NonFiniteLossError as error:
+                self._rewind(error)
+
+    def train_epoch(self) -> None:
+        """Trains, evaluates and saves one epoch, or what is left of it."""
+        run, end = self._run, self._run.epoch_end_steps[self._run.progress.epoch]
+        every = run.config.checkpoint_every_steps or end
+        seconds_before, first = run.progress.train_seconds, run.progress.step
+        while run.progress.step < end:
+            # Batch, step, metrics: several steps per dispatch.
+            pause = min(end, (run.progress.step // every + 1) * every)
+            for step, metrics in run.dispatches(pause):
+                self._record(metrics)
+                speed = (step - first) * run.config.batch_size / (run.progress.train_seconds - seconds_before)
+                self._writer.progress(step, float(metrics["loss"].mean()), speed)
+            if run.progress.step < end:
+                self.save()
+                self._stop_if_asked()
+        # Evaluation, before the checkpoint and also where a stop signal came in the epoch's last dispatch: the
+        # checkpoint at the end of an epoch holds its results, or resuming from it would never save them.
+        self.finish_epoch()
+        # Stop.
+        if run.progress.epoch < run.config.num_epochs:
+            self._stop_if_asked()
+
+    def finish_epoch(self) -> None:
+        """Evaluates, records the epoch's results, and saves a checkpoint."""
+        run, progress = self._run, self._run.progress
+        epoch_start, epoch_end = [0, *run.epoch_end_steps][progress.epoch : progress.epoch + 2]
+        means = progress.means(epoch_end - epoch_start)
+        results = {f"train_{name}": value for name, value in run.task.summarize(means).items()}
+        results |= noise_scale.critical_batch_size(means) | run.evaluate()
+        progress.finish_epoch(results)
+        self._writer.scalars(progress.step, progress.epoch, results)
+        self.save()
+        self._writer.message(summary.epoch_line(progress.epoch, run.config.num_epochs, results))
+
+    def save(self) -> None:
+        """Saves a checkpoint in the background.
+
+        Raises:
+          NonFiniteLossError: a parameter or statistic is NaN or infinite.
+          ReplicaError: an array differs between devices that should hold the same.
+          UserError: `per_device_gradients` is declared, and found wrong at the first checkpoint.
+        """
+        run, state = self._run, self._run.state
+        # First: every process reads the other checks' results from its own replicas, and all must come to the same.
+        sums = checksums_of(state)
+        if not is_finite((state.params, state.model_state, state.ema_model_state)):
+            raise non_finite("a parameter became NaN or infinite", run.progress.step)
+        if self._check_pending:
+            # Once more, with trained parameters: initial zeros may hide a difference.
+            run.check_per_device()
+            self._check_pending = False
+        progress = dataclasses.replace(run.progress, row=self._writer.sync(), wall_seconds=run.wall_seconds)
+        best_step = progress.best[1] if progress.best else None
+        self._checkpoints.save(state, sums, dataclasses.asdict(progress), best_step)
+
+    def _stop_if_asked(self) -> None:
+        if number := self._run.signals.received:
+            self._checkpoints.wait()
+            raise StoppedError(
+                f"stopped by {number.name} at step {self._run.progress.step} with a checkpoint: the same --workdir "
+                "resumes it",
+                number,
+            )
+
+    def _rewind(self, error: NonFiniteLossError) -> None:
+        """Goes back to the newest checkpoint; raises `error` where this has happened as often as it may."""
+        run, most = self._run, self._run.config.max_rewinds
+        if run.progress.rewinds >= most:
+            raise error
+        self._checkpoints.wait()
+        run.rewind(self._checkpoints, failed_step=error.step)
+        progress = run.progress
+        self._writer.resume(progress.step, progress.row)
+        self._writer.warning(
+            f"{str(error).partition(':')[0]}: back at the checkpoint of step {progress.step}, leaving out "
+            f"{error.step - progress.step} batches (rewind {progress.rewinds} of {most})"
+        )
+
+    def _record(self, metrics: dict[str, np.ndarray]) -> None:
+        """Adds the metrics of the newest steps, [k] each, to the epoch's means and to metrics.jsonl."""
+        progress = self._run.progress
+        progress.add(metrics)
+        updates = progress.updates_before(metrics)
+        first_step = progress.step - len(updates) + 1
+        for i, step in enumerate(range(first_step, progress.step + 1)):
+            if step % self._run.config.log_every_steps == 0:
+                line = {name: float(x[i]) for name, x in metrics.items()}
+                line["learning_rate"] = self._run.learning_rate(int(updates[i]))
+                self._writer.scalars(step, progress.epoch + 1, line)
+        if count := int(metrics.get("skipped", np.zeros(1)).sum()):
+            self._writer.warning(
+                f"{count} of the steps {first_step} to {progress.step} skipped: loss or gradient not finite"
+            )
+
+    def draw(self) -> None:
+        """Draws the curves so far, and the task's plots of what it has learned."""
+        run, writer = self._run, self._writer
+        step, row = run.progress.step, writer.sync()
+
+        def curves() -> Any:
+            return plots.curves({self._experiment: [*read_metrics(writer.workdir), *filter(None, [row])]})
+
+        writer.picture("curves", curves, step)
+        try:
+            pictures = run.task.pictures(run.predictor(), run.dataset)
+        except Exception as error:  # whatever it is: no run stops for a picture
+            writer.warning(f"no pictures were drawn: {error}")
+            return
+        for name, draw in pictures.items():
+            writer.picture(name, draw, step)
 
 
 def train_and_evaluate(
@@ -28,148 +176,74 @@ def train_and_evaluate(
     workdir: Path,
     signals: Signals | None = None,
 ) -> tuple[TrainState, dict[str, Any]]:
-    """Trains `task` on `dataset` and leaves the record in `workdir`; goes on from its newest checkpoint if it has one.
+    """Trains `task` on `dataset` and records it in `workdir`; resumes from its newest checkpoint if there is one.
 
     Args:
       experiment: its name in the record.
-      config: checked and resolved (`research.app` does both).
+      config: resolved.
       task: what is learned.
       dataset: the examples.
       mesh: the devices.
       workdir: an existing folder.
-      signals: where a wish to stop is noted.
+      signals: stop signals, polled between dispatches.
 
     Returns:
-      The final state, and what summary.json holds.
+      The final state, and the contents of summary.json.
 
     Raises:
       NonFiniteLossError: the loss or the gradient became NaN or infinite, more often than the config allows; the
         record up to that step stays.
-      StoppedError: a signal came; a checkpoint holds what was done.
+      StoppedError: a stop signal came; a checkpoint has been saved.
       UserError: the batch size is larger than the training set, or the checkpoints cannot be restored.
     """
-    training = Training(config, task, dataset, mesh)
-    training.signals = signals or training.signals
+    run = Training(config, task, dataset, mesh, signals)
     with (
         jax.set_mesh(mesh),
-        Writer(workdir, training.ends[-1], active=jax.process_index() == 0) as writer,
-        Checkpoints(workdir, keep=config.keep_checkpoints, message=writer.warning) as saved,
+        Writer(workdir, run.epoch_end_steps[-1], active=jax.process_index() == 0) as writer,
+        Checkpoints(workdir, keep=config.keep_checkpoints, message=writer.warning) as checkpoints,
     ):
-        resumes = training.restore(saved)
-        compile_seconds = training.compile(train=True)
+        loop = Loop(experiment, run, writer, checkpoints)
+        resumes = run.restore(checkpoints)
+        compile_seconds = run.compile(train=True)
         if not resumes and (path := workdir / "metrics.jsonl").exists() and path.stat().st_size:
             writer.warning("metrics.jsonl has steps, but there is no checkpoint: training from the start")
         writer.config(config)
-        writer.resume(training.progress.step, training.progress.row)
-        writer.message(f"{num_params(training.state):,} parameters; compiled in {compile_seconds:.1f} s")
+        writer.resume(run.progress.step, run.progress.row)
+        writer.message(f"{num_params(run.state):,} parameters; compiled in {compile_seconds:.1f} s")
         if mesh.size > 1:
-            writer.message(_memory_line(training.state))
+            writer.message(summary.memory_line(run.state))
         if resumes:
-            writer.message(f"resumed at step {training.progress.step:,} of {training.ends[-1]:,}")
-        if config.max_rewinds and not resumes:
-            training.save(writer, saved)  # the first there is to go back to
-        with training.signals.deferred():
-            while (epoch := training.progress.epoch) < config.num_epochs:
-                if epoch and config.pictures_every_epochs and epoch % config.pictures_every_epochs == 0:
-                    _draw(experiment, training, writer)
-                try:
-                    training.finish_epoch(training.train_epoch(writer, saved), writer, saved)
-                except NonFiniteLossError as error:
-                    training.rewind(error, writer, saved)
-                    continue
-                writer.message(_epoch_line(epoch + 1, config.num_epochs, training.progress.results))
-        saved.wait()
-        figures = training.progress.results | task.final_metrics(training.predictor(), dataset)
-        summary = _summary(experiment, training, figures, compile_seconds)
-        writer.summary(summary)
-        _draw(experiment, training, writer)
-    return training.state, summary
-
-
-def _memory_line(state: TrainState) -> str:
-    """What one device holds of the state, and how much of it there is."""
-    parts = {"parameters": state.params, "optimiser state": state.opt_state, "average": state.ema_params}
-    shown = (
-        f"{sharding.bytes_per_device(tree) / 2**20:,.2f} of {sum(x.nbytes for x in leaves) / 2**20:,.2f} MiB of {name}"
-        for name, tree in parts.items()
-        if (leaves := jax.tree.leaves(tree))
-    )
-    return f"each device holds {', '.join(shown)}"
-
-
-def _draw(experiment: str, training: Training, writer: Writer) -> None:
-    """The curves so far, and the task's pictures of what it has learned."""
-    step, row = training.progress.step, writer.sync()
-
-    def curves() -> Any:
-        return plots.curves({experiment: [*read_metrics(writer.workdir), *filter(None, [row])]})
-
-    writer.picture("curves", curves, step)
-    try:
-        pictures = training.task.pictures(training.predictor(), training.dataset)
-    except Exception as error:  # whatever it is: no run stops for a picture
-        writer.warning(f"no pictures were drawn: {error}")
-        return
-    for name, draw in pictures.items():
-        writer.picture(name, draw, step)
-
-
-def _summary(experiment: str, training: Training, figures: dict[str, float], compile_seconds: float) -> dict[str, Any]:
-    config, progress, mesh = training.config, training.progress, training.mesh
-    unit, count = training.task.unit
-    speed = progress.step * config.batch_size / progress.train_seconds
-    return {
-        "experiment": experiment,
-        "dataset": training.dataset.name,
-        "num_train_steps": progress.step,
-        "num_epochs": config.num_epochs,
-        "global_batch_size": config.batch_size,
-        **figures,
-        **({"best_validation_loss": progress.best[0], "best_step": progress.best[1]} if progress.best else {}),
-        **({"skipped_steps": progress.skipped} if config.max_skipped_steps else {}),
-        **({"rewinds": progress.rewinds} if config.max_rewinds else {}),
-        "examples_per_second": speed,
-        **({f"{unit}_per_second": speed * count} if count > 1 else {}),
-        "compile_seconds": compile_seconds,
-        "train_seconds": progress.train_seconds,
-        "wall_seconds": training.wall_seconds,
-        "platform": mesh.devices.flat[0].platform,
-        "device_kind": mesh.devices.flat[0].device_kind,
-        "device_count": mesh.size,
-        "process_count": jax.process_count(),
-        "num_params": num_params(training.state),
-        **versions(),
-    }
-
-
-def versions() -> dict[str, str]:
-    """The versions of the packages that decide a run's figures, as summary.json has them."""
-    return {f"{package}_version": version(package) for package in ("jax", "flax", "optax", "numpy")}
+            writer.message(f"resumed at step {run.progress.step:,} of {run.epoch_end_steps[-1]:,}")
+        elif config.max_rewinds:
+            loop.save()  # the first checkpoint to go back to
+        with run.signals.deferred():
+            loop.train()
+        checkpoints.wait()
+        results = run.progress.results | task.final_metrics(run.predictor(), dataset)
+        found = summary.make(experiment, run, results, compile_seconds)
+        writer.summary(found)
+        loop.draw()
+    return run.state, found
 
 
 def restore(config: Config, task: Task, dataset: Dataset, mesh: jax.sharding.Mesh, workdir: Path) -> Training:
-    """The run in `workdir` at its newest checkpoint, of which nothing is changed.
+    """The run in `workdir` at its newest checkpoint; the workdir is only read.
 
     Raises:
-      UserError: there is no checkpoint that can be restored.
+      UserError: no checkpoint can be restored.
     """
-    training = Training(config, task, dataset, mesh)
+    run = Training(config, task, dataset, mesh)
     message = Writer(workdir, 0, active=jax.process_index() == 0).warning
-    with Checkpoints(workdir, keep=config.keep_checkpoints, message=message, read_only=True) as saved:
-        if not training.restore(saved):
-            raise UserError(f"--workdir={workdir} has no checkpoint to go by")
+    with Checkpoints(workdir, keep=config.keep_checkpoints, message=message, read_only=True) as checkpoints:
+        if not run.restore(checkpoints):
+            raise UserError(f"--workdir={workdir} has no checkpoint")
     with jax.set_mesh(mesh):
-        training.estimate_statistics()
-    return training
+        run.estimate_statistics()
+    return run
 
 
-def evaluate(training: Training) -> dict[str, float]:
-    """The means of the metrics over each held-out split, as `<split>_<name>`, and the task's final figures."""
-    with jax.set_mesh(training.mesh):
-        training.compile(train=False)
-        return training.evaluate() | training.task.final_metrics(training.predictor(), training.dataset)
-
-
-def _epoch_line(epoch: int, num_epochs: int, results: dict[str, float]) -> str:
-    shown = (f"{name} {value:.4f}" for name, value in results.items() if name.endswith(("_loss", "_accuracy")))
-    return f"epoch {epoch}/{num_epochs}  " + "  ".join(shown)
+def evaluate(run: Training) -> dict[str, float]:
+    """The means of the metrics over each held-out split, as `<split>_<name>`, and the task's final metrics."""
+    with jax.set_mesh(run.mesh):
+        run.compile(train=False)
+        return run.evaluate() | run.task.final_metrics(run.predictor(), run.dataset)

@@ -18,11 +18,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from research.config import Config
-from research.data.pipeline import EvalBatches, TrainBatches, epoch_ends, is_resident
+from research.data.pipeline import EvalBatches, TrainBatches, epoch_ends, is_resident, longest_epoch
 from research.data.sources import Dataset
 from research.tasks.task import Task
 from research.training import batch_statistics, hyperparams, population_devices
-from research.training.dispatch import Pace
+from research.training.dispatch import DispatchSizer
 from research.training.population_devices import AXIS
 from research.training.progress import QUANTITIES
 from research.training.state import TrainState, make_init
@@ -92,8 +92,8 @@ class Population:
         self._num_examples = len(next(iter(dataset.train.values())))
         ends = epoch_ends(self._num_examples, config.batch_size, config.num_epochs)
         resident = is_resident(config, dataset.train, dataset.validation)
-        self._pace = Pace(config, resident=resident, steps_per_epoch=int(np.diff([0, *ends]).max()))
-        options = {"resident": resident, "capacity": self._pace.capacity, "shuffle": dataset.shuffle}
+        self._sizer = DispatchSizer(config, resident=resident, longest_epoch=longest_epoch(ends))
+        options = {"resident": resident, "capacity": self._sizer.capacity, "shuffle": dataset.shuffle}
         data = (shared._batches.data, shared._validation.data) if shared else (None, None)
         self._batches = TrainBatches(dataset.train, config, self._mesh, **options, data=data[0])
         self._validation = EvalBatches(dataset.validation, config, self._mesh, resident=resident, data=data[1])
@@ -202,7 +202,9 @@ class Population:
             if stops():
                 return {}
             with jax.set_mesh(self._mesh):
-                self._dispatch({slot: min(self._pace.steps, self._left(member)) for slot, member in pending.items()})
+                self._dispatch(
+                    {slot: min(self._sizer.num_steps, self._left(member)) for slot, member in pending.items()}
+                )
         for member in self._members.values():
             member.epoch += member.diverged_at is None
         with jax.set_mesh(self._mesh):
@@ -220,7 +222,7 @@ class Population:
         numbers = np.array([counts.get(slot, 0) for slot in range(self.size)], np.int32)
         self._states, metrics = self._train(self._states, inputs, numbers, given, self._batches.data)
         finite = np.logical_and(*(np.isfinite(values) for values in jax.device_get(metrics).values()))
-        self._pace.measured(max(counts.values()), time.monotonic() - began)
+        self._sizer.update(max(counts.values()), time.monotonic() - began)
         for slot, count in counts.items():
             member = self._members[slot]
             wrong = np.flatnonzero(~finite[slot, :count])

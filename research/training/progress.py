@@ -69,17 +69,29 @@ class Progress:
         finite = {name: np.isfinite(values[name]) for name in QUANTITIES}
         skipped = ~np.logical_and(*finite.values())
         error = None
-        for i, odd in enumerate(skipped):
-            row = self.skipped_in_a_row + 1 if odd else 0
-            if row > most_skipped:
+        for i, is_skipped in enumerate(skipped):
+            streak = self.skipped_in_a_row + 1 if is_skipped else 0
+            if streak > most_skipped:
                 name = next(name for name in QUANTITIES if not finite[name][i])
                 error = non_finite(f"{QUANTITIES[name]} became {values[name][i]}", self.step + 1)
                 values, skipped = {n: x[:i] for n, x in values.items()}, skipped[:i]
                 break
-            self.skipped_in_a_row = row
+            self.skipped_in_a_row = streak
             self.step += 1
         self.skipped += int(skipped.sum())
         return values | ({"skipped": skipped.astype(np.float32)} if most_skipped else {}), error
+
+    @property
+    def next_batch(self) -> int:
+        """The number of the batch that the next step takes, from 0."""
+        return self.step + self.batches_left_out
+
+    def finish_epoch(self, results: dict[str, float]) -> None:
+        """Counts the epoch, with its results."""
+        self.results, self.sums, self.epoch = results, {}, self.epoch + 1
+        loss = results.get("validation_loss")
+        if loss is not None:
+            self.best = min(self.best or [loss, self.step], [loss, self.step])
 
     def add(self, values: Values) -> None:
         """Adds the metrics of steps, [k] each, to the epoch's sums, but for what was skipped."""

@@ -1,8 +1,6 @@
-"""One run: its state, its compiled steps, how far it is, and how it stops and goes on."""
+"""A run: its state, its compiled programs, and how far it is."""
 
-import dataclasses
 import functools
-import itertools
 import signal
 import time
 from collections.abc import Iterator
@@ -13,75 +11,123 @@ import numpy as np
 
 from research import optimizers, sharding
 from research.config import Config
-from research.data.pipeline import EvalBatches, TrainBatches, epoch_ends, is_resident
+from research.data.pipeline import EvalBatches, TrainBatches, epoch_ends, is_resident, longest_epoch
 from research.data.sources import Dataset
-from research.errors import NonFiniteLossError
 from research.process import distributed
-from research.process.signals import Signals, StoppedError
-from research.record.writer import Writer
+from research.process.signals import Signals
 from research.tasks.predictor import Predictor
 from research.tasks.task import Task
-from research.training import batch_statistics, hyperparams, noise_scale
-from research.training.checkpoint import Checkpoints, checksums_of
-from research.training.dispatch import Pace
+from research.training import batch_statistics, hyperparams
+from research.training.checkpoint import Checkpoints
+from research.training.dispatch import DispatchSizer
 from research.training.progress import Progress, non_finite
-from research.training.state import create_state, is_finite
+from research.training.state import create_state
 from research.training.steps import Steps
 
 
 class Training:
-    """One run: its state, its compiled steps, and what it has seen so far.
+    """One run: what is needed to train it, to evaluate it and to resume it. The record is `loop.Loop`'s.
 
     Args:
-      config: checked and resolved.
+      config: resolved.
       task: what is learned.
       dataset: the examples.
       mesh: the devices.
+      signals: stop signals, polled between dispatches; None: none come.
+
+    Attributes:
+      state: the newest train state.
+      progress: how far the run is.
+      epoch_end_steps: the number of steps made when each epoch ends; the last is the number of train steps.
+      learning_rate: the schedule, from the number of updates made.
 
     Raises:
-      UserError: the batch size is larger than the training set, or the mesh splits a time axis that is not there.
+      UserError: the batch size is larger than the training set, or the mesh splits a time axis that the task does not
+        have.
     """
 
-    def __init__(self, config: Config, task: Task, dataset: Dataset, mesh: jax.sharding.Mesh):
+    def __init__(
+        self, config: Config, task: Task, dataset: Dataset, mesh: jax.sharding.Mesh, signals: Signals | None = None
+    ):
         if not task.parallel_over_time:
-            sharding.refuse_sequence(config.mesh, "what is learned")
+            sharding.refuse_sequence(config.mesh, "this task")
         self._began = time.monotonic()
-        self.config = config
-        self.task = task
-        self.mesh = mesh
-        self.dataset = dataset
-        splits = {"validation": dataset.validation, "test": dataset.test}
+        self.config, self.task, self.dataset, self.mesh = config, task, dataset, mesh
+        self.signals, self.progress = signals or Signals(), Progress()
         num_examples = len(next(iter(dataset.train.values())))
-        self.ends = epoch_ends(num_examples, config.batch_size, config.num_epochs)
-        resident = is_resident(config, dataset.train, dataset.validation, dataset.test)
-        longest = max(end - start for start, end in itertools.pairwise([0, *self.ends]))
-        self._pace = Pace(config, resident=resident, steps_per_epoch=longest)
-        self._resident = resident
-        self._evals = {
-            name: EvalBatches(split, config, mesh, resident=resident)
-            for name, split in splits.items()
+        self.epoch_end_steps = epoch_ends(num_examples, config.batch_size, config.num_epochs)
+        self._resident = is_resident(config, dataset.train, dataset.validation, dataset.test)
+        self._sizer = DispatchSizer(config, resident=self._resident, longest_epoch=longest_epoch(self.epoch_end_steps))
+        self._eval_batches = {
+            name: EvalBatches(split, config, mesh, resident=self._resident)
+            for name, split in (("validation", dataset.validation), ("test", dataset.test))
             if split is not None
         }
-        self._given = hyperparams.inputs(config, self.ends[-1])
-        self._learning_rate = optimizers.learning_rate(
-            optimizers.scaled(config.optimizer, config.batch_size), self.ends[-1]
+        self._hparams = hyperparams.inputs(config, self.epoch_end_steps[-1])
+        self.learning_rate = optimizers.learning_rate(
+            optimizers.scaled(config.optimizer, config.batch_size), self.epoch_end_steps[-1]
         )
-        self._learning_rate(0)  # compiled now, not while training
-        tx = hyperparams.make_optimizer(config, self._given, task.widths)
+        self.learning_rate(0)  # compiled now, not while training
+        tx = hyperparams.make_optimizer(config, self._hparams, task.widths)
         self.graphdef, self.state = create_state(task, tx, config, mesh)
         self._steps = Steps(task, self.graphdef, config, mesh)
+        self._estimate = self._steps.jit_estimate(self.state)
         # On a CPU nothing is gained by running ahead of the devices, and several dispatches in flight over several
         # host devices can starve each other's threads in an all-reduce until the process aborts.
         self._overlap = mesh.devices.flat[0].platform != "cpu"
-        self.signals, self.progress = Signals(), Progress()
-        self._calls = 0
-        self._check_pending = True
-        self._estimate = self._steps.jit_estimate(self.state)
+        self._stop_polls = 0
+
+    @functools.cached_property
+    def _train_batches(self) -> TrainBatches:
+        return TrainBatches(
+            self.dataset.train,
+            self.config,
+            self.mesh,
+            resident=self._resident,
+            capacity=self._sizer.capacity,
+            start=self.progress.next_batch,
+            shuffle=self.dataset.shuffle,
+        )
+
+    @functools.cached_property
+    def train_program(self) -> Any:
+        """The compiled train steps."""
+        batches = self._train_batches
+        arrays = self.state, batches.data, batches.sample(), np.int32(1), self._hparams
+        return self._steps.jit_train(self.state).lower(*arrays).compile()
+
+    @functools.cached_property
+    def _eval_programs(self) -> dict[str, Any]:
+        jitted = self._steps.jit_eval(self.state)
+        params, model_state = self.state.eval_params, self.state.eval_model_state
+        return {
+            name: jitted.lower(params, model_state, self._eval_carry(), batches.data, next(iter(batches))).compile()
+            for name, batches in self._eval_batches.items()
+        }
+
+    def compile(self, *, train: bool) -> float:
+        """Compiles the evaluation and, where asked, the train steps; returns the seconds it took.
+
+        Raises:
+          UserError: as `check_per_device`.
+        """
+        start = time.monotonic()
+        if train:
+            self.check_per_device()  # before anything is trained
+            _ = self.train_program
+        _ = self._eval_programs
+        return time.monotonic() - start
+
+    def check_per_device(self) -> None:
+        """Raises `UserError` where `per_device_gradients` is declared, and wrong for the present parameters."""
+        if self._steps.num_replicas > 1:
+            batches = self._train_batches
+            self._steps.check_per_device(self.state, batches.data, batches.inputs_of_step(0), self._hparams)
 
     def restore(self, checkpoints: Checkpoints) -> bool:
         """Goes to the newest checkpoint; False: there is none."""
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state)
-        if checkpoints.exist:  # or the memory would have to hold this state beside the other
+        if checkpoints.exist:  # or the memory would have to hold both states
             jax.tree.map(lambda x: x.delete(), self.state)
         restored = checkpoints.restore(shapes)
         if restored:
@@ -90,92 +136,30 @@ class Training:
             self._began -= self.progress.wall_seconds
         return bool(restored)
 
-    def rewind(self, error: NonFiniteLossError, writer: Writer, checkpoints: Checkpoints) -> None:
-        """Goes back to the newest checkpoint; the batches from there up to the failed step's are not taken again.
-
-        Raises:
-          NonFiniteLossError: `error`, where this has happened as often as it may.
-        """
-        rewinds, left_out, began = self.progress.rewinds + 1, self.progress.batches_left_out, self._began
-        if rewinds > self.config.max_rewinds:
-            raise error
-        checkpoints.wait()
+    def rewind(self, checkpoints: Checkpoints, *, failed_step: int) -> None:
+        """Goes to the newest checkpoint, but leaves out the batches from there to the one of `failed_step`."""
+        rewinds, left_out, began = self.progress.rewinds, self.progress.batches_left_out, self._began
         self.restore(checkpoints)
-        self._began = began
-        progress = self.progress
-        progress.rewinds, progress.batches_left_out = rewinds, left_out + error.step - progress.step
-        self._batches.go_to(progress.step + progress.batches_left_out)
-        writer.resume(progress.step, progress.row)
-        writer.warning(
-            f"{str(error).partition(':')[0]}: back at the checkpoint of step {progress.step}, leaving out "
-            f"{error.step - progress.step} batches (rewind {rewinds} of {self.config.max_rewinds})"
-        )
+        self._began = began  # the wall time since the checkpoint counts, too
+        self.progress.rewinds = rewinds + 1
+        self.progress.batches_left_out = left_out + failed_step - self.progress.step
+        self._train_batches.go_to(self.progress.next_batch)
 
     @property
     def wall_seconds(self) -> float:
-        """Since this began, and all that its earlier processes took up to the checkpoint."""
+        """Wall time of the run, earlier processes included."""
         return time.monotonic() - self._began
-
-    def compile(self, *, train: bool) -> float:
-        """Compiles the evaluation and, where asked, the train step; returns the seconds it took."""
-        start = time.monotonic()
-        if train:
-            self._check_per_device()  # before anything is trained
-            arrays = self.state, self._batches.data, self._batches.sample(), np.int32(1), self._given
-            self.train_program = self._steps.jit_train(self.state).lower(*arrays).compile()
-        jitted = self._steps.jit_eval(self.state)
-        params, model_state = self.state.eval_params, self.state.eval_model_state
-        self._eval = {
-            name: jitted.lower(params, model_state, self._eval_carry(), batches.data, next(iter(batches))).compile()
-            for name, batches in self._evals.items()
-        }
-        return time.monotonic() - start
-
-    @functools.cached_property
-    def _batches(self) -> TrainBatches:
-        return TrainBatches(
-            self.dataset.train,
-            self.config,
-            self.mesh,
-            resident=self._resident,
-            capacity=self._pace.capacity,
-            start=self.progress.step + self.progress.batches_left_out,
-            shuffle=self.dataset.shuffle,
-        )
-
-    def _check_per_device(self) -> None:
-        if self._steps.num_replicas > 1:
-            self._steps.check_per_device(self.state, self._batches.data, self._batches.inputs_of_step(0), self._given)
-
-    def estimate_statistics(self) -> None:
-        """Gives the averaged parameters batch statistics of their own, from the newest steps' batches."""
-        progress, count = self.progress, np.int32(0)
-        if self.state.ema_model_state is None or progress.statistics_step == progress.step:
-            return
-        end = progress.step + progress.batches_left_out
-        for step in range(max(end - batch_statistics.NUM_STEPS, 0), end):
-            inputs = self._batches.inputs_of_step(step)
-            self.state, count = self._estimate(self.state, self._batches.data, inputs, count, self._given)
-        progress.statistics_step = progress.step
 
     @property
     def steps_per_dispatch(self) -> int:
-        """How many steps the next call of the compiled program makes."""
-        return self._pace.steps
-
-    def _eval_carry(self) -> Any:
-        carry = self.task.initial_carry(self.config.examples_at_once)
-        return jax.device_put(carry, sharding.batch_sharding(self.mesh, 0))
-
-    def predictor(self) -> Predictor:
-        """The network as evaluation has it now, for pictures and further figures."""
-        size = self.config.examples_at_once
-        return Predictor(self.graphdef, self.state.eval_params, self.state.eval_model_state, self.mesh, size)
+        """How many steps the next dispatch makes."""
+        return self._sizer.num_steps
 
     def dispatches(self, end: int) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-        """Trains up to step `end`, or to where a signal came; yields (step, metrics of the newest [k]) as they come.
+        """Trains up to step `end`, or until a stop signal; yields (step, metrics of the newest steps [k]).
 
-        When it ends, the state is that of the last step yielded.
+        On an accelerator one dispatch is in flight while the metrics of the one before are yielded. When it ends, the
+        state is that of the last step yielded.
 
         Raises:
           NonFiniteLossError: the loss or the gradient of a step was not finite, after the steps before were yielded.
@@ -183,11 +167,11 @@ class Training:
         pending: list[tuple[int, Any]] = []
         issued = self.progress.step
         last = time.monotonic()
-        while (more := issued < end and not self._stops()) or pending:
+        while (more := issued < end and not self._is_stopping()) or pending:
             if more:
-                count = min(self._pace.steps, end - issued)
-                inputs = self._batches.take(count)
-                arrays = self.state, self._batches.data, inputs, np.int32(count), self._given
+                count = min(self._sizer.num_steps, end - issued)
+                inputs = self._train_batches.take(count)
+                arrays = self.state, self._train_batches.data, inputs, np.int32(count), self._hparams
                 self.state, metrics = self.train_program(*arrays)
                 issued += count
                 pending.append((count, metrics))
@@ -196,107 +180,48 @@ class Training:
             count, metrics = pending.pop(0)
             values = {name: x[:count] for name, x in jax.device_get(metrics).items()}
             now = time.monotonic()
-            self._pace.measured(count, now - last)
+            self._sizer.update(count, now - last)
             self.progress.train_seconds += now - last
             values, error = self.progress.advance(values, self.config.max_skipped_steps)
             if len(values["loss"]):
                 yield self.progress.step, values
             if error:
                 raise error
-            # What the devices did meanwhile counts; where they were idle, this pause is not training.
+            # The time that the caller took counts where the devices were busy meanwhile; else it is not training.
             last = now if pending else time.monotonic()
 
-    def _stops(self) -> bool:
+    def _is_stopping(self) -> bool:
         """Whether the run is to stop before the next dispatch; several processes agree on which that is."""
-        self._calls += 1
-        if distributed.asked_to_stop(self._calls):
+        self._stop_polls += 1
+        if distributed.asked_to_stop(self._stop_polls):
             self.signals.received = signal.SIGTERM
         return bool(self.signals.received)
 
-    def train_epoch(self, writer: Writer, checkpoints: Checkpoints) -> dict[str, float]:
-        """Trains to the end of the epoch; returns the means of the metrics over its steps.
-
-        Raises:
-          StoppedError: a signal came; a checkpoint holds what was done.
-        """
-        progress, end = self.progress, self.ends[self.progress.epoch]
-        every = self.config.checkpoint_every_steps or end
-        seconds_before, first = progress.train_seconds, progress.step
-        while progress.step < end:
-            for step, values in self.dispatches(min(end, (progress.step // every + 1) * every)):
-                progress.add(values)
-                self._record(values, writer)
-                speed = (step - first) * self.config.batch_size / (progress.train_seconds - seconds_before)
-                writer.progress(step, float(values["loss"].mean()), speed)
-            if self.signals.received or progress.step < end:
-                self._stop(writer, checkpoints) if self.signals.received else self.save(writer, checkpoints)
-        return progress.means(end - [0, *self.ends][progress.epoch])
-
-    def finish_epoch(self, means: dict[str, float], writer: Writer, checkpoints: Checkpoints) -> None:
-        """Evaluates, records the epoch's results, and saves a checkpoint."""
-        progress = self.progress
-        results = {f"train_{name}": value for name, value in self.task.summarize(means).items()}
-        progress.results = results | noise_scale.critical_batch_size(means) | self.evaluate()
-        progress.epoch, progress.sums = progress.epoch + 1, {}
-        writer.scalars(progress.step, progress.epoch, progress.results)
-        loss = progress.results.get("validation_loss")
-        if loss is not None:
-            progress.best = min(progress.best or [loss, progress.step], [loss, progress.step])
-        self.save(writer, checkpoints)
-        if self.signals.received and progress.epoch < len(self.ends):
-            self._stop(writer, checkpoints)
-
-    def save(self, writer: Writer, checkpoints: Checkpoints) -> None:
-        """Saves a checkpoint in the background.
-
-        Raises:
-          NonFiniteLossError: a parameter or statistic is NaN or infinite.
-          ReplicaError: an array differs between devices that should hold the same.
-          UserError: the devices' losses are not those of the whole batch, at the first checkpoint.
-        """
-        # First: every process reads the other checks' results from its own replicas, and all must come to the same.
-        sums = checksums_of(self.state)
-        if not is_finite((self.state.params, self.state.model_state, self.state.ema_model_state)):
-            raise non_finite("a parameter became NaN or infinite", self.progress.step)
-        if self._check_pending:
-            # Once more, with trained parameters: initial zeros may hide a difference.
-            self._check_per_device()
-            self._check_pending = False
-        progress = dataclasses.replace(self.progress, row=writer.sync(), wall_seconds=self.wall_seconds)
-        checkpoints.save(self.state, sums, dataclasses.asdict(progress), progress.best[1] if progress.best else None)
-
-    def _stop(self, writer: Writer, checkpoints: Checkpoints) -> None:
-        number = self.signals.received
-        assert number
-        self.save(writer, checkpoints)
-        checkpoints.wait()
-        raise StoppedError(
-            f"stopped by {number.name} at step {self.progress.step} with a checkpoint: the same --workdir resumes it",
-            number,
-        )
-
-    def _record(self, values: dict[str, np.ndarray], writer: Writer) -> None:
-        """Writes the lines of the steps just made."""
-        updates = self.progress.updates_before(values)
-        first_step = self.progress.step - len(updates) + 1
-        for i, step in enumerate(range(first_step, self.progress.step + 1)):
-            if step % self.config.log_every_steps == 0:
-                line = {name: float(x[i]) for name, x in values.items()}
-                line["learning_rate"] = self._learning_rate(int(updates[i]))
-                writer.scalars(step, self.progress.epoch + 1, line)
-        if count := int(values.get("skipped", np.zeros(1)).sum()):
-            writer.warning(f"{count} of the steps {first_step} to {step} skipped: loss or gradient not finite")
+    def estimate_statistics(self) -> None:
+        """Gives the averaged parameters batch statistics of their own, from the newest steps' batches."""
+        progress, count = self.progress, np.int32(0)
+        if self.state.ema_model_state is None or progress.statistics_step == progress.step:
+            return
+        end = progress.next_batch
+        for step in range(max(end - batch_statistics.NUM_STEPS, 0), end):
+            inputs = self._train_batches.inputs_of_step(step)
+            self.state, count = self._estimate(self.state, self._train_batches.data, inputs, count, self._hparams)
+        progress.statistics_step = progress.step
 
     def evaluate(self) -> dict[str, float]:
-        """The means of the metrics over each held-out split, as `<split>_<name>`."""
+        """The means of the metrics over each held-out split, as `<split>_<name>`.
+
+        Raises:
+          NonFiniteLossError: a loss is not finite.
+        """
         self.estimate_statistics()
         results = {}
-        for split, batches in self._evals.items():
+        for split, batches in self._eval_batches.items():
             sums: dict[str, Any] = {}
             carry = self._eval_carry()
             for inputs in batches:
                 arrays = self.state.eval_params, self.state.eval_model_state, carry, batches.data, inputs
-                carry, part = self._eval[split](*arrays)
+                carry, part = self._eval_programs[split](*arrays)
                 # Waited for, so that a streamed set is never on the devices as a whole.
                 for name, value in jax.device_get(part).items():
                     sums[name] = sums.get(name, 0.0) + value.sum(0, np.float64)
@@ -305,3 +230,12 @@ class Training:
             if name.endswith("_loss") and not np.isfinite(value):
                 raise non_finite(f"{name} is {value}", self.progress.step)
         return results
+
+    def _eval_carry(self) -> Any:
+        carry = self.task.initial_carry(self.config.examples_at_once)
+        return jax.device_put(carry, sharding.batch_sharding(self.mesh, 0))
+
+    def predictor(self) -> Predictor:
+        """The network that evaluation uses, for plots and final metrics."""
+        size = self.config.examples_at_once
+        return Predictor(self.graphdef, self.state.eval_params, self.state.eval_model_state, self.mesh, size)

@@ -123,7 +123,7 @@ def _child(job):
     os.dup2(output, 2)
     signal.alarm(_SECONDS)
     if not job.get("pictures"):
-        loop._draw = lambda *_: None
+        loop.Loop.draw = lambda _: None
     _limit(job.get("limits", {}))
     operations = []
     if job.get("watch"):

@@ -25,7 +25,7 @@ def _resident():
 )
 def test_memory_open_files_and_checkpoints_stay_as_they_are(epochs, tmp_path, monkeypatch):
     """Every step a dispatch: 450, and 10,125 in the soak; a checkpoint after every epoch, and every tenth step."""
-    monkeypatch.setattr(loop, "_draw", lambda *_: None)
+    monkeypatch.setattr(loop.Loop, "draw", lambda _: None)
     looks, made = [], []
     progress, make = writer.Writer.progress, Checkpoints.__init__
 

@@ -1,0 +1,68 @@
+"""What a run says of itself: summary.json, and lines on the terminal."""
+
+from importlib.metadata import version
+from typing import Any
+
+import jax
+
+from research import sharding
+from research.training.run import Training
+from research.training.state import TrainState, num_params
+
+
+def make(experiment: str, run: Training, results: dict[str, float], compile_seconds: float) -> dict[str, Any]:
+    """The contents of summary.json.
+
+    Args:
+      experiment: its name.
+      run: finished.
+      results: of the last epoch, and the task's final metrics.
+      compile_seconds: of this process.
+    """
+    config, progress, mesh = run.config, run.progress, run.mesh
+    unit, count = run.task.unit
+    speed = progress.step * config.batch_size / progress.train_seconds
+    return {
+        "experiment": experiment,
+        "dataset": run.dataset.name,
+        "num_train_steps": progress.step,
+        "num_epochs": config.num_epochs,
+        "global_batch_size": config.batch_size,
+        **results,
+        **({"best_validation_loss": progress.best[0], "best_step": progress.best[1]} if progress.best else {}),
+        **({"skipped_steps": progress.skipped} if config.max_skipped_steps else {}),
+        **({"rewinds": progress.rewinds} if config.max_rewinds else {}),
+        "examples_per_second": speed,
+        **({f"{unit}_per_second": speed * count} if count > 1 else {}),
+        "compile_seconds": compile_seconds,
+        "train_seconds": progress.train_seconds,
+        "wall_seconds": run.wall_seconds,
+        "platform": mesh.devices.flat[0].platform,
+        "device_kind": mesh.devices.flat[0].device_kind,
+        "device_count": mesh.size,
+        "process_count": jax.process_count(),
+        "num_params": num_params(run.state),
+        **versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions of the packages on which a run's results depend, as summary.json has them."""
+    return {f"{package}_version": version(package) for package in ("jax", "flax", "optax", "numpy")}
+
+
+def memory_line(state: TrainState) -> str:
+    """How much of each part of the state one device holds."""
+    parts = {"parameters": state.params, "optimizer state": state.opt_state, "average": state.ema_params}
+    shown = (
+        f"{sharding.bytes_per_device(tree) / 2**20:,.2f} of {sum(x.nbytes for x in leaves) / 2**20:,.2f} MiB of {name}"
+        for name, tree in parts.items()
+        if (leaves := jax.tree.leaves(tree))
+    )
+    return f"each device holds {', '.join(shown)}"
+
+
+def epoch_line(epoch: int, num_epochs: int, results: dict[str, float]) -> str:
+    """An epoch's losses and accuracies."""
+    shown = (f"{name} {value:.4f}" for name, value in results.items() if name.endswith(("_loss", "_accuracy")))
+    return f"epoch {epoch}/{num_epochs}  " + "  ".join(shown)

@@ -1,6 +1,6 @@
-"""Files of a record on any file system that fsspec opens: a local path, or gs://, s3://, memory:// and so on.
+"""Files of a record: a local path, gs:// or s3://.
 
-A path is a `pathlib.Path`, or a `UPath` that does the same on another file system. Object stores have no append and no
+A path is a `pathlib.Path`, or a `UPath` that does the same on an object store. Object stores have no append and no
 rename: there a file is always written as a whole, which readers see as a whole.
 """
 
@@ -15,15 +15,15 @@ from upath import UPath
 
 from research.errors import RecordError, UserError
 
-_EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}
+_EXTRAS = {"gs": "gcs", "s3": "s3"}  # the object stores to which Orbax can write, and the extra that each needs
 
 
 def open_path(text: str) -> Path:
-    """The path, of whatever file system.
+    """The path that the text names.
 
     Raises:
-      UserError: there is no such file system, its package is not installed, the text holds a password, or characters
-        that the locale has not.
+      UserError: it is not local, gs:// or s3://, its package is not installed, or the text holds a password, or
+        characters that the locale does not have.
     """
     try:
         text.encode()
@@ -35,18 +35,22 @@ def open_path(text: str) -> Path:
     if "://" not in text:
         return Path(text)
     check_no_password(text)
-    scheme = text.partition("://")[0]
+    scheme, _, place = text.partition("://")
+    if scheme == "file":
+        return Path(place)
+    if scheme not in _EXTRAS:
+        raise UserError(f"{text}: records are on a local disk, gs:// or s3://; copy it from or to {scheme}:// yourself")
     try:
         path = UPath(text)
         _ = path.fs  # only now is the file system's package imported
-    except ImportError as error:
-        extra = _EXTRAS.get(scheme)
-        install = f'pip install "meshwork[{extra}]"' if extra else str(error)
-        raise UserError(f"{text}: the package that opens {scheme}:// is not installed: {install}") from None
+    except ImportError:
+        raise UserError(
+            f'{text}: the package that opens {scheme}:// is not installed: pip install "meshwork[{_EXTRAS[scheme]}]"'
+        ) from None
     except Exception as error:  # each file system raises its own, for want of an account, say
         raise UserError(f"{text} cannot be opened: {error}") from None
     # A UPath is no pathlib.Path to a type checker; it has the same methods.
-    return Path(path.path) if scheme in ("file", "local") else cast(Path, path)
+    return cast(Path, path)
 
 
 def check_no_password(text: str) -> None:
@@ -73,7 +77,7 @@ def writing(what: Any) -> Iterator[None]:
         raise
     except Exception as error:  # not OSError alone: fsspec's file systems raise their libraries' own
         raise RecordError(
-            f"{what} could not be written ({_reason(error)}): the last good checkpoint is intact; once mended, "
+            f"{what} could not be written ({_reason(error)}): the last good checkpoint is intact; fix that, and "
             "the same --workdir resumes from it"
         ) from error
 

@@ -5,7 +5,6 @@ import fcntl
 import json
 import os
 import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -14,8 +13,6 @@ from typing import Any
 from research.errors import UserError
 from research.record.storage import is_local
 
-_SECONDS_A_CLAIM_STANDS = 24 * 3600
-
 
 class Workdir:
     """The folder, claimed while the context lasts.
@@ -23,10 +20,7 @@ class Workdir:
     The claim is a lock on `.lock`, which the operating system frees when its process ends, however it ends; the file
     names that process. A folder that the context made is removed again where the run left no config.json in it.
 
-    Where the file system is not local there are no locks: `.lock` is then a file that is removed at the end, and an
-    existing one stands unless its process ran on this host and is gone, or it is a day old. That is a best effort: two
-    runs that start in the same moment both get it, a run of more than a day can be intruded upon, and after one that
-    was killed on another host the file must be deleted by hand.
+    Object stores have no locks: there nothing keeps a second run away.
 
     Raises:
       UserError: on entry: it cannot be written, or another run has it.
@@ -40,7 +34,6 @@ class Workdir:
     def __enter__(self) -> "Workdir":
         lock = self.path / ".lock"
         if not is_local(self.path):
-            self._claim_file(lock)
             return self
         try:
             self._made = [path for path in (lock, self.path, *self.path.parents) if not path.exists()]
@@ -58,26 +51,10 @@ class Workdir:
             raise UserError(f"--workdir={self.path} cannot be written: {error.strerror}") from None
         return self
 
-    def _claim_file(self, lock: Path) -> None:
-        with _reading(lock):
-            owner = json.loads(lock.read_bytes()) if lock.exists() else None
-        if owner and _stands(owner):
-            raise UserError(
-                f"--workdir={self.path} is in use by {owner['owner']}: give a folder of its own, or delete {lock} if "
-                "that run is no more"
-            )
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock.write_text(json.dumps({"owner": _owner(), "time": time.time()}))
-        except Exception as error:  # each file system raises its own
-            raise UserError(f"--workdir={self.path} cannot be written: {error}") from None
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if not is_local(self.path):
-            with contextlib.suppress(Exception):  # it would be in the way for a day, no more
-                (self.path / ".lock").unlink()
             return
         if not (self.path / "config.json").exists():
             self._discard()
@@ -93,24 +70,12 @@ def _owner() -> str:
     return f"process {os.getpid()} on {socket.gethostname()}"
 
 
-def _stands(owner: dict[str, Any]) -> bool:
-    """Whether the claim of a lock file still holds."""
-    try:
-        _, number, _, host = owner["owner"].split(maxsplit=3)
-        age = time.time() - owner["time"]
-    except (AttributeError, KeyError, TypeError, ValueError):  # not what a run writes
-        return False
-    if host == socket.gethostname() and not Path(f"/proc/{number}").exists():
-        return False
-    return age < _SECONDS_A_CLAIM_STANDS
-
-
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # not OSError alone: fsspec's file systems raise their libraries' own
-        raise UserError(f"{path} cannot be read ({error}): give another --workdir, or mend it") from None
+        raise UserError(f"{path} cannot be read ({error}): give another --workdir, or repair it") from None
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -125,7 +90,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
         except (FileNotFoundError, NotADirectoryError):
             return None
     if not isinstance(value, dict):
-        raise UserError(f"{path} is not the JSON object that a run writes: give another --workdir, or mend it")
+        raise UserError(f"{path} is not the JSON object that a run writes: give another --workdir, or repair it")
     return value
 
 

@@ -26,21 +26,19 @@ from research import randomness
 from research.errors import RecordError, UserError, of_memory
 from research.process import distributed
 from research.record import storage
-from research.record.mirror import Mirror
 from research.training.checksums import checksums
 from research.training.state import TrainState
 
-_SCHEMES = ("gs", "s3")  # that Orbax and TensorStore write by themselves
-_LOOKS = 5  # at checkpoints that a run is deleting meanwhile
+_OPEN_RETRIES = 5  # of a folder whose checkpoints a run may be deleting meanwhile
 
 
-def _says_something_new(record: logging.LogRecord) -> bool:
-    """Leaves out what Orbax logs of errors that it raises as well, in the background or a moment later."""
+def _drop_orbax_duplicates(record: logging.LogRecord) -> bool:
+    """A logging filter: drops Orbax's log lines of errors that it also raises, in the background or a moment later."""
     told = record.exc_info or str(record.msg).startswith("Metadata file does not exist")
     return not (told and "orbax" in record.pathname)
 
 
-logging.getLogger("absl").addFilter(_says_something_new)
+logging.getLogger("absl").addFilter(_drop_orbax_duplicates)
 
 _unraisable = sys.unraisablehook
 
@@ -101,6 +99,10 @@ def _crc(record: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(record, sort_keys=True).encode())
 
 
+def _orbax_path(folder: Path) -> Any:
+    return epath.Path(str(folder)).resolve()
+
+
 class _Kept(preservation_policy.PreservationPolicy):
     """The newest checkpoints, and the best."""
 
@@ -134,9 +136,7 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, *, keep: int, message: Callable[[str], None], read_only: bool = False):
         place = workdir / "checkpoints"
-        orbax_writes_it = storage.is_local(place) or str(place).startswith(tuple(f"{scheme}://" for scheme in _SCHEMES))
-        self._mirror = None if orbax_writes_it else Mirror(place)
-        self._folder = self._mirror.folder if self._mirror else epath.Path(str(place)).resolve()
+        self._folder = _orbax_path(place)
         self._place = place
         self._message = message
         self._read_only = read_only
@@ -151,7 +151,7 @@ class Checkpoints:
 
     def _open(self, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
         """Orbax's manager; one that reads only may meet a checkpoint that the run is just deleting, and looks again."""
-        for _ in range(_LOOKS if self._read_only else 0):
+        for _ in range(_OPEN_RETRIES if self._read_only else 0):
             try:
                 return _Manager(self._folder, item_names=("state", "record"), options=options)
             except (AttributeError, OSError):  # Orbax takes metadata that are gone for None
@@ -164,11 +164,9 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         with storage.writing(self._place):
             self._manager.close()
-        if self._mirror:
-            self._mirror.close()
 
     def save(self, state: TrainState, sums: dict[str, int], progress: dict[str, Any], best_step: int | None) -> None:
-        """Saves in the background (to a mirror: at once); the state may be donated at once.
+        """Saves in the background; the state may be donated at once.
 
         Args:
           state: its step names the checkpoint; saved again for a step that is saved already, nothing happens.
@@ -195,9 +193,6 @@ class Checkpoints:
         self._best_step = best_step
         with storage.writing(f"checkpoint {step} or the one before in {self._place}"):
             self._manager.save(step, args=args)  # raises, too, what went wrong with the one before
-        if self._mirror:
-            self.wait()
-            self._mirror.push()
 
     def wait(self) -> None:
         """Returns when everything saved is on disk.
@@ -301,8 +296,6 @@ class Checkpoints:
             self._rename(step)
         distributed.wait(f"checkpoint {step} is set aside")
         self._manager.reload()
-        if self._mirror:
-            self._mirror.push()
 
     def _rename(self, step: int) -> None:
         aside = self._folder / f"damaged-{step}"

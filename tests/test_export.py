@@ -227,7 +227,9 @@ def test_bfloat16_weights_come_back_to_the_bit(tmp_path):
     artifact.write(tmp_path / "x", manifest, weights, {})
     for name, x in artifact.read(tmp_path / "x").weights.items():
         assert (x.dtype, x.tobytes(), x.shape) == (weights[name].dtype, weights[name].tobytes(), weights[name].shape)
-    program = f"import pathlib\nfrom launch import artifact\nfound = artifact.read(pathlib.{tmp_path / 'x'!r})\n"
+    program = (
+        f"import pathlib\nfrom launch.artifacts import artifact\nfound = artifact.read(pathlib.{tmp_path / 'x'!r})\n"
+    )
     program += "print(found.weights['a'].dtype)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)  # which has no jax
     assert done.stdout == "bfloat16\n", done.stderr

@@ -52,7 +52,7 @@ def run(argv: Sequence[str]) -> int:
         raise UserError("--workdir=DIR must name the folder of the run to export")
     if not (open_path(job.workdir) / "config.json").exists():
         raise UserError(f"--workdir={job.workdir} holds no run: name the folder of the run to export")
-    asked = flags.parse(job.experiment, [*job.args, "--mode=eval"])
+    asked = flags.parse(job.experiment, [f"--workdir={job.workdir}", *job.args, "--mode=eval"])
     mesh = app.start(asked.config)
     import jax
 
@@ -73,9 +73,9 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _out(job: job_lib.Job) -> Path:
-    for name in ("--mode", "--reproduce"):
-        if any(arg.partition("=")[0] == name for arg in job.args):
-            raise UserError(f"{name} is for the experiment itself: leave it out")
+    for name in ("mode", "reproduce"):
+        if name in job.given:
+            raise UserError(f"--{name} is for the experiment itself: leave it out")
     if not job.options.out:
         raise UserError("--out=DIR must say where the artifact goes")
     if "://" in job.options.out:

@@ -85,7 +85,7 @@ class Tpu:
 
     def run(self, job: Job) -> list[str]:
         """Ends with the exit code of a host that failed."""
-        args = shlex.join([job.module, *job.args, "--config.distributed.start=always"])
+        args = shlex.join([*job.module_command, "--config.distributed.start=always"])
         return self.ssh(f"cd meshwork && set -o pipefail && ~/{_PYTHON} -m {args} 2>&1 | tee -a ~/meshwork.log")
 
     def stop(self) -> list[str]:

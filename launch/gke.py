@@ -114,7 +114,7 @@ def _pool(options: GkeOptions) -> _Pool:
 
 
 def _container(job: Job, pool: _Pool) -> dict[str, Any]:
-    options, args, environment = job.options, [job.module, *job.args], []
+    options, args, environment = job.options, job.module_command, []
     if options.gpu:
         # Kubernetes gives each pod its number (JOB_COMPLETION_INDEX); on TPUs, GKE tells jax everything.
         address = f"{options.name}-workers-0-0.{options.name}:{_PORT}"
@@ -145,7 +145,7 @@ def _job(job: Job, pool: _Pool) -> dict[str, Any]:
         "nodeSelector": pool.labels | spot,
         "containers": [_container(job, pool)],
     }
-    lasting = {"containerName": _CONTAINER, "operator": "In", "values": list(job_lib.LASTING)}
+    lasting = {"containerName": _CONTAINER, "operator": "In", "values": list(job_lib.NON_RETRYABLE_EXIT_CODES)}
     return {
         "parallelism": pool.nodes,
         "completions": pool.nodes,

@@ -1,8 +1,8 @@
-"""What all launchers do first: their own flags, the experiment's, and a check of both before anything starts.
+"""The command line that all launchers share: the launcher's flags and the experiment's, checked before anything starts.
 
     python -m launch.WHERE experiments.WHAT [flags of WHERE] [flags of WHAT]
 
-A flag that WHERE does not have is the experiment's.
+Flags that WHERE does not define are passed on to the experiment, in the form in which they were given.
 """
 
 import dataclasses
@@ -25,26 +25,27 @@ from research.process.exit import exit_with
 from research.process.terminal import lasting_output
 from research.record.storage import check_no_password
 
-_SWEEP = "launch.sweep"  # what these run as a worker that joins a study
-_RUN_WORKERS = ("local", "slurm", "tpu", "gke")
-_OF_THEIR_OWN = ("sweep", "scaling")  # records, that is
+_SWEEP = "launch.sweep"
+_RUN_SWEEP_WORKERS = ("local", "slurm", "tpu", "gke")  # these accept `launch.sweep experiments.WHAT`
+_KEEP_OWN_RECORD = ("sweep", "scaling")  # their --workdir must not be that of a run
 
-# Exit codes that another try would end with as well, or must not follow unseen: bad input, a loss that is not finite, a
-# full disk, no memory, a device that may compute wrongly.
-LASTING = (2, 3, 4, 5, 6)
+# Exit codes after which a restart would fail again or hide the problem: bad input, non-finite loss, full disk, out of
+# memory, a device that may compute wrong results (research/errors.py).
+NON_RETRYABLE_EXIT_CODES = (2, 3, 4, 5, 6)
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is to be launched.
+    """What to launch.
 
     Attributes:
-      module: "experiments.cifar_cnn", or "launch.sweep" for a worker of a sweep.
-      experiment: what is trained.
-      args: the module's, `--workdir` among them.
-      workdir: the folder of the record.
-      config: the experiment's, as its flags have it.
-      options: the launcher's own, of the dataclass that `parse` was given.
+      module: "experiments.cifar_cnn", or "launch.sweep" for a sweep worker.
+      experiment: the experiment to train.
+      args: the module's arguments, without `--workdir`.
+      workdir: the folder for the record.
+      config: the experiment's config, with its flags applied.
+      options: the launcher's options, the dataclass that `parse` was given.
+      given: names of the experiment's flags that the command line sets, such as "config.batch_size".
     """
 
     module: str
@@ -53,40 +54,43 @@ class Job:
     workdir: str
     config: Any
     options: Any
+    given: frozenset[str]
+
+    @property
+    def module_command(self) -> list[str]:
+        """The module and all of its arguments: what follows `python -m`."""
+        return [self.module, *self.args, f"--workdir={self.workdir}"]
 
     @property
     def command(self) -> list[str]:
-        """Runs the experiment with this Python."""
-        return [sys.executable, "-m", self.module, *self.args]
+        """Runs the module with this Python interpreter."""
+        return [sys.executable, "-m", *self.module_command]
 
 
 def parse_options(where: str, doc: str, options: Any, argv: Sequence[str]) -> tuple[str, list[str]]:
-    """Sets the launcher's options, in place, to what its flags say.
+    """Sets a launcher's options, in place, from its flags.
 
     Args:
       where: the launcher's name, as in `python -m launch.<where>`.
       doc: its docstring, which `--help` shows.
-      options: a dataclass of `research.config.option` fields with their defaults; each is a flag. A `workdir` among
-        them says what that folder is, where it is not that of a new record.
+      options: a dataclass of `research.config.option` fields with defaults; each becomes a flag. It defines `workdir`
+        itself where that folder is not a new record.
       argv: the arguments.
 
     Returns:
-      `--workdir` ("" where it is not given), and the arguments that are not the launcher's.
+      The value of `--workdir` ("" if not given), and the arguments that the launcher does not define.
 
     Raises:
-      UserError: a value is impossible.
+      UserError: a value is invalid.
       SystemExit: after `--help`.
     """
     values = absl_flags.FlagValues()
     absl_flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
     if not hasattr(options, "workdir"):
-        absl_flags.DEFINE_string("workdir", "", "folder of the record", flag_values=values)
+        absl_flags.DEFINE_string("workdir", "", "folder for the record", flag_values=values)
     for name, field, value in config_lib.walk(options):
         flags.DEFINE[field.type](name, value, field.metadata["help"], flag_values=values)
-    try:
-        rest = values([where, *argv], known_only=True)[1:]
-    except absl_flags.Error as error:
-        raise UserError(str(error)) from None
+    rest = _parse_flags(values, argv, known_only=True)
     if values["help"].value:
         print(_help(where, doc, options))
         raise SystemExit(0)
@@ -96,76 +100,115 @@ def parse_options(where: str, doc: str, options: Any, argv: Sequence[str]) -> tu
     return str(values["workdir"].value), rest
 
 
+def _parse_flags(values: absl_flags.FlagValues, argv: Sequence[str], *, known_only: bool = False) -> list[str]:
+    """Parses flags in every form that absl accepts; returns the arguments that are left, in order."""
+    try:
+        return values(["launch", *argv], known_only=known_only)[1:]
+    except (absl_flags.Error, ValueError) as error:  # ValueError: --noFLAG=VALUE
+        raise UserError(str(error)) from None
+
+
 def parse(where: str, doc: str, options: Any, argv: Sequence[str]) -> Job:
-    """The job that a launcher's command line describes, checked; the arguments are those of `parse_options`.
+    """Parses and checks a launcher's command line; the arguments are those of `parse_options`.
 
     Raises:
-      UserError: there is no such experiment, or a flag is misspelt or impossible.
+      UserError: the experiment does not exist, or a flag is unknown or invalid.
       SystemExit: after `--help`.
     """
     workdir, rest = parse_options(where, doc, options, argv)
-    modules = [arg for arg in rest if not arg.startswith("-")]
-    sweeps = modules[:1] == [_SWEEP] and where in _RUN_WORKERS
-    if len(modules) != 1 + sweeps:
-        raise UserError(f"name one experiment, as in `python -m launch.{where} experiments.cifar_cnn`")
-    experiment = _experiment(modules[-1])
+    own, worker = rest, None
+    if _SWEEP in rest and where in _RUN_SWEEP_WORKERS:
+        rest = _without(rest, _SWEEP)
+        worker = sweep_options.SweepOptions()
+        _, own = parse_options("sweep", "", worker, rest)
+        worker.processes = 0
+    module = _experiment_module(where, own)
+    own = _without(own, module)
+    experiment = _experiment(module)
     workdir = workdir or f"runs/{where}/{experiment.name}/{time.strftime('%Y-%m-%d-%H%M%S')}"
-    args = [arg for arg in rest if arg.startswith("-")] + ["--processes=0"] * sweeps
-    own, options_of_sweep = _sweep_options(workdir, args) if sweeps else (args, None)
-    # What only the machines of the run can open is theirs to read.
     check_no_password(workdir)
-    remote = "://" in workdir
-    if where in _OF_THEIR_OWN and not remote and (Path(workdir) / "config.json").exists():
-        raise UserError(f"--workdir={workdir} holds a run, whose config it would take: give a folder of its own")
-    checked = [arg for arg in own if not arg.startswith("--mode")] if remote else [*own, f"--workdir={workdir}"]
+    is_remote = "://" in workdir
+    if where in _KEEP_OWN_RECORD and not is_remote and (Path(workdir) / "config.json").exists():
+        raise UserError(f"--workdir={workdir} holds a run: give launch.{where} a folder for its own record")
+    # Only the machines of the run may be able to open a remote workdir, so --mode=eval cannot be checked here.
+    checked = [*own, "--mode=train"] if is_remote else [f"--workdir={workdir}", *own]
     config = flags.parse(experiment, checked, [name for name, _, _ in config_lib.walk(options)]).config
-    if options_of_sweep:
-        _check_sweep(where, experiment, options_of_sweep, config)
-    worker = [modules[-1], *args] if sweeps else args
-    return Job(modules[0], experiment, (*worker, f"--workdir={workdir}"), workdir, config, options)
+    given = _given(experiment, own)
+    if not worker:
+        return Job(module, experiment, tuple(own), workdir, config, options, given)
+    sweep_options.check_place(workdir, worker)
+    _check_sweep(where, experiment, worker, config)
+    return Job(_SWEEP, experiment, (module, *_without(rest, module), "--processes=0"), workdir, config, options, given)
 
 
-def _sweep_options(workdir: str, args: Sequence[str]) -> tuple[list[str], Any]:
-    """Of the flags of a sweep's worker those of the experiment, and the sweep's own options."""
-    options = sweep_options.SweepOptions()
-    _, rest = parse_options("sweep", "", options, args)
-    sweep_options.check_place(workdir, options)
-    return rest, options
+def _experiment_module(where: str, args: Sequence[str]) -> str:
+    """The argument that names the experiment.
+
+    The experiment's flags are unknown until it is imported, so any argument without dashes may be the value of one, as
+    in `--config.seed 3 experiments.cifar_cnn`: the first that names a module is the experiment.
+    """
+    candidates = [arg for arg in args if not arg.startswith("-")]
+    if not candidates or _SWEEP in candidates:
+        raise UserError(f"name one experiment, as in `python -m launch.{where} experiments.cifar_cnn`")
+    return next(filter(_is_module, candidates), candidates[0])
+
+
+def _is_module(name: str) -> bool:
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):  # a parent package is missing; "", or a name that begins with a dot
+        return False
+    return spec is not None and spec.has_location  # a folder of the working directory has none
+
+
+def _without(args: Sequence[str], arg: str) -> list[str]:
+    """A copy without the first occurrence of `arg`."""
+    index = args.index(arg)
+    return [*args[:index], *args[index + 1 :]]
+
+
+def _given(experiment: Experiment, args: Sequence[str]) -> frozenset[str]:
+    """The names of the experiment's flags that are set."""
+    values = flags.define_flags(experiment)
+    _parse_flags(values, args)
+    return frozenset(name for name in values if values[name].present)
 
 
 def _check_sweep(where: str, experiment: Experiment, options: Any, config: Any) -> None:
-    """Raises `UserError` where a worker elsewhere could not begin; a search space only where Optuna is installed."""
+    """Raises `UserError` where a worker could not begin; the search space is checked only if Optuna is installed."""
     for text in options.search if where in ("tpu", "gke") else ():
         if Path(text).is_absolute():
-            raise UserError(f"--search={text}: the machines have this project alone; give a path within it")
+            raise UserError(f"--search={text}: only this repository is copied to the machines; give a path within it")
     if importlib.util.find_spec("optuna"):
         sweep_options.check_search(experiment, options, config)
 
 
 def check_remote(job: Job) -> None:
-    """Raises `UserError` where what a run leaves would be on a disk of machines that go when it ends."""
+    """Raises `UserError` where the workdir is on the local disk of machines that are deleted after the run."""
     if "://" not in job.workdir:
-        raise UserError(f"--workdir={job.workdir}: the machines' own disks go with them; give gs://BUCKET/FOLDER")
+        raise UserError(
+            f"--workdir={job.workdir} is a local folder, which is lost with the machines: give gs://BUCKET/FOLDER"
+        )
 
 
 def check_local(workdir: str) -> None:
     """Raises `UserError` where the workdir is not on this machine."""
     if "://" in workdir:
-        raise UserError(f"--workdir={workdir}: this record is on a local disk; give a folder of this machine")
+        raise UserError(f"--workdir={workdir}: this record must be on a local disk; give a folder on this machine")
 
 
 def make_folder(workdir: str) -> Path:
-    """Makes the record's folder before there is anything to record, so that one that cannot be made costs nothing.
+    """Creates the folder for the record, before any work is done that could not be recorded.
 
     Raises:
-      UserError: it cannot be made, or is not on this machine.
+      UserError: it cannot be created, or is not on this machine.
     """
     check_local(workdir)
     folder = Path(workdir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--workdir={folder} cannot be made: {error.strerror}") from None
+        raise UserError(f"--workdir={folder} cannot be created: {error.strerror}") from None
     return folder
 
 
@@ -173,16 +216,16 @@ def _experiment(module: str) -> Experiment:
     try:
         found = importlib.import_module(module)
     except (ModuleNotFoundError, TypeError, ValueError) as error:  # "", and names that begin with a dot
-        raise UserError(f"there is no {module} ({error}): name a module, as in experiments.cifar_cnn") from None
+        raise UserError(f"cannot import {module} ({error}): name a module, as in experiments.cifar_cnn") from None
     if not isinstance(experiment := getattr(found, "EXPERIMENT", None), Experiment):
-        raise UserError(f"{module} defines no EXPERIMENT, by which launchers know its flags")
+        raise UserError(f"{module} does not define EXPERIMENT, from which launchers read its flags")
     return experiment
 
 
 def _help(where: str, doc: str, options: Any) -> str:
     lines = [doc.strip(), ""]
     if not hasattr(options, "workdir"):
-        lines.append(f"  --workdir=DIR  folder of the record (default: runs/{where}/<what>/<date-time>)")
+        lines.append(f"  --workdir=DIR  folder for the record (default: runs/{where}/<experiment>/<date-time>)")
     for name, field, value in config_lib.walk(options):
         lines += flags.field_help(name, field, value)
     lines += ["", "All other flags are the experiment's: `python -m experiments.WHAT --help` lists them."]
@@ -190,7 +233,7 @@ def _help(where: str, doc: str, options: Any) -> str:
 
 
 def main(run: Callable[[Sequence[str]], int]) -> None:
-    """A launcher's whole command: exits with what `run` returns, or says in one line what was wrong."""
+    """Runs a launcher as a command: exits with the code that `run` returns, or prints the error in one line."""
     try:
         with lasting_output():
             sys.exit(run(sys.argv[1:]))

@@ -150,7 +150,7 @@ def _run_once(job: Job, asked: list[int]) -> int:
         if code == -signal.SIGABRT and late:  # how jax ends a process when another is silent
             number, what = late[0], "gave no sign of life (stopped, or cut off from the others) and was ended"
         again = "; --max_restarts=1 would start all again at the newest checkpoint"
-        cure = "" if job.options.max_restarts or code in job_lib.LASTING else again
+        cure = "" if job.options.max_restarts or code in job_lib.NON_RETRYABLE_EXIT_CODES else again
         print(f"error: process {number} {what}, and the others with it{cure}", file=sys.stderr)
         return code
     finally:
@@ -174,7 +174,7 @@ def run(argv: Sequence[str]) -> int:
         signal.signal(number, lambda received, _: asked.append(received))
     for restart in range(options.max_restarts + 1):
         code = _run_once(job, asked)
-        if code == 0 or asked or code in job_lib.LASTING or restart == options.max_restarts:
+        if code == 0 or asked or code in job_lib.NON_RETRYABLE_EXIT_CODES or restart == options.max_restarts:
             break
         print(f"restart {restart + 1} of {options.max_restarts}, from the newest checkpoint", file=sys.stderr)
     return 128 - code if code < 0 else code

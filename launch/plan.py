@@ -94,8 +94,7 @@ def candidates(job: Job) -> list[Candidate]:
 def _factor(job: Job, mesh: MeshConfig) -> int:
     """By how much the batch is to grow: a preset's that the devices cannot share becomes each one's."""
     shards = mesh.data * mesh.fsdp
-    given = any(arg.startswith("--config.batch_size") for arg in job.args)
-    return 1 if given or job.config.batch_size % shards == 0 else shards
+    return 1 if "config.batch_size" in job.given or job.config.batch_size % shards == 0 else shards
 
 
 def _sweep(topology: Topology, config: Any) -> Iterator[Candidate]:

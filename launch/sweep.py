@@ -3,11 +3,11 @@
 python -m launch.sweep experiments.cifar_cnn --trials=64 --search='optimizer.learning_rate=log(1e-4,1)' \\
     --search='optimizer.name=[sgd,momentum,adagrad,adam]' --search='model.width=int(16,64,step=16)'
 
-Any field of the experiment's Config is varied by --search=FIELD=log(low,high), float(low,high), int(low,high,step=n) or
-[a,b,c], or by a Python file with `def search(trial)`. Trials are judged on a validation split; the best one's command
-is printed, and run, which gives its test figures. The same command again goes on with a sweep that was stopped; more
-workers, on any machine that reaches the --storage, join it by the same command with --processes=0, or by
-`python -m launch.slurm launch.sweep experiments.cifar_cnn ...` (or another launcher). The record in --workdir:
+--search=FIELD=RANGE varies a field of the experiment's Config: log(low,high), float(low,high), int(low,high,step=n) or
+[a,b,c]. A Python file with `def search(trial)` may choose them instead. Trials are ranked on a validation split. At the
+end the best trial's command is printed and run, which evaluates the test split. The same command resumes a sweep that
+was stopped. More workers, on any machine that can reach the --storage, join with the same command and --processes=0, or
+by `python -m launch.slurm launch.sweep experiments.cifar_cnn ...` (or another launcher). The record in --workdir:
 sweep.json, trials.csv, sweep.html, journal.log, and the run of the best trial.
 """
 
@@ -32,18 +32,18 @@ if TYPE_CHECKING:
     from launch.sweeps.study import Study
     from launch.sweeps.worker import Sweep
 
-_TRIALS = 50
-_VALIDATION = 0.1  # of a training set that has no validation split of its own
+_DEFAULT_TRIALS = 50
+_VALIDATION_FRACTION = 0.1  # of the training set, if the data set has no validation split
 _POLL_SECONDS = 1.0
 
 
 def run(argv: Sequence[str]) -> int:
-    """Sweeps as the command line says; returns the exit code.
+    """Runs the sweep that the command line describes; returns the exit code.
 
     Raises:
-      UserError: bad input, found before the first trial; no trial was trained to its end, or ten in a row failed.
-      StoppedError: a signal came; the same command goes on.
-      RecordError: the storage went out of reach, is full, or was written over.
+      UserError: bad input, found before the first trial; no trial completed; or ten in a row failed.
+      StoppedError: a stop signal was received; the same command resumes.
+      RecordError: the storage became unreachable, is full or was overwritten.
     """
     options = SweepOptions()
     job = job_lib.parse("sweep", str(__doc__), options, argv)
@@ -60,8 +60,8 @@ def run(argv: Sequence[str]) -> int:
     except (OSError, StorageInternalError, json.JSONDecodeError) as error:
         why = " ".join(str(error.__cause__ or error).split())[:200]
         raise RecordError(
-            f"the study or the record cannot be read or written: {why}; when it can the same command goes on with "
-            f"--workdir={job.workdir}"
+            f"the study or the record cannot be read or written: {why}; once that is fixed, the same command with "
+            f"--workdir={job.workdir} resumes"
         ) from None
 
 
@@ -73,14 +73,14 @@ def _run(job: Job, argv: Sequence[str], signals: Signals) -> int:
 
     sweep, points = _sweep(job)
     name, identity = options.study or job.experiment.name, _identity(job, sweep)
-    command = [job.module, *(arg for arg in job.args if not arg.startswith("--workdir"))]
+    command = [job.module, *job.args]
     if options.processes:
         best.check_folder(workdir, name, identity)
     direction = "maximize" if sweep.maximizes else "minimize"
     storage = open_storage(options.storage, workdir)
     study = Study(storage, name, direction, identity, options.sampler, options.pruner, job.config.seed)
     if study.complete(sweep.trials):
-        print(f"the sweep in {workdir} is finished: a larger --trials goes on with it")
+        print(f"the sweep in {workdir} is finished: give a larger --trials to continue it")
         if options.processes and not best.is_recorded(workdir, options.fit):
             job_lib.make_folder(job.workdir)
             best.finish(workdir, command, options.fit, sweep, study, signals)
@@ -89,7 +89,7 @@ def _run(job: Job, argv: Sequence[str], signals: Signals) -> int:
         job_lib.make_folder(job.workdir)
     study.plan(sweep.trials, points)
     print(
-        f"{name}: {sweep.trials} trials of {sweep.metric}, {sweep.size} runs at once on {_devices(sweep)}", flush=True
+        f"{name}: {sweep.trials} trials of {sweep.metric}, {sweep.size} runs at a time on {_devices(sweep)}", flush=True
     )
     with Display(study, sweep).shown() as display:
         try:
@@ -112,7 +112,8 @@ def _run(job: Job, argv: Sequence[str], signals: Signals) -> int:
         best.finish(workdir, command, options.fit, sweep, study, signals)
     else:
         print(
-            f"no trial is left: {summary(study, sweep)['num_trials']} ended; the record is made without --processes=0"
+            f"no trial is left: {summary(study, sweep)['num_trials']} ended; the record is written by the command "
+            "without --processes=0"
         )
     return 0
 
@@ -130,10 +131,10 @@ def _devices(sweep: "Sweep") -> str:
 
 
 def _sweep(job: Job) -> tuple["Sweep", list[dict[str, Any]]]:
-    """What is swept, checked, and the points of a grid.
+    """Builds and checks the sweep; returns it and the points of its grid ([] without one).
 
     Raises:
-      UserError: something is impossible.
+      UserError: the options contradict each other, the config or the data set.
     """
     options, config = job.options, job.config
     from launch.sweeps import processes
@@ -148,8 +149,8 @@ def _sweep(job: Job) -> tuple["Sweep", list[dict[str, Any]]]:
     points = space.grid() if grid else []
     if grid and options.trials not in (0, len(points)):
         raise UserError(f"--trials={options.trials}: the grid has {len(points)} points; leave --trials out")
-    os.environ.update(processes.take_place(os.environ))
-    if options.processes > 1:  # the workers shall have the accelerators' memory, not this process
+    os.environ.update(processes.gpu_of_worker(os.environ))
+    if options.processes > 1:  # leaves the accelerators' memory to the workers
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     import jax
 
@@ -161,25 +162,27 @@ def _sweep(job: Job) -> tuple["Sweep", list[dict[str, Any]]]:
     compilation_cache.enable()
     split = split_cpu(options.population)
     dataset = sources.load(config.dataset)
-    fraction = config.dataset.validation_fraction if dataset.validation else _VALIDATION
+    fraction = config.dataset.validation_fraction if dataset.validation else _VALIDATION_FRACTION
     found = dataclasses.replace(config.dataset, name=dataset.name, validation_fraction=fraction)
     config = dataclasses.replace(config, dataset=found)
     dataset = job.experiment.prepare(config, load(config.dataset))
     resolved = job.experiment.resolve(config, dataset)
-    devices = jax.local_devices()[: options.population or None]  # hosts of one TPU slice see each other's
-    alone = devices[:1] if split and devices[0].platform == "cpu" else None
+    devices = jax.local_devices()[: options.population or None]  # not jax.devices(): it includes those of other hosts
+    single_run_devices = devices[:1] if split and devices[0].platform == "cpu" else None
     population = Population(resolved, job.experiment.make_task(resolved, dataset), dataset, devices, len(devices))
     names = population.figure_names()
     metric = options.metric or ("validation_accuracy" if "validation_accuracy" in names else "validation_loss")
     if metric not in names:
-        raise UserError(f"--metric={metric}: {job.experiment.name} has {', '.join(names)}; use validation_loss")
+        raise UserError(f"--metric={metric}: {job.experiment.name} only has {', '.join(names)}; use validation_loss")
     size = options.population or max(default_size(devices), options.seeds)
-    trials = len(points) or options.trials or _TRIALS
-    return Sweep(job.experiment, config, space, metric, trials, options.seeds, size, devices, alone), points
+    trials = len(points) or options.trials or _DEFAULT_TRIALS
+    return Sweep(
+        job.experiment, config, space, metric, trials, options.seeds, size, devices, single_run_devices
+    ), points
 
 
 def _identity(job: Job, sweep: "Sweep") -> dict[str, Any]:
-    """What a study is of; all else may differ between its workers."""
+    """The settings that all workers of a study must share, as JSON values; all others may differ between them."""
     config = dataclasses.asdict(sweep.config)
     del config["dataset"]["data_dir"], config["distributed"]
     identity = {

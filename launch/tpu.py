@@ -28,7 +28,7 @@ from research.errors import UserError
 from research.process.signals import Signals
 
 _SECONDS_BETWEEN_LOOKS = 10.0
-_NO_RESTART = (0, *job_lib.LASTING)  # done, or an end that another TPU would not change
+_NO_RESTART = (0, *job_lib.NON_RETRYABLE_EXIT_CODES)  # done, or an end that another TPU would not change
 
 
 class _LostError(UserError):

@@ -220,8 +220,9 @@ def test_iree_gives_the_same(checkpoint, classifier, vae, language_model):
     np.testing.assert_allclose(*pair, atol=1e-5)
 
 
-def test_bfloat16_weights_come_back_to_the_bit(tmp_path):
+def test_weights_of_every_kind_come_back_to_the_bit(tmp_path):
     weights = {"a": np.arange(4).astype(ml_dtypes.bfloat16) / 3, "b": np.array(True), "c": np.float32([[1]])}
+    weights["d"] = np.arange(6, dtype=np.float32).reshape(2, 3).T  # not contiguous
     manifest = {"functions": {}, "classes": [], "platforms": [], "weights": {}}
     manifest["weights"] = {name: {"shape": list(x.shape), "dtype": str(x.dtype)} for name, x in weights.items()}
     artifact.write(tmp_path / "x", manifest, weights, {})

@@ -187,8 +187,16 @@ def test_a_search_tries_meshes_and_microbatches_and_takes_the_fastest_that_fits(
     assert plan.answer(rows[4:]) == rows[4]
 
 
-@pytest.mark.parametrize(("args", "batch"), [(["--topology=h100-8"], 64), (["--topology=h100-24"], 64 * 24)])
-def test_a_presets_batch_that_cannot_be_shared_is_each_devices(args, batch):
+@pytest.mark.parametrize(
+    ("args", "batch"),
+    [
+        (["--topology=h100-8"], 64),
+        (["--topology=h100-24"], 64 * 24),
+        (["--topology", "h100-24", "--config.batch_size", "32"], 32),
+        (["--topology=h100-24", "-config.batch_size=32"], 32),
+    ],
+)
+def test_only_a_presets_batch_that_cannot_be_shared_is_each_devices(args, batch):
     job = plan.job_lib.parse("plan", "", plan.PlanOptions(), ["experiments.cifar_cnn", *args])
     assert [one.config.batch_size for one in plan.candidates(job)] == [batch]
 
@@ -224,7 +232,8 @@ def test_impossible_flags_are_named_before_anything_is_compiled(args, words, tmp
 
 
 @pytest.mark.parametrize(
-    ("workdir", "words"), [("file/x", "file/x cannot be made: Not a directory"), ("gs://b/x", "on a local disk")]
+    ("workdir", "words"),
+    [("file/x", "file/x cannot be created: Not a directory"), ("gs://b/x", "must be on a local disk")],
 )
 def test_a_record_that_cannot_be_kept_is_named_before_anything_is_compiled(workdir, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -204,7 +204,10 @@ def _no_program(manifest, folder):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda m, _: m["files"]["weights.npz"].update(sha256="0"), "weights.npz does not have its checksum"),
+        (
+            lambda m, _: m["files"]["weights.safetensors"].update(sha256="0"),
+            "weights.safetensors does not match its checksum",
+        ),
         (lambda m, _: m.update(functions={"f": m["functions"]["classify"]}), "has f, which launch.predict has no use"),
         (lambda m, _: m.update(platforms=["tpu"]), "is for tpu, and jax runs on cpu here"),
         (_no_program, "programs cannot be read by jax"),

@@ -12,6 +12,7 @@ from command import DIGITS
 from experiments.cifar_cnn import EXPERIMENT
 from launch import job as job_lib
 from launch import scaling
+from research import flags
 from research.errors import UserError
 from research.process.signals import StoppedError
 
@@ -58,7 +59,7 @@ def test_processes_that_shall_not_meet_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("workdir", "words"), [("file/x", "file/x cannot be made: Not a directory"), ("gs://b/x", "on a local disk")]
+    ("workdir", "words"), [("file/x", "file/x cannot be created: Not a directory"), ("gs://b/x", "on a local disk")]
 )
 def test_a_record_that_cannot_be_kept_is_named_before_anything_is_measured(workdir, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -175,8 +176,8 @@ def test_a_dry_run_prints_what_is_run(gpus, tmp_path, monkeypatch, capsys):
 
 def test_a_device_by_itself_has_a_mesh_of_its_own(capsys):
     """However the mesh of those that communicate is split; and the config's own steps a dispatch count."""
-    flags = ["--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.steps_per_dispatch=3"]
-    assert scaling.run(["experiments.cifar_cnn", *DIGITS, "--devices=1,2", "--dry_run", *flags]) == 0
+    given = ["--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.steps_per_dispatch=3"]
+    assert scaling.run(["experiments.cifar_cnn", *DIGITS, "--devices=1,2", "--dry_run", *given]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("#")]
     configs = [flags.parse(EXPERIMENT, line.partition("experiments.cifar_cnn ")[2].split()).config for line in lines]
     assert [(config.mesh.data, config.mesh.fsdp) for config in configs] == [(-1, 1), *[(1, 2)] * 2, *[(-1, 1)] * 2]

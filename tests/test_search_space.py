@@ -19,18 +19,18 @@ BAD_SPACES = {
     "optimizer.learning_rat=log(1,2)": "did you mean optimizer.learning_rate",
     "model.width=int(16,4)": "from 16 to 4 is reversed",
     f"{RATE}=float(1,1)": "is empty",
-    f"{RATE}=log(0,1)": "a logarithmic range is above 0",
-    f"{RATE}=log(-1,1)": "a logarithmic range is above 0",
+    f"{RATE}=log(0,1)": "a logarithmic range must be above 0",
+    f"{RATE}=log(-1,1)": "a logarithmic range must be above 0",
     f"{RATE}=log(1e-4,x)": "'x' is not of type float",
-    f"{RATE}=float(0,1,step=0.3)": "do not lead from",
-    f"{RATE}=1": "write log",
+    f"{RATE}=float(0,1,step=0.3)": "is not a multiple of the step",
+    f"{RATE}=1": "expected log",
     "model.width=float(1,2)": "use int or log",
     "model.dropout=float(0,1.5)": "model.dropout=1.5: must be below 1",
     "optimizer.name=[sgd,sdg]": "'sdg': use one of",
     "optimizer.name=[]": "one or more different values",
     "mirror=[maybe]": "'maybe' is not of type bool",
-    "mesh.fsdp=[1,2]": "is not searched",
-    "no_such_file.py": "has no `def search(trial)`",
+    "mesh.fsdp=[1,2]": "a sweep cannot vary it",
+    "no_such_file.py": "must define a working `def search(trial)`",
 }
 
 
@@ -74,9 +74,9 @@ def test_a_python_file_searches_and_is_checked(tmp_path):
     ("text", "words"),
     [
         (f"def search(trial):\n    return {{'{RATE}': [1]}}", "is not of type float"),
-        ("def search(trial):\n    return {1: 2}", "there is no field 1"),
+        ("def search(trial):\n    return {1: 2}", "no field 1"),
         ("def search(trial):\n    pass", "varies nothing: call trial.suggest_"),
-        ("raise SystemExit(0)", "has no `def search"),
+        ("raise SystemExit(0)", "must define a working `def search"),
     ],
 )
 def test_a_python_file_that_cannot_be_searched_is_named(text, words, tmp_path):

@@ -159,14 +159,14 @@ def test_without_slurm_it_says_so(env, tmp_path):
 
 
 def test_a_workdir_elsewhere_is_named_by_a_dry_run_too():
-    with pytest.raises(UserError, match="give a folder of this machine"):
+    with pytest.raises(UserError, match="give a folder on this machine"):
         slurm_launcher.run(["experiments.cifar_cnn", *DIGITS, "--workdir=gs://b/x", "--dry_run"])
 
 
 def test_a_folder_that_cannot_be_made_is_named_before_anything_is_submitted(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda _: "/bin/false")
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="file/x cannot be made: Not a directory"):
+    with pytest.raises(UserError, match="file/x cannot be created: Not a directory"):
         slurm_launcher.run(["experiments.cifar_cnn", *DIGITS, f"--workdir={tmp_path}/file/x"])
 
 

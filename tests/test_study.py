@@ -53,6 +53,20 @@ def test_a_point_whose_worker_died_before_it_was_read_comes_again(make):
     assert sorted(_train(study)) == [0.1, 0.2, 0.3]
 
 
+def test_a_retried_trial_counts_once(make):
+    study = make()
+    study.plan(3, GRID)
+    _lose(study.claim(3))
+    study.retry_lost()
+    assert [trial.number for trial in study.trials()] == [1, 2, 3]  # 3 is the retry of 0
+    assert study.trials(TrialState.FAIL) == []
+    assert [trial.number for trial in study.attempts(TrialState.FAIL)] == [0]
+    _train(study)
+    assert sorted(trial.value for trial in study.trials()) == [0.1, 0.2, 0.3]
+    assert len(study.attempts()) == 4
+    assert (study.planned(), study.complete(3)) == (3, True)
+
+
 def test_time_in_which_nothing_ran_does_not_count(make):
     study = make()
     study.plan(1, [])
@@ -61,7 +75,7 @@ def test_time_in_which_nothing_ran_does_not_count(make):
     began = trial.datetime_start.timestamp()
     study.optuna.set_user_attr(f"alive:{trial.user_attrs[WORKER]}", began + 20)
     assert study.retry_lost() == 1
-    (ended,) = study.trials(TrialState.FAIL)
+    (ended,) = study.attempts(TrialState.FAIL)
     ended.datetime_complete = ended.datetime_start + timedelta(seconds=90)  # when it was found
     assert report._busy_seconds(study) == pytest.approx(20, abs=0.1)
 
@@ -77,6 +91,6 @@ def test_a_database_whose_tables_another_worker_makes_is_opened_again(monkeypatc
         return get_storage(text)
 
     monkeypatch.setattr(optuna.storages, "get_storage", first_fails)
-    monkeypatch.setattr(study_lib, "_SECONDS_TO_MAKE_TABLES", 0)
+    monkeypatch.setattr(study_lib, "_SECONDS_TO_CREATE_TABLES", 0)
     assert open_storage(url, tmp_path).get_all_studies() == []
     assert made == [url, url]

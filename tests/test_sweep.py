@@ -216,11 +216,11 @@ def test_a_worker_takes_the_gpu_that_its_launcher_meant(environment, expected, t
     for number in range(4):
         (tmp_path / f"gpus/{number}").mkdir(parents=True)
     monkeypatch.setattr(processes, "_GPUS", tmp_path / "gpus")
-    assert processes.take_place(environment) == expected
+    assert processes.gpu_of_worker(environment) == expected
 
 
 def test_a_worker_reads_its_place_before_jax_starts(monkeypatch):
-    monkeypatch.setattr(processes, "take_place", lambda _: {"MESHWORK_PLACE": "taken"})
+    monkeypatch.setattr(processes, "gpu_of_worker", lambda _: {"MESHWORK_PLACE": "taken"})
     monkeypatch.setenv("MESHWORK_PLACE", "none")
     job = job_lib.parse("sweep", "", sweep.SweepOptions(), ["linear", f"--search={RATE}=log(1e-4,1)"])
     sweep._sweep(job)
@@ -240,7 +240,7 @@ def test_out_of_memory_says_how_to_go_on_and_gives_back_what_was_running(fake, m
     _, study, made = fake(f"{RATE}=float(0.1,1)", trials=4)
     error = RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes")
     monkeypatch.setattr(_Fake, "train_epoch", lambda *_: (_ for _ in ()).throw(error))
-    with pytest.raises(OutOfMemoryError, match=r"allocating 8 bytes.*give --population=2 to go on"):
+    with pytest.raises(OutOfMemoryError, match=r"allocating 8 bytes.*give --population=2 to continue"):
         made.run()
     assert len(study.trials(TrialState.WAITING)) == 4
 
@@ -258,7 +258,7 @@ def test_a_signal_gives_back_what_was_running(fake):
     signals = Signals()
     swept, study, made = fake(f"{RATE}=float(0.1,1)", trials=6, signals=signals)
     signals.received = signal.SIGINT
-    with pytest.raises(StoppedError, match="the same command goes on"):
+    with pytest.raises(StoppedError, match="the same command resumes"):
         made.run()
     assert study.trials(TrialState.RUNNING) == []
     again = worker.Worker(swept, study, Signals(), lambda: None)
@@ -332,5 +332,5 @@ def test_other_launchers_run_workers():
     module = job.command[1:4]
     assert module == ["-m", "launch.sweep", "experiments.cifar_cnn"]
     assert {"--processes=0", "--storage=sqlite:///x.db", f"--search={RATE}=log(1e-4,1)"} <= set(job.args)
-    with pytest.raises(UserError, match="give it a URL that they reach"):  # before a machine is rented
+    with pytest.raises(UserError, match="give it a URL that they can reach"):  # before a machine is rented
         job_lib.parse("tpu", "", tpu.TpuOptions(), [*argv[:2], argv[3], "--workdir=gs://b/x"])

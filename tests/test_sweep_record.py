@@ -72,12 +72,12 @@ def test_a_sweep_leaves_its_record_and_goes_on(folder, capsys):
     for changed, words in (
         ([*WIDTHS, "--trials=5"], "the grid has 4 points"),
         ([*SWEEP, f"--search={RATE}=[0.3]", "--sampler=grid"], "search differs"),
-        ([*SWEEP], "say what to vary"),
-        ([*WIDTHS, "--config.mesh.fsdp=2"], "each trial has one device"),
-        ([*WIDTHS, "--config.max_rewinds=1"], "a trial whose loss is not finite is over"),
-        ([*SWEEP, "--search=max_skipped_steps=[1,2]"], "a trial whose loss is not finite is over"),
-        ([*WIDTHS, "--workdir=gs://x/y"], "is on a local disk"),
-        ([*WIDTHS, "--study=other"], "has the record of the study linear"),
+        ([*SWEEP], "nothing to vary"),
+        ([*WIDTHS, "--config.mesh.fsdp=2"], "each trial on one device"),
+        ([*WIDTHS, "--config.max_rewinds=1"], "ends a trial at the first non-finite loss"),
+        ([*SWEEP, "--search=max_skipped_steps=[1,2]"], "ends a trial at the first non-finite loss"),
+        ([*WIDTHS, "--workdir=gs://x/y"], "must be on a local disk"),
+        ([*WIDTHS, "--study=other"], "holds the record of the study linear"),
         ([*SWEEP, f"--search={RATE}=log(0.01,0.1)", "--storage=other.log"], r"another sweep \(search, grid differs"),
     ):
         with pytest.raises(UserError, match=words):
@@ -87,7 +87,7 @@ def test_a_sweep_leaves_its_record_and_goes_on(folder, capsys):
 def test_where_each_core_is_a_device_the_best_command_has_the_one_that_it_has_by_itself(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(population_devices, "split_cpu", lambda most: True)  # the tests have eight devices
-    for population, words in ((0, "16 runs at once on 8 cpu devices"), (3, "3 runs at once on 3 cpu devices")):
+    for population, words in ((0, "16 runs at a time on 8 cpu devices"), (3, "3 runs at a time on 3 cpu devices")):
         argv = ["linear", f"--workdir=w{population}", f"--search={RATE}=[0.01,0.1,0.2]", "--sampler=grid"]
         assert sweep.run([*argv, f"--population={population}"]) == 0
         assert words in capsys.readouterr().out
@@ -100,11 +100,11 @@ def test_where_each_core_is_a_device_the_best_command_has_the_one_that_it_has_by
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_sweep_that_is_stopped_names_the_folder_that_goes_on(processes, folder, monkeypatch):
     def stopped(*_):
-        raise StoppedError("stopped by SIGINT: the same command goes on", 2)
+        raise StoppedError("stopped by SIGINT: the same command resumes", 2)
 
     monkeypatch.setattr(sweep if processes == 1 else sweep_processes, "_work" if processes == 1 else "run", stopped)
     argv = [arg for arg in SWEEP if not arg.startswith("--workdir")]
-    with pytest.raises(StoppedError, match=r"goes on with --workdir=runs/sweep/\S+/\d\S+$") as error:
+    with pytest.raises(StoppedError, match=r"resumes with --workdir=runs/sweep/\S+/\d\S+$") as error:
         sweep.run([*argv, f"--search={RATE}=[0.1,0.2]", f"--processes={processes}"])
     assert error.value.exit_code == 130
 
@@ -158,7 +158,7 @@ def test_the_end_of_a_finished_sweep_is_made_up_for(folder, capsys, monkeypatch)
 )
 def test_a_storage_that_goes_away_or_is_written_over_is_one_line(error, folder, monkeypatch):
     monkeypatch.setattr(Study, "claim", lambda *_: (_ for _ in ()).throw(error))
-    words = r"cannot be read or written: .*No space left(: line 1 .*)?; when it can the same command goes on"
+    words = r"cannot be read or written: .*No space left(: line 1 .*)?; once that is fixed, the same command"
     with pytest.raises(RecordError, match=words):
         sweep.run([*SWEEP, f"--search={RATE}=log(1e-4,1)"])
 
@@ -185,7 +185,7 @@ def test_the_record_has_its_folder_whatever_the_storage(folder):
     assert sweep.run(argv) == 0
     assert {path.name for path in (folder / "w").iterdir()} >= {"sweep.json", "trials.csv", "sweep.html", "best-0"}
     (folder / "file").touch()
-    with pytest.raises(UserError, match="--workdir=file/w cannot be made: Not a directory"):
+    with pytest.raises(UserError, match="--workdir=file/w cannot be created: Not a directory"):
         sweep.run([*argv, "--workdir=file/w", "--study=other"])
 
 

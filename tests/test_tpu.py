@@ -164,7 +164,7 @@ def test_the_runtime_is_the_accelerators(accelerator, runtime):
         (["create", "--accelerator=v9-8"], "another needs --runtime"),
         (["create", "--zoen=x"], "unexpected '--zoen=x'"),
         (["run", "experiments.cifar_cnn", "--workdir=here"], "give gs://BUCKET/FOLDER"),
-        (["run", "experiments.nothing", "--workdir=gs://b/x"], "there is no experiments.nothing"),
+        (["run", "experiments.nothing", "--workdir=gs://b/x"], "cannot import experiments.nothing"),
         (["up"], "name one experiment"),
     ],
 )

@@ -1,1 +1,1 @@
-"""The engine of `launch.sweep`."""
+"""The engine of `launch.sweep`: search space, study, workers, record and fits."""

@@ -1,7 +1,7 @@
-"""How far a network scales, from a sweep over its size or its data: a power law, and what it expects beyond.
+"""`--fit`: a scaling law (a power law) from a sweep over the size of the network or the data set.
 
-Of each size the best trial counts, and each of its seeds is a measurement. An accuracy is fitted as the error, 1 minus
-it.
+The best trial of each size is used, and each of its seeds is one measurement. For an accuracy, the error (1 - accuracy)
+is fitted.
 """
 
 import math
@@ -23,15 +23,15 @@ from research.errors import UserError
 from research.training import hyperparams
 from research.training.state import num_params
 
-_BEYOND = (2, 4, 10)  # times the largest size
+_EXTRAPOLATIONS = (2, 4, 10)  # multiples of the largest size
 
 
 def check(by: str, searched: Mapping[str, Distribution], seeds: int) -> None:
-    """Raises `UserError` where what is searched has too few sizes of what is fitted against.
+    """Raises `UserError` if the search covers too few sizes for a fit.
 
     Args:
-      by: of `size_of`.
-      searched: the fields of the trials.
+      by: as in `size_of`.
+      searched: the search space.
       seeds: measurements of each size.
     """
     sizes = {"examples": ["dataset.train_fraction"]}.get(by, ["model.width", "model.depth", "model.layers"])
@@ -45,7 +45,7 @@ def check(by: str, searched: Mapping[str, Distribution], seeds: int) -> None:
 
 
 def _count(distribution: Distribution) -> float:
-    """How many values there are."""
+    """The number of values of a distribution."""
     match distribution:
         case optuna.distributions.CategoricalDistribution():
             return len(set(distribution.choices))
@@ -56,12 +56,12 @@ def _count(distribution: Distribution) -> float:
 
 
 def size_of(by: str, sweep: Sweep, config: Any) -> int:
-    """The parameters of a trial's network, the FLOPs of its training, or its training examples.
+    """The number of a trial's parameters, FLOPs of the whole training, or training examples.
 
     Args:
       by: "parameters", "flops" or "examples".
-      sweep: what was swept.
-      config: the trial's (`Sweep.trial_config`).
+      sweep: the sweep of the trial.
+      config: the trial's config (`Sweep.trial_config`).
     """
     config.mesh = MeshConfig(data=1)
     workload = lowering.Workload(*app.load(sweep.experiment, config))
@@ -78,31 +78,32 @@ def measurements(by: str, sweep: Sweep, ranked: Sequence[FrozenTrial]) -> list[t
     """(size, loss or error) of every seed of the best trial of each size, the smallest first.
 
     Args:
-      by: of `size_of`.
-      sweep: what was swept.
-      ranked: the trials that were trained to their end, the best first.
+      by: as in `size_of`.
+      sweep: the sweep of the trials.
+      ranked: the completed trials, best first.
     """
-    known: dict[Any, int] = {}  # trials of one program are of one size, and measuring may mean to compile
+    # Trials with one signature share one program, and so one size: FLOPs are counted in the compiled program.
+    sizes: dict[Any, int] = {}
     best: dict[int, FrozenTrial] = {}
     for trial in ranked:
         config = sweep.trial_config(fields(trial))
-        if (signature := hyperparams.signature(config)) not in known:
-            known[signature] = size_of(by, sweep, config)
-        best.setdefault(known[signature], trial)
+        if (signature := hyperparams.signature(config)) not in sizes:
+            sizes[signature] = size_of(by, sweep, config)
+        best.setdefault(sizes[signature], trial)
     values = ((size, value) for size, trial in best.items() for value in trial.user_attrs[SEED_VALUES])
     return sorted((size, 1 - value if sweep.maximizes else value) for size, value in values)
 
 
-def fitted(by: str, what: str, points: Sequence[tuple[int, float]]) -> dict[str, Any]:
-    """What sweep.json says of the law.
+def fitted(by: str, metric: str, points: Sequence[tuple[int, float]]) -> dict[str, Any]:
+    """Fits a power law; returns its entry in sweep.json.
 
     Args:
-      by: what the sizes are.
-      what: the figure, as in "validation_loss".
-      points: of `measurements`.
+      by: the kind of size, as in `size_of`.
+      metric: the name of the measured values, as in "validation_loss".
+      points: the (size, value) pairs of `measurements`.
 
     Raises:
-      UserError: there are too few of them.
+      UserError: there are too few points.
     """
     sizes, values = (np.array(column, np.float64) for column in zip(*points))
     try:
@@ -111,13 +112,14 @@ def fitted(by: str, what: str, points: Sequence[tuple[int, float]]) -> dict[str,
         raise UserError(f"--fit={by}: {error}; search more sizes, or give --seeds=3") from None
     found = {
         "by": by,
-        "figure": what,
+        "figure": metric,
         "floor": law.floor,
         "factor": law.at_scale * law.scale**law.exponent,
         "exponent": law.exponent,
         "points": [list(point) for point in points],
-        "beyond": [_expected(law, times * sizes.max()) for times in _BEYOND],
+        "beyond": [_expected(law, times * sizes.max()) for times in _EXTRAPOLATIONS],
     }
+    # A test of the fit: predict the largest size from the others.
     smaller = sizes < sizes.max()
     if smaller.sum() >= 4 and len(np.unique(sizes[smaller])) >= 3:
         without = scaling_law.fit(sizes[smaller], values[smaller])
@@ -131,12 +133,12 @@ def _expected(law: scaling_law.ScalingLaw, size: float) -> dict[str, float]:
 
 
 def lines(found: Mapping[str, Any]) -> str:
-    """What the command prints of the law."""
+    """The fit in words, for the terminal."""
     power = f"{found['factor']:.4g} * {found['by']}^-{found['exponent']:.3f}"
     text = [f"fit: {found['figure']} = {found['floor']:.4g} + {power}"]
     text += [f"  expected at {_interval(row)}" for row in found["beyond"]]
     if largest := found.get("largest"):
-        text.append(f"  without the largest it expects at {_interval(largest)}; measured {largest['measured']:.4f}")
+        text.append(f"  predicted from the smaller sizes for {_interval(largest)}; measured {largest['measured']:.4f}")
     return "\n".join(text)
 
 

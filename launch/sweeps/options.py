@@ -1,4 +1,4 @@
-"""What a sweep can be told, and what of it is impossible."""
+"""The flags of `launch.sweep`, and their checks."""
 
 import dataclasses
 from typing import TYPE_CHECKING
@@ -15,72 +15,84 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass
 class SweepOptions:
-    """What `launch.sweep` can be told."""
+    """The flags of `launch.sweep`."""
 
-    search: tuple[str, ...] = option((), "a field and its range, once for each field; or a Python file")
-    trials: int = option(0, "trials of the whole study; 0: 50, or the whole grid", minimum=0)
+    search: tuple[str, ...] = option(
+        (), "a field and its range, as in optimizer.learning_rate=log(1e-4,1), once per field; or a Python file"
+    )
+    trials: int = option(0, "number of trials of the study; 0: 50, or the whole grid", minimum=0)
     metric: str = option(
         "",
-        "what decides; empty: the accuracy where there is one, else the loss",
+        "metric that ranks the trials; empty: the accuracy if the task has one, else the loss",
         choices=("", "validation_accuracy", "validation_loss"),
     )
-    seeds: int = option(1, "runs of each trial, from the config's seed on; their mean counts", minimum=1)
-    sampler: str = option("tpe", "how values are chosen", choices=("tpe", "random", "grid", "halton", "cmaes"))
-    pruner: str = option("none", "which trials end early, judged after each epoch", choices=("asha", "median", "none"))
+    seeds: int = option(
+        1, "runs of each trial, with consecutive seeds from --config.seed on; a trial's value is their mean", minimum=1
+    )
+    sampler: str = option(
+        "tpe", "how the values of a trial are chosen", choices=("tpe", "random", "grid", "halton", "cmaes")
+    )
+    pruner: str = option(
+        "none", "which trials are stopped early, decided after each epoch", choices=("asha", "median", "none")
+    )
     population: int = option(
         0,
-        "runs that train together in one program; 0: 8 on a CPU, or 2 on each core, which trains one at a time; 32 on "
-        "each accelerator",
+        "runs that train together in one program; 0: 32 on each accelerator; on a CPU 8, or 2 per core if there are "
+        "more than 4 (each core trains one run at a time)",
         minimum=0,
     )
-    processes: int = option(1, "workers here; 0: one that joins the study, and leaves the record to others", minimum=0)
-    storage: str = option("", "a storage URL of Optuna's, or a journal file; empty: journal.log in the workdir")
+    processes: int = option(
+        1, "worker processes on this machine; 0: a worker that joins a running study and writes no record", minimum=0
+    )
+    storage: str = option("", "Optuna storage URL or journal file; empty: journal.log in the workdir")
     fit: str = option(
         "",
-        "a power law through the metric of several sizes; by what they are measured",
+        "fit a power law of the metric against this size",
         choices=("", "parameters", "flops", "examples"),
     )
     study: str = option("", "the study's name in the storage; empty: the experiment's")
 
 
 def check_place(workdir: str, options: SweepOptions) -> None:
-    """Raises `UserError` where the record or the study would be in a workdir that is not on a local disk.
+    """Raises `UserError` if the record or the study would be in a workdir that is not on a local disk.
 
-    And where the storage's URL holds a password, which would stand in scripts, manifests and lists of processes.
+    Also if the storage URL contains a password, which would show up in scripts, manifests and process lists.
     """
     check_no_password(options.storage)
     if "://" in workdir and (options.processes or not options.storage):
         raise UserError(
-            f"--workdir={workdir}: a sweep's record is on a local disk; workers elsewhere (--processes=0) need "
-            "nothing but the --storage: give it a URL that they reach, as in --storage=postgresql://HOST/NAME"
+            f"--workdir={workdir}: a sweep's record must be on a local disk; workers elsewhere (--processes=0) need "
+            "only the --storage: give it a URL that they can reach, as in --storage=postgresql://HOST/NAME"
         )
 
 
 def check_search(experiment: Experiment, options: SweepOptions, config: Config) -> "SearchSpace":
-    """The search space of the options.
+    """Parses the search space.
 
     Raises:
-      UserError: there is none, or it is impossible with the other options or the config.
+      UserError: it is empty or invalid, or contradicts the other options or the config.
     """
-    from launch.sweeps import search_space  # needs Optuna, which is an extra
+    from launch.sweeps import search_space  # imports Optuna, which is an optional dependency
 
     if experiment.run:
-        raise UserError(f"{experiment.name} makes runs of its own, which a sweep does not: sweep another experiment")
+        raise UserError(f"{experiment.name} defines its own runs, which a sweep cannot vary: sweep another experiment")
     if not options.search and options.seeds == 1:
-        raise UserError("say what to vary, as in --search='optimizer.learning_rate=log(1e-4,1)', or give --seeds=5")
+        raise UserError(
+            "nothing to vary: give a search space, as in --search='optimizer.learning_rate=log(1e-4,1)', or --seeds=5"
+        )
     for path, field, value in config_lib.walk(config):
-        # How the processes of a sweep find each other may be said.
+        # How the processes of a sweep find each other may be configured.
         reason = field.metadata["not_searchable"]
         if reason and value != field.default and not path.startswith("distributed."):
             raise UserError(f"--config.{path}: {reason}; leave it out")
     if 0 < options.population < options.seeds:
         raise UserError(
-            f"--population={options.population}: the {options.seeds} runs of a trial train together; give at least "
+            f"--population={options.population}: the {options.seeds} seeds of a trial train together; give at least "
             f"--population={options.seeds}"
         )
     space = search_space.parse(options.search, config)
     if options.seeds > 1 and "seed" in space.distributions:
-        raise UserError("--seeds and --search=seed=... exclude each other")
+        raise UserError("--seeds and --search=seed=... exclude each other: give one of them")
     if options.seeds > 1:
         search_space.check_value("seed", config.seed + options.seeds - 1, config)
     return space

@@ -1,4 +1,4 @@
-"""A sweep's workers as processes of this machine, each with cores and a GPU of its own."""
+"""Sweep workers as processes on this machine, each with its own CPU cores and GPU."""
 
 import os
 import signal
@@ -15,15 +15,15 @@ _POLL_SECONDS = 1.0
 
 
 def run(count: int, argv: Sequence[str], show: Callable[[], None]) -> None:
-    """Starts workers that join the study, and shows what they do until the last has ended.
+    """Starts workers that join the study, and waits until all have ended.
 
     Args:
-      count: of workers.
+      count: the number of workers.
       argv: the arguments of `launch.sweep`.
-      show: called every second.
+      show: called every second, to update the display.
 
     Raises:
-      UserError: all failed.
+      UserError: all workers failed.
     """
     cores = sorted(os.sched_getaffinity(0))
     command = [sys.executable, "-m", "launch.sweep", *argv, "--processes=0"]
@@ -32,7 +32,7 @@ def run(count: int, argv: Sequence[str], show: Callable[[], None]) -> None:
         inherited = {name: value for name, value in os.environ.items() if name != "XLA_PYTHON_CLIENT_PREALLOCATE"}
         environment = inherited | one_gpu(index, os.environ)
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
-        # Each has its own cores: small networks do not fill several.
+        # Small networks cannot use several cores, so each worker is pinned to its share.
         os.sched_setaffinity(process.pid, set(cores[index % len(cores) :: count]) or set(cores))
         processes.append(process)
     try:
@@ -50,19 +50,20 @@ def run(count: int, argv: Sequence[str], show: Callable[[], None]) -> None:
         raise UserError(f"all workers failed, the first with exit code {failed[0]}; their errors are above")
 
 
-def take_place(environment: Mapping[str, str]) -> dict[str, str]:
-    """What a worker adds to its environment before jax starts: the one GPU that its launcher meant for it.
+def gpu_of_worker(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that give a worker its GPU, to be set before jax is imported.
 
-    A run's processes take theirs when they meet (`research.process.distributed`); workers never do.
+    The processes of a run get theirs from `jax.distributed.initialize` (`research.process.distributed`), which workers
+    do not call.
     """
     index = environment.get("JAX_LOCAL_DEVICE_IDS")
-    if index is None and "JAX_COORDINATOR_ADDRESS" in environment:  # launch.slurm: a task for each GPU of a node
+    if index is None and "JAX_COORDINATOR_ADDRESS" in environment:  # launch.slurm starts one task for each GPU
         index = environment.get("SLURM_LOCALID")
     return one_gpu(int(index), environment) if index and index.isdecimal() else {}
 
 
 def one_gpu(index: int, environment: Mapping[str, str]) -> dict[str, str]:
-    """That names GPU number `index`, counted again from 0 where there are fewer; {} where there are not several."""
+    """CUDA_VISIBLE_DEVICES for GPU `index`, modulo the number of GPUs; {} if there is at most one GPU."""
     named = environment.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         gpus = [gpu for gpu in named.split(",") if gpu]

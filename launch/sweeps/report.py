@@ -1,4 +1,4 @@
-"""What a sweep leaves: sweep.json, trials.csv, sweep.html; and what it shows while it runs."""
+"""A sweep's record (sweep.json, trials.csv, sweep.html), and its display while it runs."""
 
 import csv
 import io
@@ -17,18 +17,18 @@ from launch.sweeps.study import DIVERGED_AT, LOST, REASON, RETRY_OF, Study
 from launch.sweeps.worker import SEED_VALUES, Sweep, fields
 from research.record import storage
 
-_SHOWN = 5  # of the best trials, in the table
+_NUM_SHOWN = 5  # best trials in the table
 _ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
 def commands(module: str, args: list[str], sweep: Sweep, params: dict[str, Any]) -> list[list[str]]:
-    """The arguments of Python that train a trial alone, one for each of its seeds.
+    """The commands that train one trial as ordinary runs, one for each of its seeds, as arguments of Python.
 
     Args:
-      module: of the experiment.
-      args: its flags, without --workdir.
-      sweep: for its validation split and seeds.
-      params: the fields of the trial.
+      module: the experiment's module.
+      args: the experiment's flags, without --workdir.
+      sweep: gives the validation split and the seeds.
+      params: the config fields that the trial sets.
     """
     values = {"dataset.validation_fraction": sweep.config.dataset.validation_fraction, **params}
     flags = [f"--config.{path}={value}" for path, value in values.items()]
@@ -37,20 +37,14 @@ def commands(module: str, args: list[str], sweep: Sweep, params: dict[str, Any])
     return [["-m", module, *args, *flags, *filter(None, [seed])] for seed in seeds]
 
 
-def ended(study: Study) -> list[FrozenTrial]:
-    """The trials that ended by themselves: one that was lost is not among them if it was planned once more."""
-    retried = {trial.user_attrs[RETRY_OF] for trial in study.trials() if RETRY_OF in trial.user_attrs}
-    return [trial for trial in study.trials(*_ENDED) if trial.number not in retried]
-
-
 def best(study: Study, sweep: Sweep) -> list[FrozenTrial]:
-    """The trials that were trained to their end, the best first."""
+    """The completed trials, best first."""
     return sorted(study.trials(TrialState.COMPLETE), key=lambda trial: trial.value or 0.0, reverse=sweep.maximizes)
 
 
 def summary(study: Study, sweep: Sweep) -> dict[str, Any]:
-    """What sweep.json holds of the trials so far."""
-    trials, ranked = ended(study), best(study, sweep)
+    """The contents of sweep.json, from the trials so far."""
+    trials, ranked = study.trials(*_ENDED), best(study, sweep)
     failed = [trial for trial in trials if trial.state == TrialState.FAIL or DIVERGED_AT in trial.user_attrs]
     pruned = [trial for trial in trials if trial.state == TrialState.PRUNED and trial not in failed]
     seconds = _busy_seconds(study)
@@ -74,13 +68,13 @@ def summary(study: Study, sweep: Sweep) -> dict[str, Any]:
 
 
 def _busy_seconds(study: Study) -> float:
-    """How long any trial was running: the union of their times, so that the pause before a resumption is left out."""
+    """Seconds in which at least one trial was running: pauses between a stop and a resume do not count."""
     now = datetime.now()
     times = []
-    for trial in study.trials():
+    for trial in study.attempts():
         end = trial.datetime_complete or now
         if str(trial.user_attrs.get(REASON)).startswith(LOST) and (seen := study.last_seen(trial)):
-            end = min(end, datetime.fromtimestamp(seen))  # it was found to be lost long after, perhaps
+            end = min(end, datetime.fromtimestamp(seen))  # the loss may have been noticed much later
         if trial.datetime_start:
             times.append((trial.datetime_start, max(end, trial.datetime_start)))
     total, until = 0.0, None
@@ -91,45 +85,45 @@ def _busy_seconds(study: Study) -> float:
     return total
 
 
-def write(workdir: Path, study: Study, sweep: Sweep, figures: dict[str, Any]) -> None:
-    """Writes the record; `figures` are added to sweep.json, and "best_command" among them shown on the page.
+def write(workdir: Path, study: Study, sweep: Sweep, extra: dict[str, Any]) -> None:
+    """Writes the record; `extra` is added to sweep.json, and its "best_command" is shown in sweep.html.
 
     Raises:
       RecordError: it could not be written.
     """
     storage.replace(workdir / "trials.csv", _csv(study).encode())
-    storage.replace(workdir / "sweep.html", _page(study, sweep, figures.get("best_command", "")).encode())
-    write_summary(workdir, study, sweep, figures)
+    storage.replace(workdir / "sweep.html", _page(study, sweep, extra.get("best_command", "")).encode())
+    write_summary(workdir, study, sweep, extra)
 
 
-def write_summary(workdir: Path, study: Study, sweep: Sweep, figures: dict[str, Any]) -> None:
-    """Writes sweep.json alone."""
-    storage.replace(workdir / "sweep.json", (json.dumps(summary(study, sweep) | figures, indent=2) + "\n").encode())
+def write_summary(workdir: Path, study: Study, sweep: Sweep, extra: dict[str, Any]) -> None:
+    """Writes sweep.json only."""
+    storage.replace(workdir / "sweep.json", (json.dumps(summary(study, sweep) | extra, indent=2) + "\n").encode())
 
 
 def _csv(study: Study) -> str:
-    trials = study.trials()
+    trials = study.attempts()
     names = sorted({name for trial in trials for name in fields(trial)})
-    noted = [DIVERGED_AT, REASON, RETRY_OF]
+    attributes = [DIVERGED_AT, REASON, RETRY_OF]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["number", "state", "value", "epochs", *names, SEED_VALUES, *noted, "seconds"])
+    writer.writerow(["number", "state", "value", "epochs", *names, SEED_VALUES, *attributes, "seconds"])
     for trial in trials:
         seconds = trial.duration.total_seconds() if trial.duration else None
         seeds = " ".join(map(str, trial.user_attrs.get(SEED_VALUES, [])))
         last = max(trial.intermediate_values, default=None)
         row = [trial.number, trial.state.name.lower(), trial.value, last, *map(fields(trial).get, names), seeds]
-        writer.writerow([*row, *map(trial.user_attrs.get, noted), seconds])
+        writer.writerow([*row, *map(trial.user_attrs.get, attributes), seconds])
     return text.getvalue()
 
 
 def _page(study: Study, sweep: Sweep, command: str) -> str:
-    """One page that needs nothing else: its pictures' scripts are in it."""
+    """A self-contained HTML page: plotly's JavaScript is included."""
     from html import escape
 
     import plotly
 
-    figures = list(_figures(study, sweep))
+    figures = list(_plots(study, sweep))
     parts = [
         f"<section>{figure.to_html(full_html=False, include_plotlyjs=False, default_width='100%')}</section>"
         for figure in figures
@@ -149,7 +143,7 @@ def _page(study: Study, sweep: Sweep, command: str) -> str:
     )
 
 
-def _figures(study: Study, sweep: Sweep) -> Iterator[Any]:
+def _plots(study: Study, sweep: Sweep) -> Iterator[Any]:
     from optuna import visualization
 
     varied = {name for trial in study.trials() for name in trial.params}
@@ -166,27 +160,27 @@ def _figures(study: Study, sweep: Sweep) -> Iterator[Any]:
 
 
 def line(trial: FrozenTrial, metric: str) -> str:
-    """One trial that ended, as a line."""
+    """An ended trial in one line."""
     values = " ".join(f"{n}={v:.4g}" if isinstance(v, float) else f"{n}={v}" for n, v in fields(trial).items())
-    what = {
+    outcome = {
         TrialState.COMPLETE: f"{metric} {trial.value:.4f}" if trial.value is not None else "",
         TrialState.PRUNED: f"pruned after epoch {max(trial.intermediate_values, default=0)}",
     }.get(trial.state, "failed")
     reason = trial.user_attrs.get(REASON)
-    return f"trial {trial.number}  {what if not reason else f'failed: {reason}'}  {values}".rstrip()
+    return f"trial {trial.number}  {outcome if not reason else f'failed: {reason}'}  {values}".rstrip()
 
 
 class Display:
-    """The best trials while a sweep runs: a table on a terminal, else a line for each trial that ended."""
+    """Shows a running sweep: a table of the best trials on a terminal, else one line for each trial that ends."""
 
     def __init__(self, study: Study, sweep: Sweep):
         self._study, self._sweep = study, sweep
-        self._seen = {trial.number for trial in study.trials(*_ENDED)}
+        self._seen = {trial.number for trial in study.attempts(*_ENDED)}
         self._live: Any = None
 
     @contextmanager
     def shown(self) -> Iterator["Display"]:
-        """Within it `update` shows."""
+        """A context in which `update` displays."""
         if not sys.stdout.isatty():
             yield self
             return
@@ -197,8 +191,8 @@ class Display:
         self._live = None
 
     def update(self) -> None:
-        """Shows what is new."""
-        new = [trial for trial in self._study.trials(*_ENDED) if trial.number not in self._seen]
+        """Shows the trials that ended since the last call."""
+        new = [trial for trial in self._study.attempts(*_ENDED) if trial.number not in self._seen]
         self._seen |= {trial.number for trial in new}
         if self._live:
             self._live.update(self._table(), refresh=True)
@@ -209,16 +203,16 @@ class Display:
     def _table(self) -> Any:
         from rich.table import Table
 
-        count = len(ended(self._study))
+        count = len(self._study.trials(*_ENDED))
         table = Table(title=f"{self._study.optuna.study_name}: {count} of {self._sweep.trials} trials")
         for heading in ("trial", self._sweep.metric, "values"):
             table.add_column(heading)
-        for trial in best(self._study, self._sweep)[:_SHOWN]:
+        for trial in best(self._study, self._sweep)[:_NUM_SHOWN]:
             values = " ".join(f"{name}={value}" for name, value in fields(trial).items())
             table.add_row(str(trial.number), f"{trial.value:.4f}", values)
         return table
 
 
 def shell(arguments: list[str]) -> str:
-    """A command to copy."""
+    """A command line to copy into a shell."""
     return shlex.join(["python", *arguments])

@@ -1,8 +1,8 @@
-"""A saturating power law through measurements: how a figure falls as something grows, and what to expect beyond.
+"""Scaling laws: fits a saturating power law to measurements, with prediction intervals for extrapolation.
 
-y = floor + factor * x^-exponent, as Hestness et al. 2017 (arXiv 1712.00409, section 4) found of validation losses. The
-fit is least squares of log y, since what is small also varies less (Hoffmann et al. 2022, arXiv 2203.15556, section
-3.3, fit logarithms too); its intervals are those of a linear model around it (the delta method).
+y = floor + factor * x^-exponent, as Hestness et al. 2017 (arXiv 1712.00409, section 4) found for validation losses. The
+fit is least squares in log y, since small values also vary less (Hoffmann et al. 2022, arXiv 2203.15556, section 3.3,
+fit logarithms too). The intervals linearize the law around the fit (the delta method).
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from scipy import optimize, stats
 
 _EXPONENTS = (1e-3, 5.0)
-FEWEST = 4  # points; three parameters leave the interval at least one degree of freedom
+FEWEST = 4  # points: with three parameters, one degree of freedom is left for the interval
 FEWEST_SIZES = 3
 _CONFIDENCE = 0.95
 
@@ -22,13 +22,13 @@ class ScalingLaw:
     """y = floor + at_scale * (x / scale)^-exponent.
 
     Attributes:
-      floor: what is left however large x grows.
-      at_scale: what more there is at x = scale.
-      exponent: by which that falls.
-      scale: the geometric mean of the x that were fitted.
+      floor: the limit for large x.
+      at_scale: y - floor at x = scale.
+      exponent: how fast y approaches the floor.
+      scale: the geometric mean of the fitted x.
       covariance: of (floor, at_scale, exponent), [3, 3].
-      residual_variance: of a measurement's logarithm around the law's.
-      degrees_of_freedom: measurements less parameters.
+      residual_variance: of log y.
+      degrees_of_freedom: number of measurements minus number of parameters.
     """
 
     floor: float
@@ -40,11 +40,11 @@ class ScalingLaw:
     degrees_of_freedom: int
 
     def __call__(self, x: ArrayLike) -> np.ndarray:
-        """The law at x, [...] to [...]."""
+        """Predicts y at x, [...] to [...]."""
         return _law(np.array([self.floor, self.at_scale, self.exponent]), np.asarray(x) / self.scale)
 
     def interval(self, x: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-        """In which a new measurement at x, [...], lies with 95% confidence: (low, high), [...] each."""
+        """The 95% prediction interval for a new measurement at x, [...]: (low, high), [...] each."""
         relative = np.asarray(x) / self.scale
         jacobian = _log_jacobian(np.array([self.floor, self.at_scale, self.exponent]), relative)
         variance = np.einsum("...i,ij,...j", jacobian, self.covariance, jacobian) + self.residual_variance
@@ -58,7 +58,7 @@ def _law(parameters: np.ndarray, relative: np.ndarray) -> np.ndarray:
 
 
 def _log_jacobian(parameters: np.ndarray, relative: np.ndarray) -> np.ndarray:
-    """Derivatives of the law's logarithm by its parameters, [..., 3]."""
+    """Derivatives of log y with respect to the parameters, [..., 3]."""
     _, at_scale, exponent = parameters
     power = relative**-exponent
     gradient = np.stack([np.ones_like(power), power, -at_scale * power * np.log(relative)], axis=-1)
@@ -66,10 +66,10 @@ def _log_jacobian(parameters: np.ndarray, relative: np.ndarray) -> np.ndarray:
 
 
 def fit(x: ArrayLike, y: ArrayLike) -> ScalingLaw:
-    """The law through measurements y > 0, [n], at x > 0, [n]; the floor is not negative.
+    """Fits the law to measurements y > 0, [n], at x > 0, [n], with floor >= 0.
 
     Raises:
-      ValueError: there are fewer than four measurements, or fewer than three different x, or one is not positive.
+      ValueError: fewer than four measurements, fewer than three distinct x, or a y that is not positive.
     """
     sizes, values = np.asarray(x, np.float64), np.asarray(y, np.float64)
     if len(sizes) < FEWEST or len(np.unique(sizes)) < FEWEST_SIZES:
@@ -93,7 +93,7 @@ def fit(x: ArrayLike, y: ArrayLike) -> ScalingLaw:
 
 
 def _start(relative: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """The parameters of least squares of y itself: linear but for the exponent, which is tried out."""
+    """Initial parameters: least squares in y, which is linear once the exponent is fixed, over a grid of exponents."""
 
     def solved(exponent: float) -> tuple[float, np.ndarray]:
         matrix = np.stack([np.ones_like(relative), relative**-exponent], axis=1)

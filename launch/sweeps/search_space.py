@@ -1,11 +1,11 @@
-"""What a sweep varies: fields of the Config, each with its range, checked before the first trial.
+"""`--search`: the search space of a sweep, checked before the first trial.
 
-optimizer.learning_rate=log(1e-4,1)     a number, evenly over its logarithm
-label_smoothing=float(0,0.2)            a number, evenly; float(0,0.2,step=0.05) in steps
-model.width=int(16,64,step=16)          a whole number, its bounds included
-optimizer.name=[sgd,momentum,adam]      one of these
-search.py                               a Python file: `def search(trial)` calls Optuna's trial.suggest_... by the
-                                        names of fields, or returns a dict of fields
+optimizer.learning_rate=log(1e-4,1)     a number, log-uniform
+label_smoothing=float(0,0.2)            a number, uniform; in steps with float(0,0.2,step=0.05)
+model.width=int(16,64,step=16)          an integer, both bounds included
+optimizer.name=[sgd,momentum,adam]      one of a list
+search.py                               a Python file: `def search(trial)` calls Optuna's trial.suggest_... with the
+                                        names of config fields, or returns a dict of config fields
 """
 
 import copy
@@ -26,12 +26,12 @@ from research.config import Config
 from research.errors import UserError
 from research.flags import nearest
 
-# What it tells of its own affairs is not the sweep's output.
+# Optuna logs each trial, and warns about experimental samplers and pruners that are chosen on purpose.
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 warnings.filterwarnings("ignore", module="optuna")
 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
 
-_TRIED = 16  # draws of a Python file that are checked
+_NUM_CHECKED_DRAWS = 16  # from a Python file
 Distribution = (
     optuna.distributions.FloatDistribution
     | optuna.distributions.IntDistribution
@@ -41,12 +41,12 @@ Distribution = (
 
 @dataclasses.dataclass(frozen=True)
 class SearchSpace:
-    """What is varied.
+    """A search space.
 
     Attributes:
-      text: as it was given; a study belongs to one.
-      distributions: of each field; {} where a function chooses.
-      function: of a Python file, or None.
+      text: its source, by which workers check that they share one study.
+      distributions: the distribution of each config field; {} with a function.
+      function: `search` from a Python file, or None.
     """
 
     text: tuple[str, ...]
@@ -54,7 +54,7 @@ class SearchSpace:
     function: Callable[[optuna.Trial], dict[str, Any] | None] | None = None
 
     def suggest(self, trial: optuna.Trial) -> dict[str, Any]:
-        """The trial's value of each field.
+        """Draws a trial's values, by config field.
 
         Raises:
           UserError: the Python file's function failed.
@@ -62,15 +62,15 @@ class SearchSpace:
         if self.function:
             try:
                 return dict(self.function(trial) or trial.params)
-            except Exception as error:  # whatever the user's function does
+            except Exception as error:  # the user's function may raise anything
                 raise UserError(f"`search(trial)` failed: {error!r}") from None
         return {path: _suggest(trial, path, distribution) for path, distribution in self.distributions.items()}
 
     def grid(self) -> list[dict[str, Any]]:
-        """Every combination.
+        """All combinations of values.
 
         Raises:
-          UserError: a range has no steps, or a function chooses.
+          UserError: a range has no steps, or the space is a Python file.
         """
         if self.function:
             raise UserError("--sampler=grid: a Python file has no grid; give --search=FIELD=[...] for each field")
@@ -101,19 +101,19 @@ def _points(path: str, distribution: Distribution) -> list[Any]:
 
 
 def parse(texts: Sequence[str], config: Config) -> SearchSpace:
-    """The search space that the flags describe.
+    """Parses the values of `--search`.
 
     Args:
-      texts: as in the module's docstring; none: the config as it is, for seeds alone.
-      config: the experiment's, whose fields they are.
+      texts: as in the module's docstring; empty: nothing is varied but the seed.
+      config: the experiment's config, whose fields are varied.
 
     Raises:
-      UserError: a field is unknown, twice or not to be searched; a range is empty, reversed or not within the field's
-        bounds; a Python file cannot be run.
+      UserError: a field is unknown, given twice or cannot be searched; a range is empty, reversed or exceeds the
+        field's bounds; or a Python file cannot be run.
     """
     files = [text for text in texts if text.endswith(".py") and "=" not in text]
     if files and len(texts) > 1:
-        raise UserError(f"--search={files[0]}: a Python file is the whole search space; leave out the other --search")
+        raise UserError(f"--search={files[0]}: a Python file must be the only --search; leave the others out")
     if files:
         return _from_file(files[0], config)
     distributions: dict[str, Distribution] = {}
@@ -132,7 +132,7 @@ def _field(path: str, config: Config, where: str) -> dataclasses.Field:
     fields = {name: field for name, field, _ in config_lib.walk(config)}
     if path not in fields:
         near = nearest(path, list(fields))
-        raise UserError(f"{where}: there is no field {path}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+        raise UserError(f"{where}: no field {path}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
     if reason := fields[path].metadata["not_searchable"]:
         raise UserError(f"{where}: {reason}; leave it out")
     return fields[path]
@@ -146,23 +146,23 @@ def _distribution(where: str, spec: str, kind: Any) -> Distribution:
         return optuna.distributions.CategoricalDistribution(values)
     called = re.fullmatch(r"(log|float|int)\(([^,]+),([^,]+)(?:,\s*step=([^,]+))?\)", spec)
     if not called:
-        raise UserError(f"{where}: write log(low,high), float(low,high), int(low,high,step=n) or [a,b,c]")
+        raise UserError(f"{where}: expected log(low,high), float(low,high), int(low,high,step=n) or [a,b,c]")
     name, *texts = called.groups()
-    whole = kind is int
-    if (name == "int" and not whole) or (name == "float" and whole) or kind in (str, bool):
-        fitting = "[a,b,c]" if kind in (str, bool) else "int or log" if whole else "float or log"
+    is_int = kind is int
+    if (name == "int" and not is_int) or (name == "float" and is_int) or kind in (str, bool):
+        fitting = "[a,b,c]" if kind in (str, bool) else "int or log" if is_int else "float or log"
         raise UserError(f"{where}: the field is of type {getattr(kind, '__name__', 'float')}; use {fitting}")
     values: list[Any] = [text if text is None else _value(where, text, kind) for text in texts]
     low, high, step = values
     if low >= high:
         raise UserError(f"{where}: the range from {low} to {high} is {'reversed' if low > high else 'empty'}")
     if name == "log" and (low <= 0 or step is not None):
-        raise UserError(f"{where}: a logarithmic range {'has no steps' if low > 0 else 'is above 0'}")
+        raise UserError(f"{where}: a logarithmic range {'takes no step' if low > 0 else 'must be above 0'}")
     if step is not None and not 0 < step <= high - low:
         raise UserError(f"{where}: the step must be above 0 and at most {high - low}")
     if step is not None and not math.isclose((high - low) / step, round((high - low) / step), abs_tol=1e-9):
-        raise UserError(f"{where}: steps of {step} do not lead from {low} to {high}")
-    if whole:
+        raise UserError(f"{where}: the range from {low} to {high} is not a multiple of the step {step}")
+    if is_int:
         return optuna.distributions.IntDistribution(low, high, log=name == "log", step=step or 1)
     return optuna.distributions.FloatDistribution(low, high, log=name == "log", step=step)
 
@@ -189,7 +189,7 @@ def _ends(distribution: Distribution) -> Sequence[Any]:
 
 
 def check_value(path: str, value: Any, config: Config) -> None:
-    """Raises `UserError` if the field is unknown, or the value not of its type or out of its bounds."""
+    """Raises `UserError` if the field is unknown, or the value has another type or is out of bounds."""
     field = _field(path, config, "--search")
     kind: Any = field.type
     fitting = kind if kind in (bool, int, str) else int | float
@@ -211,13 +211,13 @@ def _from_file(name: str, config: Config) -> SearchSpace:
         function = module.search
         space = SearchSpace((path.read_text(),), {}, function)
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    except (Exception, SystemExit) as error:  # whatever the user's file does
-        raise UserError(f"--search={name} has no `def search(trial)` that can be run: {error!r}") from None
-    draws = [space.suggest(study.ask()) for _ in range(_TRIED)]
+    except (Exception, SystemExit) as error:  # the user's file may raise anything
+        raise UserError(f"--search={name} must define a working `def search(trial)`: {error!r}") from None
+    draws = [space.suggest(study.ask()) for _ in range(_NUM_CHECKED_DRAWS)]
     if not any(draws):
         raise UserError(
-            f"--search={name}: `search(trial)` varies nothing: call trial.suggest_... by the names of fields, or "
-            "return a dict of fields"
+            f"--search={name}: `search(trial)` varies nothing: call trial.suggest_... with the names of config fields, "
+            "or return a dict of config fields"
         )
     for field, value in (item for draw in draws for item in draw.items()):
         check_value(str(field), value, config)

@@ -1,7 +1,7 @@
-"""The study that the workers of a sweep share, in one of Optuna's storages: which trials there are, who runs them.
+"""The trials of a sweep, in an Optuna storage that all of its workers share.
 
-All trials are planned at the beginning, so that any number of workers make exactly that many. A worker claims one, and
-says every few seconds that it is alive; the trials of one that is not are planned once more.
+All trials are planned at the start, so that any number of workers train exactly that many. A worker claims a trial and
+writes a heartbeat every few seconds. The trials of a worker whose heartbeat stops are retried once.
 """
 
 import contextlib
@@ -21,16 +21,16 @@ from optuna.trial import FrozenTrial, TrialState
 
 from research.errors import UserError
 
-_BEAT_SECONDS = 5.0
-_SECONDS_TO_MAKE_TABLES = 1.0
-_LOST_SECONDS = 60.0  # without a sign of life; on this host a process that is gone is known to be
+_HEARTBEAT_SECONDS = 5.0
+_SECONDS_TO_CREATE_TABLES = 1.0
+_LOST_SECONDS = 60.0  # without a heartbeat; on the same host a process that has ended is noticed at once
 _RUNNING, _WAITING = (TrialState.RUNNING,), (TrialState.WAITING,)
 RETRY_OF, REASON, WORKER, DIVERGED_AT, _PLANNED = "retry_of", "reason", "worker", "diverged_at", "planned"
 LOST = "its worker was lost"
 
 
 def open_storage(text: str, workdir: Path) -> optuna.storages.BaseStorage:
-    """The storage of a URL, or of a journal file; "": the journal in the workdir.
+    """Opens the storage at a URL, or a journal file; "" is journal.log in the workdir.
 
     Raises:
       UserError: it cannot be reached.
@@ -40,31 +40,33 @@ def open_storage(text: str, workdir: Path) -> optuna.storages.BaseStorage:
         if "://" in text:
             return _database(text)
         path.parent.mkdir(parents=True, exist_ok=True)
-        # The lock is a link to the path. Were that relative, it would lead nowhere, and Optuna would wait for ever
-        # where a worker was killed with the lock.
+        # Optuna's lock is a symbolic link to this path. A relative one would dangle, and Optuna would wait forever
+        # after a worker was killed while it held the lock.
         storage = optuna.storages.JournalStorage(JournalFileBackend(str(path.absolute())))
-        storage.get_all_studies()  # a journal is not read before
+        storage.get_all_studies()  # reads the journal, so that a damaged one is noticed here
         return storage
-    except Exception as error:  # each database driver raises its own
+    except Exception as error:  # every database driver raises different exceptions
         raise _unreachable(text or str(path), error) from None
 
 
 def _database(url: str) -> optuna.storages.BaseStorage:
     try:
         return optuna.storages.get_storage(url)
-    except Exception:  # another worker may have made the same tables at the same time
-        time.sleep(_SECONDS_TO_MAKE_TABLES)
+    except Exception:  # another worker may have created the same tables at the same time
+        time.sleep(_SECONDS_TO_CREATE_TABLES)
         return optuna.storages.get_storage(url)
 
 
 def _unreachable(text: str, error: Exception) -> UserError:
-    shown = re.sub(r"//[^@/]*@", "//***@", text)  # a password may be in it
+    shown = re.sub(r"//[^@/]*@", "//***@", text)  # it may contain a password
     why = " ".join(str(error).split())[:200]
-    return UserError(f"--storage={shown} cannot be reached: {why}; give another, or none: journal.log in --workdir")
+    return UserError(
+        f"--storage={shown} cannot be reached: {why}; give another one, or leave it out to use journal.log in --workdir"
+    )
 
 
 def differing(identity: dict[str, Any], known: dict[str, Any]) -> str:
-    """The names of what differs from what is known of a study; "": it is the same sweep."""
+    """The names of the settings that differ from those that a study was started with; "": it is the same sweep."""
     return ", ".join(key for key in identity if identity[key] != known.get(key))
 
 
@@ -72,15 +74,15 @@ class Study:
     """The trials of one sweep.
 
     Args:
-      storage: where they are.
-      name: of the study.
+      storage: holds the trials.
+      name: the study's name in the storage.
       direction: "maximize" or "minimize".
-      identity: what the sweep is, as it is read from JSON; a study belongs to one.
-      sampler, pruner: as in `launch.sweep.SweepOptions`.
-      seed: of the sampler.
+      identity: the settings that all workers of the study must share, as JSON values.
+      sampler, pruner: as in `SweepOptions`.
+      seed: the sampler's seed.
 
     Raises:
-      UserError: the study is of another sweep.
+      UserError: the study belongs to a sweep with other settings.
     """
 
     def __init__(
@@ -94,7 +96,7 @@ class Study:
         seed: int,
     ):
         self._sampler, self._seed = sampler, seed
-        # A container's process has the same number each time it is started, and mostly the same host's name.
+        # The random part: a restarted container often has the same host name and process id.
         self._worker = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         self._storage = storage
         self.identity = identity
@@ -102,59 +104,64 @@ class Study:
             self.optuna = optuna.create_study(
                 storage=storage, study_name=name, direction=direction, pruner=_pruner(pruner), load_if_exists=True
             )
-        except Exception as error:  # each database driver raises its own
+        except Exception as error:  # every database driver raises different exceptions
             raise _unreachable("...", error) from None
         known = self.optuna.user_attrs.get("identity", {})
-        if not known and not self.trials():
+        if not known and not self.attempts():
             self.optuna.set_user_attr("identity", identity)
         elif found := differing(identity, known):
             raise UserError(
-                f"--study={name} of that storage is another sweep ({found} differs): give another --workdir, "
-                "and --study where --storage is shared, or the flags that it was begun with"
+                f"--study={name} in that storage is another sweep ({found} differs): give another --workdir, "
+                "and --study where --storage is shared, or the flags that it was started with"
             )
 
-    def trials(self, *states: TrialState) -> list[FrozenTrial]:
-        """All trials, or those in these states; what was lost and planned once more counts once."""
+    def attempts(self, *states: TrialState) -> list[FrozenTrial]:
+        """Everything in the storage, or what is in these states: a retried trial and its retry are two attempts."""
         return self.optuna.get_trials(deepcopy=False, states=states or None)
 
-    def _planned(self) -> dict[int, FrozenTrial]:
-        """The trials that are to be, retries not counted, by their place in the plan.
+    def trials(self, *states: TrialState) -> list[FrozenTrial]:
+        """All trials, or those in these states, each once: a retried trial is represented by its retry."""
+        retried = {trial.user_attrs[RETRY_OF] for trial in self.attempts() if RETRY_OF in trial.user_attrs}
+        return [trial for trial in self.attempts(*states) if trial.number not in retried]
 
-        Workers that start together plan the same places: the first trial of each is the one that counts.
+    def _planned(self) -> dict[int, FrozenTrial]:
+        """The planned trials by their place in the plan, retries not counted.
+
+        Workers that start at the same time may plan the same places: the first trial of each place counts.
         """
         planned: dict[int, FrozenTrial] = {}
-        for trial in self.trials():
+        for trial in self.attempts():
             if RETRY_OF not in trial.user_attrs:
                 planned.setdefault(trial.user_attrs.get(_PLANNED, trial.number), trial)
         return planned
 
     def planned(self) -> int:
-        """How many trials there are to be, retries not counted."""
+        """The number of planned trials, retries not counted."""
         return len(self._planned())
 
     def complete(self, count: int) -> bool:
-        """Whether `count` trials were planned and none is left to end."""
-        return self.planned() >= count and not self.trials(*_RUNNING) and not self._left(count)
+        """Whether `count` trials were planned and all of them have ended."""
+        return self.planned() >= count and not self.attempts(*_RUNNING) and not self._left(count)
 
     def others_run(self) -> bool:
-        """Whether trials of other workers, which may be lost yet, are not at their end."""
-        return bool(self.trials(*_RUNNING))
+        """Whether other workers still train trials (and may still be lost)."""
+        return bool(self.attempts(*_RUNNING))
 
     def _left(self, count: int) -> list[FrozenTrial]:
-        """The waiting ones of the first `count` planned trials, and of retries."""
+        """The trials that wait to be claimed, among the first `count` planned ones and the retries."""
         planned = {trial.number for place, trial in self._planned().items() if place < count}
-        return [t for t in self.trials(*_WAITING) if RETRY_OF in t.user_attrs or t.number in planned]
+        return [t for t in self.attempts(*_WAITING) if RETRY_OF in t.user_attrs or t.number in planned]
 
     def plan(self, count: int, points: Sequence[dict[str, Any]]) -> None:
-        """Plans trials up to `count`; of a grid, these points."""
+        """Plans trials up to `count`; for a grid, with these points."""
         for number in range(self.planned(), count):
             self.optuna.enqueue_trial(points[number] if points else {}, user_attrs={_PLANNED: number})
 
     def claim(self, count: int) -> optuna.Trial | None:
-        """The next of the first `count` planned trials, now this worker's; None: there is none."""
+        """Claims the next of the first `count` planned trials for this worker; None if none is left."""
         for waiting in self._left(count):
             with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
-                # As in `Study.ask`, which would make a new trial where there is none.
+                # What `optuna.Study.ask` does, except that it would create a trial where none waits.
                 if self._storage.set_trial_state_values(waiting._trial_id, state=TrialState.RUNNING):
                     self._storage.set_trial_user_attr(waiting._trial_id, WORKER, self._worker)
                     self.optuna.sampler = _make_sampler(self._sampler, self._seed, waiting.number)
@@ -162,23 +169,23 @@ class Study:
         return None
 
     def finish(self, trial: optuna.Trial, value: float | None, state: TrialState, **attributes: Any) -> None:
-        """Ends a trial; a worker that was taken for dead is too late."""
+        """Ends a trial. Without effect if the trial was taken from this worker because its heartbeat stopped."""
         for name, attribute in attributes.items():
             trial.set_user_attr(name, attribute)
         self.optuna.tell(trial, value, state, skip_if_finished=True)
 
     def retry(self, trial: FrozenTrial | optuna.Trial, reason: str) -> None:
-        """Fails a trial that did not end by itself, and plans it once more with the same values."""
+        """Fails a trial that was interrupted, and plans its retry with the same values."""
         with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
             self._storage.set_trial_user_attr(trial._trial_id, REASON, reason)
             if self._storage.set_trial_state_values(trial._trial_id, state=TrialState.FAIL):
-                lost = self._storage.get_trial(trial._trial_id)  # perhaps before it was told its values
+                lost = self._storage.get_trial(trial._trial_id)  # it may have been lost before it received its values
                 values = lost.system_attrs.get("fixed_params", {}) | lost.params
                 self.optuna.enqueue_trial(values, user_attrs={RETRY_OF: trial.number})
 
     def retry_lost(self) -> int:
-        """Plans once more the trials of workers that are no more, but no retry; returns how many were lost."""
-        lost = [trial for trial in self.trials(*_RUNNING) if self._is_lost(trial)]
+        """Retries the trials of lost workers, each once; returns how many were lost."""
+        lost = [trial for trial in self.attempts(*_RUNNING) if self._is_lost(trial)]
         for trial in lost:
             if RETRY_OF not in trial.user_attrs:
                 self.retry(trial, LOST)
@@ -199,17 +206,17 @@ class Study:
         return time.time() - (self.last_seen(trial) or began) > _LOST_SECONDS
 
     def last_seen(self, trial: FrozenTrial) -> float | None:
-        """When the worker of a trial last said that it was alive, in seconds since 1970."""
+        """The last heartbeat of a trial's worker, in seconds since the epoch."""
         return self.optuna.user_attrs.get(f"alive:{trial.user_attrs.get(WORKER)}")
 
     @contextlib.contextmanager
     def alive(self) -> Iterator[None]:
-        """Within it this worker says that it is alive."""
+        """A context in which this worker writes heartbeats."""
         stop = threading.Event()
 
         def beat() -> None:
-            while not stop.wait(_BEAT_SECONDS):
-                with contextlib.suppress(Exception):  # the storage may be away for a moment
+            while not stop.wait(_HEARTBEAT_SECONDS):
+                with contextlib.suppress(Exception):  # the storage may be unreachable for a moment
                     self.optuna.set_user_attr(f"alive:{self._worker}", time.time())
 
         self.optuna.set_user_attr(f"alive:{self._worker}", time.time())
@@ -222,20 +229,20 @@ class Study:
             thread.join()
 
     def add_compilations(self, count: int) -> None:
-        """Notes how often this worker compiled a train program."""
+        """Records how many train programs this worker has compiled."""
         self.optuna.set_user_attr(f"compilations:{self._worker}", count)
 
     def num_compilations(self) -> int:
-        """Of all workers."""
+        """The number of train programs that all workers have compiled."""
         return sum(n for name, n in self.optuna.user_attrs.items() if name.startswith("compilations:"))
 
 
 def _make_sampler(name: str, seed: int, number: int) -> optuna.samplers.BaseSampler:
-    # Made for each trial: the draws follow from the trial's number, whichever worker makes it.
-    own = (seed * 1_000_003 + number) % 2**32
+    # One sampler per trial, seeded by its number: the draws do not depend on which worker makes them.
+    trial_seed = (seed * 1_000_003 + number) % 2**32
     match name:
         case "tpe":
-            return optuna.samplers.TPESampler(seed=own, constant_liar=True)
+            return optuna.samplers.TPESampler(seed=trial_seed, constant_liar=True)
         case "halton":
             return optuna.samplers.QMCSampler(
                 qmc_type="halton",
@@ -245,9 +252,9 @@ def _make_sampler(name: str, seed: int, number: int) -> optuna.samplers.BaseSamp
                 warn_asynchronous_seeding=False,
             )
         case "cmaes":
-            return optuna.samplers.CmaEsSampler(seed=own, warn_independent_sampling=False)
-        case _:  # the points of a grid are planned
-            return optuna.samplers.RandomSampler(seed=own)
+            return optuna.samplers.CmaEsSampler(seed=trial_seed, warn_independent_sampling=False)
+        case _:  # a grid: its points were planned already
+            return optuna.samplers.RandomSampler(seed=trial_seed)
 
 
 def _pruner(name: str) -> optuna.pruners.BasePruner:

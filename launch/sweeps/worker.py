@@ -1,4 +1,4 @@
-"""One worker of a sweep: claims trials, groups them by what is compiled, trains each group as a population."""
+"""A sweep worker: claims trials, groups those that share a compiled program, and trains each group as a population."""
 
 import copy
 import dataclasses
@@ -24,24 +24,24 @@ from research.training.population import Population, Report
 
 FIGURES, SEED_VALUES, FIELDS = "figures", "seed_values", "fields"
 _FAILURES_IN_A_ROW = 10
-_MOST_DATASETS, _MOST_POPULATIONS = 4, 16  # kept in memory: the newest, and of each data set
+_MAX_DATASETS, _MAX_POPULATIONS = 4, 16  # kept in memory; populations per data set
 _DIVERGED = "the loss or the gradient became NaN or infinite"
 
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """What is swept.
+    """The settings of a sweep.
 
     Attributes:
-      experiment: whose trials these are.
-      config: not resolved; each trial changes it.
-      space: what they change.
-      metric: the figure that decides, as in "validation_loss".
-      trials: how many there are.
-      seeds: members of each trial, which count by their mean; the first has the config's seed.
-      size: members that train together.
-      devices: on which.
-      alone: those that the command of one trial has; None: all.
+      experiment: the experiment that is trained.
+      config: the unresolved config, to which each trial applies its values.
+      space: the search space.
+      metric: the metric that ranks the trials, as in "validation_loss".
+      trials: the number of trials.
+      seeds: runs of each trial, whose mean is its value; the first has the config's seed.
+      size: runs that train together.
+      devices: the devices that train them.
+      single_run_devices: the devices for the best trial's command, so that it rounds as its trial did; None: all.
     """
 
     experiment: Experiment
@@ -52,18 +52,18 @@ class Sweep:
     seeds: int
     size: int
     devices: Sequence[Any]
-    alone: Sequence[Any] | None = None
+    single_run_devices: Sequence[Any] | None = None
 
     @property
     def maximizes(self) -> bool:
-        """Whether more of the metric is better."""
+        """Whether larger values of the metric are better."""
         return self.metric.endswith("accuracy")
 
     def trial_config(self, values: dict[str, Any]) -> Config:
         """The config of a trial, not resolved.
 
         Raises:
-          UserError: its values are impossible, or contradict each other.
+          UserError: its values are invalid, or contradict each other.
         """
         config = copy.deepcopy(self.config)
         for path, value in values.items():
@@ -76,7 +76,7 @@ class Sweep:
 
 @dataclasses.dataclass
 class _Running:
-    """A claimed trial, and the slots of its members once it trains."""
+    """A claimed trial, and the slots of its runs in the population once it trains."""
 
     trial: optuna.Trial
     config: Config
@@ -87,28 +87,28 @@ class Worker:
     """One worker.
 
     Args:
-      sweep: what is swept.
-      study: the trials.
-      signals: where a wish to stop is noted.
-      tell: called after every epoch of a population.
+      sweep: the settings of the sweep.
+      study: its trials.
+      signals: stop signals, polled between dispatches.
+      tell: called after every epoch of a population, to update the display.
     """
 
     def __init__(self, sweep: Sweep, study: Study, signals: Signals, tell: Callable[[], None]):
         self._sweep, self._study, self._signals, self._tell = sweep, study, signals, tell
-        self._places = max(1, sweep.size // sweep.seeds)  # trials at once
+        self._capacity = max(1, sweep.size // sweep.seeds)  # trials that train together
         self._queues: dict[Any, list[_Running]] = {}
         self._running: list[_Running] = []
-        self._loaded: dict[str, tuple[Dataset, dict[Any, Population]]] = {}  # the newest last
+        self._loaded: dict[str, tuple[Dataset, dict[Any, tuple[Population, Dataset]]]] = {}  # the newest last
         self._compilations = 0
         self._failures: list[str] = []
 
     def run(self) -> None:
-        """Trains until no planned trial is left.
+        """Trains until no planned trial is left. After an error the trials that were running are planned again.
 
         Raises:
-          StoppedError: a signal came; what was running is planned once more.
-          UserError: ten trials failed in a row; while others train, ten more than twice as many as train together.
-          OutOfMemoryError: what was running is planned once more.
+          StoppedError: a stop signal was received.
+          UserError: ten trials in a row failed (while others train: 10 + twice the number that train together).
+          OutOfMemoryError: a device ran out of memory.
         """
         try:
             while self._claim_a_few():
@@ -119,19 +119,19 @@ class Worker:
             for running in [*self._running, *(r for queue in self._queues.values() for r in queue)]:
                 self._study.retry(running.trial, reason)
             half = max(self._sweep.seeds, self._sweep.size // 2)
-            advice = f"give --population={half} to go on, or search smaller networks"
+            advice = f"give --population={half} to continue, or search smaller networks"
             if exhausted := of_memory(error, advice):
                 raise exhausted from None
             raise
 
     def _claim_a_few(self) -> bool:
-        """Claims until a whole population waits, or nothing is left to claim; False: nothing waits."""
-        while sum(map(len, self._queues.values())) < self._places and self._claim():
+        """Claims trials until they fill a population or none is left; returns whether any wait."""
+        while sum(map(len, self._queues.values())) < self._capacity and self._claim():
             pass
         return any(self._queues.values())
 
     def _claim(self) -> bool:
-        """Claims one trial and lets it wait with those of its signature; False: there is none."""
+        """Claims one trial and queues it with those of its signature; returns False if none is left."""
         self._study.retry_lost()
         trial = self._study.claim(self._sweep.trials)
         if trial is None:
@@ -139,7 +139,7 @@ class Worker:
         try:
             values = self._sweep.space.suggest(trial)
             config = self._sweep.trial_config(values)
-            if self._sweep.space.function:  # which may make fields of what it suggested
+            if self._sweep.space.function:  # its fields need not be what Optuna suggested
                 trial.set_user_attr(FIELDS, values)
         except UserError as error:
             self._fail(trial, str(error))
@@ -148,29 +148,28 @@ class Worker:
         return True
 
     def _population(self, signature: Any, config: Config) -> tuple[Population, Dataset]:
+        """The population of a signature, and its data set as the experiment prepares it."""
         key = repr(config.dataset)
         if key in self._loaded:
             dataset, populations = self._loaded.pop(key)
         else:
-            _keep_newest(self._loaded, _MOST_DATASETS - 1)
+            _keep_newest(self._loaded, _MAX_DATASETS - 1)
             dataset, populations = load(config.dataset), {}
         self._loaded[key] = dataset, populations
-        population = populations.pop(signature, None)
-        if population is None:
-            _keep_newest(populations, _MOST_POPULATIONS - 1)
+        if signature not in populations:
+            _keep_newest(populations, _MAX_POPULATIONS - 1)
             experiment, sweep = self._sweep.experiment, self._sweep
             dataset = experiment.prepare(config, dataset)
             config = experiment.resolve(config, dataset)
             task = experiment.make_task(config, dataset)
-            # All trials of a population train at once.
-            size = self._places * sweep.seeds
-            beside = next(iter(populations.values()), None)
-            population = Population(config, task, dataset, sweep.devices, size, beside)
-        populations[signature] = population
-        return population, dataset
+            size = self._capacity * sweep.seeds
+            share_data_with = next((population for population, _ in populations.values()), None)
+            populations[signature] = Population(config, task, dataset, sweep.devices, size, share_data_with), dataset
+        populations[signature] = populations.pop(signature)  # the newest last
+        return populations[signature]
 
     def _train(self, signature: Any) -> None:
-        """Trains the trials of one signature, and those that come while it does."""
+        """Trains the trials of one signature, and those of the same signature that are claimed meanwhile."""
         queue = self._queues[signature]
         try:
             population, dataset = self._population(signature, queue[0].config)
@@ -184,7 +183,7 @@ class Worker:
                 reports = population.train_epoch(lambda: bool(self._signals.received))
             if self._signals.received:
                 name = self._signals.received.name
-                raise StoppedError(f"stopped by {name}: the same command goes on", self._signals.received)
+                raise StoppedError(f"stopped by {name}: the same command resumes", self._signals.received)
             self._compilations = earlier + population.num_compilations
             self._study.add_compilations(self._compilations)
             for running in list(self._running):
@@ -197,11 +196,11 @@ class Worker:
         del self._queues[signature]
 
     def _fill(self, population: Population, dataset: Dataset, signature: Any) -> bool:
-        """Starts waiting trials in free slots; False: the population is empty."""
+        """Starts waiting trials in free slots; returns whether any trial trains."""
         queue = self._queues[signature]
-        while len(self._running) < self._places:
+        while len(self._running) < self._capacity:
             others = sum(map(len, self._queues.values())) - len(queue)
-            if not queue and (others >= self._places or not self._claim()):
+            if not queue and (others >= self._capacity or not self._claim()):
                 break
             if queue:
                 running = queue.pop(0)
@@ -213,7 +212,7 @@ class Worker:
         return bool(self._running)
 
     def _ended(self, running: _Running, reports: list[Report]) -> bool:
-        """Notes what the members of a trial did in an epoch; whether the trial is at its end."""
+        """Records a trial's results of one epoch; returns whether the trial has ended."""
         trial, metric = running.trial, self._sweep.metric
         diverged = [report.diverged_at for report in reports if report.diverged_at is not None]
         if diverged:
@@ -227,7 +226,7 @@ class Worker:
         try:
             trial.report(value, reports[0].epoch)
             pruned = not reports[0].finished and trial.should_prune()
-        except optuna.exceptions.UpdateFinishedTrialError:  # this worker was taken for dead
+        except optuna.exceptions.UpdateFinishedTrialError:  # another worker took it for lost
             return True
         if not (pruned or reports[0].finished):
             return False
@@ -244,18 +243,19 @@ class Worker:
         self._stop_if_all_fail()
 
     def _stop_if_all_fail(self) -> None:
-        # Those that train beside the failures may end well; but where each lasts an epoch or two some always train.
-        if len(self._failures) < (2 * self._places if self._running else 0) + _FAILURES_IN_A_ROW:
+        # Trials that still train may succeed. But if trials fail within an epoch or two, some always train: hence
+        # a higher limit then, not none.
+        if len(self._failures) < (2 * self._capacity if self._running else 0) + _FAILURES_IN_A_ROW:
             return
         diverged = [reason for reason in self._failures if reason.startswith(_DIVERGED)]
         ((common, count),) = Counter(self._failures).most_common(1)
         if len(diverged) >= count:
             raise NonFiniteLossError(
-                f"{len(self._failures)} trials in a row failed, of {len(diverged)} {_DIVERGED} "
-                f"(the last: {diverged[-1].rpartition('at ')[2]}): search lower learning rates, or give "
+                f"{len(self._failures)} trials in a row failed; in {len(diverged)} of them {_DIVERGED} "
+                f"(the last: {diverged[-1].rpartition('at ')[2]}): search lower learning rates, or set "
                 "--config.optimizer.clip_norm=1"
             )
-        raise UserError(f"{len(self._failures)} trials in a row failed, {count} of them by: {common}")
+        raise UserError(f"{len(self._failures)} trials in a row failed, {count} of them with: {common}")
 
 
 def _keep_newest(kept: dict[Any, Any], count: int) -> None:
@@ -264,17 +264,17 @@ def _keep_newest(kept: dict[Any, Any], count: int) -> None:
 
 
 def fields(trial: FrozenTrial) -> dict[str, Any]:
-    """The fields of the Config that a trial sets: what was suggested, or what a Python file made of it."""
+    """The config fields that a trial sets: those that Optuna suggested, or those that a Python file returned."""
     return trial.user_attrs.get(FIELDS, trial.params)
 
 
 def load(config: DatasetConfig) -> Dataset:
-    """The data set of a trial.
+    """Loads the data set of a trial.
 
     Raises:
-      UserError: it cannot be had, or has no validation split.
+      UserError: it is not available, or has no validation split.
     """
     dataset = sources.load(config)
     if dataset.validation is None:
-        raise UserError("a sweep selects on a validation split: give --config.dataset.validation_fraction=0.1")
+        raise UserError("a sweep ranks trials on a validation split: give --config.dataset.validation_fraction=0.1")
     return dataset

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -66,9 +67,9 @@ class _Fake:
 def fake(monkeypatch, tmp_path):
     """`fake(*search, ...)` makes a sweep whose trials take no time: (sweep, study, a function that makes a worker)."""
     monkeypatch.setattr(worker, "Population", _Fake)
-    monkeypatch.setattr(worker, "load", lambda _: None)
+    monkeypatch.setattr(worker, "load", lambda _: SimpleNamespace(name="drawn"))
     _Fake.made = []
-    experiment = dataclasses.replace(cifar_cnn.EXPERIMENT, make_task=lambda *_: None)
+    experiment = dataclasses.replace(cifar_cnn.EXPERIMENT, make_task=lambda *_: None, complete=lambda config, _: config)
 
     def make(*texts, trials=12, seeds=1, size=4, sampler="random", pruner="none", epochs=3, signals=None):
         config = cifar_cnn.get_config()
@@ -183,8 +184,8 @@ def test_a_trial_that_there_was_no_memory_to_start_is_planned_once_more(fake, mo
 
 
 def test_only_the_newest_programs_are_kept(fake, monkeypatch):
-    loads = []
-    monkeypatch.setattr(worker, "load", lambda config: loads.append(config.train_fraction))
+    loads, load = [], worker.load
+    monkeypatch.setattr(worker, "load", lambda config: loads.append(config.train_fraction) or load(config))
     widths = [8 * n for n in range(1, 21)]
     _, study, made = fake(f"model.width={widths}", "dataset.train_fraction=[0.5,1]", sampler="grid")
     made.run()

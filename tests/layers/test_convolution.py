@@ -108,7 +108,7 @@ def test_the_kernels_gradient_is_the_sum_of_the_parts(size, parts, dtype, monkey
         return _value_and_gradients(lambda x, k: conv2d(x, k, padding="SAME"), x, kernel)[1:]
 
     whole = gradients(x, kernel)
-    monkeypatch.setattr(convolution, "_PART", int(x.nbytes * size))
+    monkeypatch.setattr(convolution, "_CHUNK_BYTES", int(x.nbytes * size))
     loops = str(jax.make_jaxpr(gradients)(x, kernel)).count(f"length={parts}")
     assert loops == 1
     _agree(gradients(x, kernel), whole, 1e-6 if dtype == "float32" else 1e-2)
@@ -116,7 +116,7 @@ def test_the_kernels_gradient_is_the_sum_of_the_parts(size, parts, dtype, monkey
 
 @pytest.mark.parametrize("manual", [False, True])
 def test_no_part_is_gathered_where_devices_share_a_batch(manual, monkeypatch):
-    monkeypatch.setattr(convolution, "_PART", 100)
+    monkeypatch.setattr(convolution, "_CHUNK_BYTES", 100)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     rows, whole = jax.P("data"), jax.P()
 

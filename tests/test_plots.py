@@ -1,4 +1,4 @@
-"""Pictures show what they say."""
+"""The plots show the values that they are given."""
 
 import numpy as np
 

@@ -76,7 +76,7 @@ def _change(kind, rule, **model):
         ("vae", "muon", (256, 1024)),
     ],
 )
-def test_the_effect_of_updates_does_not_depend_on_the_width(kind, rule, widths):
+def test_what_updates_change_does_not_depend_on_the_width(kind, rule, widths):
     mup = functools.partial(_change, kind, rule, parametrization="mup", base_width=widths[0] // 4)
     narrow, wide = (mup(width=width) for width in widths)
     assert 0.7 < wide / narrow < 1.4
@@ -87,7 +87,7 @@ def test_with_the_standard_parametrization_it_does():
     assert wide / narrow > 2
 
 
-def test_initial_kernels_and_rates_equal_the_table():
+def test_initial_kernels_and_rates_are_those_of_the_table():
     task, _, _ = _task("cnn", width=32, parametrization="mup", base_width=8)
     params = nnx.to_pure_dict(nnx.state(task.create_model(nnx.Rngs(0)), nnx.Param))
     widths = nnx.to_pure_dict(task.widths)

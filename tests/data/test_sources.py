@@ -158,7 +158,7 @@ def test_neither_part_may_be_empty(mnist_dir, fraction):
         load("mnist", mnist_dir, fraction)
 
 
-def test_a_fraction_of_train_is_fixed_and_nested(mnist_dir):
+def test_a_part_of_train_is_the_same_whatever_the_seed(mnist_dir):
     whole, half, third = (load("mnist", mnist_dir, 0.25, part) for part in (1.0, 0.5, 1 / 3))
     images = [{image.tobytes() for image in dataset.train["image"]} for dataset in (whole, half, third)]
     assert [len(found) for found in images] == [30, 15, 10]
@@ -181,7 +181,7 @@ def test_text_is_bytes_and_validation_is_its_own_split_or_the_end_of_train(data_
     assert held_out.train["text"].tobytes() + held_out.validation["text"].tobytes() == own.train["text"].tobytes()
 
 
-def test_the_first_available_set_is_loaded_with_a_warning_for_each_other(data_dir, capsys):
+def test_the_first_that_can_be_had_with_one_line_for_each_other(data_dir, capsys):
     start = time.monotonic()
     assert load("cifar10|imagenet2012 | digits", data_dir).name == "digits"
     assert time.monotonic() - start < 10

@@ -45,7 +45,7 @@ def _train(tx, params, grads):
 
 
 def _ours(scale, **fields):
-    """After ten steps with parameters and gradients that many times as large as those above."""
+    """Runs ten steps with parameters and gradients multiplied by `scale`."""
     params = {name: scale * p for name, p in PARAMS.items()}
     return _train(_made(**fields), params, _scaled_grads(scale))
 

@@ -65,7 +65,7 @@ def quick() -> CifarConfig:
 
 
 def airbench() -> CifarConfig:
-    """The airbench network at half width, evaluated as its paper does, in microbatches that fit a CPU's cache."""
+    """The airbench network at half width, with mirrored views in evaluation and microbatches that fit a CPU's cache."""
     return CifarConfig(
         num_epochs=14,
         batch_size=256,

@@ -41,7 +41,7 @@ _UNSUPPORTED = ("log_every_steps", "pictures_every_epochs", "checkpoint_every_st
 
 
 def airbench94() -> SpeedrunConfig:
-    """The airbench network (Jordan 2024, section 3) in bfloat16: eight epochs of 2,000 images a step, by Muon.
+    """The airbench network (Jordan 2024, section 3) in bfloat16: eight epochs of 2,000 images per step, by Muon.
 
     The channels, the initialization, the augmentation, the batch size, the epochs, Muon's learning rate and momentum,
     and the test-time views are those of airbench94_muon.py. The differences are:

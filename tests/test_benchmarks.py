@@ -55,7 +55,7 @@ def test_ratios_are_within_a_round_and_exclude_the_first_epoch():
     assert (row["ratio"], row["ratio_min"], row["ratio_max"], row["rounds"]) == (2.0, 1.0, 3.0, 3)
     assert (row["examples_per_second"], row["peer_examples_per_second"]) == (100.0, 50.0)
     assert row["flops_utilisation"] == 0.1  # ten steps a second, of 494.7 teraflops in TF32
-    assert table.utilisation("cpu", "float32", 1e9) is None
+    assert table.utilization("cpu", "float32", 1e9) is None
 
 
 def test_a_speedruns_row_has_the_standard_error_of_its_accuracy():

@@ -58,13 +58,13 @@ def row(work: Work, peer: str, ours: list[Report], theirs: list[Report]) -> dict
         "ratio_min": round(min(ratios), 3),
         "ratio_max": round(max(ratios), 3),
         "rounds": len(ratios),
-        "flops_utilisation": utilisation(device, work.dtype, ours[0]["step_flops"] / step_seconds),
+        "flops_utilisation": utilization(device, work.dtype, ours[0]["step_flops"] / step_seconds),
         **{name: values[0] for name, values in medians.items()},
         **{f"peer_{name}": values[1] for name, values in medians.items()},
     }
 
 
-def utilisation(device: str, dtype: str, flops: float) -> float | None:
+def utilization(device: str, dtype: str, flops: float) -> float | None:
     """Returns `flops` (FLOP/s) as a fraction of the GPU's peak (`chips.py`); None for other devices."""
     chip = next((chip for name, chip in CHIPS.items() if name.upper() in device), None)
     return round(flops / chip.flops(dtype), 4) if chip and flops else None

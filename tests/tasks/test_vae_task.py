@@ -85,7 +85,7 @@ def _evaluate(task, model, batch, *, seed=0, train):
 
 
 def _mean_loss(samples, model):
-    """Returns the training loss of one example for many draws."""
+    """Returns one example's mean training loss over many draws, its exact value, and all values."""
     task = dataclasses.replace(TASK, samples=samples)
     batch = _batch(np.repeat(IMAGES[:1], 4000, 0), step=jnp.int32(10))
     # The same dequantized values in every row, different latents.

@@ -65,7 +65,7 @@ def resolve(config: OptimizerConfig) -> None:
     """
     defaults = DEFAULTS[config.name]
     if config.momentum is not None and defaults.momentum is None:
-        raise UserError(f"--config.optimizer.momentum: {config.name} has no momentum; use momentum or nesterov")
+        raise UserError(f"--config.optimizer.momentum: {config.name} has none; use momentum or nesterov")
     if config.end_factor and config.schedule not in _DECAYING:
         raise UserError(f"--config.optimizer.end_factor needs a schedule that uses it: {', '.join(_DECAYING)}")
     if config.batch_scaling == "none" and config.base_batch_size != OptimizerConfig.base_batch_size:

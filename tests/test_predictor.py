@@ -37,7 +37,7 @@ def test_every_example_once_and_in_order(devices, count):
 
 
 def test_progress_is_plain_lines_without_a_terminal(monkeypatch, capsys):
-    monkeypatch.setattr(predictor, "_SECONDS_BETWEEN_PLAIN_LINES", 0.0)
+    monkeypatch.setattr(predictor, "_PROGRESS_SECONDS", 0.0)
     mesh = sharding.make_mesh(Config(), jax.devices()[:1])
     predict = Predictor(*nnx.split(Scale(), nnx.Param, ...), mesh, 8)
     x = {"x": np.zeros((17, 2), np.float32)}

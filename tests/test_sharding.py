@@ -85,7 +85,7 @@ def test_one_axis_crosses_the_network_between_slices(shape, crossing):
 
 def test_a_mesh_without_an_axis_for_the_slices_is_an_error():
     chips = [Chip(i, i, (0, 0, 0)) for i in range(4)]
-    with pytest.raises(UserError, match=r"data=2, fsdp=2.* has no axis that 4 slices can share"):
+    with pytest.raises(UserError, match=r"data=2, fsdp=2.* has no axis that is a multiple of the 4 slices"):
         sharding._arranged((2, 2, 1, 1), chips)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 LabeledImages = tuple[np.ndarray, np.ndarray]
 
-_MAX_UNPACKED_BYTES = 2**29  # over twice the largest official file: stops decompression bombs
+_LARGEST = 2**29  # bytes, over twice the largest official file: stops decompression bombs
 
 _CIFAR10_BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
 
@@ -48,14 +48,14 @@ class _Bounded:
 
     def __init__(self, stream: BinaryIO | gzip.GzipFile):
         self._stream = stream
-        self._left = _MAX_UNPACKED_BYTES
+        self._left = _LARGEST
 
-    def read(self, size: int = _MAX_UNPACKED_BYTES) -> bytes:
+    def read(self, size: int = _LARGEST) -> bytes:
         """Reads as a binary file does."""
         data = self._stream.read(size)
         self._left -= len(data)
         if self._left <= 0:
-            raise ValueError(f"it unpacks to more than {_MAX_UNPACKED_BYTES // 2**20} MiB")
+            raise ValueError(f"it unpacks to more than {_LARGEST // 2**20} MiB")
         return data
 
 
@@ -152,7 +152,7 @@ def mnist_idx(train_images: Path, train_labels: Path, test_images: Path, test_la
 def mnist_npz(path: Path) -> dict[str, LabeledImages]:
     """Reads Keras's copy of MNIST."""
     with zipfile.ZipFile(path) as archive:
-        if (size := sum(member.file_size for member in archive.infolist())) > _MAX_UNPACKED_BYTES:
+        if (size := sum(member.file_size for member in archive.infolist())) > _LARGEST:
             raise ValueError(f"it unpacks to {size // 2**20} MiB")
     with np.load(path, allow_pickle=False) as arrays:
         return {

@@ -1,11 +1,11 @@
-"""Which training algorithm: each rule with its learning rate tuned by equal trials, then several seeds on the test set.
+"""Compares optimizers: each with its learning rate tuned by equally many trials, then several seeds on the test set.
 
 python -m benchmarks.algorithms [--study=cnn,lstm,vae,cifar] [--seeds=5]
 
-A rule's trials are the learning rates around its customary one by powers of the square root of 10, each falling to 0 by
-a cosine. The rate that is best on the validation split is trained again from other seeds. A rule's rates train in one
-program, and so do its seeds (`population.py`). The study `cifar` (CIFAR-10, needs TFDS_DATA_DIR) does so at three
-batch sizes. Rows of other studies stay in the record.
+The trials of a rule are its default learning rate times powers of the square root of 10, with cosine decay to 0. The
+rate that is best on the validation split is trained again from other seeds. All rates of a rule train in one program,
+and so do all seeds (`population.py`). The study `cifar` (CIFAR-10, needs TFDS_DATA_DIR) has three batch sizes. Rows of
+other studies are kept in the results.
 """
 
 import copy
@@ -28,11 +28,11 @@ class Study:
     """A network and its data, at several batch sizes.
 
     Attributes:
-      what: in words.
-      experiment: whose it is.
-      config: but for the optimiser and the batch size.
-      batch_sizes: each with rates of its own.
-      reach: how many rates are tried on either side of the customary one.
+      what: the name in tables and plots.
+      experiment: the experiment.
+      config: its config; the optimizer and the batch size are replaced.
+      batch_sizes: the learning rate is tuned for each.
+      reach: number of rates tried on either side of the default.
     """
 
     what: str
@@ -43,7 +43,7 @@ class Study:
 
 
 def studies() -> dict[str, Study]:
-    """By name: the first three take a few minutes each on two cores, the last about 40."""
+    """Returns the studies by name; the first three take a few minutes each on two cores, the last about 40."""
     cnn = cifar_cnn.CifarConfig(num_epochs=10, dataset=trials.DIGITS, model=CNNConfig(width=16))
     lstm = char_rnn.CharRNNConfig(
         num_epochs=4, sequence_length=64, dataset=trials.TEXT, model=RNNConfig(name="lstm", layers=1, width=128)
@@ -59,36 +59,36 @@ def studies() -> dict[str, Study]:
     }
 
 
-STUDY = flags.DEFINE_list("study", list(studies()), f"which of them: {', '.join(studies())}")
+STUDY = flags.DEFINE_list("study", list(studies()), f"which studies: {', '.join(studies())}")
 flags.register_validator("study", lambda names: set(names) <= set(studies()), f"use {', '.join(studies())}")
 
 
 def measure(study: Study, rule: str, batch_size: int, seeds: int) -> dict[str, Any]:
-    """One row: the rates tried and how they did in validation, and the test figures of the best."""
+    """Returns a row: the rates, their validation metrics, and the test metrics of the best rate."""
     config: Any = copy.deepcopy(study.config)
     config.batch_size, config.optimizer = batch_size, OptimizerConfig(name=rule, schedule="cosine")
-    customary = optimizers.DEFAULTS[rule].learning_rate
-    rates = [customary * 10 ** (k / 2) for k in range(-study.reach, study.reach + 1)]
-    tried = trials.train(study.experiment, config, [{"optimizer.learning_rate": rate} for rate in rates])
-    chosen = rates[trials.best(tried)]
-    again = [{"optimizer.learning_rate": chosen, "seed": seed} for seed in range(1, seeds + 1)]
-    figure = "accuracy" if "accuracy" in tried[trials.best(tried)] else "loss"
-    values = [run.get(figure) for run in trials.train(study.experiment, config, again, test=True)]
+    default = optimizers.DEFAULTS[rule].learning_rate
+    rates = [default * 10 ** (k / 2) for k in range(-study.reach, study.reach + 1)]
+    tuning = trials.train(study.experiment, config, [{"optimizer.learning_rate": rate} for rate in rates])
+    best = trials.best(tuning)
+    repeats = [{"optimizer.learning_rate": rates[best], "seed": seed} for seed in range(1, seeds + 1)]
+    metric = "accuracy" if "accuracy" in tuning[best] else "loss"
+    values = [run.get(metric) for run in trials.train(study.experiment, config, repeats, test=True)]
     return {
         "what": study.what,
         "rule": rule,
         "batch_size": batch_size,
-        "figure": figure,
+        "figure": metric,
         "rates": rates,
-        "validation": [run.get(figure) for run in tried],
-        "learning_rate": chosen,
+        "validation": [run.get(metric) for run in tuning],
+        "learning_rate": rates[best],
         "test": values,
         **several_seeds.spread(values),
     }
 
 
 def line(row: dict[str, Any]) -> str:
-    """One row as Markdown."""
+    """Formats a row as Markdown."""
     return (
         f"| {row['what']} | {row['batch_size']} | {row['rule']} | {row['learning_rate']:.2g} | "
         f"{row['figure']} {several_seeds.shown(row)} |"
@@ -96,7 +96,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def picture(rows: list[dict[str, Any]]) -> Any:
-    """The test figure of each rule, mean and standard deviation; a panel a study, a colour a batch size."""
+    """Plots each rule's test metric, mean and standard deviation: a panel per study, a color per batch size."""
     from matplotlib.figure import Figure
 
     panels = list(dict.fromkeys(row["what"] for row in rows))
@@ -104,9 +104,9 @@ def picture(rows: list[dict[str, Any]]) -> Any:
     for what, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0]):
         shown = [row for row in rows if row["what"] == what and row["standard_deviation"] is not None]
         for batch_size in dict.fromkeys(row["batch_size"] for row in shown):
-            line = [row for row in shown if row["batch_size"] == batch_size]
-            figures = ([row[key] for row in line] for key in ("rule", "mean", "standard_deviation"))
-            axes.errorbar(*figures, fmt="o", capsize=4, label=f"batch {batch_size:,}")
+            points = [row for row in shown if row["batch_size"] == batch_size]
+            columns = ([row[key] for row in points] for key in ("rule", "mean", "standard_deviation"))
+            axes.errorbar(*columns, fmt="o", capsize=4, label=f"batch {batch_size:,}")
         axes.set(title=what, ylabel=" or ".join(dict.fromkeys(f"test {row['figure']}" for row in shown)))
         axes.tick_params("x", rotation=60)
         axes.grid(alpha=0.3)
@@ -123,9 +123,9 @@ def main() -> None:
     for study in chosen:
         for batch_size in study.batch_sizes:
             for rule in _RULES:
-                anew = measure(study, rule, batch_size, several_seeds.SEEDS.value)
-                print(line(anew), flush=True)
-                rows = output.merge(out, "algorithms", [anew], ("what", "rule", "batch_size"))
+                row = measure(study, rule, batch_size, several_seeds.SEEDS.value)
+                print(line(row), flush=True)
+                rows = output.merge(out, "algorithms", [row], ("what", "rule", "batch_size"))
     picture(rows).savefig(out / "algorithms.png", dpi=100)
 
 

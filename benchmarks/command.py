@@ -1,4 +1,4 @@
-"""A benchmark's own command, and one of Python in a process of its own, as the comparisons run it."""
+"""The entry point of the benchmarks, and Python commands run in subprocesses."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from research.process.exit import exit_with
 
 
 def start(main: Callable[[], None]) -> None:
-    """A benchmark's whole command: runs it with its flags parsed, or says in one line what was wrong (exit code 2)."""
+    """Runs a benchmark with its flags parsed; bad input prints one line and exits with code 2."""
 
     def parsed(argv: Sequence[str]) -> list[str]:
         try:
@@ -23,25 +23,25 @@ def start(main: Callable[[], None]) -> None:
             exit_with(UserError(f"unexpected argument {rest[0]!r}: flags are written --name=value"))
         return list(argv)
 
-    def run_it(_: Sequence[str]) -> None:
+    def run_main(_: Sequence[str]) -> None:
         try:
             main()
         except UserError as error:
             exit_with(error)
 
-    app.run(run_it, flags_parser=parsed)
+    app.run(run_main, flags_parser=parsed)
 
 
 def run(name: str, args: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
-    """What `python ARGS` prints, its environment this one's and more.
+    """Runs `python ARGS` with additional environment variables and returns its stdout.
 
     Raises:
-      SystemExit: it failed; with `name` and the last line of its stderr.
+      SystemExit: the command failed; the message has `name` and the last line of its stderr.
     """
     done = subprocess.run(
         [sys.executable, *args], env=os.environ | dict(environment or {}), capture_output=True, text=True
     )
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["in silence"])[-1]
+        last = (done.stderr.strip().splitlines() or ["no output on stderr"])[-1]
         raise SystemExit(f"error: {name} failed: {last}")
     return done.stdout

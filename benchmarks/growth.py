@@ -1,9 +1,9 @@
-"""How time and memory of a train step grow with batch size, width, depth and length: nothing faster than its work.
+"""Time and memory of a train step by batch size, width, depth and sequence length, compared with its FLOPs.
 
 python -m benchmarks.growth [--out=benchmarks/results]
 
-What costs in proportion to its work shows the same GFLOP/s in every row. FLOPs are those of the compiled step, each
-turn of its loops counted. Memory is what the step computes on the way. The data is noise, which costs the same.
+If the time is proportional to the work, all rows of a case have the same GFLOP/s. FLOPs are those of the compiled step,
+with every iteration of its loops counted. Memory is that of the step's temporaries. The data is noise.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from research.data.sources import Dataset
 from research.training.run import Training
 
 _UNITS = 128
-_DISPATCHES, _SECONDS = 5, 0.5  # timed, and about how long each takes
+_DISPATCHES, _SECONDS = 5, 0.5  # number of timed dispatches, and the approximate time of each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Case:
     """One train step to be timed.
 
     Attributes:
-      grows: what is varied; all cases of one kind differ in nothing else.
-      size: how large it is here.
-      config: of the experiment.
+      grows: the varied quantity; cases with the same one differ in nothing else.
+      size: its value.
+      config: the experiment's config.
     """
 
     grows: str
@@ -45,7 +45,7 @@ class Case:
 
 
 def cases() -> Iterator[Case]:
-    """Every step that is timed."""
+    """Yields the train steps to be timed."""
     sgd = OptimizerConfig(name="momentum")
 
     def cnn(batch_size: int, **model: Any) -> Config:
@@ -90,7 +90,7 @@ def _training(case: Case, steps: int) -> Training:
 
 
 def _seconds(training: Training) -> list[float]:
-    """Of each epoch, which is one dispatch."""
+    """Runs all epochs, of one dispatch each, and returns the seconds of each."""
     seconds = []
     for end in training.epoch_end_steps:
         start = time.monotonic()
@@ -101,7 +101,7 @@ def _seconds(training: Training) -> list[float]:
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """One row of the table."""
+    """Measures one row of the table."""
     probe = _training(case, 1)
     with jax.set_mesh(probe.mesh):
         probe.compile(train=True)
@@ -122,7 +122,7 @@ def measure(case: Case) -> dict[str, Any]:
 
 
 def line(row: dict[str, Any]) -> str:
-    """One row as Markdown."""
+    """Formats a row as Markdown."""
     return (
         f"| {row['grows']} | {row['size']} | {row['gflop']:.3f} | {row['temporary_bytes'] / 2**20:,.1f} | "
         f"{row['seconds_per_step'] * 1e3:,.2f} | {row['gflop_per_second']:,.0f} |"
@@ -130,17 +130,17 @@ def line(row: dict[str, Any]) -> str:
 
 
 def picture(rows: list[dict[str, Any]]) -> Any:
-    """Time against work, both logarithmic; dotted: in proportion to it."""
+    """Plots time by FLOPs, both logarithmic; dotted: proportional to the FLOPs."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
     for grows in dict.fromkeys(row["grows"] for row in rows):
         work, seconds = np.array([(r["gflop"], r["seconds_per_step"]) for r in rows if r["grows"] == grows]).T
-        (drawn,) = axes.loglog(work, seconds * 1e3, "o-", label=grows)
-        axes.loglog(work, seconds[0] * 1e3 * work / work[0], ":", color=drawn.get_color())
+        (curve,) = axes.loglog(work, seconds * 1e3, "o-", label=grows)
+        axes.loglog(work, seconds[0] * 1e3 * work / work[0], ":", color=curve.get_color())
     axes.set(
-        xlabel="GFLOP a step, as compiled", ylabel="milliseconds a step", title="dotted: in proportion to the work"
+        xlabel="GFLOP per step, as compiled", ylabel="milliseconds per step", title="dotted: proportional to the FLOPs"
     )
     axes.legend()
     return figure
@@ -148,7 +148,7 @@ def picture(rows: list[dict[str, Any]]) -> Any:
 
 def main() -> None:
     out, rows = output.folder(), []
-    print("| grows | size | GFLOP a step | temporary MiB | ms a step | GFLOP/s |")
+    print("| grows | size | GFLOP per step | temporary MiB | ms per step | GFLOP/s |")
     print("| --- | --- | --- | --- | --- | --- |")
     for case in cases():
         rows.append(measure(case))

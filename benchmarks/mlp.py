@@ -1,4 +1,4 @@
-"""A small multilayer perceptron on images, for the comparisons of `benchmarks.sweep`."""
+"""A small multilayer perceptron on images, trained by `benchmarks.sweep` and `benchmarks.population`."""
 
 import dataclasses
 import itertools
@@ -29,7 +29,7 @@ class MLPConfig(Config):
 
 
 class MLP(nnx.Module):
-    """Two hidden layers of rectified units."""
+    """Two hidden ReLU layers."""
 
     per_device_gradients = True
 
@@ -38,7 +38,7 @@ class MLP(nnx.Module):
         self.layers = nnx.List([Linear(a, b, rngs=rngs) for a, b in itertools.pairwise(sizes)])
 
     def __call__(self, x: jax.Array, *, train: bool, key: jax.Array | None = None) -> jax.Array:
-        """float32 [b, h, w, c] to logits [b, classes]."""
+        """Computes logits [b, classes] of images, float32 [b, h, w, c]."""
         del train, key
         x = x.reshape(x.shape[0], -1)
         for layer in self.layers[:-1]:
@@ -52,7 +52,7 @@ def get_config() -> MLPConfig:
 
 
 def make_task(config: MLPConfig, dataset: Dataset) -> Classification:
-    """Classification of the data set's images."""
+    """Builds the classification task of the data set's images."""
     train = dataset.train["image"]
     return Classification(
         lambda rngs: MLP(train[0].size, config.model.width, len(dataset.label_names), rngs),

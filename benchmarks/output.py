@@ -1,4 +1,4 @@
-"""Where a benchmark's results go: the flag `--out`."""
+"""The results of benchmarks: JSON files in the folder `--out`."""
 
 import json
 import os
@@ -12,7 +12,7 @@ _OUT = flags.DEFINE_string("out", str(Path(__file__).parent / "results"), "folde
 
 
 def folder() -> Path:
-    """The folder; ends the process with one line where it is none."""
+    """Returns the folder; exits with one line if it does not exist."""
     out = Path(_OUT.value)
     if not out.is_dir():
         raise SystemExit(f"error: --out={out} is not a folder")
@@ -20,7 +20,7 @@ def folder() -> Path:
 
 
 def merge(out: Path, name: str, rows: list[dict[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:
-    """Puts rows into `<name>.json` in the folder, in the place of others of equal `keys`; returns all that it has."""
+    """Adds rows to `<name>.json`, replacing those with equal `keys`; returns all rows of the file."""
     path = out / f"{name}.json"
     old = json.loads(path.read_text())["rows"] if path.exists() else []
     rows = list({tuple(row[key] for key in keys): row for row in [*old, *rows]}.values())
@@ -29,5 +29,5 @@ def merge(out: Path, name: str, rows: list[dict[str, Any]], keys: Sequence[str])
 
 
 def write(out: Path, name: str, record: Any) -> None:
-    """Writes the record as `<name>.json` into the folder."""
+    """Writes the record to `<name>.json` in the folder."""
     (out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")

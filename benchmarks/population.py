@@ -1,10 +1,10 @@
-"""Trials a minute on the digits: a sweep that trains them together beside one process a trial.
+"""Trials per minute on the digits: a sweep that trains trials together, against one process per trial.
 
 python -m benchmarks.population --trials=256 [--alone=4] [further flags of benchmarks.sweep]
 
-Both start from nothing compiled, and a process a trial finds after the first one what that one has compiled. The sweep
-is timed from its start to its end, its report and final run of the best trial included; of the trials alone the first
-few are run, one after another.
+Both start with an empty compilation cache; the second and later single trials find what the first one compiled. The
+sweep's time includes its report and the final run of the best trial. Of the single trials, only the first few are run,
+one after another.
 """
 
 import csv
@@ -20,21 +20,21 @@ from absl import flags
 
 from benchmarks import command, output, sweep
 
-ALONE = flags.DEFINE_integer("alone", 4, "trials in processes of their own", lower_bound=2)
+ALONE = flags.DEFINE_integer("alone", 4, "number of trials run in separate processes", lower_bound=2)
 
 
 def seconds(args: list[str], cache: str) -> float:
-    """Of a process of its own."""
+    """Runs `python ARGS` and returns its wall time."""
     start = time.monotonic()
     command.run(" ".join(args), args, {"MESHWORK_CACHE_DIR": cache})
     return time.monotonic() - start
 
 
 def row(work: dict[str, Any]) -> dict[str, Any]:
-    """One network: trials a minute of the sweep, and of processes one after another.
+    """Measures one network: trials per minute of the sweep and of single processes.
 
     Raises:
-      SystemExit: what they found differs: it was not the same work.
+      SystemExit: their accuracies differ, so they did not do the same work.
     """
     rates = work["rates"]
     with tempfile.TemporaryDirectory() as name:

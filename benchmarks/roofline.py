@@ -1,10 +1,10 @@
-"""How far the roofline of `launch.plan` is from the truth, where it can be measured: every experiment, on this machine.
+"""Compares the roofline estimate of `launch.plan` with measured step times, for every experiment on this machine.
 
 python -m benchmarks.roofline [--out=benchmarks/results]
 
-The same reading of the compiled program, with this machine's own speeds in place of a vendor's: the best of a matrix
-product, and of adding one to an array that no cache holds. What is measured is the median of some dispatches of a run;
-the ratio is that over the prediction.
+The estimate uses this machine's measured speeds instead of a vendor's: the best of a matrix product, and of adding one
+to an array larger than any cache. The measured time is the median of several dispatches of a run; the ratio is measured
+over predicted.
 """
 
 import os
@@ -40,22 +40,22 @@ def _best_seconds(function: Callable[[], Any]) -> float:
 
 
 def speeds(size: int = 4096, count: int = 2**28) -> dict[str, float]:
-    """Of this machine: float32 operations a second of a product, and bytes a second to and from memory."""
-    square, held = jnp.ones((size, size)), [jnp.ones(count)]
+    """Measures this machine: float32 FLOP/s of a matrix product, and bytes/s to and from memory."""
+    square, buffer = jnp.ones((size, size)), [jnp.ones(count)]
     product, add = jax.jit(jnp.dot), jax.jit(lambda x: x + 1, donate_argnums=0)
 
-    def add_in_place() -> jax.Array:  # memory that is new to the process would cost more than to write it
-        held[0] = add(held[0])
-        return held[0]
+    def add_in_place() -> jax.Array:  # in place, since the page faults of fresh memory cost more than the writes
+        buffer[0] = add(buffer[0])
+        return buffer[0]
 
     return {
         "flops": 2 * size**3 / _best_seconds(lambda: product(square, square)),
-        "bytes": 2 * held[0].nbytes / _best_seconds(add_in_place),
+        "bytes": 2 * buffer[0].nbytes / _best_seconds(add_in_place),
     }
 
 
 def row(experiment: str, preset: str, machine: dict[str, float], args: tuple[str, ...] = ()) -> dict[str, Any]:
-    """One experiment: what the roofline predicts of a step, and what it takes."""
+    """Predicts and measures the step time of one preset."""
     argv = [f"experiments.{experiment}", f"--config={preset}", f"--config.steps_per_dispatch={_STEPS}", *args]
     run = measure.training(job_lib.parse("measure", "", measure.MeasureOptions(), argv))
     with jax.set_mesh(run.mesh):
@@ -78,7 +78,7 @@ def row(experiment: str, preset: str, machine: dict[str, float], args: tuple[str
 
 
 def line(found: dict[str, Any]) -> str:
-    """One row as Markdown."""
+    """Formats a row as Markdown."""
     terms = (found[f"{name}_seconds"] * 1e3 for name in ("compute", "memory", "predicted", "measured"))
     return (
         f"| {found['experiment']} | {found['preset']} | {found['batch_size']} | {found['gflop']:.3f} | "

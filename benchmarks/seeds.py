@@ -1,9 +1,9 @@
-"""Runs a minute: `experiments.cifar_speedrun` from many seeds in one program (`research.training.population`).
+"""Runs per minute: `experiments.cifar_speedrun` with many seeds in one program (`research.training.population`).
 
 python -m benchmarks.seeds [--config=airbench94] [--seeds=20]
 
-All runs train together twice, from other seeds, and the second time is timed: it compiles nothing. Initialising is
-within, and they are evaluated after every epoch, not at their end alone.
+All runs train together twice, from different seeds; only the second time, which compiles nothing, is measured. It
+includes initialization and an evaluation after every epoch.
 """
 
 import statistics
@@ -16,8 +16,8 @@ from benchmarks import command, output, trials
 from benchmarks.several_seeds import SEEDS
 from experiments import cifar_speedrun
 
-CONFIG = flags.DEFINE_enum("config", "airbench94", list(cifar_speedrun.EXPERIMENT.presets), "what is run")
-DATASET = flags.DEFINE_string("dataset", "cifar10", "the images")
+CONFIG = flags.DEFINE_enum("config", "airbench94", list(cifar_speedrun.EXPERIMENT.presets), "preset of the speedrun")
+DATASET = flags.DEFINE_string("dataset", "cifar10", "data set of images")
 flags.set_default(SEEDS, 20)
 
 
@@ -27,9 +27,9 @@ def main() -> None:
     config.dataset.name = DATASET.value
     members = trials.population(cifar_speedrun.EXPERIMENT, config, runs, test=True)
     for first in (0, runs):
-        began = time.monotonic()
+        start = time.monotonic()
         reports = trials.together(members, [{"seed": first + number} for number in range(runs)])
-        seconds = time.monotonic() - began
+        seconds = time.monotonic() - start
     accuracies = [report.figures["validation_accuracy"] for report in reports]
     record = {
         "config": CONFIG.value,

@@ -1,10 +1,10 @@
-"""Seconds to an accuracy on CIFAR-10: `experiments.cifar_speedrun` beside airbench, on the same GPU and images.
+"""Time to accuracy on CIFAR-10: `experiments.cifar_speedrun` against airbench, on the same GPU and images.
 
 python -m benchmarks.speedrun --airbench=DIR [--goal=94] [--runs=20]
 
-DIR is a clone of github.com/KellerJordan/cifar10-airbench, the goal the accuracy in percent that its script reaches on
-the original images. Each is one process that compiles first, which both time apart, and then trains again and again
-from other seeds. The seconds are from the first train step to the test accuracy. It needs PyTorch.
+DIR is a clone of github.com/KellerJordan/cifar10-airbench; the goal is the accuracy in percent that its script reaches
+on the original images. Each side is one process that compiles first, which is timed separately, and then trains
+repeatedly with different seeds. The seconds are from the first train step to the test accuracy. It needs PyTorch.
 """
 
 import json
@@ -23,13 +23,13 @@ from research.data import sources
 
 PEERS = {"94": "airbench94_muon", "96": "airbench96_faster"}
 
-AIRBENCH = flags.DEFINE_string("airbench", None, "the folder of its scripts", required=True)
-GOAL = flags.DEFINE_enum("goal", "94", list(PEERS), "the accuracy in percent")
-RUNS = flags.DEFINE_integer("runs", 20, "runs of each", lower_bound=2)
+AIRBENCH = flags.DEFINE_string("airbench", None, "folder of airbench's scripts", required=True)
+GOAL = flags.DEFINE_enum("goal", "94", list(PEERS), "accuracy in percent")
+RUNS = flags.DEFINE_integer("runs", 20, "number of runs of each side", lower_bound=2)
 
 
 def row(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The runs' means, with their standard error, and the median of their seconds."""
+    """Summarizes the runs: mean accuracy with standard error, median seconds."""
     accuracies, seconds = ([run[key] for run in runs] for key in ("test_accuracy", "seconds"))
     return {
         "name": name,
@@ -43,7 +43,7 @@ def row(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def line(found: dict[str, Any]) -> str:
-    """One row as Markdown."""
+    """Formats a row as Markdown."""
     accuracy = f"{found['accuracy_mean']:.4f} ± {found['accuracy_standard_error']:.4f}"
     seconds = f"{found['seconds_median']:.3f} ({found['seconds_min']:.3f} to {found['seconds_max']:.3f})"
     return f"| {found['name']} | {found['runs']} | {accuracy} | {seconds} |"
@@ -54,12 +54,12 @@ def main() -> None:
     peer, preset = PEERS[GOAL.value], f"--config=airbench{GOAL.value}"
     script = Path(AIRBENCH.value) / f"{peer}.py"
     if not script.exists():
-        raise SystemExit(f"error: --airbench={AIRBENCH.value}: there is no {script.name}")
+        raise SystemExit(f"error: --airbench={AIRBENCH.value} has no {script.name}")
     dataset = sources.load(DatasetConfig(name="cifar10"))
     with tempfile.TemporaryDirectory() as folder:
         arrays = {f"{s}_{n}": x for s in ("train", "test") for n, x in getattr(dataset, s).items() if n != "id"}
         np.savez(f"{folder}/data.npz", **arrays)  # pyright: ignore[reportArgumentType]
-        print("| what | runs | test accuracy | seconds, median |\n| --- | --- | --- | --- |")
+        print("| program | runs | test accuracy | seconds, median |\n| --- | --- | --- | --- |")
         flags_ = [preset, "--config.dataset.name=cifar10", f"--config.num_runs={runs}", f"--workdir={folder}/runs"]
         command.run("cifar_speedrun", ["-m", "experiments.cifar_speedrun", *flags_])
         ours = json.loads(Path(f"{folder}/runs/speedrun.json").read_text())

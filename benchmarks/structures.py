@@ -1,10 +1,10 @@
-"""Which structure: accuracy against parameters, FLOPs and seconds for the convolutional networks.
+"""Compares architectures: accuracy by parameters, FLOPs and seconds of the convolutional networks.
 
 python -m benchmarks.structures [--seeds=5] [--dataset=cifar10]
 
-Every network is trained by the default recipe of `experiments.cifar_cnn`, four epochs of a fifth of the training set,
-by its own command, once for each seed; FLOPs are those of the compiled step. A power law (`sweeps/scaling_law.py`) goes
-through the errors of the simple network's widths, and is tested by the widest, from the others.
+Every network is trained by the default recipe of `experiments.cifar_cnn`, for four epochs of a fifth of the training
+set, in one process per seed. FLOPs are those of the compiled step. A power law (`sweeps/scaling_law.py`) is fitted to
+the errors of the simple network by width, and tested by predicting the widest from the others.
 """
 
 import json
@@ -31,18 +31,18 @@ NETWORKS = {
     "resnet": [{"width": width} for width in (4, 8, 16)],
     "wide_resnet": [{"width": width, "depth": 10} for width in (1, 2)],
 }
-DATASET = flags.DEFINE_string("dataset", "cifar10", "the images")
+DATASET = flags.DEFINE_string("dataset", "cifar10", "data set of images")
 
 
 def flags_of(name: str, fields: dict[str, int], dataset: str) -> list[str]:
-    """The command line of one network, but for the seed and the workdir."""
+    """Returns the command line of one network, without seed and workdir."""
     model = [f"--config.model.{field}={value}" for field, value in {"name": name, **fields}.items()]
-    part = [f"--config.dataset.name={dataset}", "--config.dataset.train_fraction=0.2", "--config.num_epochs=4"]
-    return [*model, *part]
+    data = [f"--config.dataset.name={dataset}", "--config.dataset.train_fraction=0.2", "--config.num_epochs=4"]
+    return [*model, *data]
 
 
 def flops(args: list[str]) -> float:
-    """Of one step of training, as compiled."""
+    """Returns the FLOPs of a compiled train step."""
     run = measure.training(job_lib.parse("measure", "", measure.MeasureOptions(), ["experiments.cifar_cnn", *args]))
     with jax.set_mesh(run.mesh):
         run.compile(train=True)
@@ -50,15 +50,15 @@ def flops(args: list[str]) -> float:
 
 
 def summary(args: list[str], seed: int) -> dict[str, Any]:
-    """Trains by the command; what it leaves in summary.json."""
+    """Trains in a subprocess and returns its summary.json."""
     with tempfile.TemporaryDirectory() as folder:
-        where = [f"--config.seed={seed}", f"--workdir={folder}/run"]
-        command.run("experiments.cifar_cnn", ["-m", "experiments.cifar_cnn", *args, *where])
+        args = [*args, f"--config.seed={seed}", f"--workdir={folder}/run"]
+        command.run("experiments.cifar_cnn", ["-m", "experiments.cifar_cnn", *args])
         return json.loads(Path(folder, "run/summary.json").read_text())
 
 
 def row(name: str, fields: dict[str, int], dataset: str, seeds: int) -> dict[str, Any]:
-    """One network."""
+    """Measures one network."""
     args = flags_of(name, fields, dataset)
     runs = [summary(args, seed) for seed in range(1, seeds + 1)]
     accuracies = [run["test_accuracy"] for run in runs]
@@ -74,7 +74,7 @@ def row(name: str, fields: dict[str, int], dataset: str, seeds: int) -> dict[str
 
 
 def law(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the error of the simple network is by its parameters, and that of the widest by the others."""
+    """Fits the simple network's error by parameters, and predicts the widest network's from the others."""
     points = [(r["parameters"], 1 - value) for r in rows if r["network"] == "simple" for value in r["test_accuracy"]]
     sizes, errors = np.array(points).T
     whole, smaller = scaling_law.fit(sizes, errors), sizes < sizes.max()
@@ -90,7 +90,7 @@ def law(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def line(row: dict[str, Any]) -> str:
-    """One row as Markdown."""
+    """Formats a row as Markdown."""
     return (
         f"| {row['network']} | {row['width']} | {row['parameters']:,} | {row['flops'] / 1e12:.2f} | "
         f"{row['seconds']:.1f} | {several_seeds.shown(row)} |"
@@ -98,7 +98,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def picture(rows: list[dict[str, Any]]) -> Any:
-    """Test accuracy against parameters, FLOPs and seconds, a line a network."""
+    """Plots test accuracy by parameters, FLOPs and seconds, with a line per network."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -106,9 +106,9 @@ def picture(rows: list[dict[str, Any]]) -> Any:
     sizes = {"parameters": "parameters", "flops": "FLOPs of the training", "seconds": "seconds of training"}
     for axes, (size, label) in zip(figure.subplots(1, len(sizes), sharey=True), sizes.items()):
         for network in dict.fromkeys(row["network"] for row in rows):
-            line = [row for row in rows if row["network"] == network]
-            figures = ([row[key] for row in line] for key in (size, "mean", "standard_deviation"))
-            axes.errorbar(*figures, fmt="o-", capsize=3, label=network)
+            points = [row for row in rows if row["network"] == network]
+            columns = ([row[key] for row in points] for key in (size, "mean", "standard_deviation"))
+            axes.errorbar(*columns, fmt="o-", capsize=3, label=network)
         axes.set(xlabel=label, xscale="log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
         axes.xaxis.set_minor_formatter(NullFormatter())

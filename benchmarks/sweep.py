@@ -1,11 +1,11 @@
-"""Trials a minute: this project's sweep beside Optuna with Keras and Optuna with PyTorch, on the digits.
+"""Trials per minute on the digits: this project's sweep against Optuna with Keras and Optuna with PyTorch.
 
 pip install -e ".[bench]" && python -m benchmarks.sweep [--trials=32] [--epochs=3] [--rounds=3]
 
-All three train the same network by Adam at the same learning rates for the same epochs, and judge it on the same
-validation split. They take turns, each in a process of its own, which is timed from its start to its end: importing,
-compiling (no cache of programs is warm) and this project's report and final run of the best trial are in it. A ratio is
-this project's trials a minute over the peer's of the same round.
+All three train the same network by Adam with the same learning rates and epochs, and evaluate it on the same validation
+split. They take turns, each in its own process. The time is the process's wall time, including imports, compilation
+(with an empty cache), and this project's report and final run of the best trial. A ratio is this project's trials per
+minute over the peer's in the same round.
 """
 
 import json
@@ -24,24 +24,24 @@ Run = dict[str, float]
 OURS, PEERS = "meshwork", ("keras", "torch")
 MODULES = {"cnn": ["experiments.cifar_cnn", "--config=tutorial"], "mlp": ["benchmarks.mlp"]}
 _BATCH = 32
-NEAR = 0.05  # the best accuracies must be, or it was not the same work
+NEAR = 0.05  # maximum difference of the best accuracies, else the work was not the same
 
-WORK = flags.DEFINE_list("work", list(MODULES), f"what to train: {', '.join(MODULES)}")
+WORK = flags.DEFINE_list("work", list(MODULES), f"networks to train: {', '.join(MODULES)}")
 TRIALS = flags.DEFINE_integer("trials", 32, "trials of a sweep", lower_bound=2)
 EPOCHS = flags.DEFINE_integer("epochs", 3, "epochs of a trial", lower_bound=1)
-ROUNDS = flags.DEFINE_integer("rounds", 3, "how many times each is run", lower_bound=1)
+ROUNDS = flags.DEFINE_integer("rounds", 3, "how many times each side is run", lower_bound=1)
 flags.register_validator("work", lambda names: set(names) <= set(MODULES), f"use {', '.join(MODULES)}")
 
 
 def works() -> list[dict[str, Any]]:
-    """What the flags ask for: the networks, with the learning rates of their trials."""
+    """Returns the works of the flags: the networks, with the learning rates of their trials."""
     rates = np.geomspace(1e-4, 1e-2, TRIALS.value).round(7).tolist()
     common = {"rates": rates, "epochs": EPOCHS.value, "batch_size": _BATCH}
     return [{"network": network, **common} for network in WORK.value]
 
 
 def training(work: dict[str, Any]) -> list[str]:
-    """The module that trains, with the flags that all trials have."""
+    """Returns the training module and the flags common to all trials."""
     return [
         *MODULES[work["network"]],
         "--config.dataset.name=digits",
@@ -51,7 +51,7 @@ def training(work: dict[str, Any]) -> list[str]:
 
 
 def arguments(name: str, work: dict[str, Any], folder: Path) -> list[str]:
-    """The arguments of Python that sweep."""
+    """Returns Python's arguments for a sweep."""
     if name != OURS:
         return ["-m", "benchmarks.peers.optuna_process", name, str(folder)]
     rates = ",".join(map(str, work["rates"]))
@@ -62,10 +62,10 @@ def arguments(name: str, work: dict[str, Any], folder: Path) -> list[str]:
 
 
 def run(name: str, work: dict[str, Any], arrays: dict[str, np.ndarray]) -> Run:
-    """One sweep in a process of its own: its seconds, and the best accuracy that it found.
+    """Runs one sweep in a subprocess; returns its seconds and its best accuracy.
 
     Raises:
-      SystemExit: it failed.
+      SystemExit: the sweep failed.
     """
     with tempfile.TemporaryDirectory() as path:
         folder = Path(path)
@@ -81,8 +81,11 @@ def run(name: str, work: dict[str, Any], arrays: dict[str, np.ndarray]) -> Run:
 
 
 def examples() -> dict[str, np.ndarray]:
-    """The digits as a sweep splits them: "train_image" and "validation_image", float32 [n, 32, 32, 1], normalised, and
-    their labels."""
+    """Loads the digits as a sweep splits them.
+
+    Returns:
+      "train_image" and "validation_image", float32 [n, 32, 32, 1], normalized, and "train_label", "validation_label".
+    """
     from research.config import DatasetConfig
     from research.data import images, sources
 
@@ -97,10 +100,10 @@ def examples() -> dict[str, np.ndarray]:
 
 
 def row(work: dict[str, Any], peer: str, ours: list[Run], theirs: list[Run]) -> dict[str, Any]:
-    """This project against one peer.
+    """Compares this project with one peer.
 
     Raises:
-      SystemExit: what they found differs: it was not the same work.
+      SystemExit: their accuracies differ, so they did not do the same work.
     """
     for mine, other in zip(ours, theirs):
         if abs(mine["best"] - other["best"]) > NEAR:
@@ -136,11 +139,11 @@ def main() -> None:
             for name, done in runs.items():
                 done.append(run(name, work, arrays))
                 print(f"round {number + 1}  {work['network']}  {name:<9} {done[-1]['seconds']:7.1f} s", flush=True)
-        anew = [row(work, peer, runs[OURS], runs[peer]) for peer in PEERS]
-        rows = output.merge(out, "sweep", anew, ("work", "peer", "trials"))
+        new_rows = [row(work, peer, runs[OURS], runs[peer]) for peer in PEERS]
+        rows = output.merge(out, "sweep", new_rows, ("work", "peer", "trials"))
     for found in rows:
         print(
-            f"{found['work']}: {found['trials_per_minute']} trials a minute, Optuna with {found['peer']} "
+            f"{found['work']}: {found['trials_per_minute']} trials per minute, Optuna with {found['peer']} "
             f"{found['peer_trials_per_minute']}: {found['ratio']} times ({found['ratio_min']} to {found['ratio_max']})"
         )
 

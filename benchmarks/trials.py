@@ -1,4 +1,4 @@
-"""What the studies share: their small data, and many runs of one config in one program."""
+"""Small data sets for the studies, and many runs of one config in one program."""
 
 import copy
 import dataclasses
@@ -22,7 +22,7 @@ TEXT = DatasetConfig(name="pydoc", train_fraction=0.25)
 
 
 def check_data(datasets: Iterable[DatasetConfig]) -> None:
-    """Ends the process with one line, and exit code 2, where one of them cannot be had: before anything is trained."""
+    """Exits with one line and code 2, before anything is trained, if a data set is not available."""
     try:
         for dataset in datasets:
             sources.load(dataset)
@@ -33,29 +33,29 @@ def check_data(datasets: Iterable[DatasetConfig]) -> None:
 def train(
     experiment: Experiment, config: Config, changes: Sequence[Mapping[str, Any]], *, test: bool = False
 ) -> list[dict[str, float]]:
-    """Trains every run to its end; returns the figures of each on held-out examples, {} where it diverged.
+    """Trains all runs and returns each one's metrics on held-out examples, {} if it diverged.
 
     Args:
-      experiment: what is run.
-      config: what the runs have in common; not resolved.
-      changes: the fields of each run that differ, by path; inputs of the step (`training/hyperparams.py`) or the seed.
-      test: whether figures are those of the test split, not of validation.
+      experiment: the experiment.
+      config: the runs' common config, not resolved.
+      changes: each run's changed fields, by path: inputs of the step (`training/hyperparams.py`) or the seed.
+      test: whether to evaluate on the test split instead of validation.
     """
     reports = together(population(experiment, config, len(changes), test=test), changes)
     return [{n.removeprefix("validation_"): value for n, value in report.figures.items()} for report in reports]
 
 
 def population(experiment: Experiment, config: Config, size: int, *, test: bool = False) -> tuple[Config, Population]:
-    """Slots for so many runs or more, evenly over the devices; with the config resolved. Arguments as of `train`."""
+    """Returns the resolved config and a population of at least `size` slots, evenly over the devices; see `train`."""
     config, dataset, task = app.load(experiment, config)
     if test:
         dataset = dataclasses.replace(dataset, validation=dataset.test)
     return config, Population(config, task, dataset, jax.devices(), size)
 
 
-def together(of: tuple[Config, Population], changes: Sequence[Mapping[str, Any]]) -> list[Report]:
-    """Trains the runs from their start to their end; may be called again."""
-    config, members = of
+def together(runs: tuple[Config, Population], changes: Sequence[Mapping[str, Any]]) -> list[Report]:
+    """Trains the runs from start to end; may be called repeatedly."""
+    config, members = runs
     for slot, fields in enumerate(changes):
         member = copy.deepcopy(config)
         for path, value in fields.items():
@@ -67,6 +67,6 @@ def together(of: tuple[Config, Population], changes: Sequence[Mapping[str, Any]]
 
 
 def best(figures: Sequence[Mapping[str, float]]) -> int:
-    """The number of the run with the highest accuracy, or else the least loss."""
+    """Returns the index of the run with the highest accuracy, or the lowest loss if it has no accuracy."""
     values = [run.get("accuracy", -run["loss"]) if run else -math.inf for run in figures]
     return values.index(max(values))

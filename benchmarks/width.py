@@ -1,10 +1,10 @@
-"""The loss against the learning rate as a network grows wider: the standard parametrization beside mup.
+"""Loss by learning rate for networks of different widths: standard parametrization against muP.
 
 python -m benchmarks.width [--network=cnn,lstm,vae]
 
-Adam at a constant rate. All rates of one width train together in one program (`population.py`); the loss is that
-of the validation split after the last epoch. With mup, rates are those at the narrowest width. Rows of other networks
-stay in the record.
+Adam with a constant learning rate. All rates of one width train together in one program (`population.py`); the loss is
+that of the validation split after the last epoch. With muP, rates are those at the narrowest width. Rows of other
+networks are kept in the results.
 """
 
 import copy
@@ -22,7 +22,7 @@ from research.experiment import Experiment
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A network, how it is trained, and what is tried."""
+    """A network, its config, and the widths and learning rates to try."""
 
     experiment: Experiment
     config: Config
@@ -31,7 +31,7 @@ class Case:
 
 
 def cases() -> dict[str, Case]:
-    """By name: cnn and vae take a minute or two each on two cores, lstm longer."""
+    """Returns the cases by name; cnn and vae take a minute or two each on two cores, lstm longer."""
     adam = OptimizerConfig(name="adam")
     cnn = cifar_cnn.CifarConfig(num_epochs=3, batch_size=32, dataset=trials.DIGITS, optimizer=adam, model=CNNConfig())
     lstm = char_rnn.CharRNNConfig(
@@ -51,12 +51,12 @@ def _rates(low: int, high: int) -> tuple[float, ...]:
     return tuple(2.0**exponent for exponent in range(low, high + 1))
 
 
-NETWORK = flags.DEFINE_list("network", list(cases()), f"what is made wider: {', '.join(cases())}")
+NETWORK = flags.DEFINE_list("network", list(cases()), f"networks to train: {', '.join(cases())}")
 flags.register_validator("network", lambda names: set(names) <= set(cases()), f"use {', '.join(cases())}")
 
 
 def losses(case: Case, parametrization: str, width: int) -> list[float | None]:
-    """The validation loss of each rate; None where it diverged."""
+    """Returns the validation loss for each rate; None if the run diverged."""
     config: Any = copy.deepcopy(case.config)
     config.model.width, config.model.parametrization = width, parametrization
     config.model.base_width = case.widths[0] if parametrization == "mup" else 0
@@ -65,7 +65,7 @@ def losses(case: Case, parametrization: str, width: int) -> list[float | None]:
 
 
 def line(row: dict[str, Any]) -> str:
-    """The rate of the least loss of one width."""
+    """Formats the best rate of a row and its loss."""
     loss, rate = min((loss, rate) for loss, rate in zip(row["losses"], row["rates"]) if loss is not None)
     return (
         f"{row['network']:<5} {row['parametrization']:<9} width {row['width']:>4}: best rate 2^{math.log2(rate):.0f}, "
@@ -74,7 +74,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def picture(rows: list[dict[str, Any]]) -> Any:
-    """Loss against learning rate, a line a width: a row of pictures a network, a column a parametrization."""
+    """Plots loss by learning rate, a line per width: a row per network, a column per parametrization."""
     from matplotlib.figure import Figure
 
     networks, columns = (list(dict.fromkeys(row[key] for row in rows)) for key in ("network", "parametrization"))
@@ -85,10 +85,10 @@ def picture(rows: list[dict[str, Any]]) -> Any:
         points = [(rate, loss) for rate, loss in zip(row["rates"], row["losses"]) if loss is not None]
         axes.plot(*zip(*points), ".-", label=str(row["width"]))
         axes.set(title=f"{row['network']}, {row['parametrization']}", xscale="log", xlabel="learning rate")
-    for network, line in zip(networks, grid):
+    for network, panels in zip(networks, grid):
         best = [min(x for x in row["losses"] if x is not None) for row in rows if row["network"] == network]
-        line[0].set(ylabel="validation loss", ylim=(min(best) * 0.9, max(best) * 2.5))
-        for axes in line:
+        panels[0].set(ylabel="validation loss", ylim=(min(best) * 0.9, max(best) * 2.5))
+        for axes in panels:
             axes.grid(alpha=0.3)
             axes.legend(title="width", fontsize="small")
     return figure

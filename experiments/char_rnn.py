@@ -1,12 +1,12 @@
-"""Character language models on Shakespeare, whose memory goes on from batch to batch.
+"""Character-level language models on Shakespeare, with the recurrent state carried from batch to batch.
 
 python -m experiments.char_rnn                    minGRU: parallel over time
 python -m experiments.char_rnn --config=lru       the linear recurrent unit: parallel over time
-python -m experiments.char_rnn --config=lstm      and --config=gru, --config=simple: one step after the other
+python -m experiments.char_rnn --config=lstm      sequential cells; also --config=gru and --config=simple
 python -m experiments.char_rnn --workdir=DIR --mode=sample --prompt="ROMEO:"
 
-The default reaches 1.398 nats a character on tiny_shakespeare's validation split, 1.539 on its test split (one run, 8
-epochs, 720 s of training on 2 x86 CPU cores with AVX-512, shared with other work).
+The default reaches 1.398 nats per character on tiny_shakespeare's validation split and 1.539 on its test split (one
+run, 8 epochs, 720 s of training on 2 x86 CPU cores with AVX-512, shared with other work).
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from research.tasks.predictor import Predictor
 class CharRNNConfig(Config):
     """A character language model; an example is a chunk of one of `batch_size` streams of text."""
 
-    sequence_length: int = option(128, "characters a chunk: how far back the gradient goes", minimum=1)
+    sequence_length: int = option(128, "characters of a chunk: the length of truncated backpropagation", minimum=1)
     model: RNNConfig = dataclasses.field(default_factory=RNNConfig)
 
 
@@ -80,16 +80,16 @@ def _config(model: RNNConfig, learning_rate: float) -> CharRNNConfig:
 
 
 def prepare(config: CharRNNConfig, dataset: Dataset) -> Dataset:
-    """The text as streams."""
+    """Cuts the text into streams."""
     eval_batch_size = config.examples_at_once
     return text.streams(dataset, config.batch_size, config.sequence_length, eval_batch_size)
 
 
 def make_task(config: CharRNNConfig, dataset: Dataset) -> LanguageModel:
-    """The language model of the network that the config names.
+    """Builds the language-model task of the config's network.
 
     Raises:
-      UserError: the mesh is to split a time axis that the cell or the sequence's length does not let it split.
+      UserError: the mesh shards the time axis, but the cell is sequential or the sequence length does not divide.
     """
     if config.model.name not in rnn.PARALLEL:
         sharding.refuse_sequence(config.mesh, f"--config.model.name={config.model.name}")
@@ -113,17 +113,17 @@ def make_task(config: CharRNNConfig, dataset: Dataset) -> LanguageModel:
 
 
 def sample(predict: Predictor, config: CharRNNConfig, dataset: Dataset, options: SampleOptions, _: Path) -> None:
-    """Prints texts that go on from a prompt.
+    """Prints texts that continue a prompt.
 
     Raises:
-      UserError: the prompt has a character that the data set has not.
+      UserError: a character of the prompt does not occur in the data set.
     """
     prompt = encode(options.prompt, dataset.label_names, dataset.name)
 
     def texts(model: nnx.Module, batch: Batch, key: jax.Array) -> jax.Array:
         carry = rnn.initial_carry(config.model, len(batch["prompt"]))
-        chosen = {"length": options.length, "temperature": options.temperature, "top_p": options.top_p}
-        return generate(model, batch["prompt"], carry, key, **chosen)
+        kwargs = {"length": options.length, "temperature": options.temperature, "top_p": options.top_p}
+        return generate(model, batch["prompt"], carry, key, **kwargs)
 
     tokens = predict(texts, {"prompt": np.tile(prompt, (options.num_samples, 1))}, seed=options.sample_seed)
     for number, row in enumerate(tokens):

@@ -29,20 +29,20 @@ class CifarConfig(Config):
     """Image classification."""
 
     label_smoothing: float = option(
-        0.0, "part of the target spread over all classes", minimum=0, below=1, step_input=True
+        0.0, "fraction of the target spread over all classes", minimum=0, below=1, step_input=True
     )
     mirror: bool = option(
-        False, "evaluate by the mean of each image's logits and its mirror image's", may_change="evaluation"
+        False, "evaluate with the mean logits of each image and its mirror image", may_change="evaluation"
     )
     translate: bool = option(
-        False, "evaluate by the mean of the image's logits and those of it shifted by a pixel", may_change="evaluation"
+        False, "evaluate with the mean logits of each image and the image shifted by a pixel", may_change="evaluation"
     )
     model: CNNConfig = dataclasses.field(default_factory=CNNConfig)
     augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
 
 
 def get_config() -> CifarConfig:
-    """The tutorial CNN with Muon, warm-up and linear decay, averaged parameters and light augmentation."""
+    """The tutorial CNN with Muon, warm-up and linear decay, EMA of the parameters and light augmentation."""
     return CifarConfig(
         num_epochs=10,
         batch_size=64,
@@ -69,7 +69,7 @@ def quick() -> CifarConfig:
 
 
 def airbench() -> CifarConfig:
-    """The airbench network at half width, evaluated as its paper does, in microbatches that fit a CPU's cache."""
+    """The airbench network at half width, with mirrored views in evaluation and microbatches that fit a CPU's cache."""
     return CifarConfig(
         num_epochs=14,
         batch_size=256,
@@ -96,13 +96,13 @@ def complete(config: CifarConfig, dataset: Dataset) -> CifarConfig:
 
 
 def make_task(config: CifarConfig, dataset: Dataset, *, norm_momentum: float = 0.95) -> Classification:
-    """Classification of the data set's images by the network that the config names.
+    """Builds the classification task of the data set's images and the config's network.
 
     Args:
       config: resolved.
-      dataset: it has images and labels.
-      norm_momentum: of airbench's batch norm (`cnn.create`). The published 0.6 is for batches of 1,024 and more; this
-        experiment's are smaller.
+      dataset: has images and labels.
+      norm_momentum: momentum of airbench's batch norm (`cnn.create`). The published 0.6 is for batches of 1,024 and
+        more; this experiment's are smaller.
     """
     train = dataset.train["image"]
     mean, std = images.channel_statistics(train)

@@ -1,11 +1,11 @@
 """Time to accuracy on CIFAR-10: repeated runs, each timed from the first train step to the test accuracy.
 
-python -m experiments.cifar_speedrun                      airbench94's network, whole, for an accelerator: 20 runs
+python -m experiments.cifar_speedrun                      airbench94's network at full width, for a GPU: 20 runs
 python -m experiments.cifar_speedrun --config=airbench96  airbench96's network, deeper and wider, trained for longer
 python -m experiments.cifar_speedrun --config=quick       the tutorial CNN in one epoch, for a CPU: 5 runs
 
-Run i has the seed `seed` + i. Compilation is not in the time, as in airbench (Jordan 2024, arXiv 2404.00498, section
-2); the evaluation after the last step is. The results go to speedrun.json, which is rewritten after every run.
+Run i has the seed `seed` + i. The time excludes compilation, as in airbench (Jordan 2024, arXiv 2404.00498, section 2),
+and includes the evaluation after the last step. speedrun.json has the results and is rewritten after every run.
 """
 
 import dataclasses
@@ -36,29 +36,29 @@ from research.training.run import Training
 
 @dataclasses.dataclass
 class SpeedrunConfig(CifarConfig):
-    """Image classification, again and again."""
+    """Repeated runs of image classification."""
 
-    num_runs: int = option(20, "runs, each of another seed", minimum=1)
+    num_runs: int = option(20, "runs, each with another seed", minimum=1)
 
 
 def airbench94() -> SpeedrunConfig:
-    """The airbench network (Jordan 2024, section 3) in bfloat16: eight epochs of 2,000 images a step, by Muon.
+    """The airbench network (Jordan 2024, section 3) in bfloat16: eight epochs of 2,000 images per step, by Muon.
 
-    The channels, the initial convolutions, the augmentation, the batch size, the epochs, Muon's learning rate and
-    momentum, and the views of the evaluation are those of airbench94_muon.py. These differ:
+    The channels, the initialization, the augmentation, the batch size, the epochs, Muon's learning rate and momentum,
+    and the test-time views are those of airbench94_muon.py. The differences are:
 
-    - Muon makes five Newton-Schulz steps in float32; there three in bfloat16. Optax corrects the bias of the momentum.
-    - Biases train by Adam at a tenth of Muon's rate, the classifier by Muon; there both by Nesterov SGD (momentum 0.85)
-      at rates of 0.053 and 0.67.
-    - The weight decay is 0.3, of all kernels; there rate times decay is 0.004 for the biases and the classifier, and
-      the convolutions have none.
-    - The bias after whitening starts at 0 and trains throughout; there it starts at PyTorch's random values, and its
-      rate falls to 0 within three epochs.
-    - The classifier's kernel starts at PyTorch's default and the logits are divided by 9; there it is scaled to a
-      standard deviation of 1 and they are divided by 256. The first logits are as large either way.
-    - Parameters are float32 and the computation bfloat16; there all but batch norm is float16.
-    - The images that are flipped in the first epoch are the same in every run; there each run draws them.
-    - The clock starts at the first train step; there it includes computing the whitening kernel.
+    - Muon takes five Newton-Schulz steps in float32; there, three in bfloat16. Optax corrects the momentum's bias.
+    - Biases are trained by Adam at a tenth of Muon's rate, the classifier by Muon; there, both by Nesterov SGD
+      (momentum 0.85) at rates of 0.053 and 0.67.
+    - The weight decay is 0.3 for all kernels; there, rate times decay is 0.004 for the biases and the classifier, and
+      the convolutions have no decay.
+    - The bias after whitening starts at 0 and is trained throughout; there, it starts at PyTorch's random values, and
+      its rate decays to 0 within three epochs.
+    - The classifier's kernel has PyTorch's default initialization and the logits are divided by 9; there, the kernel is
+      scaled to a standard deviation of 1 and the logits are divided by 256. The initial logits are equally large.
+    - Parameters are float32 and the computation is bfloat16; there, everything but batch norm is float16.
+    - The images that are flipped in the first epoch are the same in every run; there, each run draws them.
+    - The clock starts at the first train step; there, it includes computing the whitening kernel.
     """
     return SpeedrunConfig(
         num_epochs=8,
@@ -75,23 +75,23 @@ def airbench94() -> SpeedrunConfig:
 
 
 def airbench96() -> SpeedrunConfig:
-    """The network of airbench96 (128/384/512 channels, three convolutions a group) by the recipe of `airbench94`.
+    """The network of airbench96 (128/384/512 channels, three convolutions per group) with the recipe of `airbench94`.
 
     The network, the shifts by up to four pixels and the cutout's side of 12 are those of airbench96_faster.py. The
-    recipe is not: it has 34 epochs of 2,000 images a step by Muon, chosen with a narrower network and not tuned again.
-    There:
+    training recipe is not: 34 epochs of 2,000 images per step by Muon, chosen with a narrower network and not tuned
+    again. There:
 
     - Nesterov SGD (momentum 0.85) trains everything, the biases of batch norm at 64 times the rate of the rest, with
       a warm-up over the first tenth of the steps, and Lookahead averages the parameters every five steps.
-    - A proxy network (32/64/64 channels, two convolutions a group) is trained first, within the time. In each of the
-      45 epochs, the 512 examples of every 1,024 that had the largest loss in the proxy are trained on.
-    - The cutout's square lies wholly within the image, its corner drawn uniformly. Here it is centered at a uniformly
-      drawn pixel and clipped at the borders (DeVries & Taylor 2017): it covers 118 pixels on average, not 144.
-    - All but batch norm is float16, and the time includes computing the whitening kernel, as in airbench94_muon.py.
-      The bias after whitening starts at 0 and trains throughout, as here: the program's switch after three epochs
-      compares the epoch with a number of steps that it never reaches.
+    - A proxy network (32/64/64 channels, two convolutions per group) is trained first, within the measured time. In
+      each of the 45 epochs, the 512 of every 1,024 examples that had the largest loss in the proxy are trained on.
+    - The cutout's square lies within the image, its corner drawn uniformly. Here it is centered at a uniformly drawn
+      pixel and clipped at the borders (DeVries & Taylor 2017): it covers 118 pixels on average, not 144.
+    - Everything but batch norm is float16, and the time includes computing the whitening kernel, as in
+      airbench94_muon.py. The bias after whitening starts at 0 and is trained throughout, as here: the code's switch
+      after three epochs compares the epoch with a number of steps that it never reaches.
 
-    This network's time and accuracy are to be measured on a GPU.
+    The time and accuracy of this preset have not been measured on a GPU yet.
     """
     config = airbench94()
     config.num_epochs = 34
@@ -101,29 +101,29 @@ def airbench96() -> SpeedrunConfig:
 
 
 def quick() -> SpeedrunConfig:
-    """`experiments.cifar_cnn --config=quick`, five times."""
+    """Five runs of `experiments.cifar_cnn --config=quick`."""
     return SpeedrunConfig(**vars(cifar_cnn.quick()), num_runs=5)
 
 
 def make_task(config: CifarConfig, dataset: Dataset) -> Classification:
-    """The task of `experiments.cifar_cnn`, with the published momentum of airbench's batch norm.
+    """Builds the task of `experiments.cifar_cnn`, with the published momentum of airbench's batch norm.
 
-    It is the part of the running statistics that a step keeps: 0.6 in airbench94_muon.py (there `1 - momentum` goes to
-    PyTorch) and 0.9, PyTorch's default, in airbench96_faster.py.
+    This is the fraction of the running statistics that a step keeps: 0.6 in airbench94_muon.py (which passes
+    `1 - momentum` to PyTorch) and 0.9, PyTorch's default, in airbench96_faster.py.
     """
     return cifar_cnn.make_task(config, dataset, norm_momentum=0.9 if config.model.depth == 3 else 0.6)
 
 
 def run(experiment: app.Experiment, argv: Sequence[str], signals: Signals) -> dict[str, Any]:
-    """Makes the runs as the arguments say.
+    """Runs the speedrun of the command line.
 
     Returns:
-      What speedrun.json holds.
+      The contents of speedrun.json.
 
     Raises:
       UserError: bad input, found before the first run.
-      NonFiniteLossError: a run diverged; speedrun.json has those before it.
-      StoppedError: a signal came; speedrun.json has the runs that were finished.
+      NonFiniteLossError: a run diverged; speedrun.json has the runs before it.
+      StoppedError: a stop signal was received; speedrun.json has the finished runs.
     """
     command = app.parse(experiment, argv)
     config: Any = command.config
@@ -131,7 +131,7 @@ def run(experiment: app.Experiment, argv: Sequence[str], signals: Signals) -> di
     _check(command, path)
     mesh = app.start(config)
     if jax.process_count() > 1:
-        raise UserError("a speedrun is for one process: start it without a launcher")
+        raise UserError("a speedrun runs in one process: start it without a launcher")
     with Workdir(command.workdir):
         dataset = sources.load(config.dataset)
         config = experiment.resolve(config, dataset)
@@ -148,21 +148,21 @@ def run(experiment: app.Experiment, argv: Sequence[str], signals: Signals) -> di
 
 
 def _check(command: app.Command, path: Any) -> None:
-    """Raises `UserError` where a speedrun cannot do what it is asked."""
+    """Raises `UserError` for flags that a speedrun does not support."""
     if command.mode != "train" or command.reproduces:
-        raise UserError("a speedrun always starts anew: leave out --mode and --reproduce")
+        raise UserError("a speedrun always starts a new run: remove --mode and --reproduce")
     if path.exists() or command.earlier:
-        raise UserError(f"--workdir={command.workdir} holds another run: give a folder of its own")
+        raise UserError(f"--workdir={command.workdir} holds another run: give a new folder")
     config: Any = command.config
     if config.seed + config.num_runs > 2**32:
-        raise UserError(f"--config.seed={config.seed}: that of the last run must be below 2**32")
+        raise UserError(f"--config.seed={config.seed}: the seed of the last run must be below 2**32")
     for path, field, value in walk(config):
         if field.metadata["record_only"] and value != field.default:
-            raise UserError(f"--config.{path}: a speedrun leaves nothing but speedrun.json; leave it out")
+            raise UserError(f"--config.{path}: a speedrun records nothing but speedrun.json; remove the flag")
 
 
 def _run(config: Any, dataset: Dataset, mesh: Any, workdir: Path, signals: Signals) -> dict[str, Any]:
-    """One run, which leaves nothing on disk: its seed, accuracies and times."""
+    """Trains and evaluates once, without files; returns the seed, the accuracies and the times."""
     training = Training(config, make_task(config, dataset), dataset, mesh, signals)
     end = training.epoch_end_steps[-1]
     with jax.set_mesh(mesh), Writer(workdir, end, active=True) as writer:
@@ -173,7 +173,7 @@ def _run(config: Any, dataset: Dataset, mesh: Any, workdir: Path, signals: Signa
                 speed = step * config.batch_size / (time.monotonic() - start)
                 writer.progress(step, float(values["loss"].mean()), speed)
             if signals.received:
-                raise StoppedError(f"stopped by {signals.received.name}: earlier runs are kept", signals.received)
+                raise StoppedError(f"stopped by {signals.received.name}: the finished runs are kept", signals.received)
             results = training.evaluate()
             seconds = time.monotonic() - start
     return {"seed": config.seed, **results, "seconds": seconds, "compile_seconds": compile_seconds}

@@ -1,4 +1,4 @@
-"""Runs side by side: the config fields in which they differ, their final figures, and one picture.
+"""Compares runs: the config fields in which they differ, their final metrics, and a plot of their curves.
 
 python -m research.compare DIR DIR ... [--picture=compare.png]
 """
@@ -17,10 +17,11 @@ from research.process.terminal import lasting_output
 from research.record.storage import open_path
 from research.record.workdir import read_json, read_metrics
 
-_FIGURES = ("train_", "validation_", "test_", "best_", "examples_per_second", "num_params", "num_train_steps")
+_METRICS = ("train_", "validation_", "test_", "best_", "examples_per_second", "num_params", "num_train_steps")
 
 
 def _leaves(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flattens a nested config to {"section.field": value}."""
     leaves: dict[str, Any] = {}
     for name, value in config.items():
         leaves |= _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
@@ -28,7 +29,7 @@ def _leaves(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def table(workdirs: Sequence[Path]) -> list[list[str]]:
-    """A heading, then a row for each config field that differs and for each final figure; a column a run.
+    """Returns a heading, then a row for each config field that differs and for each final metric; a column per run.
 
     Raises:
       UserError: a folder holds no run.
@@ -45,7 +46,7 @@ def table(workdirs: Sequence[Path]) -> list[list[str]]:
         values = [config.get(name, "-") for config in configs]
         if any(value != values[0] for value in values):
             rows.append([f"config.{name}", *map(str, values)])
-    for name in dict.fromkeys(name for summary in summaries for name in summary if name.startswith(_FIGURES)):
+    for name in dict.fromkeys(name for summary in summaries for name in summary if name.startswith(_METRICS)):
         rows.append([name, *(_text(summary.get(name, "-")) for summary in summaries)])
     return rows
 
@@ -55,14 +56,14 @@ def _text(value: Any) -> str:
 
 
 def run(argv: Sequence[str]) -> None:
-    """Prints the table and draws the picture.
+    """Prints the table and saves the plot.
 
     Raises:
       UserError: bad input.
     """
     values = flags.FlagValues()
     flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
-    flags.DEFINE_string("picture", "compare.png", "where the picture goes", flag_values=values)
+    flags.DEFINE_string("picture", "compare.png", "file of the plot", flag_values=values)
     try:
         workdirs = [open_path(name) for name in values(["compare", *argv])[1:]]
     except flags.Error as error:
@@ -78,17 +79,18 @@ def run(argv: Sequence[str]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
     lines = {str(workdir): read_metrics(workdir) for workdir in workdirs}
     if not any("train_loss" in line for run in lines.values() for line in run):
-        print("no picture: no run has recorded a figure yet")
+        print("no plot: no run has recorded metrics yet")
         return
-    picture = open_path(str(values["picture"].value))
+    path = open_path(str(values["picture"].value))
     try:
         figure = plots.curves(lines)
-        drawn = io.BytesIO()
-        figure.savefig(drawn, format=picture.suffix[1:] or "png", dpi=120)
-        picture.write_bytes(drawn.getvalue())
+        # In memory first: the path may be remote, and an error must not leave a partial file.
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=path.suffix[1:] or "png", dpi=120)
+        path.write_bytes(buffer.getvalue())
     except (OSError, ValueError) as error:
-        raise UserError(f"--picture={picture} cannot be drawn: {error}") from None
-    print(f"picture: {picture}")
+        raise UserError(f"--picture={path} cannot be written: {error}") from None
+    print(f"plot: {path}")
 
 
 if __name__ == "__main__":

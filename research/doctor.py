@@ -1,8 +1,8 @@
-"""What to paste into a bug report: versions, devices, data, caches, and two steps of training.
+"""Collects information for a bug report: versions, devices, data sets, caches, and two train steps.
 
 python -m research.doctor
 
-Every check says what it found, or why it failed, and the next goes on. The exit code is 0, or 1 where one failed.
+Prints the result of each check, or why it failed, and continues with the next. The exit code is 1 if one failed.
 """
 
 import os
@@ -18,7 +18,7 @@ from research.process.terminal import lasting_output
 
 _PACKAGES = ("meshwork", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets", "grain")
 _SETTINGS = ("JAX_", "XLA_", "TFDS_", "MESHWORK_", "CUDA_VISIBLE_", "TPU_", "LIBTPU_")
-_SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")
+_SECRET_WORDS = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")
 _DATA_SETS = ("cifar10", "mnist", "tiny_shakespeare")
 
 
@@ -34,7 +34,7 @@ def _versions() -> Iterator[str]:
 def _settings() -> Iterator[str]:
     for name, value in sorted(os.environ.items()):
         if name.startswith(_SETTINGS):
-            yield f"{name}={'(not shown)' if any(word in name for word in _SECRET) else value}"
+            yield f"{name}={'(not shown)' if any(word in name for word in _SECRET_WORDS) else value}"
 
 
 def _devices() -> Iterator[str]:
@@ -69,7 +69,7 @@ def _caches() -> Iterator[str]:
 
 
 def _two_steps() -> Iterator[str]:
-    """The tutorial CNN on the embedded digits, by the loop that every experiment has."""
+    """Trains the tutorial CNN on the embedded digits for two steps, with the training loop of the experiments."""
     import dataclasses
 
     import jax
@@ -97,8 +97,8 @@ def _two_steps() -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="meshwork-doctor-") as workdir:
         _, summary = loop.train_and_evaluate("doctor", config, task, dataset, mesh, Path(workdir))
     yield (
-        f"loss {summary['train_loss']:.4f}, {time.monotonic() - start:.1f} s in all, "
-        f"of which compiling {summary['compile_seconds']:.1f} s"
+        f"loss {summary['train_loss']:.4f}, {time.monotonic() - start:.1f} s in total, "
+        f"of which {summary['compile_seconds']:.1f} s for compilation"
     )
 
 
@@ -113,18 +113,18 @@ _CHECKS: dict[str, Callable[[], Iterator[str]]] = {
 
 
 def run() -> bool:
-    """Makes every check and prints what it found; returns whether all went well."""
-    well = True
+    """Runs every check and prints the results; returns whether all succeeded."""
+    succeeded = True
     for name, check in _CHECKS.items():
         print(f"{name}:")
         try:
             for line in check():
                 print(f"  {line}", flush=True)
-        except Exception as error:  # of any kind: this is what it is for
-            well = False
+        except Exception as error:  # reports any error and continues
+            succeeded = False
             print(f"  FAILED: {type(error).__name__}: {' '.join(str(error).split())}", flush=True)
-    print("all is well" if well else "something failed: paste all of this into the report")
-    return well
+    print("all checks passed" if succeeded else "a check failed: paste this whole output into the bug report")
+    return succeeded
 
 
 if __name__ == "__main__":

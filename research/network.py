@@ -1,4 +1,4 @@
-"""A network (`nnx.Module`) as its static part and its arrays, and back."""
+"""Splits a network (`nnx.Module`) into its static part and its arrays, and merges them."""
 
 import dataclasses
 from typing import Any
@@ -11,14 +11,14 @@ from flax import nnx
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _StoredKey:
-    """A random key of a network (`nnx.Dropout(rate, rngs=rngs)` has one), as numbers that can be saved and summed."""
+    """A network's random key (as of `nnx.Dropout(rate, rngs=rngs)`) as plain numbers, which can be saved and summed."""
 
     data: jax.Array
     impl: str = dataclasses.field(metadata={"static": True})
 
 
 def split_network(network: nnx.Module) -> tuple[nnx.GraphDef, Any, Any]:
-    """(static part, trained arrays, other arrays), without typed random keys; `merge_network` undoes it."""
+    """Returns (static part, trained arrays, other arrays), all keys as plain numbers; inverse of `merge_network`."""
     graphdef, params, model_state = nnx.split(network, nnx.Param, ...)
 
     def stored(x: Any) -> Any:
@@ -30,7 +30,7 @@ def split_network(network: nnx.Module) -> tuple[nnx.GraphDef, Any, Any]:
 
 
 def merge_network(graphdef: nnx.GraphDef, params: Any, model_state: Any) -> Any:
-    """A network of its own (`nnx.Module`) with these arrays."""
+    """Returns a new network (`nnx.Module`) with these arrays; it shares no state with others."""
 
     def is_stored(x: Any) -> bool:
         return isinstance(x, _StoredKey)

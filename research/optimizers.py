@@ -1,7 +1,7 @@
-"""The optimizer of a config: its update rule, learning-rate schedule, clipping, weight decay; and the average (EMA).
+"""The optimizer of a config: update rule, learning-rate schedule, gradient clipping, weight decay; and the EMA.
 
-Every number of the config that a rule, a schedule or clipping reads may be traced, and so may the schedule's
-`boundaries`: they are inputs of the step (`training/hyperparams.py`), so a sweep changes them without compiling again.
+The numbers of the config that rules, schedules and clipping read may be traced, and so may the schedule's `boundaries`:
+they are inputs of the step (`training/hyperparams.py`), so a sweep changes them without recompiling.
 """
 
 import dataclasses
@@ -20,11 +20,11 @@ from research.update_rules import kernel_mask, make_rule
 
 
 class Defaults(NamedTuple):
-    """The customary settings of a rule, for what the config leaves at None.
+    """A rule's default hyperparameters, used for fields of the config that are None.
 
     Attributes:
-      learning_rate: the peak.
-      momentum: beta1 for Adam, AdamW, LAMB and Lion; None: the rule has no momentum.
+      learning_rate: the peak learning rate.
+      momentum: beta1 for Adam, AdamW, LAMB and Lion; None if the rule has no momentum.
       weight_decay: decoupled or coupled, see `make_optimizer`.
     """
 
@@ -44,21 +44,21 @@ DEFAULTS = {
     # Chen et al. 2023, arXiv 2302.06675, section 5: a rate 3 to 10 times smaller than AdamW's and a decay as many times
     # larger, so that rate * decay, the shrinkage of a step, is AdamW's. Here both factors are 10.
     "lion": Defaults(0.0001, 0.9, 0.1),
-    # Published as 0.02 and 0.95; these were better on the tutorial CNN. No decay, as in Jordan's code and in Optax;
-    # torch.optim.Muon's default is 0.1.
+    # The published values are 0.02 and 0.95; these were better on the tutorial CNN. No decay, as in Jordan's code and
+    # in Optax; torch.optim.Muon's default is 0.1.
     "muon": Defaults(0.015, 0.9, 0.0),
     "lars": Defaults(4.0, 0.9, 0.0005),  # You et al. 2017, arXiv 1708.03888
     "lamb": Defaults(0.002, 0.9, 0.01),  # You et al. 2020, arXiv 1904.00962, for BERT
 }
-_DECOUPLED = ("adamw", "lion", "muon")  # decay the kernels themselves, whatever the gradient
-_OWN_DECAY = ("lars", "lamb")  # the rule itself adds the decay, before it measures the update
+_DECOUPLED_DECAY = ("adamw", "lion", "muon")  # decay the kernels directly, independent of the gradient
+_OWN_DECAY = ("lars", "lamb")  # the rule adds the decay itself, before it computes the norm of the update
 _ONE_CYCLE_WARMUP = 0.3
-_RATES_AT_ONCE = 2**16
+_STEPS_AT_ONCE = 2**16
 _DECAYING = ("cosine", "linear", "one_cycle")
 
 
 def check(config: OptimizerConfig) -> None:
-    """Raises `UserError` where a field is set that the rule, the schedule or the scaling would ignore."""
+    """Raises `UserError` if a field is set that the rule, the schedule or the batch scaling ignores."""
     defaults = DEFAULTS[config.name]
     if config.momentum is not None and defaults.momentum is None:
         raise UserError(f"--config.optimizer.momentum: {config.name} has none; use momentum or nesterov")
@@ -69,7 +69,7 @@ def check(config: OptimizerConfig) -> None:
 
 
 def resolve(config: OptimizerConfig) -> OptimizerConfig:
-    """The config with the rule's defaults in place of None.
+    """Returns the config with the rule's defaults in the fields that are None.
 
     Raises:
       UserError: as `check`.
@@ -80,10 +80,10 @@ def resolve(config: OptimizerConfig) -> OptimizerConfig:
 
 
 def scaled(config: OptimizerConfig, batch_size: int) -> OptimizerConfig:
-    """The same with the peak learning rate that `batch_scaling` gives a batch size.
+    """Returns the config with the peak learning rate scaled to the batch size, as `batch_scaling` says.
 
-    In proportion to it (linear: Goyal et al. 2017, arXiv 1706.02677, section 2.1; for SGD and momentum, with a warm-up)
-    or to its square root (sqrt: Krizhevsky 2014, arXiv 1404.5997; for rules that divide by the gradient's size).
+    In proportion to the batch size (linear: Goyal et al. 2017, arXiv 1706.02677, section 2.1; for SGD and momentum,
+    with a warm-up) or to its square root (sqrt: Krizhevsky 2014, arXiv 1404.5997; for adaptive rules such as Adam).
     """
     assert config.learning_rate is not None, "resolve fills it"
     ratio = batch_size / config.base_batch_size
@@ -92,10 +92,10 @@ def scaled(config: OptimizerConfig, batch_size: int) -> OptimizerConfig:
 
 
 def boundaries(config: OptimizerConfig, num_train_steps: int) -> np.ndarray:
-    """The steps at which the schedule changes its course, int32 [n]; the first is the end of the warm-up.
+    """Returns the schedule's boundary steps, int32 [n]; the first is the end of the warm-up.
 
-    Then follow the last step (cosine, linear, one_cycle), 1/2 and 3/4 of training (step), or the first steps of stages
-    1 to 7 (tripling), of which stage i lasts 3^i of 3^0 + ... + 3^7 = 3280 parts of training.
+    The others are the last step (cosine, linear, one_cycle), 1/2 and 3/4 of training (step), or the first steps of
+    stages 1 to 7 (tripling), where stage i lasts 3^i / (3^0 + ... + 3^7) = 3^i / 3280 of training.
     """
     fraction = config.warmup
     if config.schedule == "one_cycle":
@@ -109,16 +109,20 @@ def boundaries(config: OptimizerConfig, num_train_steps: int) -> np.ndarray:
 
 
 def unit_schedule(config: OptimizerConfig, boundaries: Any) -> Callable[[Any], jax.Array]:
-    """The learning rate at step (from 0) as a part of its peak.
+    """Returns the learning-rate schedule with a peak of 1, a function of the step (from 0).
 
-    It rises linearly over the part `warmup` of training (one_cycle: 0.3 unless set), then stays at 1 (constant), falls
-    to `end_factor` by half a cosine (cosine, one_cycle) or a line (linear), is divided by 10 at 1/2 and 3/4 of training
-    (step), or is 10^(-i/7) in stage i of 8, each of which is three times as long as the one before (tripling: Burda et
-    al. 2016, arXiv 1509.00519, section 5).
+    After a linear warm-up over the fraction `warmup` of training (one_cycle: 0.3 unless set), the rate
+
+    - constant: stays at 1;
+    - cosine, one_cycle: decays to `end_factor` by half a cosine;
+    - linear: decays to `end_factor` linearly;
+    - step: is divided by 10 at 1/2 and 3/4 of training;
+    - tripling: is 10^(-i/7) in stage i of 8, each three times as long as the one before (Burda et al. 2016, arXiv
+      1509.00519, section 5).
 
     Args:
-      config: what it reads may be traced.
-      boundaries: of the function of that name; may be traced.
+      config: its numbers may be traced.
+      boundaries: those of the function `boundaries`; may be traced.
     """
     warmup, later = boundaries[0], jnp.asarray(boundaries[1:])
 
@@ -130,54 +134,52 @@ def unit_schedule(config: OptimizerConfig, boundaries: Any) -> Callable[[Any], j
                 return 0.1 ** jnp.sum(step >= later)
             case "tripling":
                 return 10.0 ** -(jnp.sum(step >= later) / 7)
-        part = jnp.clip((step - warmup) / jnp.maximum(later[0] - warmup, 1), 0, 1)
+        progress = jnp.clip((step - warmup) / jnp.maximum(later[0] - warmup, 1), 0, 1)
         if config.schedule != "linear":
-            part = (1 - jnp.cos(jnp.pi * part)) / 2
-        return 1 - (1 - config.end_factor) * part
+            progress = (1 - jnp.cos(jnp.pi * progress)) / 2
+        return 1 - (1 - config.end_factor) * progress
 
     def schedule(step: Any) -> jax.Array:
-        # (step + 1) / warmup: the first update already moves, the last of the warm-up is at the peak.
+        # (step + 1) / warmup: the first update is not 0, and the last of the warm-up is at the peak.
         return jnp.where(step < warmup, (step + 1) / jnp.maximum(warmup, 1), after(step))
 
     return schedule
 
 
 def learning_rate(config: OptimizerConfig, num_train_steps: int) -> Callable[[int], float]:
-    """The learning rate on the host, as a function of the step.
-
-    It is made for many steps at a time: each time the device ends first what it has been given.
-    """
+    """Returns the learning rate on the host, as a function of the step."""
     assert config.learning_rate is not None, "resolve fills it"
     peak = config.learning_rate
-    parts = jax.jit(jax.vmap(unit_schedule(config, boundaries(config, num_train_steps))))
+    schedule = jax.jit(jax.vmap(unit_schedule(config, boundaries(config, num_train_steps))))
 
+    # Computed for many steps at once, since every call waits for the device work queued before it.
     @functools.lru_cache(maxsize=1)
     def block(number: int) -> np.ndarray:
-        return np.asarray(parts(number * _RATES_AT_ONCE + np.arange(_RATES_AT_ONCE)), np.float64) * peak
+        return np.asarray(schedule(number * _STEPS_AT_ONCE + np.arange(_STEPS_AT_ONCE)), np.float64) * peak
 
-    return lambda step: float(block(step // _RATES_AT_ONCE)[step % _RATES_AT_ONCE])
+    return lambda step: float(block(step // _STEPS_AT_ONCE)[step % _STEPS_AT_ONCE])
 
 
 def make_optimizer(config: OptimizerConfig, boundaries: Any, widths: Any = None) -> optax.GradientTransformation:
-    """The optimizer as one chain: clipping, weight decay, the rule, each parameter's rate, the schedule.
+    """Builds the optimizer as one chain: clipping, weight decay, the rule, each parameter's rate, the schedule.
 
-    Only kernels decay, arrays of two or more axes. AdamW, Lion, Muon and LAMB decay them directly (decoupled, as
-    published); for the others weight_decay * kernel is added to the gradient, as in PyTorch (coupled), for LARS before
-    it measures the gradient. The learning rate and the schedule scale the rule's update, its momentum included, as in
-    PyTorch; Keras has the learning rate within the momentum (v = m v - rate g).
+    Only kernels (arrays of two or more axes) decay. For AdamW, Lion, Muon and LAMB the decay is decoupled, as
+    published. For the other rules it is coupled, as in PyTorch: weight_decay * kernel is added to the gradient (for
+    LARS before its norm is computed). The learning rate and the schedule scale the rule's update after momentum, as in
+    PyTorch; in Keras the learning rate is within the momentum (v = m v - rate g).
 
     Args:
-      config: resolved (`resolve`); the numbers in it may be traced.
-      boundaries: of the schedule, by the function of that name; may be traced.
-      widths: a tree of `research.parametrization.Widths`, by which parameters' rates differ; None: they do not.
+      config: after `resolve`; its numbers may be traced.
+      boundaries: those of the function `boundaries`; may be traced.
+      widths: a pytree of `research.parametrization.Widths`, which scale the parameters' learning rates; None: no scale.
     """
     assert config.weight_decay is not None, "resolve fills it"
     clip = [optax.clip_by_global_norm(config.clip_norm)] if is_on(config.clip_norm) else []
     weight_decay, momentum = config.weight_decay, 0.0 if config.momentum is None else config.momentum
     rule = make_rule(config.name, momentum, weight_decay)
     coupled = decoupled = []
-    if config.name in _DECOUPLED:
-        # After the width's scale, so that a step shrinks kernels by rate * decay at every width.
+    if config.name in _DECOUPLED_DECAY:
+        # After the scale by width, so that a step shrinks kernels by rate * decay at every width.
         decoupled = [optax.add_decayed_weights(-weight_decay, kernel_mask)]
     elif config.name not in _OWN_DECAY:
         coupled = [_add_coupled_decay(weight_decay, widths)]
@@ -199,23 +201,23 @@ def _add_coupled_decay(weight_decay: Any, widths: Any) -> optax.GradientTransfor
 
 
 def _fix_norms() -> optax.GradientTransformation:
-    """Makes the update set a convolution's kernel to norm sqrt(outputs) first, as airbench94_muon does (Jordan 2024).
+    """Makes an update first rescale each convolution's kernel to norm sqrt(outputs), as airbench94_muon (Jordan 2024).
 
-    Where a normalization follows, the kernel's norm only decides the relative size of a step: this keeps it constant.
+    If a normalization follows, the kernel's norm only affects the relative size of a step, which this keeps constant.
     """
 
     def init(params: Any) -> optax.EmptyState:
         if not any(x.ndim == 4 for x in jax.tree.leaves(params)):
-            raise UserError("--config.optimizer.fixed_norm: the network has no convolutions; leave it out")
+            raise UserError("--config.optimizer.fixed_norm: the network has no convolutions; remove the flag")
         return optax.EmptyState()
 
-    def one(update: jax.Array, kernel: jax.Array) -> jax.Array:
+    def rescale(update: jax.Array, kernel: jax.Array) -> jax.Array:
         if kernel.ndim != 4:
             return update
         return update + (jnp.sqrt(kernel.shape[-1]) / global_norm(kernel) - 1) * kernel
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        return jax.tree.map(one, updates, params), state
+        return jax.tree.map(rescale, updates, params), state
 
     return optax.GradientTransformation(init, update)
 
@@ -225,19 +227,17 @@ def _scale_by_width(rule: str, widths: Any) -> optax.GradientTransformation:
 
 
 def global_norm(tree: Any) -> jax.Array:
-    """The Euclidean norm of all a tree's arrays together, float32 scalar: `optax.tree.norm`, by products.
-
-    XLA:CPU's sum over all axes takes several rounds: an eighth of a small autoencoder's train step went into it.
-    """
+    """Computes the Euclidean norm of all arrays of a pytree, float32 scalar, as `optax.tree.norm` does."""
+    # By products: XLA:CPU's sum over all axes takes several passes, an eighth of a small autoencoder's train step.
     dot = functools.partial(jnp.tensordot, precision=jax.lax.Precision.HIGHEST)
     return jnp.sqrt(sum(dot(x, x, x.ndim) for x in jax.tree.leaves(tree)))
 
 
 def update_ema(ema_params: Any, params: Any, decay: float, step: jax.Array) -> Any:
-    """The moving average after update number `step` (from 0): ema + (1 - d) (params - ema), in float32.
+    """Computes the EMA of the parameters after update `step` (from 0): ema + (1 - d) (params - ema), in float32.
 
-    d = min(decay, (1 + step) / (10 + step)), as in TensorFlow's ExponentialMovingAverage, so that the average does not
-    stay near the initial parameters early on.
+    d = min(decay, (1 + step) / (10 + step)), as in TensorFlow's ExponentialMovingAverage, so that the average leaves
+    the initial parameters quickly.
     """
     decay_now = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
     return optax.incremental_update(params, ema_params, 1.0 - decay_now)

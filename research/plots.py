@@ -1,7 +1,7 @@
-"""Pictures as matplotlib Figures: the curves of runs, and what a network has learned.
+"""Plots as matplotlib Figures: training curves, scaling, and the predictions and samples of trained networks.
 
-matplotlib is slow to import, and only wanted where a picture is drawn. Not pyplot: a figure of its own needs no display
-and keeps no global state.
+matplotlib is slow to import, so each function imports it. `Figure` is used instead of pyplot: it needs no display and
+has no global state.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ _SPLITS = {"train": "-", "validation": ":", "test": "--"}
 
 
 def curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
-    """Draws loss and accuracy by epoch, a colour a run and a line style a split.
+    """Plots loss and accuracy by epoch, with a color for each run and a line style for each split.
 
     Args:
       runs: the lines of metrics.jsonl, by the run's name.
@@ -40,7 +40,7 @@ def curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
 
 
 def scaling(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Speed and efficiency against the number of devices, from the rows of scaling.json; dotted: in proportion."""
+    """Plots speed and efficiency by number of devices, from the rows of scaling.json; dotted: linear scaling."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -62,19 +62,18 @@ def scaling(rows: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def plan(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Estimated step time and efficiency against the number of chips, from the rows of plan.json that fit."""
+    """Plots estimated step time and efficiency by number of chips, from the rows of plan.json that fit in memory."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     fitting = [row for row in rows if row["fits"]]
     for name in dict.fromkeys(row.get("strategy", "plan") for row in fitting):
-        line = [row for row in fitting if row.get("strategy", "plan") == name]
-        style = "o-" if "strategy" in line[0] else "o"
-        chips = [row["num_chips"] for row in line]
-        left.plot(chips, [row["step_seconds"] * 1e3 for row in line], style, label=name)
-        known = [(row["num_chips"], row["scaling_efficiency"]) for row in line if row["scaling_efficiency"] is not None]
-        if known:
+        matching = [row for row in fitting if row.get("strategy", "plan") == name]
+        style = "o-" if "strategy" in matching[0] else "o"
+        left.plot(*zip(*((row["num_chips"], row["step_seconds"] * 1e3) for row in matching)), style, label=name)
+        efficiencies = [(row["num_chips"], row["scaling_efficiency"]) for row in matching]
+        if known := [(chips, efficiency) for chips, efficiency in efficiencies if efficiency is not None]:
             right.plot(*zip(*known), style, label=name)
     left.set(xlabel="chips", ylabel="milliseconds a step, estimated", yscale="log")
     right.set(xlabel="chips", ylabel="efficiency, estimated", ylim=(0, 1.1))
@@ -87,11 +86,11 @@ def plan(rows: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def confusion(labels: np.ndarray, predictions: np.ndarray, names: Sequence[str]) -> Any:
-    """How many examples of each class (a row) were taken for each class (a column), coloured by their part of the row.
+    """Plots the confusion matrix: label by row, prediction by column, colored by the fraction of the row.
 
     Args:
       labels, predictions: int [n].
-      names: of the classes.
+      names: the class names.
     """
     from matplotlib.figure import Figure
 
@@ -100,26 +99,26 @@ def confusion(labels: np.ndarray, predictions: np.ndarray, names: Sequence[str])
     side = max(4.0, 0.55 * len(names) + 1.5)
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
-    parts = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    axes.imshow(parts, cmap="Blues", vmin=0, vmax=1)
+    fractions = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
     axes.set_xticks(range(len(names)), names, rotation=90)
     axes.set_yticks(range(len(names)), names)
     axes.set(xlabel="predicted", ylabel="label", title=f"accuracy {np.trace(counts) / len(labels):.4f}")
-    if len(names) <= 20:  # more would not be legible
+    if len(names) <= 20:  # illegible for more
         for (row, column), count in np.ndenumerate(counts):
-            colour = "white" if parts[row, column] > 0.5 else "black"
-            axes.text(column, row, str(count), ha="center", va="center", fontsize="x-small", color=colour)
+            color = "white" if fractions[row, column] > 0.5 else "black"
+            axes.text(column, row, str(count), ha="center", va="center", fontsize="x-small", color=color)
     return figure
 
 
 def mistakes(images: np.ndarray, labels: np.ndarray, probabilities: np.ndarray, names: Sequence[str]) -> Any:
-    """The examples most confidently taken for another class, the worst first, at most 25.
+    """Plots the 25 most confidently misclassified examples, most confident first.
 
     Args:
       images: uint8 [n, h, w, c], c 1 or 3.
       labels: int [n].
       probabilities: float [n, classes].
-      names: of the classes.
+      names: the class names.
     """
     from matplotlib.figure import Figure
 
@@ -128,14 +127,14 @@ def mistakes(images: np.ndarray, labels: np.ndarray, probabilities: np.ndarray, 
     wrong = wrong[np.argsort(-confidence[wrong], kind="stable")][:25]
     rows = max(-(-len(wrong) // 5), 1)
     figure = Figure(figsize=(9, 2 * rows + 0.5), layout="constrained")
-    axes = figure.subplots()  # one for all: to lay out 25 takes a second
-    axes.set_title(f"{(predictions != labels).sum():,} mistakes of {len(labels):,}: label, taken for (probability)")
+    axes = figure.subplots()  # one for all images: laying out 25 takes a second
+    axes.set_title(f"{(predictions != labels).sum():,} mistakes of {len(labels):,}: label, prediction (probability)")
     for number, i in enumerate(wrong.tolist()):
         row, column = divmod(number, 5)
         left, bottom = 1.2 * column, 1.2 * (rows - row)
         axes.imshow(images[i].squeeze(), cmap="gray", vmin=0, vmax=255, extent=(left, left + 1, bottom, bottom + 1))
-        label, taken = names[int(labels[i])], names[int(predictions[i])]
-        text = f"{label}, {taken} ({confidence[i]:.2f})"
+        label, prediction = names[int(labels[i])], names[int(predictions[i])]
+        text = f"{label}, {prediction} ({confidence[i]:.2f})"
         axes.text(left + 0.5, bottom + 1.02, text, ha="center", va="bottom", fontsize="x-small")
     axes.set(xlim=(-0.1, 6.0), ylim=(1.1, 1.2 * rows + 1.2))
     axes.axis("off")
@@ -143,12 +142,12 @@ def mistakes(images: np.ndarray, labels: np.ndarray, probabilities: np.ndarray, 
 
 
 def image_grid(images: np.ndarray, columns: int, title: str) -> Any:
-    """Images row by row, a white line between them.
+    """Plots a grid of images, row by row, separated by white lines.
 
     Args:
       images: float [n, h, w, c] in 0..1, c 1 or 3.
       columns: images in a row.
-      title: of the picture.
+      title: title of the plot.
     """
     from matplotlib.figure import Figure
 
@@ -167,13 +166,13 @@ def image_grid(images: np.ndarray, columns: int, title: str) -> Any:
 
 
 def scatter(points: np.ndarray, labels: np.ndarray, names: Sequence[str], title: str) -> Any:
-    """Points in the plane, coloured by label.
+    """Plots points in the plane, colored by label.
 
     Args:
       points: float [n, 2].
       labels: int [n].
-      names: of the labels.
-      title: of the picture.
+      names: the label names.
+      title: title of the plot.
     """
     from matplotlib.figure import Figure
 
@@ -187,7 +186,7 @@ def scatter(points: np.ndarray, labels: np.ndarray, names: Sequence[str], title:
 
 
 def scaling_law(found: Mapping[str, Any]) -> Any:
-    """Measurements of several sizes, the power law through them, and what it expects beyond; of `launch.sweeps.fit`."""
+    """Plots measurements by size, their fitted power law and its extrapolation (`found`: see `launch.sweeps.fit`)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
@@ -197,11 +196,11 @@ def scaling_law(found: Mapping[str, Any]) -> Any:
     line = np.geomspace(min(sizes), beyond[-1]["size"], 200)
     axes.plot(line, found["floor"] + found["factor"] * line ** -found["exponent"], "k-", linewidth=1, label="law")
     axes.plot(sizes, values, "o", label="measured")
-    for row, colour, label in [*((row, "C1", "expected, 95%") for row in beyond), (found.get("largest"), "C2", None)]:
+    for row, color, label in [*((row, "C1", "expected, 95%") for row in beyond), (found.get("largest"), "C2", None)]:
         if row:
             bars = [[row["expected"] - row["low"]], [row["high"] - row["expected"]]]
             name = label or "largest, from the smaller ones"
-            axes.errorbar([row["size"]], [row["expected"]], bars, fmt="s", capsize=4, color=colour, label=name)
+            axes.errorbar([row["size"]], [row["expected"]], bars, fmt="s", capsize=4, color=color, label=name)
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(*zip(*dict(zip(labels, zip(handles, labels))).values()), fontsize="small")
     axes.set(xlabel=found["by"], ylabel=found["figure"], xscale="log")

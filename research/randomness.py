@@ -1,7 +1,7 @@
-"""Random streams: each purpose derives its own keys and generators, so that no two of them share a number.
+"""Random streams: each purpose has its own keys and generators, so that no two purposes share random numbers.
 
-A key is `fold_in(fold_in(key(seed), stream), n)`, never carried along: what is drawn depends on the seed, the purpose
-and a counter (a step, an example) alone.
+A key is `fold_in(fold_in(key(seed), stream), n)`, never carried along: the random numbers depend on the seed, the
+purpose and a counter (a step, an example) only.
 """
 
 import enum
@@ -9,11 +9,11 @@ import enum
 import jax
 import numpy as np
 
-VERSION = 1  # raised where a seed's numbers change; a run is not resumed by a program that would draw others
+VERSION = 1  # raise it when a seed's random numbers change: runs are not resumed with another version
 
 
 class Stream(enum.IntEnum):
-    """What random numbers are for. A number is never given to another purpose: results would change."""
+    """The purposes of random numbers. A value is never reused for another purpose, which would change results."""
 
     INITIALIZATION = 1
     STEP = 2  # augmentation, dropout and latents of a train step
@@ -25,16 +25,16 @@ class Stream(enum.IntEnum):
     ALTERNATING_FLIP = 8
     FIXED_BITS = 9  # thresholds of training images that are binarized once
     PRIOR_SAMPLES = 10
-    STATISTICS = 11  # of the averaged parameters: dropout while they are estimated
+    STATISTICS = 11  # dropout while the batch statistics of averaged parameters are estimated
 
 
 def key(stream: Stream, seed: jax.typing.ArrayLike = 0) -> jax.Array:
-    """The key of one purpose; `seed` may be traced."""
+    """Returns the key of one purpose; `seed` may be traced."""
     return jax.random.fold_in(jax.random.key(seed), int(stream))
 
 
 def generator(stream: Stream, *counters: int) -> np.random.Generator:
-    """NumPy's generator of one purpose, for counters of 32 bits each: a seed, an epoch."""
-    # NumPy pads a short seed with zeros, so `default_rng(0)` is `default_rng((0, 0))`. No stream is 0, and it comes
-    # first, so no two of these are the same.
+    """Returns NumPy's generator of one purpose, for counters of 32 bits each: a seed, an epoch."""
+    # NumPy pads a short seed with zeros: `default_rng(1)` is `default_rng((1, 0))`. The stream comes first and is never
+    # 0, so different purposes never have the same seed.
     return np.random.default_rng((int(stream), *counters))

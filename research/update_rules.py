@@ -1,7 +1,7 @@
-"""The update rules by name, as transformations of the gradient at a learning rate of 1.
+"""The update rules by name, as Optax transformations with a learning rate of 1.
 
-They are Optax's, in the form of their papers and of PyTorch where it has them: tests/test_update_rules.py compares ten
-steps of each with NumPy and with torch.optim.
+Optax's rules are set up as in PyTorch, or as in their papers if PyTorch lacks them. tests/test_update_rules.py compares
+ten steps of each with NumPy and with torch.optim.
 """
 
 from collections.abc import Callable
@@ -13,17 +13,17 @@ import optax
 
 from research.config import is_on
 
-_MUON_ADAM_FACTOR = 0.1  # biases and norms go by Nesterov's Adam, whose customary rate is a tenth of Muon's
+_MUON_ADAM_FACTOR = 0.1  # Adam updates biases and norms, with a tenth of Muon's learning rate
 _LARS_TRUST = 0.001  # You et al.'s trust coefficient
 
 
 def kernel_mask(params: Any) -> Any:
-    """True for what decays: kernels, arrays of two or more axes, embeddings included; not biases and norms."""
+    """Returns True for parameters that decay: those of two or more axes (kernels, embeddings), not biases and norms."""
     return jax.tree.map(lambda x: x.ndim > 1, params)
 
 
 def _muon_dimensions(params: Any) -> Any:
-    """Kernels [..., in, out] as matrices (all but the last axis) x out; None (Adam) for biases and norms."""
+    """Treats kernels [..., in, out] as matrices [all but the last axis, out]; None (Adam) for biases and norms."""
     dims = optax.contrib.MuonDimensionNumbers
     return jax.tree.map(
         lambda x: dims(reduction_axis=tuple(range(x.ndim - 1)), output_axis=x.ndim - 1) if x.ndim > 1 else None, params
@@ -31,12 +31,12 @@ def _muon_dimensions(params: Any) -> Any:
 
 
 def make_rule(name: str, momentum: Any, weight_decay: Any) -> optax.GradientTransformation:
-    """The update of a rule at a learning rate of 1.
+    """Builds an update rule with a learning rate of 1.
 
     Args:
       name: an `OptimizerConfig.name`.
-      momentum: may be traced; where it is the number 0, SGD and RMSProp keep no buffer for it.
-      weight_decay: of LARS and LAMB, which measure the update with it; may be traced. The other rules ignore it.
+      momentum: may be traced; if it is the Python number 0, SGD and RMSProp keep no buffer for it.
+      weight_decay: used by LARS and LAMB, whose trust ratio includes it; may be traced. Other rules ignore it.
     """
     trace = momentum if is_on(momentum) else None
     rules: dict[str, Callable[[], optax.GradientTransformation]] = {
@@ -44,21 +44,21 @@ def make_rule(name: str, momentum: Any, weight_decay: Any) -> optax.GradientTran
         "momentum": lambda: optax.sgd(1.0, trace),
         "nesterov": lambda: optax.sgd(1.0, trace, nesterov=True),
         "adagrad": lambda: optax.chain(_scale_by_adagrad(eps=1e-10), optax.scale(-1.0)),
-        # PyTorch's decay and its epsilon outside the root: Optax's defaults, 0.9 and sqrt(v + 1e-8), make an epsilon of
-        # 1e-4, above many gradients.
+        # PyTorch's decay, and its epsilon outside the root. Optax's default, sqrt(v + 1e-8), acts like an epsilon of
+        # 1e-4, which is larger than many gradients.
         "rmsprop": lambda: optax.rmsprop(1.0, decay=0.99, eps=1e-8, eps_in_sqrt=False, momentum=trace),
         "adam": lambda: optax.adam(1.0, b1=momentum),
         "adamw": lambda: optax.adam(1.0, b1=momentum),
         "lion": lambda: optax.lion(1.0, b1=momentum, weight_decay=0.0),
         # Optax's form of You et al. 2017, equation 6: the ratio is |w| / |g + decay w|, not |w| / (|g| + decay |w|).
-        # Biases and norms are not scaled by their own norm: they go at the same small part of the rate.
+        # Biases and norms have no trust ratio of norms, only the constant trust coefficient.
         "lars": lambda: optax.lars(
             _LARS_TRUST, weight_decay, kernel_mask, 1.0, trust_ratio_mask=kernel_mask, momentum=momentum
         ),
         # You et al. 2020, algorithm 2, with its bias correction and without its bounds on |w|.
         "lamb": lambda: optax.lamb(1.0, b1=momentum, weight_decay=weight_decay, mask=kernel_mask),
-        # Optax corrects the bias of Nesterov's average, which Jordan's code and torch.optim.Muon do not: in the first
-        # steps the gradient has more weight beside the momentum.
+        # Optax corrects the bias of Nesterov's average; Jordan's code and torch.optim.Muon do not. In the first steps
+        # this gives the gradient more weight relative to the momentum.
         "muon": lambda: optax.contrib.muon(
             1.0,
             beta=momentum,

@@ -1,4 +1,4 @@
-"""Networks as a user writes them, of Flax's own layers, who knows nothing of meshes; and their experiment."""
+"""An experiment whose networks use Flax's own layers and know nothing of meshes, as a user may write them."""
 
 import dataclasses
 
@@ -48,7 +48,7 @@ class Noise(nnx.Module):
 
 
 class Spectral(nnx.Module):
-    """Spectral normalization, whose power iteration goes on from step to step."""
+    """Spectral normalization, whose power iteration is state carried from step to step."""
 
     def __init__(self, inputs, classes, rngs):
         self.first = nnx.SpectralNorm(nnx.Linear(inputs, 16, rngs=rngs), rngs=rngs)
@@ -59,7 +59,7 @@ class Spectral(nnx.Module):
 
 
 class Everything(nnx.Module):
-    """All of them at once, and dropout by a random stream of its own."""
+    """All of them at once, and dropout with a random stream stored in the network."""
 
     def __init__(self, inputs, classes, rngs):
         self.first = nnx.SpectralNorm(nnx.Linear(inputs, 16, rngs=rngs), rngs=rngs)
@@ -77,7 +77,7 @@ class Contrastive(Classification):
     """Classification, and a loss over all pairs of the batch: an image's logits are nearest to themselves."""
 
     def evaluate(self, model, batch, *, key, train):
-        """The base's values, with the contrastive term (van den Oord et al. 2018, equation 4) in the loss."""
+        """Adds the contrastive term (van den Oord et al. 2018, equation 4) to the loss."""
         values = super().evaluate(model, batch, key=key, train=train)
         embeddings = model(images.normalize(batch["image"], self.mean, self.std), train=False)
         similarities = jax.nn.log_softmax(embeddings @ embeddings.T)
@@ -89,7 +89,7 @@ NETWORKS = {network.__name__: network for network in (BatchNorm, Dropout, Noise,
 
 @dataclasses.dataclass
 class OutsiderConfig(Config):
-    """Which of the networks."""
+    """Image classification by one of the networks."""
 
     network: str = option("BatchNorm", "network", choices=tuple(NETWORKS))
     contrastive: bool = option(False, "add a loss over all pairs of the batch")

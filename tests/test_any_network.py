@@ -1,4 +1,4 @@
-"""Any network has on any mesh the losses, parameters and state of one device: `outsider` knows nothing of meshes."""
+"""Networks that know nothing of meshes (`outsider`) train on any mesh as on one device."""
 
 import dataclasses
 import functools
@@ -53,7 +53,7 @@ def _config(network, mesh="data=4", **fields):
 
 
 def _trained(config, devices, task=None):
-    """(losses of four steps, the state, sums of evaluation)."""
+    """Returns the losses of four steps, the state, and the sums of an evaluation."""
     task = task or outsider.make_task(config, DATASET)
     mesh = sharding.make_mesh(config, jax.devices()[:devices])
     given = hyperparams.inputs(config, 4)
@@ -88,13 +88,13 @@ def _agrees(network, mesh, microbatch_size, contrastive=False):
 
 
 @pytest.mark.parametrize("network", ["BatchNorm", "Dropout", "Noise", "Spectral"])
-def test_a_network_learns_on_four_devices_what_it_learns_on_one(network):
+def test_four_devices_train_as_one(network):
     _agrees(network, "data=4", microbatch_size=8)
 
 
 @pytest.mark.parametrize("microbatch_size", [0, 8])
 @pytest.mark.parametrize("mesh", MESHES)
-def test_all_of_it_and_a_loss_over_pairs_learns_the_same_on_any_mesh(mesh, microbatch_size):
+def test_everything_with_a_loss_over_pairs_trains_the_same_on_any_mesh(mesh, microbatch_size):
     _agrees("Everything", mesh, microbatch_size, contrastive=True)
 
 
@@ -105,8 +105,8 @@ def _replicas_are_equal(array):
         np.testing.assert_array_equal(np.asarray(shard.data), first)
 
 
-def test_two_processes_learn_what_one_device_learns(env, tmp_path):
-    """All of it at once, trained by the commands of a user: the record and the arrays of the checkpoint."""
+def test_two_processes_train_as_one_device(env, tmp_path):
+    """The network Everything, trained by the command: the metrics and the checkpoint's arrays agree."""
     env |= {"PYTHONPATH": f"{env['PYTHONPATH']}:{Path(__file__).parent}"}
     flags = ["--config.network=Everything", "--config.contrastive", "--config.microbatch_size=48"]
     flags += ["--config.num_epochs=1", "--config.log_every_steps=1"]
@@ -140,15 +140,15 @@ def _declared(base, **attributes):
 
 
 @pytest.mark.parametrize("network", ["BatchNorm", "Dropout", "Noise"])
-def test_what_a_part_of_the_batch_has_otherwise_is_an_error_where_it_is_declared(network, monkeypatch):
-    """Statistics of a quarter of the batch, and the same noise on every device."""
+def test_a_network_that_needs_the_whole_batch_but_declares_otherwise_is_an_error(network, monkeypatch):
+    """Each device would have the statistics of a quarter of the batch, and all the same noise."""
     monkeypatch.setitem(outsider.NETWORKS, network, _declared(outsider.NETWORKS[network]))
     with pytest.raises(UserError, match="per_device_gradients is declared"):
         _trained(_config(network), 4)
 
 
 class Plain(nnx.Linear):
-    """Softmax regression, which needs no other examples."""
+    """Softmax regression: an example's loss does not depend on other examples."""
 
     per_device_gradients = True
 
@@ -159,7 +159,7 @@ class Plain(nnx.Linear):
         return super().__call__(x.reshape(len(x), -1))
 
 
-def test_pairs_of_a_part_of_the_batch_are_an_error_where_they_are_declared(monkeypatch):
+def test_a_loss_over_pairs_that_declares_per_device_gradients_is_an_error(monkeypatch):
     monkeypatch.setitem(outsider.NETWORKS, "Noise", Plain)
     _trained(_config("Noise"), 4)
     monkeypatch.setattr(outsider, "Contrastive", _declared(outsider.Contrastive))
@@ -167,7 +167,7 @@ def test_pairs_of_a_part_of_the_batch_are_an_error_where_they_are_declared(monke
         _trained(_config("Noise", contrastive=True), 4)
 
 
-def test_state_that_each_device_makes_for_itself_is_a_type_error_where_it_is_declared(monkeypatch):
+def test_per_device_state_that_declares_per_device_gradients_is_a_type_error(monkeypatch):
     monkeypatch.setitem(outsider.NETWORKS, "Spectral", _declared(outsider.Spectral))
     with pytest.raises(ValueError, match="shard_map") as error:
         _trained(_config("Spectral"), 4)
@@ -175,7 +175,7 @@ def test_state_that_each_device_makes_for_itself_is_a_type_error_where_it_is_dec
 
 
 class Silent(nnx.Module):
-    """Noise that a kernel of zeros hides until it is trained."""
+    """Noise that a kernel of zeros hides at initialization."""
 
     per_device_gradients = True
 
@@ -188,7 +188,7 @@ class Silent(nnx.Module):
         return self.last(x + jax.random.normal(key, x.shape) if train else x)
 
 
-def test_what_initial_parameters_hide_is_an_error_at_the_first_checkpoint(monkeypatch, tmp_path):
+def test_a_violation_hidden_at_initialization_is_an_error_at_the_first_checkpoint(monkeypatch, tmp_path):
     monkeypatch.setitem(outsider.NETWORKS, "Noise", Silent)
     config = _config("Noise", num_epochs=1)
     mesh = sharding.make_mesh(config, jax.devices()[:4])
@@ -224,7 +224,7 @@ def test_bfloat16_gradients_of_a_network_that_declares_nothing_are_an_error():
 
 
 def _spoilt(array, device, value):
-    """The array, of which one device has another element, as of a processor that computes wrongly."""
+    """Returns the array with one element changed on one device, as by a faulty processor."""
     shards = array.addressable_shards
     replicas = [np.array(shard.data) for shard in shards]
     replicas[device][0, 0] = value
@@ -250,7 +250,7 @@ def test_replicas_that_differ_stop_the_run_and_keep_the_last_checkpoint(devices,
         for _ in run.dispatches(2):
             pass
         kernel = run.state.params["last"]["kernel"]
-        # NaN: whether all is finite, each process would answer by its own replica.
+        # NaN: each process would judge finiteness by its own replica.
         kernel[...] = _spoilt(kernel[...], named[-1], np.nan)
         with pytest.raises(ReplicaError, match=r"params\.last\.kernel") as error:
             loop.save()
@@ -260,14 +260,14 @@ def test_replicas_that_differ_stop_the_run_and_keep_the_last_checkpoint(devices,
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["0"]
 
 
-def test_a_part_whose_losses_are_not_finite_is_an_error_and_a_whole_is_not():
+def test_non_finite_losses_of_a_part_are_an_error_and_of_the_whole_are_not():
     whole = np.float32([1, 2, 3])
     with pytest.raises(UserError, match="nan"):
         per_device.check_losses(whole, np.float32([1, np.nan, 3]))
     per_device.check_losses(np.float32([1, np.nan, 3]), whole)
 
 
-def test_the_rounding_of_bfloat16_is_no_error_where_all_losses_are_alike():
+def test_bfloat16_rounding_is_no_error_if_all_losses_are_alike():
     whole = np.full(8, 2.3, np.float32)
     per_device.check_losses(whole, whole * np.float32(1 + 2.0**-9))
     with pytest.raises(UserError):

@@ -1,4 +1,4 @@
-"""The benchmarks compare the same work, and tell when it is not."""
+"""The benchmarks compare equal work, and fail if it differs."""
 
 import dataclasses
 import json
@@ -49,13 +49,13 @@ def _reports(loss, *seconds):
     return [{**report, "losses": [loss, loss], "seconds": [9.0, s]} for s in seconds]
 
 
-def test_a_ratio_is_that_of_the_same_round_and_leaves_the_first_epoch_out():
+def test_ratios_are_within_a_round_and_exclude_the_first_epoch():
     work = works.Work("cnn", 10, 10)
     row = table.row(work, "torch", _reports(2.0, 1.0, 2.0, 1.0), _reports(2.01, 2.0, 2.0, 3.0))
     assert (row["ratio"], row["ratio_min"], row["ratio_max"], row["rounds"]) == (2.0, 1.0, 3.0, 3)
     assert (row["examples_per_second"], row["peer_examples_per_second"]) == (100.0, 50.0)
     assert row["flops_utilisation"] == 0.1  # ten steps a second, of 494.7 teraflops in TF32
-    assert table.utilisation("cpu", "float32", 1e9) is None
+    assert table.utilization("cpu", "float32", 1e9) is None
 
 
 def test_a_speedruns_row_has_the_standard_error_of_its_accuracy():
@@ -70,14 +70,14 @@ def test_another_work_is_refused():
         table.row(works.Work("cnn", 10, 10), "torch", _reports(2.0, 1.0), _reports(2.1, 1.0))
 
 
-def test_rows_measured_anew_replace_the_old(tmp_path):
+def test_new_rows_of_the_peers_replace_old_ones(tmp_path):
     work, path = works.Work("cnn", 10, 10), tmp_path / "peers.json"
     old, new = (table.row(work, "torch", _reports(2.0, s), _reports(2.0, 1.0)) for s in (1.0, 0.5))
     path.write_text(json.dumps([old, {**old, "peer": "keras"}]))
     assert table.merged(path, [new]) == [new, {**old, "peer": "keras"}]
 
 
-def test_growth_counts_the_turns_of_a_loop(monkeypatch):
+def test_growth_counts_every_iteration_of_a_loop(monkeypatch):
     monkeypatch.setattr(growth, "_SECONDS", 0.01)
     case = next(case for case in growth.cases() if case.grows.startswith("sequence"))
     row = growth.measure(case)
@@ -102,7 +102,7 @@ def test_the_loss_of_each_rate_and_width_is_recorded():
     case = dataclasses.replace(case, rates=(1e-4, 1e-2, 1e30))
     small, best, diverged = width.losses(case, "mup", 8)
     assert diverged is None
-    assert best < small < 32 * 32 * 0.7  # log 2 nats a pixel is what knowing nothing costs
+    assert best < small < 32 * 32 * 0.7  # a uniform guess costs log 2 nats per pixel
     row = {"network": "vae", "parametrization": "mup", "width": 8, "rates": (0.25, 0.5), "losses": [3.0, 2.0]}
     assert width.line(row) == "vae   mup       width    8: best rate 2^-1, loss 2.0000"
     lines = width.picture([row, row | {"parametrization": "standard", "width": 16}]).axes
@@ -128,22 +128,22 @@ def test_a_rule_is_tuned_on_the_validation_split_and_reported_on_the_test_split(
     assert [label.get_text() for label in axes.get_xticklabels()] == ["adam", "sgd"]
 
 
-def test_what_is_measured_anew_replaces_its_own_rows_alone(tmp_path):
+def test_merging_replaces_only_rows_of_equal_keys(tmp_path):
     first, second, other = [{"network": n, "width": w, "loss": 1.0} for n, w in (("vae", 1), ("vae", 2), ("cnn", 1))]
     keys = "network", "width"
     assert output.merge(tmp_path, "width", [first], keys) == [first]
     assert output.merge(tmp_path, "width", [second, other], keys) == [first, second, other]
-    anew = {**first, "loss": 0.5}
-    assert output.merge(tmp_path, "width", [anew], keys) == [anew, second, other]
-    assert json.loads((tmp_path / "width.json").read_text())["rows"] == [anew, second, other]
+    new = {**first, "loss": 0.5}
+    assert output.merge(tmp_path, "width", [new], keys) == [new, second, other]
+    assert json.loads((tmp_path / "width.json").read_text())["rows"] == [new, second, other]
 
 
-def test_the_best_run_is_the_most_accurate_or_else_of_the_least_loss():
+def test_the_best_run_has_the_highest_accuracy_or_else_the_lowest_loss():
     assert trials.best([{"loss": 2.0}, {"loss": 1.0}, {}]) == 1
     assert trials.best([{}, {"loss": 2.0, "accuracy": 0.9}, {"loss": 1.0, "accuracy": 0.8}]) == 1
 
 
-def test_runs_that_diverged_do_not_count():
+def test_diverged_runs_are_left_out():
     assert several_seeds.spread([0.5, None, 0.7]) == {"mean": 0.6, "standard_deviation": pytest.approx(0.02**0.5)}
     assert several_seeds.shown(several_seeds.spread([0.5, None, 0.7])) == "0.6000 ± 0.1414"
     assert (
@@ -153,7 +153,7 @@ def test_runs_that_diverged_do_not_count():
     )
 
 
-def test_data_that_cannot_be_had_is_named_before_anything_is_trained(env, monkeypatch, capsys):
+def test_unavailable_data_is_an_error_before_anything_is_trained(env, monkeypatch, capsys):
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
@@ -164,7 +164,7 @@ def test_data_that_cannot_be_had_is_named_before_anything_is_trained(env, monkey
     assert line.startswith("error: cifar10 is not prepared in ")
 
 
-def test_each_structure_is_a_command_that_exists_and_their_errors_follow_a_law():
+def test_each_structure_is_a_valid_command_and_their_errors_are_fitted():
     for name, sizes in structures.NETWORKS.items():
         for fields in sizes:
             flags.parse(cifar_cnn.EXPERIMENT, structures.flags_of(name, fields, "digits"))
@@ -180,7 +180,7 @@ def test_each_structure_is_a_command_that_exists_and_their_errors_follow_a_law()
     assert found["widest_interval"][0] < found["widest_measured"] < found["widest_interval"][1]
 
 
-def test_the_perceptron_trains_as_a_command_of_its_own(tmp_path):
+def test_the_perceptron_trains_as_a_command(tmp_path):
     args = ["--config.num_epochs=1", "--config.dataset.train_fraction=0.2", f"--workdir={tmp_path / 'run'}"]
     command_lib.run("the perceptron", ["-m", "benchmarks.mlp", *args])
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["num_train_steps"] == 287 // 32

@@ -1,4 +1,4 @@
-"""The character language model as a whole: the same on one device and on many, and its mistakes are named."""
+"""The character language model end to end: the same on one device and on many, with errors for bad flags."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ RAW = Dataset("drawn", (), _split(529), None, _split(90))
 
 
 def _config(axes=None, **fields):
-    """A tiny network on 8 streams of chunks of 8 characters."""
+    """The config of a tiny network on 8 streams, cut into chunks of 8 characters."""
     config = char_rnn.get_config()
     config.batch_size, config.sequence_length, config.num_epochs, config.log_every_steps = 8, 8, 2, 1
     config.model = RNNConfig(**{"name": "mingru", "width": 8, "layers": 1, **fields})
@@ -41,7 +41,7 @@ def _config(axes=None, **fields):
 
 
 def _run(workdir, devices=1, axes=None, signals=None, **fields):
-    """Trains it; returns the state and the record's lines."""
+    """Trains the network; returns the state and the lines of metrics.jsonl."""
     config = _config(axes, **fields)
     config.steps_per_dispatch = 1  # so that it can be stopped anywhere
     config.optimizer = optimizers.resolve(config.optimizer)
@@ -62,8 +62,8 @@ def test_eight_devices_with_time_over_four_of_them_record_what_one_does(tmp_path
             assert one[figure] == pytest.approx(other[figure], rel=1e-4)
 
 
-def test_resumed_it_remembers_to_the_bit(stop, tmp_path):
-    """Stopped within an epoch, in the middle of its streams, with dropout."""
+def test_a_resumed_run_is_bit_exact(stop, tmp_path):
+    """Stopped within an epoch, in the middle of the streams, with dropout."""
     fields = {"name": "lstm", "dropout": 0.2}
     state, lines = _run(tmp_path / "whole", **fields)
     assert "at step 5 " in stop(5, lambda signals: _run(tmp_path / "stopped", signals=signals, **fields))
@@ -123,7 +123,7 @@ def test_microbatches_and_sequence_length_shape_the_streams():
     config.microbatch_size, config.sequence_length = 4, 16
     prepared = char_rnn.prepare(config, RAW)
     assert prepared.train["tokens"].shape == (529 // (8 * 16) * 8, 17)
-    assert prepared.test["first"][:5].tolist() == [True] * 5  # of 4 streams, and the first's second chunk
+    assert prepared.test["first"][:5].tolist() == [True] * 5  # 4 streams, and the second chunk of the first stream
     assert not prepared.test["first"][5:].any()
 
 

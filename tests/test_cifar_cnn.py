@@ -1,4 +1,4 @@
-"""The main job as its user runs it: `python -m experiments.cifar_cnn`."""
+"""The command `python -m experiments.cifar_cnn` as a user runs it."""
 
 import fcntl
 import json
@@ -38,7 +38,7 @@ def test_it_trains_on_one_device_and_on_eight(env, tmp_path):
     np.testing.assert_allclose(one["train_loss"], eight["train_loss"], rtol=2e-2)
 
 
-def test_without_data_it_says_so_once_and_trains_on_digits(env, tmp_path):
+def test_without_data_it_warns_once_and_trains_on_digits(env, tmp_path):
     done = run_command(env, *QUICK)
     assert done.returncode == 0, done.stderr
     loud = [line for line in done.stderr.splitlines() if "cifar10" in line]
@@ -64,7 +64,7 @@ def test_a_terminal_gets_a_progress_bar(env, tmp_path):
     while True:
         try:
             out += os.read(parent, 65536)
-        except OSError:  # how a terminal says that its program has ended
+        except OSError:  # raised by a pseudo-terminal once its program has ended
             break
     assert process.wait() == 0
     text = out.decode()
@@ -118,7 +118,7 @@ def test_a_damaged_archive_is_named(env, tmp_path):
     complains(done, "cifar-10-python.tar.gz")
 
 
-def test_a_loss_that_is_not_finite_ends_with_code_3(env, tmp_path):
+def test_a_non_finite_loss_exits_with_code_3(env, tmp_path):
     args = ["--config.optimizer.learning_rate=1e30", "--config.optimizer.name=sgd", "--config=tutorial", "--workdir=x"]
     done = run_command(env, *DIGITS, *args)
     assert done.returncode == 3
@@ -126,7 +126,7 @@ def test_a_loss_that_is_not_finite_ends_with_code_3(env, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_an_interrupt_ends_with_code_130(env, tmp_path):
+def test_an_interrupt_exits_with_code_130(env, tmp_path):
     args = [*COMMAND, *DIGITS, "--config.num_epochs=10000", "--config.log_every_steps=1", "--workdir=x"]
     process = subprocess.Popen(args, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     metrics = tmp_path / "x/metrics.jsonl"

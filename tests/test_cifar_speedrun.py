@@ -1,4 +1,4 @@
-"""`experiments.cifar_speedrun`: many runs, one record, nothing of an earlier one lost."""
+"""`experiments.cifar_speedrun` records repeated runs, and does not overwrite earlier ones."""
 
 import json
 
@@ -30,7 +30,7 @@ def test_every_run_has_another_seed_and_its_accuracy_is_recorded(tmp_path, capsy
 
 
 @pytest.mark.parametrize("flag", ["--mode=eval", "--reproduce=x", "--config.seed=4294967295"])
-def test_what_it_would_ignore_is_refused(flag, tmp_path):
+def test_unsupported_flags_are_refused(flag, tmp_path):
     with pytest.raises(UserError):
         cifar_speedrun.run(cifar_speedrun.EXPERIMENT, [*ARGS, flag, f"--workdir={tmp_path / 'x'}"], Signals())
     assert not (tmp_path / "x").exists()
@@ -45,8 +45,8 @@ def test_what_it_would_ignore_is_refused(flag, tmp_path):
         "--config.keep_checkpoints=1",
     ],
 )
-def test_records_that_it_does_not_keep_are_refused(flag, tmp_path):
-    with pytest.raises(UserError, match=f"{flag[:-2]}: .*leave it out"):
+def test_fields_of_records_that_it_does_not_keep_are_refused(flag, tmp_path):
+    with pytest.raises(UserError, match=f"{flag[:-2]}: .*remove the flag"):
         cifar_speedrun.run(cifar_speedrun.EXPERIMENT, [*ARGS, flag, f"--workdir={tmp_path / 'x'}"], Signals())
     assert not (tmp_path / "x").exists()
 
@@ -55,7 +55,7 @@ def test_records_that_it_does_not_keep_are_refused(flag, tmp_path):
     ("preset", "channels", "momentum"), [("airbench94", (64, 256, 256), 0.6), ("airbench96", (128, 384, 512), 0.9)]
 )
 def test_the_presets_networks_are_the_published_ones(preset, channels, momentum):
-    """Channels, and batch norm's momentum as the part that is kept, of airbench94_muon.py and airbench96_faster.py."""
+    """Channels, and batch norm's momentum, equal those of airbench94_muon.py and airbench96_faster.py."""
     config = cifar_speedrun.EXPERIMENT.presets[preset]()
     pixels = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
     dataset = Dataset(

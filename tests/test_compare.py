@@ -1,4 +1,4 @@
-"""Runs side by side, and the curves of one."""
+"""Comparing runs, and plotting the curves of one."""
 
 import json
 import shutil
@@ -20,13 +20,13 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def two_runs(trained, tmp_path, monkeypatch):
-    """A copy for each test, which may damage it."""
+    """A copy that the test may damage."""
     shutil.copytree(trained[0], tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return trained[1]
 
 
-def test_differing_fields_and_figures_are_shown(two_runs, tmp_path, capsys):
+def test_differing_fields_and_metrics_are_shown(two_runs, tmp_path, capsys):
     compare.run(["slow", "fast", "--picture=both.png"])
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert rows[0] == ["slow", "fast"]
@@ -34,8 +34,8 @@ def test_differing_fields_and_figures_are_shown(two_runs, tmp_path, capsys):
     assert ["test_accuracy", *(f"{summary['test_accuracy']:.4g}" for summary in two_runs)] in rows
     assert [row[0] for row in rows if row[0].startswith("config.")] == ["config.optimizer.learning_rate"]
     with Image.open("both.png") as picture:
-        colours = {colour for _, colour in picture.convert("RGB").getcolors(2**24)}
-    assert {(31, 119, 180), (255, 127, 14)} <= colours  # a curve of each run
+        colors = {color for _, color in picture.convert("RGB").getcolors(2**24)}
+    assert {(31, 119, 180), (255, 127, 14)} <= colors  # a curve of each run
 
 
 def test_a_run_draws_its_curves_and_one_that_is_not_finished_compares(two_runs, tmp_path, capsys):
@@ -51,26 +51,26 @@ def test_a_run_draws_its_curves_and_one_that_is_not_finished_compares(two_runs, 
     assert (tmp_path / "compare.png").exists()
 
 
-def test_a_run_that_has_recorded_nothing_yet_has_no_picture(two_runs, tmp_path, capsys):
+def test_a_run_without_metrics_has_no_plot(two_runs, tmp_path, capsys):
     (tmp_path / "slow/metrics.jsonl").write_text("")
     compare.run(["slow", "--picture=none.png"])
-    assert "no picture: no run has recorded a figure yet" in capsys.readouterr().out
+    assert "no plot: no run has recorded metrics yet" in capsys.readouterr().out
     assert not (tmp_path / "none.png").exists()
 
 
-def test_a_run_without_a_whole_epoch_has_no_picture_either(two_runs, tmp_path, capsys):
+def test_a_run_without_a_finished_epoch_has_no_plot(two_runs, tmp_path, capsys):
     (tmp_path / "slow/metrics.jsonl").write_text('{"step": 1, "epoch": 1, "loss": 2.0}\n')
     compare.run(["slow", "--picture=none.png"])
-    assert "no picture: no run has recorded a figure yet" in capsys.readouterr().out
+    assert "no plot: no run has recorded metrics yet" in capsys.readouterr().out
 
 
-def test_metrics_that_are_damaged_are_named(two_runs, tmp_path):
+def test_damaged_metrics_are_an_error(two_runs, tmp_path):
     (tmp_path / "slow/metrics.jsonl").write_text("garbage\n")
     with pytest.raises(UserError, match=r"slow/metrics\.jsonl cannot be read"):
         compare.run(["slow"])
 
 
-def test_a_picture_that_fails_stops_nothing(tmp_path, monkeypatch, capfd):
+def test_a_plot_that_fails_stops_nothing(tmp_path, monkeypatch, capfd):
     def full(*_):
         raise OSError("No space left on device")
 
@@ -86,8 +86,8 @@ def test_a_picture_that_fails_stops_nothing(tmp_path, monkeypatch, capfd):
         ([], "give the workdirs"),
         (["nowhere"], "nowhere holds no run"),
         (["slow", "--pictures=x"], "pictures"),
-        (["slow", "--picture=nowhere/x.png"], "--picture=nowhere/x.png cannot be drawn"),
-        (["slow", "--picture=x.nothing"], "--picture=x.nothing cannot be drawn"),
+        (["slow", "--picture=nowhere/x.png"], "--picture=nowhere/x.png cannot be written"),
+        (["slow", "--picture=x.nothing"], "--picture=x.nothing cannot be written"),
     ],
 )
 def test_bad_input_is_named(argv, message, two_runs):

@@ -1,4 +1,4 @@
-"""The densities are SciPy's, and the divergence is what sampling gives."""
+"""The densities equal SciPy's, and the divergence equals its Monte Carlo estimate."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ def test_bernoulli():
     x = (X > 0).astype(np.float32)
     expected = scipy.stats.bernoulli.logpmf(x, scipy.special.expit(np.float64(MEAN))).sum(-1)
     np.testing.assert_allclose(densities.bernoulli(x, MEAN), expected, rtol=1e-5)
-    logits = np.array([[200.0, -200.0, 30.0]], np.float32)  # no overflow, no loss of what is improbable
+    logits = np.array([[200.0, -200.0, 30.0]], np.float32)  # no overflow, and small probabilities are kept
     np.testing.assert_allclose(densities.bernoulli(np.array([[0.0, 1.0, 0.0]]), logits), [-430.0], rtol=1e-6)
 
 

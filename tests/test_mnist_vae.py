@@ -1,4 +1,4 @@
-"""The experiment as its user runs it, and every field of its config."""
+"""The experiment as a user runs it, and the effect of every field of its config."""
 
 import functools
 from types import SimpleNamespace
@@ -40,23 +40,23 @@ def _train(workdir, devices=1, signals=None, **fields):
     return loop.train_and_evaluate("mnist_vae", config, task, dataset, mesh, workdir, signals)
 
 
-def test_one_device_and_eight_give_the_same_figures_and_pictures(tmp_path):
-    figures = []
+def test_one_device_and_eight_give_the_same_metrics_and_plots(tmp_path):
+    metrics = []
     for devices in (1, 8):
         folder = tmp_path / str(devices)
         folder.mkdir()
         _, summary = _train(folder, devices)
-        figures.append({n: summary[n] for n in summary if n.startswith(("train_", "test_")) and n != "train_seconds"})
-        pictures = {path.stem for path in folder.glob("*.png")}
-        assert pictures == {"curves", "reconstructions", "samples", "traversals", "latents"}
-    assert {"test_nll", "test_active_units", "test_bits_per_dim", "test_elbo", "test_kl"} <= figures[0].keys()
-    assert figures[0]["test_nll"] < figures[0]["test_loss"]
-    for name, value in figures[0].items():
-        np.testing.assert_allclose(value, figures[1][name], rtol=1e-3, err_msg=name)
+        metrics.append({n: summary[n] for n in summary if n.startswith(("train_", "test_")) and n != "train_seconds"})
+        plots = {path.stem for path in folder.glob("*.png")}
+        assert plots == {"curves", "reconstructions", "samples", "traversals", "latents"}
+    assert {"test_nll", "test_active_units", "test_bits_per_dim", "test_elbo", "test_kl"} <= metrics[0].keys()
+    assert metrics[0]["test_nll"] < metrics[0]["test_loss"]
+    for name, value in metrics[0].items():
+        np.testing.assert_allclose(value, metrics[1][name], rtol=1e-3, err_msg=name)
 
 
-def test_resumed_it_draws_to_the_bit(stop, tmp_path):
-    """Stopped within an epoch: binarisation and latents are drawn as if it had not been."""
+def test_a_resumed_run_is_bit_exact(stop, tmp_path):
+    """Stopped within an epoch, it draws the same binarization and latents as an uninterrupted run."""
     folders = [tmp_path / name for name in ("whole", "stopped")]
     for folder in folders:
         folder.mkdir()
@@ -90,14 +90,14 @@ def test_the_command_trains_evaluates_and_samples(tmp_path, monkeypatch):
         app.parse(mnist_vae.EXPERIMENT, [f"--reproduce={tmp_path / 'run/config.json'}"])
 
 
-def test_samples_go_where_the_record_is():
+def test_samples_are_written_to_a_remote_workdir():
     config, dataset, workdir = _config(), _drawn(), UPath("memory://samples")
     options = mnist_vae.SampleOptions(num_samples=5, sample_seed=0)
     mnist_vae.sample(lambda _, x: np.zeros((5, 8, 8, 1)), config, dataset, options, workdir)  # pyright: ignore
     assert (workdir / "samples-5-seed0.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_samples_are_saved_and_follow_their_seed(tmp_path, capsys):
+def test_samples_are_saved_and_depend_on_the_seed(tmp_path, capsys):
     config, dataset = _config(), _drawn()
     latents = []
 
@@ -120,9 +120,9 @@ def test_samples_are_saved_and_follow_their_seed(tmp_path, capsys):
     ("args", "words"),
     [
         (["--config.model.likelihood=gaussian", "--config.binarize=fixed"], "binarize=fixed: only a bernoulli"),
-        (["--config.samples=5", "--config.free_bits=0.1"], "free_bits=0.1: the bound of several samples"),
-        (["--config.beta=0", "--config.beta_warmup=0.1"], "beta_warmup=0.1: there is nothing to warm up"),
-        (["--config.beta=0", "--config.free_bits=0.1"], "free_bits=0.1: the KL does not count"),
+        (["--config.samples=5", "--config.free_bits=0.1"], "free_bits=0.1: IWAE has no KL"),
+        (["--config.beta=0", "--config.beta_warmup=0.1"], "beta_warmup=0.1: beta is 0"),
+        (["--config.beta=0", "--config.free_bits=0.1"], "free_bits=0.1: the KL has no weight"),
         (["--config.samples=5", "--config.gradient_samples=5"], "gradient_samples=5: must be below"),
         (["--config.gradient_samples=1"], "gradient_samples=1: must be below"),
         (["--config.samples=0"], "config.samples=0: must be at least 1"),
@@ -146,7 +146,7 @@ def test_a_text_has_no_images():
 
 @functools.cache
 def _loss(**fields):
-    """The program of the training loss."""
+    """Returns the jaxpr of the training loss."""
     config, dataset = _config(**fields), _drawn()
     task = mnist_vae.make_task(config, dataset)
     model = SimpleNamespace(

@@ -1,4 +1,4 @@
-"""The update rules are their equations, the schedules their closed forms, and every field has its effect."""
+"""Schedules equal their closed forms, and every field of the optimizer config has its effect."""
 
 import dataclasses
 
@@ -62,7 +62,7 @@ def test_the_rate_grows_with_the_batch(scaling, factor):
     config = _resolved(name="sgd", learning_rate=0.1, batch_scaling=scaling, **base)
     scaled = optimizers.scaled(config, 1024)
     assert scaled.learning_rate == pytest.approx(0.1 * factor)
-    assert config.learning_rate == 0.1  # a resumed run scales what is recorded once more
+    assert config.learning_rate == 0.1  # unchanged, since a resumed run scales the recorded value again
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -73,7 +73,7 @@ def test_weight_decay_leaves_out_biases(name):
 
 
 def test_a_fixed_norm_is_set_before_each_update():
-    """A convolution's kernel starts each step at sqrt(outputs), whatever it was; dense kernels and biases do not."""
+    """Convolution kernels start each step with norm sqrt(outputs); dense kernels and biases do not."""
     shapes = {"conv": (3, 3, 4, 16), "dense": (4, 16), "bias": (16,)}
     params, *grads = ({name: RNG.standard_normal(shape) for name, shape in shapes.items()} for _ in range(3))
     config = _resolved(name="sgd", learning_rate=RATE, fixed_norm=True)
@@ -92,7 +92,7 @@ def test_a_fixed_norm_needs_convolutions():
         tx.init({"kernel": np.ones((4, 4))})
 
 
-SHAPES = {  # the rate as a part of its peak, at u in 0..1 of what the warm-up leaves
+SHAPES = {  # the rate relative to its peak, at the fraction u of training after the warm-up
     "constant": lambda u: 1.0,
     "cosine": lambda u: 0.2 + 0.8 * (1 + np.cos(np.pi * u)) / 2,
     "one_cycle": lambda u: 0.2 + 0.8 * (1 + np.cos(np.pi * u)) / 2,
@@ -101,7 +101,7 @@ SHAPES = {  # the rate as a part of its peak, at u in 0..1 of what the warm-up l
 
 
 @pytest.mark.parametrize(("name", "warmup"), [(n, w) for n in SHAPES for w in (0.0, 0.1)])
-def test_schedules_are_their_closed_forms(name, warmup):
+def test_schedules_equal_their_closed_forms(name, warmup):
     end_factor = 0.0 if name == "constant" else 0.2
     schedule = _schedule(100, schedule=name, warmup=warmup, end_factor=end_factor)
     rising = 30 if name == "one_cycle" and not warmup else round(100 * warmup)
@@ -131,7 +131,7 @@ def test_the_tripling_schedule_is_that_of_burda_et_al(warmup):
     ("name", "schedule"), [*((n, "constant") for n in OPTIMIZERS), *(("adam", s) for s in SCHEDULES)]
 )
 def test_numbers_may_be_traced(name, schedule):
-    """One compiled update serves all values of what a sweep changes, and is the update of those values."""
+    """One compiled update serves all values of the fields that a sweep changes."""
 
     def config(rate, momentum, decay, clip, end):
         has_momentum, decays = name not in ("sgd", "adagrad"), schedule in ("cosine", "linear", "one_cycle")
@@ -187,7 +187,7 @@ def test_lions_default_decay_shrinks_kernels_as_fast_as_adamws():
 
 @pytest.mark.parametrize("name", ["rmsprop", "momentum", "nesterov"])
 def test_momentum_0_keeps_no_buffer(name):
-    """And the update is that of a momentum close to 0, which is an input of the step and has a buffer."""
+    """The update equals that of a traced momentum close to 0, which has a buffer."""
     off, on = (_resolved(name=name, momentum=value) for value in (0.0, 1e-30))
     counts = [len(jax.tree.leaves(_made(config).init(_float32(PARAMS)))) for config in (off, on)]
     assert counts[1] - counts[0] == len(PARAMS)
@@ -208,7 +208,7 @@ def test_clipping_bounds_the_global_norm_and_0_is_none():
             np.testing.assert_allclose(after[key], p - factor * grads[0][key], rtol=1e-4, atol=1e-5)
 
 
-def test_the_average_is_that_of_the_recursion():
+def test_the_ema_equals_its_recursion():
     ema, expected = jnp.float32(0.0), 0.0
     for step, value in enumerate(RNG.standard_normal(300)):
         decay = min(0.95, (1 + step) / (10 + step))
@@ -228,12 +228,12 @@ def test_the_average_is_that_of_the_recursion():
         ({"schedule": "tripling", "end_factor": 0.1}, "end_factor needs"),
     ],
 )
-def test_a_field_that_would_be_ignored_is_an_error(fields, words):
+def test_an_ignored_field_is_an_error(fields, words):
     with pytest.raises(UserError, match=words):
         optimizers.resolve(OptimizerConfig(**fields))
 
 
-def test_the_global_norm_is_that_of_numpy():
+def test_the_global_norm_equals_numpys():
     rng = np.random.default_rng(0)
     tree = [rng.normal(size=shape).astype(np.float32) for shape in ((), (7,), (30, 40), (3, 3, 8, 16))]
     expected = np.linalg.norm(np.concatenate([x.astype(np.float64).ravel() for x in tree]))
@@ -241,7 +241,7 @@ def test_the_global_norm_is_that_of_numpy():
 
 
 def test_the_recorded_rate_is_the_schedules_at_every_step(monkeypatch):
-    monkeypatch.setattr(optimizers, "_RATES_AT_ONCE", 4)  # so that there are several blocks
+    monkeypatch.setattr(optimizers, "_STEPS_AT_ONCE", 4)  # so that there are several blocks
     config = OptimizerConfig(name="sgd", learning_rate=0.5, schedule="cosine", warmup=0.2)
     schedule = optimizers.unit_schedule(config, optimizers.boundaries(config, 10))
     rate = optimizers.learning_rate(config, 10)

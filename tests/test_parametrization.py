@@ -1,4 +1,4 @@
-"""The maximal update parametrization: its table, and that what an update changes does not depend on the width."""
+"""muP: the scales equal its table, and the effect of an update does not depend on the width."""
 
 import functools
 from typing import Any
@@ -24,7 +24,7 @@ TEXT = {"text": _RANDOM.integers(0, 20, 400, dtype=np.uint8)}
 
 
 def _task(kind, rule="adam", **model):
-    """The experiment's own task, its optimiser's config, and a batch."""
+    """Returns the experiment's task, its optimizer config and a batch."""
     names = tuple(map(str, range(20)))
     optimizer = OptimizerConfig(name=rule, learning_rate={"adam": 1e-3, "momentum": 0.02, "muon": 0.005}[rule])
     optimizer = optimizers.resolve(optimizer)
@@ -47,7 +47,7 @@ def _task(kind, rule="adam", **model):
 
 
 def _change(kind, rule, **model):
-    """Root mean square of what four updates change in the loss of each example."""
+    """Returns the root mean square change of each example's loss by four updates."""
     task, config, batch = _task(kind, rule, **model)
     key, carry = jax.random.key(0), task.initial_carry(16)
     graphdef, params, rest = nnx.split(task.create_model(nnx.Rngs(0)), nnx.Param, ...)
@@ -83,7 +83,7 @@ def test_what_updates_change_does_not_depend_on_the_width(kind, rule, widths):
     assert 0.7 < wide / narrow < 1.4
 
 
-def test_by_the_standard_parametrization_it_does():
+def test_with_the_standard_parametrization_it_does():
     narrow, wide = (_change("lstm", "adam", width=width) for width in (64, 256))
     assert wide / narrow > 2
 
@@ -179,12 +179,12 @@ def test_coupled_decay_is_the_same_part_of_the_gradient_at_every_width(rule, ker
         ({"parametrization": "mup", "base_width": 8, "tied": True}, "--config.model.tied"),
     ],
 )
-def test_what_it_cannot_do_is_named(fields, words):
+def test_unsupported_configs_are_an_error(fields, words):
     with pytest.raises(UserError, match=words):
         config_lib.check(char_rnn.CharRNNConfig(model=RNNConfig(**fields)))
 
 
-def test_rules_that_measure_their_update_are_refused():
+def test_layerwise_rules_are_refused():
     model, optimizer = CNNConfig(parametrization="mup", base_width=8), OptimizerConfig(name="lamb")
     with pytest.raises(UserError, match="lamb: mup has no rule"):
         config_lib.check(cifar_cnn.CifarConfig(model=model, optimizer=optimizer))

@@ -1,4 +1,4 @@
-"""Pictures show what they say."""
+"""The plots show the values that they are given."""
 
 import numpy as np
 
@@ -43,8 +43,8 @@ def test_a_grid_has_the_images_row_by_row_with_white_between():
     expected[:2, :3], expected[:2, 4:], expected[3:, :3] = 0.1, 0.35, 0.6
     np.testing.assert_allclose(shown, expected, rtol=1e-6)
     assert axes.get_title() == "three"
-    colours = plots.image_grid(np.full((1, 2, 2, 3), [0.1, 0.2, 0.3]), 1, "").axes[0].images[0].get_array()
-    np.testing.assert_allclose(colours[0, 0], [0.1, 0.2, 0.3], rtol=1e-6)
+    colors = plots.image_grid(np.full((1, 2, 2, 3), [0.1, 0.2, 0.3]), 1, "").axes[0].images[0].get_array()
+    np.testing.assert_allclose(colors[0, 0], [0.1, 0.2, 0.3], rtol=1e-6)
 
 
 def test_a_scatter_has_each_label_at_its_points():

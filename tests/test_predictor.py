@@ -1,4 +1,4 @@
-"""A network applied to host arrays: every example once and in order, whatever the batches and the devices."""
+"""Predictions have every example once and in order, for any batch size and number of devices."""
 
 import jax
 import numpy as np
@@ -30,14 +30,14 @@ def test_every_example_once_and_in_order(devices, count):
     x = np.arange(2 * count, dtype=np.float32).reshape(count, 2)
     result = predict(_scaled, {"x": x})
     np.testing.assert_array_equal(result["scaled"], 3 * x)
-    assert len(np.unique(result["noise"])) == 2 * count  # a key of its own for every batch
+    assert len(np.unique(result["noise"])) == 2 * count  # each batch has a different key
     np.testing.assert_array_equal(predict(_scaled, {"x": x})["noise"], result["noise"])
     assert not np.array_equal(predict(_scaled, {"x": x}, seed=1)["noise"], result["noise"])
     assert predict(_scaled, {"x": x}, batch_size=3)["scaled"].shape == (count, 2)
 
 
 def test_progress_is_plain_lines_without_a_terminal(monkeypatch, capsys):
-    monkeypatch.setattr(predictor, "_SECONDS_BETWEEN_PLAIN_LINES", 0.0)
+    monkeypatch.setattr(predictor, "_PROGRESS_SECONDS", 0.0)
     mesh = sharding.make_mesh(Config(), jax.devices()[:1])
     predict = Predictor(*nnx.split(Scale(), nnx.Param, ...), mesh, 8)
     x = {"x": np.zeros((17, 2), np.float32)}

@@ -1,4 +1,4 @@
-"""Random streams: no two purposes draw the same numbers."""
+"""Random streams: no two purposes share random numbers."""
 
 import dataclasses
 
@@ -30,14 +30,14 @@ def test_no_two_streams_share_a_key():
 
 
 def test_no_two_streams_share_a_generator():
-    """Also where one has fewer counters: NumPy takes a short seed for one that ends with zeros."""
+    """Even with fewer counters: NumPy pads a short seed with zeros."""
     assert np.random.default_rng(0).integers(2**62) == np.random.default_rng((0, 0)).integers(2**62)
     draws = [randomness.generator(stream, *counters).integers(2**62) for stream in Stream for counters in ((), (1, 2))]
     assert len(set(draws)) == len(draws)
 
 
 class Keys(nnx.Module):
-    """Shows the key that it was initialized by, and that of the newest step."""
+    """Stores the key of its initialization and that of the newest step."""
 
     def __init__(self, rngs):
         self.initial = nnx.BatchStat(jax.random.key_data(rngs.params()))
@@ -46,7 +46,7 @@ class Keys(nnx.Module):
 
 
 class KeysTask(Task):
-    """Nothing is learned."""
+    """A task that only stores keys."""
 
     def create_model(self, rngs):
         """The network."""
@@ -72,7 +72,7 @@ def test_steps_do_not_draw_what_initialization_drew():
     assert len(set(seen)) == 5
 
 
-def test_what_is_held_out_is_not_the_first_of_the_first_epoch():
+def test_held_out_examples_are_not_the_first_of_the_first_epoch():
     digits = DatasetConfig(name="digits", validation_fraction=0.25)
     whole = sources.load(dataclasses.replace(digits, validation_fraction=0.0)).train["image"]
     held_out = sources.load(digits).validation["image"]

@@ -1,4 +1,4 @@
-"""The mesh is what the config asks for, and arrays lie on it by the rules."""
+"""The mesh has the shape of the config, and arrays are sharded by the rules."""
 
 import dataclasses
 
@@ -25,7 +25,7 @@ from research.errors import UserError
         ((-1, 1, 1, 1), 1, (1, 1, 1, 1)),
     ],
 )
-def test_minus_one_takes_the_rest(axes, count, expected):
+def test_minus_one_takes_the_remaining_devices(axes, count, expected):
     assert sharding.mesh_shape(MeshConfig(*axes), count) == expected
 
 
@@ -51,17 +51,17 @@ def test_a_mesh_that_does_not_fit_is_an_error(axes, words):
 def test_a_batch_that_cannot_be_shared_evenly_is_an_error(fields, name):
     with pytest.raises(UserError, match=f"{name} cannot be split evenly over 8 devices"):
         sharding.make_mesh(Config(**{"batch_size": 64, **fields}))
-    sharding.make_mesh(Config(**{"batch_size": 64, **fields}, mesh=MeshConfig(model=2)))  # model shares no batch
+    sharding.make_mesh(Config(**{"batch_size": 64, **fields}, mesh=MeshConfig(model=2)))  # model is no batch axis
 
 
-def test_gradients_that_the_compiler_sums_are_not_rounded():
+def test_reduce_dtype_needs_a_mesh_of_data_only():
     with pytest.raises(UserError, match="reduce_dtype=bfloat16"):
         sharding.make_mesh(Config(batch_size=64, mesh=MeshConfig(fsdp=2, reduce_dtype="bfloat16")))
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A TPU as JAX describes it."""
+    """A stand-in for a TPU device."""
 
     id: int
     slice_index: int
@@ -83,9 +83,9 @@ def test_one_axis_crosses_the_network_between_slices(shape, crossing):
         assert {chip.slice_index for chip in half.flat} == {number}
 
 
-def test_slices_that_no_axis_can_cross_are_an_error():
+def test_a_mesh_without_an_axis_for_the_slices_is_an_error():
     chips = [Chip(i, i, (0, 0, 0)) for i in range(4)]
-    with pytest.raises(UserError, match=r"data=2, fsdp=2.* has no axis that 4 slices can share"):
+    with pytest.raises(UserError, match=r"data=2, fsdp=2.* has no axis that is a multiple of the 4 slices"):
         sharding._arranged((2, 2, 1, 1), chips)
 
 
@@ -102,7 +102,7 @@ def test_parameters_are_split_by_their_shapes():
         assert sharding.partition_spec(shape, mesh) == expected
 
 
-def test_a_tree_is_laid_out_leaf_by_leaf():
+def test_a_tree_is_sharded_leaf_by_leaf():
     mesh = sharding.make_mesh(Config(mesh=MeshConfig(data=1, fsdp=-1)))
     tree = {"kernel": jnp.ones((16, 3)), "bias": jnp.ones(3)}
     placed = jax.device_put(tree, sharding.tree_shardings(tree, mesh))

@@ -1,4 +1,4 @@
-"""The update rules are their equations, and PyTorch's where they have its names."""
+"""The update rules equal their published equations in NumPy, and PyTorch's implementations."""
 
 import jax
 import jax.numpy as jnp
@@ -45,20 +45,20 @@ def _train(tx, params, grads):
 
 
 def _ours(scale, **fields):
-    """After ten steps with parameters and gradients that many times as large as those above."""
+    """Runs ten steps with parameters and gradients multiplied by `scale`."""
     params = {name: scale * p for name, p in PARAMS.items()}
     return _train(_made(**fields), params, _scaled_grads(scale))
 
 
 def _assert_same_change(ours, expected, scale):
-    """To float32's rounding, relative to how far the parameters went: so tiny gradients count as much as others."""
+    """Compares to float32's rounding, relative to the distance moved, so that tiny gradients count equally."""
     for key, theirs in expected.items():
         distance = np.abs(theirs - scale * PARAMS[key]).max()
         error = np.abs(np.asarray(ours[key], np.float64) - theirs).max()
         assert error < 2e-5 * distance + 2e-6 * scale, key
 
 
-# Each rule in NumPy float64: (gradient, memory, number of the step from 1) -> (what the rate multiplies, memory).
+# Each rule in NumPy float64: (gradient, state, step from 1) -> (update before the learning rate, state).
 
 
 def sgd(g, memory, t):
@@ -103,7 +103,7 @@ def lion(g, m, t):
 
 
 def muon(g, memory, t):
-    """Jordan 2024, with Optax's bias correction; biases go by Nesterov's Adam (Dozat 2016) at a tenth of the rate."""
+    """Jordan 2024, with Optax's bias correction; biases use Nesterov's Adam (Dozat 2016) at a tenth of the rate."""
     if g.ndim == 1:
         m, nu = memory or (0, 0)
         m, nu = 0.9 * m + 0.1 * g, 0.999 * nu + 0.001 * g**2
@@ -146,14 +146,14 @@ def _expected(name, scale, weight_decay):
 @pytest.mark.parametrize("scale", [1.0, 1e-6])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("name", EQUATIONS)
-def test_ten_steps_are_those_of_the_equations(name, weight_decay, scale):
+def test_ten_steps_equal_the_equations(name, weight_decay, scale):
     has_momentum = name not in ("sgd", "adagrad")
     fields = {"momentum": MOMENTUM} if has_momentum else {}
     ours = _ours(scale, name=name, learning_rate=RATE, weight_decay=weight_decay, **fields)
     _assert_same_change(ours, _expected(name, scale, weight_decay), scale)
 
 
-# What torch.optim has under the names of our rules, with its own defaults but for the learning rate.
+# The optimizers of torch.optim, with their defaults except for the learning rate.
 TORCH = {
     "sgd": ("SGD", {}),
     "momentum": ("SGD", {"momentum": 0.9}),
@@ -168,8 +168,8 @@ TORCH = {
 @pytest.mark.parametrize("scale", [1.0, 1e-6])
 @pytest.mark.parametrize("weight_decay", [None, 0.1])
 @pytest.mark.parametrize(("name", "momentum"), [*((name, None) for name in TORCH), ("rmsprop", 0.9)])
-def test_ten_steps_are_those_of_pytorch(name, momentum, weight_decay, scale):
-    """In float64 there; kernels and biases are two groups, because PyTorch would let biases decay too."""
+def test_ten_steps_equal_pytorch(name, momentum, weight_decay, scale):
+    """PyTorch runs in float64, with kernels and biases in two groups, since it would decay biases too."""
     torch = pytest.importorskip("torch")
     kind, options = TORCH[name]
     given = {key: value for key, value in (("momentum", momentum), ("weight_decay", weight_decay)) if value is not None}
@@ -201,7 +201,7 @@ def test_the_schedule_is_outside_the_momentum_as_in_pytorch(name):
 
 
 def test_muon_orthogonalizes_kernels_of_any_rank():
-    """Jordan 2024: a kernel's update, as a matrix, has singular values near 1. Biases go by Nesterov's Adam."""
+    """Jordan 2024: a kernel's update, as a matrix, has singular values near 1. Biases use Nesterov's Adam."""
     params = {"kernel": np.zeros((3, 3, 8, 16)), "bias": np.zeros(16)}
     grads = {name: RNG.standard_normal(p.shape) for name, p in params.items()}
     after = _train(_made(name="muon", learning_rate=0.5, momentum=0.0), params, [grads])
@@ -214,7 +214,7 @@ def test_muon_orthogonalizes_kernels_of_any_rank():
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("name", ["lars", "lamb"])
-def test_layerwise_rules_are_their_equations(name, weight_decay):
+def test_layerwise_rules_equal_their_equations(name, weight_decay):
     ours = _ours(1.0, name=name, learning_rate=RATE, momentum=MOMENTUM, weight_decay=weight_decay)
     params = {key: value.copy() for key, value in PARAMS.items()}
     memory = dict.fromkeys(params)

@@ -1,13 +1,12 @@
-"""This project and its peers on the same work, one after the other, each in a process of its own, several rounds.
+"""Speed of this project and its peers on the same work: in turn, each in its own process, for several rounds.
 
 pip install -e ".[bench]" && python -m benchmarks.peers [--work=cnn,lstm] [--peer=torch] [--rounds=3]
 
 Every process gets the same examples in the same order, the same initial weights, Adam, batch size and precision. The
-first epoch is checked (the mean losses must agree, so that it is the same work) and not timed; the speed is that of the
-others together. A ratio is this project's speed over the peer's in the same round. The work "startup" is this
-project's whole command beside the same in each peer: the time from there to the end of the first step, and the memory
-that the process takes at most. "evaluation" and "sampling" train nothing. It needs cifar10, mnist and tiny_shakespeare
-(`TFDS_DATA_DIR`).
+first epoch is not timed, and its mean losses must agree, which shows that the work is the same; the speed is that of
+all other epochs together. A ratio is this project's speed over the peer's in the same round. The work "startup"
+compares this project's whole command with training in each peer: time to the end of the first step, and peak memory.
+"evaluation" and "sampling" train nothing. It needs cifar10, mnist and tiny_shakespeare (`TFDS_DATA_DIR`).
 """
 
 import dataclasses
@@ -30,21 +29,21 @@ PEERS = {
     "torch": ("torch", "torch+compile"),
     "flax": ("flax",),
 }  # and their variants
-_KNOWN = {*PEERS, *(variant for variants in PEERS.values() for variant in variants)}
-WITHOUT = {"sample": "keras"}  # its recurrent networks have no call for one step
+_NAMES = {*PEERS, *(variant for variants in PEERS.values() for variant in variants)}
+UNSUPPORTED = {"sample": "keras"}  # its recurrent networks cannot be called for a single step
 RESULTS = Path(__file__).parent.parent / "results" / "peers.json"
 
-WORK = flags.DEFINE_list("work", list(works.WORKS), f"what to train: {', '.join(works.WORKS)}")
-PEER = flags.DEFINE_list("peer", list(PEERS), f"whom to compare with: {', '.join(PEERS)}; +variant for one of them")
-ROUNDS = flags.DEFINE_integer("rounds", 3, "how many times each is run", lower_bound=1)
-LONGER = flags.DEFINE_integer("longer", 1, "times as many steps an epoch, as far as the images go", lower_bound=1)
-EPOCHS = flags.DEFINE_integer("epochs", 3, "epochs of each run, the first of which is not timed", lower_bound=2)
-flags.register_validator("peer", lambda names: set(names) <= _KNOWN, f"use {', '.join(sorted(_KNOWN))}")
+WORK = flags.DEFINE_list("work", list(works.WORKS), f"works to run: {', '.join(works.WORKS)}")
+PEER = flags.DEFINE_list("peer", list(PEERS), f"peers to compare with: {', '.join(PEERS)}; +variant for one of them")
+ROUNDS = flags.DEFINE_integer("rounds", 3, "how many times each side is run", lower_bound=1)
+LONGER = flags.DEFINE_integer("longer", 1, "factor of the steps per epoch, limited by the images", lower_bound=1)
+EPOCHS = flags.DEFINE_integer("epochs", 3, "epochs of each run; the first is not timed", lower_bound=2)
+flags.register_validator("peer", lambda names: set(names) <= _NAMES, f"use {', '.join(sorted(_NAMES))}")
 flags.register_validator("work", lambda names: set(names) <= set(works.WORKS), f"use {', '.join(works.WORKS)}")
 
 
 def run(peer: str, folder: Path, epochs: int) -> dict[str, Any]:
-    """What `peer` ("torch", "torch+compile") reports of the work in the folder."""
+    """Runs the work in the folder with `peer` ("torch", "torch+compile") and returns its report."""
     backend = {"KERAS_BACKEND": "jax" if peer == "keras+jax" else "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3"}
     args = ["-m", "benchmarks.peers.process", peer, str(folder), str(epochs), str(time.time())]
     return json.loads(command.run(peer, args, backend).splitlines()[-1])
@@ -62,14 +61,14 @@ def _arrays() -> tuple[dict[str, np.ndarray], np.ndarray]:
 
 
 def _longer(work: works.Work, images: dict[str, np.ndarray]) -> works.Work:
-    """The work with more steps an epoch; text goes round, images do not."""
+    """Returns the work with more steps per epoch; text is repeated, images are not."""
     count = len(images["mnist" if work.network == "vae" else "cifar10"])
     most = math.inf if work.network == "lstm" else count // work.batch_size
     return dataclasses.replace(work, steps=min(work.steps * LONGER.value, most))
 
 
 def measure(work: works.Work, peers: list[str], folder: Path, rounds: int, epochs: int) -> list[dict[str, Any]]:
-    """Runs this project and every peer in turn, and makes the rows of the table."""
+    """Runs this project and every peer in turn, and returns the rows of the table."""
     reports: dict[str, list[dict[str, Any]]] = {name: [] for name in (OURS, *peers)}
     for number in range(rounds):
         for name, done in reports.items():
@@ -87,9 +86,9 @@ def main() -> None:
             folder = Path(name)
             np.savez(folder / "arrays.npz", **works.make(work, images, text))  # pyright: ignore[reportArgumentType]
             (folder / "work.json").write_text(json.dumps(vars(work)))
-            if work.does == "command":  # a user's second start finds the programs that the first compiled
+            if work.does == "command":  # fills the compilation cache, as at a user's second start
                 run(OURS, folder, 1)
-            peers = [peer for peer in chosen if not peer.startswith(WITHOUT.get(work.does, "-"))]
+            peers = [peer for peer in chosen if not peer.startswith(UNSUPPORTED.get(work.does, "-"))]
             rows += measure(work, peers, folder, ROUNDS.value, EPOCHS.value)
         RESULTS.write_text(json.dumps(table.merged(RESULTS, rows), indent=1) + "\n")
     print(table.markdown(rows))

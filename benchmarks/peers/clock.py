@@ -1,4 +1,4 @@
-"""What a peer reports of itself: its losses, and how long it took."""
+"""The report of a peer: its losses, times and peak memory."""
 
 import dataclasses
 import re
@@ -15,10 +15,10 @@ class Clock:
     Attributes:
       began: when the process was started, by `time.time`.
       first_step_seconds: from then to the end of the first step.
-      losses: the mean of each epoch.
-      seconds: of each epoch.
-      device: on what this project ran, as jax names it ("cpu", "NVIDIA H200").
-      step_flops: what its compiled train step costs, by `launch.plans.hlo`.
+      losses: the mean loss of each epoch.
+      seconds: the time of each epoch.
+      device: this project's device, as jax names it ("cpu", "NVIDIA H200").
+      step_flops: FLOPs of its compiled train step, by `launch.plans.hlo`.
     """
 
     began: float
@@ -29,25 +29,25 @@ class Clock:
     step_flops: float = 0.0
 
     def step(self) -> None:
-        """A step is done; only the first counts."""
+        """Records the end of a step; only the first matters."""
         self.first_step_seconds = self.first_step_seconds or time.time() - self.began
 
     def epoch(self, loss: float, seconds: float) -> None:
-        """An epoch is done."""
+        """Records an epoch."""
         self.losses.append(loss)
         self.seconds.append(seconds)
 
     def passes(self, count: int, once: Callable[[], float]) -> None:
-        """Calls `once`, which gives an epoch's figure to be compared, some times."""
+        """Calls `once` repeatedly and records each call as an epoch; it returns the value to be compared."""
         for _ in range(count):
             start = time.monotonic()
-            figure = once()
+            value = once()
             self.step()
-            self.epoch(figure, time.monotonic() - start)
+            self.epoch(value, time.monotonic() - start)
 
     def report(self) -> dict[str, Any]:
-        """All of it, as JSON can have it, and the process's largest resident memory in bytes."""
-        # Not `getrusage`: a new process inherits that maximum from the one that started it.
+        """Returns everything as JSON-serializable values, with the process's peak resident memory in bytes."""
+        # Not `getrusage`: a process inherits that maximum from its parent.
         kib = re.findall(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
         peak = int(kib[0]) * 1024
         return {**dataclasses.asdict(self), "peak_memory_bytes": peak}

@@ -1,6 +1,6 @@
-"""The works in Flax as its own examples are written: an `nnx.Optimizer`, a step under `nnx.jit`, a call for each batch.
+"""The works in Flax, in the style of its examples: `nnx.Optimizer`, a train step under `nnx.jit`, a call per batch.
 
-XLA runs as jax comes: none of this project's flags and layers.
+XLA has its default flags; none of this project's flags and layers are used.
 """
 
 import time
@@ -83,8 +83,8 @@ class VAE(nnx.Module):
         self.encoder, self.decoder = mlp(784, 2 * works.VAE_LATENTS), mlp(works.VAE_LATENTS, 784)
         self.rngs = nnx.Rngs(0)
 
-    def __call__(self, greys):
-        bits = jax.random.bernoulli(self.rngs(), greys).astype(jnp.float32)
+    def __call__(self, grays):
+        bits = jax.random.bernoulli(self.rngs(), grays).astype(jnp.float32)
         mean, logvar = jnp.split(self.encoder(bits), 2, -1)
         logits = self.decoder(mean + jnp.exp(logvar / 2) * jax.random.normal(self.rngs(), mean.shape))
         reconstruction = optax.sigmoid_binary_cross_entropy(logits, bits).sum(-1)
@@ -92,7 +92,7 @@ class VAE(nnx.Module):
 
 
 def _program(work: works.Work, arrays: dict[str, np.ndarray]) -> tuple[Any, list[np.ndarray]]:
-    """The network and the examples, those to be predicted last."""
+    """Returns the network and the examples, targets last."""
     rngs = nnx.Rngs(0)
     if work.network == "vae":
         return VAE(rngs), [arrays["image"].reshape(len(arrays["image"]), -1) / np.float32(255)]
@@ -103,8 +103,8 @@ def _program(work: works.Work, arrays: dict[str, np.ndarray]) -> tuple[Any, list
     return model, [works.normalized(arrays), arrays["label"]]
 
 
-def _places(model: Any) -> list[Any]:
-    """The parameters that have an initial weight, in the order of the forward pass."""
+def _parameters(model: Any) -> list[Any]:
+    """Returns the parameters that get an initial weight, in the order of the forward pass."""
     if isinstance(model, LSTM):
         cell = model.lstm.cell
         embedding, logits = model.embedding.embedding, model.logits
@@ -120,15 +120,15 @@ def _places(model: Any) -> list[Any]:
 
 
 def _loaded(work: works.Work, arrays: dict[str, np.ndarray]) -> tuple[Any, list[np.ndarray]]:
-    """The network with its initial weights, and the examples."""
+    """Returns the network with its initial weights, and the examples."""
     model, examples = _program(work, arrays)
-    for place, weight in zip(_places(model), works.weights(arrays), strict=True):
-        place[...] = jnp.asarray(weight)
+    for parameter, weight in zip(_parameters(model), works.weights(arrays), strict=True):
+        parameter[...] = jnp.asarray(weight)
     return model, examples
 
 
 def evaluate(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs: int, clock: Clock) -> None:
-    """Evaluates the examples some times, and tells the clock."""
+    """Evaluates the examples repeatedly and records each pass."""
     del variant
     model, examples = _loaded(work, arrays)
 
@@ -145,7 +145,7 @@ def evaluate(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epoc
 
 
 def sample(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs: int, clock: Clock) -> None:
-    """Goes on from each example's first characters by the likeliest, and tells the clock."""
+    """Continues each example's first characters by the most likely ones, repeatedly, and records each pass."""
     del variant
     model, (inputs, _) = _loaded(work, arrays)
 
@@ -171,7 +171,7 @@ def sample(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs
 
 
 def train(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs: int, clock: Clock) -> None:
-    """Trains for some epochs, and tells the clock."""
+    """Trains and records the epochs."""
     del variant
     model, examples = _loaded(work, arrays)
     optimizer = nnx.Optimizer(model, optax.adam(works.LEARNING_RATE, eps=works.EPSILON), wrt=nnx.Param)

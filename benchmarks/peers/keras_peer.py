@@ -1,4 +1,4 @@
-"""The works in Keras, by `model.fit`, which compiles by XLA; `+graph` does not; `+jax` runs on Keras's JAX backend.
+"""The works in Keras by `model.fit`, compiled by XLA; `+graph`: without XLA; `+jax`: on Keras's JAX backend.
 
 The backend is chosen by the environment before Keras is imported (`KERAS_BACKEND`).
 """
@@ -32,7 +32,7 @@ def cnn(channels: int = 3) -> keras.Model:
 
 def _resnet() -> keras.Model:
     def conv(x: Any, channels: int, size: int, stride: int) -> Any:
-        # Padded as in PyTorch, by size // 2 on all sides: "same" pads differently where the stride is 2.
+        # Padded as in PyTorch, by size // 2 on all sides: "same" differs for a stride of 2.
         x = layers.ZeroPadding2D(size // 2)(x) if size > 1 else x
         x = layers.Conv2D(channels, size, stride, use_bias=False)(x)
         return layers.BatchNormalization(momentum=0.9, epsilon=1e-5)(x)
@@ -70,8 +70,8 @@ class VAE(keras.Model):
         self.encoder, self.decoder = mlp(784, 2 * works.VAE_LATENTS), mlp(works.VAE_LATENTS, 784)
         self.seeds = keras.random.SeedGenerator(0)
 
-    def call(self, greys: Any) -> Any:
-        bits = ops.cast(keras.random.uniform(ops.shape(greys), seed=self.seeds) < greys, "float32")
+    def call(self, grays: Any) -> Any:
+        bits = ops.cast(keras.random.uniform(ops.shape(grays), seed=self.seeds) < grays, "float32")
         mean, logvar = ops.split(self.encoder(bits), 2, -1)
         noise = keras.random.normal(ops.shape(mean), seed=self.seeds)
         logits = self.decoder(mean + ops.exp(logvar / 2) * noise)
@@ -98,12 +98,12 @@ class _Times(keras.callbacks.Callback):
 
 
 def _program(work: works.Work, arrays: dict[str, np.ndarray]) -> tuple[keras.Model, list[np.ndarray]]:
-    """The network and the examples."""
+    """Returns the network and the examples."""
     if work.network == "vae":
         model = VAE()
-        greys = arrays["image"].reshape(len(arrays["image"]), -1) / np.float32(255)
-        model(greys[:1])  # builds it
-        return model, [greys]
+        grays = arrays["image"].reshape(len(arrays["image"]), -1) / np.float32(255)
+        model(grays[:1])  # builds the variables
+        return model, [grays]
     if work.network == "lstm":
         tokens = arrays["tokens"].astype(np.int32)
         return _lstm(len(arrays["w0"]), work.width), [tokens[:, :-1], tokens[:, 1:]]
@@ -111,7 +111,7 @@ def _program(work: works.Work, arrays: dict[str, np.ndarray]) -> tuple[keras.Mod
 
 
 def _compiled(work: works.Work, arrays: dict[str, np.ndarray], variant: str) -> tuple[keras.Model, list[np.ndarray]]:
-    """The network with its initial weights, ready to be trained, and the examples."""
+    """Returns the compiled network with its initial weights, and the examples."""
     if work.dtype == "bfloat16":
         keras.mixed_precision.set_global_policy("mixed_bfloat16")
     model, examples = _program(work, arrays)
@@ -124,19 +124,19 @@ def _compiled(work: works.Work, arrays: dict[str, np.ndarray], variant: str) -> 
 
 
 def train(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs: int, clock: Clock) -> None:
-    """Trains for some epochs, and tells the clock."""
+    """Trains and records the epochs."""
     model, examples = _compiled(work, arrays, variant)
     options = {"batch_size": work.batch_size, "epochs": epochs, "shuffle": False, "verbose": 0}
     model.fit(*examples, callbacks=[_Times(clock)], **options)
 
 
 def evaluate(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs: int, clock: Clock) -> None:
-    """Evaluates the examples some times, and tells the clock."""
+    """Evaluates the examples repeatedly and records each pass."""
     model, examples = _compiled(work, arrays, variant)
     clock.passes(epochs, lambda: float(model.evaluate(*examples, batch_size=work.batch_size, verbose=0)))
 
 
 def _in_order(model: keras.Model, weights: works.Arrays) -> works.Arrays:
-    """The weights in the order of the model's variables, among which batch norms keep their own."""
+    """Returns the weights in the order of the model's variables; batch norms keep their own values."""
     kernels = iter(weights)
     return [v.numpy() if v.name in ("gamma", "beta") else next(kernels) for v in model.trainable_variables]

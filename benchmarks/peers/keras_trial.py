@@ -1,4 +1,4 @@
-"""A trial in Keras on TensorFlow: build, `compile`, `fit`, evaluate."""
+"""A sweep's trial in Keras on TensorFlow: build, `compile`, `fit`, `evaluate`."""
 
 import keras
 import numpy as np
@@ -8,8 +8,8 @@ from benchmarks.peers.keras_peer import cnn
 
 
 def validation_accuracy(network: str, arrays: dict[str, np.ndarray], rate: float, epochs: int, batch: int) -> float:
-    """That of a network trained by Adam at a learning rate."""
-    keras.backend.clear_session()  # or the memory of all trials adds up
+    """Trains a network by Adam and returns its validation accuracy."""
+    keras.backend.clear_session()  # otherwise the memory of all trials adds up
     keras.utils.set_random_seed(0)
     if network == "cnn":
         model = cnn(channels=1)

@@ -1,4 +1,4 @@
-"""The works by this project: its configs, tasks and train step, from given weights, without checkpoints and record."""
+"""The works in this project: its configs, tasks and train step, from given weights, without workdir and checkpoints."""
 
 import contextlib
 import dataclasses
@@ -30,11 +30,11 @@ from research.models import rnn
 from research.tasks.generation import generate
 from research.training.run import Training
 
-_MICROBATCH = 32  # on a CPU: activations then stay in its cache
+_MICROBATCH = 32  # on a CPU, so that activations stay in its cache
 
 
-def _places(model: Any, network: str) -> list[nnx.Param]:
-    """The parameters that have an initial weight, in the order of the forward pass."""
+def _parameters(model: Any, network: str) -> list[nnx.Param]:
+    """Returns the parameters that get an initial weight, in the order of the forward pass."""
     if network == "lstm":
         (layer,) = model.layers
         return [model.embedding.embedding, layer.inputs.kernel, layer.kernel, layer.bias, model.kernel, model.bias]
@@ -66,7 +66,7 @@ def _config(work: works.Work, epochs: int) -> tuple[Config, Experiment]:
             model, size = CNNConfig(dtype=work.dtype), _MICROBATCH if small else 0
             return CifarConfig(microbatch_size=size, model=model, **options), cifar_cnn.EXPERIMENT
         case _:
-            # Whole batches: batch norm is to see as many examples at once as it does elsewhere.
+            # No microbatches, so that batch norm has the same statistics as in the peers.
             return CifarConfig(model=CNNConfig(name="resnet", dtype=work.dtype), **options), cifar_cnn.EXPERIMENT
 
 
@@ -94,8 +94,8 @@ def _training(work: works.Work, arrays: dict[str, np.ndarray], epochs: int) -> T
 
     def network(rngs: nnx.Rngs) -> Any:
         model = original.network(rngs)
-        for place, weight in zip(_places(model, work.network), works.weights(arrays), strict=True):
-            place[...] = jnp.asarray(weight)
+        for parameter, weight in zip(_parameters(model, work.network), works.weights(arrays), strict=True):
+            parameter[...] = jnp.asarray(weight)
         return model
 
     with jax.set_mesh(mesh):
@@ -103,7 +103,7 @@ def _training(work: works.Work, arrays: dict[str, np.ndarray], epochs: int) -> T
 
 
 def train(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs: int, clock: Clock) -> None:
-    """Trains for some epochs, and tells the clock."""
+    """Trains and records the epochs."""
     del variant
     training = _training(work, arrays, epochs)
     with jax.set_mesh(training.mesh):
@@ -120,7 +120,7 @@ def train(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs:
 
 
 def evaluate(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs: int, clock: Clock) -> None:
-    """Evaluates the examples some times, and tells the clock."""
+    """Evaluates the examples repeatedly and records each pass."""
     del variant
     training = _training(work, arrays, 1)
     with jax.set_mesh(training.mesh):
@@ -129,7 +129,7 @@ def evaluate(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epoc
 
 
 def sample(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs: int, clock: Clock) -> None:
-    """Goes on from each example's first characters by the likeliest, and tells the clock."""
+    """Continues each example's first characters by the most likely ones, repeatedly, and records each pass."""
     del variant
     training = _training(work, arrays, 1)
     predict, model_config = training.predictor(), training.config.model  # pyright: ignore[reportAttributeAccessIssue]
@@ -143,7 +143,7 @@ def sample(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs
 
 
 def command(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs: int, clock: Clock) -> None:
-    """`python -m experiments.cifar_cnn --config=tutorial`, and tells the clock."""
+    """Runs `python -m experiments.cifar_cnn --config=tutorial` and records its steps and epochs."""
     del work, arrays, variant
     dispatches = Training.dispatches
 

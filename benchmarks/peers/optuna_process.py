@@ -1,4 +1,4 @@
-"""`python -m benchmarks.peers.optuna_process PEER FOLDER`: Optuna with one peer; prints the trials' values as JSON."""
+"""`python -m benchmarks.peers.optuna_process PEER FOLDER`: an Optuna sweep with one peer; prints its values as JSON."""
 
 import importlib
 import json

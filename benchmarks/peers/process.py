@@ -1,4 +1,4 @@
-"""`python -m benchmarks.peers.process PEER FOLDER EPOCHS BEGAN`: one peer; prints its report as JSON."""
+"""`python -m benchmarks.peers.process PEER FOLDER EPOCHS BEGAN`: runs one peer and prints its report as JSON."""
 
 import importlib
 import json
@@ -12,8 +12,8 @@ from benchmarks.peers.works import Work
 
 
 def _device() -> str:
-    """What JAX computes on; two CPUs differ in their vectors' length, which libraries make more and less of."""
-    import jax  # not before a peer that has no use for it
+    """Returns JAX's device; for CPUs with the vector length, which libraries use to different degrees."""
+    import jax  # only in this project's process
 
     kind, cpu = jax.devices()[0].device_kind, Path("/proc/cpuinfo")
     return "cpu with AVX-512" if kind == "cpu" and cpu.exists() and "avx512f" in cpu.read_text() else kind
@@ -24,9 +24,9 @@ def main(peer: str, folder: str, epochs: str, began: str) -> None:
     work = Work(**json.loads((Path(folder) / "work.json").read_text()))
     clock = Clock(float(began))
     module = importlib.import_module(f"benchmarks.peers.{name}_peer")
-    does = getattr(module, work.does, module.train)
+    run = getattr(module, work.does, module.train)
     with np.load(Path(folder) / "arrays.npz") as arrays:
-        does(work, dict(arrays), variant, int(epochs), clock)
+        run(work, dict(arrays), variant, int(epochs), clock)
     if name == "meshwork":
         clock.device = _device()
     print(json.dumps(clock.report()))

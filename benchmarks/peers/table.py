@@ -1,4 +1,4 @@
-"""What the runs' reports amount to: rows of figures, as JSON and as a table."""
+"""Summarizes the reports of the runs: rows for JSON and Markdown tables."""
 
 import json
 import statistics
@@ -13,13 +13,13 @@ Report = dict[str, Any]
 
 
 def speed(work: Work, report: Report) -> float:
-    """Examples (an LSTM's: tokens) a second after the first epoch."""
+    """Computes examples (for an LSTM: tokens) per second, without the first epoch."""
     seconds = report["seconds"][1:]
     return work.batch_size * work.steps * work.units_per_example * len(seconds) / sum(seconds)
 
 
 def line(work: Work, peer: str, report: Report) -> str:
-    """One run, as the terminal shows it."""
+    """Formats one run for the terminal."""
     return (
         f"{work.name}, batch {work.batch_size}, {work.dtype}: {peer:<14} {speed(work, report):>9,.0f} {work.unit}/s  "
         f"first step after {report['first_step_seconds']:.1f} s, peak {report['peak_memory_bytes'] / 2**20:,.0f} MiB, "
@@ -28,10 +28,10 @@ def line(work: Work, peer: str, report: Report) -> str:
 
 
 def row(work: Work, peer: str, ours: list[Report], theirs: list[Report]) -> dict[str, Any]:
-    """This project against one peer.
+    """Compares this project with one peer.
 
     Raises:
-      SystemExit: the losses differ by more than the work's tolerance: it was not the same work.
+      SystemExit: the losses differ by more than the work's tolerance, so they did not do the same work.
     """
     for mine, other in zip(ours, theirs):
         a, b = mine["losses"][0], other["losses"][0]
@@ -58,14 +58,14 @@ def row(work: Work, peer: str, ours: list[Report], theirs: list[Report]) -> dict
         "ratio_min": round(min(ratios), 3),
         "ratio_max": round(max(ratios), 3),
         "rounds": len(ratios),
-        "flops_utilisation": utilisation(device, work.dtype, ours[0]["step_flops"] / step_seconds),
+        "flops_utilisation": utilization(device, work.dtype, ours[0]["step_flops"] / step_seconds),
         **{name: values[0] for name, values in medians.items()},
         **{f"peer_{name}": values[1] for name, values in medians.items()},
     }
 
 
-def utilisation(device: str, dtype: str, flops: float) -> float | None:
-    """The part of a GPU's peak (`chips.py`) that `flops` operations a second are; None where it is no such GPU."""
+def utilization(device: str, dtype: str, flops: float) -> float | None:
+    """Returns `flops` (FLOP/s) as a fraction of the GPU's peak (`chips.py`); None for other devices."""
     chip = next((chip for name, chip in CHIPS.items() if name.upper() in device), None)
     return round(flops / chip.flops(dtype), 4) if chip and flops else None
 
@@ -74,17 +74,17 @@ _KEY = ("device", "work", "batch_size", "dtype", "peer")
 
 
 def merged(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of the file, those measured anew replaced."""
+    """Returns the rows of the file, with `rows` added or replaced."""
     old = json.loads(path.read_text()) if path.exists() else []
     by_key = {tuple(r[k] for k in _KEY): r for r in [*old, *rows]}
     return list(by_key.values())
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The rows as tables for `benchmarks/README.md`: speed, and its ratio to each peer's; then first step and memory.
+    """Formats the rows as tables for `benchmarks/README.md`: speed ratios, then time to the first step and memory.
 
-    A cell of the first has the median ratio and, in brackets, the least and the largest; of the second, seconds to the
-    first step and MiB at most.
+    A cell of the first table has the median ratio and, in parentheses, the minimum and maximum over the rounds; a cell
+    of the second has the seconds to the end of the first step and the peak memory in MiB.
     """
 
     def of_peak(part: float | None) -> str:

@@ -1,8 +1,8 @@
-"""`python -m benchmarks.peers.torch_airbench SCRIPT RUNS DATA`: airbench on other images, by its own clock.
+"""`python -m benchmarks.peers.torch_airbench SCRIPT RUNS DATA`: runs airbench on given images, timed by its own clock.
 
-SCRIPT is airbench94_muon.py or airbench96_faster.py of https://github.com/KellerJordan/cifar10-airbench, DATA arrays
-that `benchmarks.speedrun` saves.
-Prints JSON: what each run reached with its test-time augmentation and the seconds it took, and those of the warm-up.
+SCRIPT is airbench94_muon.py or airbench96_faster.py of https://github.com/KellerJordan/cifar10-airbench, DATA the
+arrays saved by `benchmarks.speedrun`. Prints JSON: each run's accuracy with test-time augmentation and its seconds, and
+the seconds of the warm-up.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ import torch
 
 
 def _save(path: Path, folder: Path) -> None:
-    """Writes the images as the script would keep them, which it reads instead of downloading."""
+    """Writes the images in the script's cache format, so that it does not download them."""
     with np.load(path) as arrays:
         for split in ("train", "test"):
             images, labels = (torch.from_numpy(arrays[f"{split}_{name}"]) for name in ("image", "label"))
@@ -29,7 +29,7 @@ def _save(path: Path, folder: Path) -> None:
 
 
 def _trainer(module: Any) -> Callable[[Any], float]:
-    """Trains once and gives the accuracy; the networks are compiled as the script does when it is run by itself."""
+    """Returns a function that trains once and returns the accuracy; compiles the networks as the script's main does."""
     if hasattr(module, "CifarNet"):
         model = module.CifarNet().cuda().to(memory_format=torch.channels_last)
         model.compile(mode="max-autotune")
@@ -43,7 +43,7 @@ def _trainer(module: Any) -> Callable[[Any], float]:
 
 def main(script: str, runs: str, data: str) -> None:
     path, count, arrays = Path(script).resolve(), int(runs), Path(data).resolve()
-    sys.argv = [str(path)]  # it reads its own source
+    sys.argv = [str(path)]  # the script reads its own source
     spec = importlib.util.spec_from_file_location("airbench", path)
     assert spec is not None
     assert spec.loader is not None
@@ -53,7 +53,7 @@ def main(script: str, runs: str, data: str) -> None:
         Path("cifar10").mkdir()
         _save(arrays, Path("cifar10"))
         train = _trainer(module)
-        began = time.monotonic()
+        start = time.monotonic()
         done = []
         for run in ["warmup", *range(count)]:
             with contextlib.redirect_stdout(io.StringIO()) as printed:
@@ -61,7 +61,7 @@ def main(script: str, runs: str, data: str) -> None:
             (last,) = [line for line in printed.getvalue().splitlines() if "eval" in line][-1:]
             done.append({"test_accuracy": accuracy, "seconds": float(last.split("|")[-2])})
             if run == "warmup":
-                warm_up = time.monotonic() - began
+                warm_up = time.monotonic() - start
     print(json.dumps({"runs": done[1:], "warm_up_seconds": warm_up}))
 
 

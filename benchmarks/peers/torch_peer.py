@@ -1,7 +1,7 @@
 """The works in PyTorch, as its users write them: channels last, fused Adam, in-memory batches.
 
-`+compile` compiles. On a GPU the examples lie there, cuDNN searches for its fastest convolution, products of float32
-are in TF32, as JAX makes them, and `+compile` replays CUDA graphs.
+`+compile` uses `torch.compile`. On a GPU the examples are resident, cuDNN searches for its fastest convolutions,
+float32 matrix products use TF32, as in JAX, and `+compile` replays CUDA graphs.
 """
 
 import time
@@ -31,7 +31,7 @@ class CNN(nn.Module):
         x = F.max_pool2d(F.relu(self.conv1(x)), 2)
         x = F.max_pool2d(F.relu(self.conv2(x)), 2)
         x = F.relu(self.conv3(x))
-        # Rows, columns, channels: a view of what lies in memory channels last.
+        # Flattened as rows, columns, channels: a view, since memory is channels last.
         return self.logits(F.relu(self.hidden(x.permute(0, 2, 3, 1).flatten(1))))
 
 
@@ -84,8 +84,8 @@ class VAE(nn.Module):
             nn.Linear(latents, 200), nn.Tanh(), nn.Linear(200, 200), nn.Tanh(), nn.Linear(200, 784)
         )
 
-    def forward(self, greys):
-        bits = torch.bernoulli(greys)
+    def forward(self, grays):
+        bits = torch.bernoulli(grays)
         mean, logvar = self.encoder(bits).chunk(2, -1)
         logits = self.decoder(mean + torch.exp(logvar / 2) * torch.randn_like(mean))
         reconstruction = F.binary_cross_entropy_with_logits(logits, bits, reduction="sum")
@@ -94,18 +94,18 @@ class VAE(nn.Module):
 
 
 def _load(network: nn.Module, weights: works.Arrays) -> None:
-    """Sets the initial weights; what is not among them (batch norms, the LSTM's second bias) has its own."""
+    """Sets the initial weights; batch norms keep their own, and the LSTM's second bias is frozen at 0."""
     with torch.no_grad():
         if isinstance(network, LSTM):
             lstm, rest = network.lstm, [network.logits.weight, network.logits.bias]
-            places = [network.embedding.weight, lstm.weight_ih_l0, lstm.weight_hh_l0, lstm.bias_ih_l0, *rest]
-            lstm.bias_hh_l0.zero_().requires_grad_(False)  # one bias, as the others have
+            parameters = [network.embedding.weight, lstm.weight_ih_l0, lstm.weight_hh_l0, lstm.bias_ih_l0, *rest]
+            lstm.bias_hh_l0.zero_().requires_grad_(False)  # one bias, as in the peers
             weights = [weights[0].T, *weights[1:]]  # an embedding is not transposed
         else:
             layers = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-            places = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
-        for place, weight in zip(places, weights, strict=True):
-            place.copy_(torch.from_numpy(weight.transpose(3, 2, 0, 1) if weight.ndim == 4 else weight.T))
+            parameters = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
+        for parameter, weight in zip(parameters, weights, strict=True):
+            parameter.copy_(torch.from_numpy(weight.transpose(3, 2, 0, 1) if weight.ndim == 4 else weight.T))
 
 
 def _compiled(function: Callable) -> Callable:
@@ -113,7 +113,7 @@ def _compiled(function: Callable) -> Callable:
 
 
 def _program(work: works.Work, arrays: dict[str, np.ndarray]) -> tuple[nn.Module, list[torch.Tensor], Callable]:
-    """The network with its weights, the examples, and the loss of a batch of them."""
+    """Returns the network with its weights, the examples, and the loss function of a batch."""
     torch.manual_seed(0)
     network, examples, loss_of = _on_host(work, arrays)
     _load(network, works.weights(arrays))
@@ -122,8 +122,8 @@ def _program(work: works.Work, arrays: dict[str, np.ndarray]) -> tuple[nn.Module
 
 def _on_host(work: works.Work, arrays: dict[str, np.ndarray]) -> tuple[nn.Module, list[torch.Tensor], Callable]:
     if work.network == "vae":
-        greys = torch.from_numpy(arrays["image"].reshape(len(arrays["image"]), -1) / np.float32(255))
-        return VAE(), [greys], lambda network, greys: network(greys)
+        grays = torch.from_numpy(arrays["image"].reshape(len(arrays["image"]), -1) / np.float32(255))
+        return VAE(), [grays], lambda network, grays: network(grays)
     if work.network == "lstm":
         tokens = torch.from_numpy(arrays["tokens"].astype(np.int64))
         network = LSTM(len(arrays["w0"]), work.width)
@@ -132,14 +132,14 @@ def _on_host(work: works.Work, arrays: dict[str, np.ndarray]) -> tuple[nn.Module
             [tokens],
             lambda network, tokens: F.cross_entropy(network(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()),
         )
-    pixels = torch.from_numpy(works.normalized(arrays)).permute(0, 3, 1, 2)  # channels last in memory already
+    pixels = torch.from_numpy(works.normalized(arrays)).permute(0, 3, 1, 2)  # already channels last in memory
     labels = torch.from_numpy(arrays["label"].astype(np.int64))
     network = (CNN() if work.network == "cnn" else ResNet()).to(memory_format=torch.channels_last)
     return network, [pixels, labels], lambda network, x, labels: F.cross_entropy(network(x).float(), labels)
 
 
 def evaluate(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs: int, clock: Clock) -> None:
-    """Evaluates the examples some times, and tells the clock."""
+    """Evaluates the examples repeatedly and records each pass."""
     network, examples, loss_of = _program(work, arrays)
     called = _compiled(network.eval()) if variant == "compile" else network.eval()
 
@@ -155,7 +155,7 @@ def evaluate(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epoc
 
 
 def sample(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs: int, clock: Clock) -> None:
-    """Goes on from each example's first characters by the likeliest, and tells the clock."""
+    """Continues each example's first characters by the most likely ones, repeatedly, and records each pass."""
     network, (examples,), _ = _program(work, arrays)
     assert isinstance(network, LSTM)
 
@@ -178,7 +178,7 @@ def sample(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs
 
 
 def train(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs: int, clock: Clock) -> None:
-    """Trains for some epochs, and tells the clock."""
+    """Trains and records the epochs."""
     network, examples, loss_of = _program(work, arrays)
     trained = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, works.LEARNING_RATE, eps=works.EPSILON, fused=True)
@@ -192,6 +192,6 @@ def train(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epochs:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            losses.append(loss.detach().clone())  # a CUDA graph writes its result to one place
+            losses.append(loss.detach().clone())  # a CUDA graph reuses the memory of its result
             clock.step()
         clock.epoch(torch.stack(losses).mean().item(), time.monotonic() - start)

@@ -1,4 +1,4 @@
-"""A trial in PyTorch: build, train on in-memory batches, evaluate."""
+"""A sweep's trial in PyTorch: build, train on in-memory batches, evaluate."""
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from benchmarks.peers.torch_peer import CNN
 
 
 def validation_accuracy(network: str, arrays: dict[str, np.ndarray], rate: float, epochs: int, batch: int) -> float:
-    """That of a network trained by Adam at a learning rate."""
+    """Trains a network by Adam and returns its validation accuracy."""
     torch.manual_seed(0)
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     images, labels = tensors["train_image"].permute(0, 3, 1, 2), tensors["train_label"].long()

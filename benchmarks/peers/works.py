@@ -1,8 +1,8 @@
-"""What every peer is given: a network by its sizes, its initial weights, and the examples in their order. NumPy only.
+"""The works for all peers: network sizes, initial weights, and the examples in their order. NumPy only.
 
-Weights are lists of arrays in the order of the forward pass, a residual block's shortcut last: convolutions [height,
-width, in, out], dense layers [in, out], each followed by its bias where the layer has one. The examples come in their
-own order, epoch after epoch, so that every peer makes the same updates and its losses can be compared.
+Weights are lists of arrays in the order of the forward pass, with a residual block's shortcut last: convolutions
+[height, width, in, out], dense layers [in, out], each followed by its bias if the layer has one. The examples are not
+shuffled, so that every peer makes the same updates and the losses can be compared.
 """
 
 import dataclasses
@@ -16,26 +16,26 @@ Arrays = list[np.ndarray]
 
 RESNET_GROUPS = ((64, 1), (128, 2), (256, 2), (512, 2))  # channels, stride of the first of the group's two blocks
 VAE_LATENTS = 50
-PROMPT = 8  # characters of an example that sampling goes on from
-LEARNING_RATE, EPSILON = 0.001, 1e-8  # of Adam, in every work
+PROMPT = 8  # characters of an example that sampling continues
+LEARNING_RATE, EPSILON = 0.001, 1e-8  # of Adam
 SEQUENCE = 128
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """One thing to be done.
+    """A network and what is done with it: training, evaluation, sampling or a whole command.
 
     Attributes:
       network: "cnn" (the tutorial CNN), "resnet" (ResNet-18 for CIFAR), "lstm" (a language model), "vae" (dense).
-      batch_size: examples a step.
-      steps: updates an epoch.
+      batch_size: examples per step.
+      steps: updates per epoch.
       dtype: of the computation.
       width: LSTM units.
-      tolerance: by how much the mean losses of the first epoch may differ, as a part of them.
-      does: "train"; "evaluate", every epoch being a pass over the examples; "sample": every epoch each of the
-        examples' first characters is gone on from by SEQUENCE of the likeliest; or "command": the peers train, and
-        this project's part is its command, on the whole data set, with its record, checkpoints, evaluation, order and
-        initialisation, and the programs that an earlier run compiled.
+      tolerance: maximum relative difference of the first epoch's mean losses.
+      does: "train"; "evaluate": an epoch is a pass over the examples; "sample": in an epoch, the first characters of
+        each example are continued by SEQUENCE characters, each the most likely; or "command": the peers train, and this
+        project runs its whole command on the whole data set, with workdir, checkpoints, evaluation, its own order and
+        initialization, and a warm compilation cache.
     """
 
     network: str
@@ -48,14 +48,14 @@ class Work:
 
     @property
     def name(self) -> str:
-        """As in the table."""
+        """The name in the table."""
         if self.does != "train":
             return {"command": "startup", "evaluate": "evaluation", "sample": "sampling"}[self.does]
         return f"{self.network} {self.width}" if self.width else self.network
 
     @property
     def unit(self) -> str:
-        """What an example counts as in examples a second: itself, or its tokens."""
+        """The unit of the speed: images or tokens."""
         return "tokens" if self.network == "lstm" else "images"
 
     @property
@@ -70,12 +70,12 @@ WORKS = {
         Work("cnn", 512, 12),
     ),
     "cnn_bfloat16": (
-        # Rounding differs from library to library, and 8 bits of mantissa let it be seen.
+        # Rounding differs between libraries, visibly so with 8 bits of mantissa.
         Work("cnn", 128, 50, "bfloat16", tolerance=0.03),
         Work("cnn", 512, 12, "bfloat16", tolerance=0.03),
     ),
     "lstm": (Work("lstm", 64, 12, width=256), Work("lstm", 64, 6, width=512)),
-    # Bits and latents are drawn by each library's own generator.
+    # Each library draws bits and latents by its own generator.
     "vae": (Work("vae", 128, 300, tolerance=0.03),),
     "resnet": (Work("resnet", 128, 2, tolerance=0.02),),
     "evaluation": (Work("cnn", 512, 50, does="evaluate"),),
@@ -85,7 +85,7 @@ WORKS = {
 
 
 def make(work: Work, images: dict[str, np.ndarray], text: np.ndarray) -> dict[str, np.ndarray]:
-    """Everything a peer needs, by name: "w0", "w1" ... the weights, and the examples.
+    """Returns the inputs of a peer by name: the weights "w0", "w1", ..., and the examples.
 
     Args:
       work: the network and its batches.
@@ -93,8 +93,8 @@ def make(work: Work, images: dict[str, np.ndarray], text: np.ndarray) -> dict[st
       text: uint8 [n], token numbers.
 
     Returns:
-      Beside the weights: images "image" and "label", with "mean" and "std" of the channels; or "tokens" uint8
-      [examples, SEQUENCE + 1].
+      The weights, and either "image" and "label", with "mean" and "std" of the channels, or "tokens", uint8 [examples,
+      SEQUENCE + 1].
     """
     count = work.batch_size * work.steps
     rng = np.random.default_rng(0)
@@ -111,12 +111,12 @@ def make(work: Work, images: dict[str, np.ndarray], text: np.ndarray) -> dict[st
 
 
 def weights(arrays: dict[str, np.ndarray]) -> Arrays:
-    """The weights of `make`, in order."""
+    """Returns the weights of `make`, in order."""
     return [arrays[f"w{i}"] for i in itertools.takewhile(lambda i: f"w{i}" in arrays, itertools.count())]
 
 
 def normalized(arrays: dict[str, np.ndarray]) -> np.ndarray:
-    """The images as networks want them: float32 [n, h, w, c], of mean 0 and deviation 1 in each channel."""
+    """Returns the images with mean 0 and standard deviation 1 in each channel, float32 [n, h, w, c]."""
     return ((arrays["image"] / np.float32(255) - arrays["mean"]) / arrays["std"]).astype(np.float32)
 
 
@@ -152,6 +152,6 @@ def _vae(_: Work, rng: np.random.Generator, __: Any) -> Arrays:
 def _lstm(work: Work, rng: np.random.Generator, text: np.ndarray) -> Arrays:
     width, vocabulary = work.width, int(text.max()) + 1
     recurrent = np.concatenate([np.linalg.qr(rng.standard_normal((width, width)))[0] for _ in range(4)], 1)
-    bias = np.repeat([0.0, 1.0, 0.0, 0.0], width)  # the forget gate begins open
+    bias = np.repeat([0.0, 1.0, 0.0, 0.0], width)  # forget gate initially open
     output = _layers(rng, (width, vocabulary))
     return [rng.standard_normal((vocabulary, width)), _kernel(rng, width, 4 * width), recurrent, bias, *output]

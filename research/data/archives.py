@@ -1,7 +1,7 @@
 """Reads the files in which CIFAR-10, MNIST and Tiny Shakespeare are published, with the standard library and NumPy.
 
 Every reader takes the paths of the files and returns the splits: images (uint8 [n,h,w,c]) and labels (integers [n]), or
-text. Given a damaged file it may raise anything; none runs code that a file holds, or writes what it holds to disk.
+text. A damaged file may raise any exception. No reader runs code from a file or extracts anything to disk.
 """
 
 import codecs
@@ -17,15 +17,15 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-Labelled = tuple[np.ndarray, np.ndarray]  # images, labels
+LabeledImages = tuple[np.ndarray, np.ndarray]
 
-_LARGEST = 2**29  # bytes that any of them unpacks to, twice over: a file that goes on and on is refused at that
+_LARGEST = 2**29  # bytes, over twice the largest official file: stops decompression bombs
 
 _CIFAR10_BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
 
 
 def _batch_files(path: Path, names: list[str]) -> dict[str, bytes]:
-    """The contents of the named files of a folder or a tar archive, of which nothing is extracted to disk."""
+    """Returns the contents of the named files of a folder or of a tar.gz archive, which is read in memory."""
     if path.is_dir():
         return {name: (path / name).read_bytes() for name in names}
     files = {}
@@ -37,21 +37,21 @@ def _batch_files(path: Path, names: list[str]) -> dict[str, bytes]:
                 if base in names and member.isfile() and (file := tar.extractfile(member)) is not None:
                     files[base] = file.read()
         while bounded.read(2**20):
-            pass  # the checksum of the whole is at the very end, behind what tar reads
+            pass  # gzip checks its checksum at the end of the stream, behind the part that tar reads
     if missing := [name for name in names if name not in files]:
         raise ValueError(f"{missing[0]} is missing")
     return files
 
 
 class _Bounded:
-    """What a compressed file holds, up to a size that none of the official ones has."""
+    """Reads a decompressed stream and raises `ValueError` at a size that no official file has."""
 
     def __init__(self, stream: BinaryIO | gzip.GzipFile):
         self._stream = stream
         self._left = _LARGEST
 
     def read(self, size: int = _LARGEST) -> bytes:
-        """As of a file."""
+        """Reads as a binary file does."""
         data = self._stream.read(size)
         self._left -= len(data)
         if self._left <= 0:
@@ -59,39 +59,39 @@ class _Bounded:
         return data
 
 
-def _cifar10(path: Path, suffix: str, parse: Callable[[bytes], Labelled]) -> dict[str, Labelled]:
+def _cifar10(path: Path, suffix: str, parse: Callable[[bytes], LabeledImages]) -> dict[str, LabeledImages]:
     names = [f"{name}{suffix}" for batches in _CIFAR10_BATCHES.values() for name in batches]
     files = _batch_files(path, names)
     splits = {}
     for split, batches in _CIFAR10_BATCHES.items():
         images, labels = zip(*(parse(files[f"{name}{suffix}"]) for name in batches))
         planes = np.concatenate(images).reshape(-1, 3, 32, 32)
-        splits[split] = _checked(planes.transpose(0, 2, 3, 1), np.concatenate(labels))
+        splits[split] = _validated(planes.transpose(0, 2, 3, 1), np.concatenate(labels))
     return splits
 
 
-def _checked(images: np.ndarray, labels: np.ndarray) -> Labelled:
+def _validated(images: np.ndarray, labels: np.ndarray) -> LabeledImages:
     if images.dtype != np.uint8 or labels.ndim != 1 or not 0 < len(images) == len(labels):
-        raise ValueError(f"{images.dtype} images {images.shape} do not go with labels {labels.shape}")
+        raise ValueError(f"{images.dtype} images {images.shape} do not match labels {labels.shape}")
     if labels.min() < 0 or labels.max() > 9:
         raise ValueError(f"labels from {labels.min()} to {labels.max()} are not in 0..9")
     return np.ascontiguousarray(images), labels
 
 
-def cifar10_binary(path: Path) -> dict[str, Labelled]:
-    """The binary version: a folder, or its .tar.gz."""
+def cifar10_binary(path: Path) -> dict[str, LabeledImages]:
+    """Reads the binary version of CIFAR-10: a folder, or its .tar.gz."""
 
-    def parse(data: bytes) -> Labelled:
+    def parse(data: bytes) -> LabeledImages:
         records = np.frombuffer(data, np.uint8).reshape(-1, 1 + 3072)
         return records[:, 1:], records[:, 0]
 
     return _cifar10(path, ".bin", parse)
 
 
-def cifar10_python(path: Path) -> dict[str, Labelled]:
-    """The Python version, pickled batches: a folder, or its .tar.gz."""
+def cifar10_python(path: Path) -> dict[str, LabeledImages]:
+    """Reads the Python version of CIFAR-10, pickled batches: a folder, or its .tar.gz."""
 
-    def parse(data: bytes) -> Labelled:
+    def parse(data: bytes) -> LabeledImages:
         batch = _BatchUnpickler(io.BytesIO(data), encoding="bytes").load()
         return batch[b"data"], np.array(batch[b"labels"], np.int64)
 
@@ -99,13 +99,13 @@ def cifar10_python(path: Path) -> dict[str, Labelled]:
 
 
 class _BatchUnpickler(pickle.Unpickler):
-    """Admits what a CIFAR-10 batch holds, arrays in containers, and nothing that could run code."""
+    """Unpickles arrays in containers, as a CIFAR-10 batch holds them, and refuses everything that could run code."""
 
     def find_class(self, module_name: str, global_name: str) -> Any:
-        """What a pickle may name.
+        """Returns one of the four globals that a CIFAR-10 batch needs.
 
         Raises:
-          UnpicklingError: anything else.
+          UnpicklingError: the pickle asks for another one.
         """
         module = module_name.replace("numpy._core", "numpy.core")
         allowed = {
@@ -115,24 +115,26 @@ class _BatchUnpickler(pickle.Unpickler):
             ("_codecs", "encode"): _encode_latin1,
         }
         if (module, global_name) not in allowed:
-            raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}, which such a file does not need")
+            raise pickle.UnpicklingError(
+                f"the pickle asks for {module_name}.{global_name}, which CIFAR-10 does not need"
+            )
         return allowed[module, global_name]
 
 
 def _new_array(cls: type, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Stands for NumPy's private `_reconstruct`: an empty array, whose state pickle then sets."""
+    """Replaces NumPy's private `_reconstruct`: an empty array, whose state pickle then sets."""
     return np.ndarray.__new__(np.ndarray, shape, np.dtype(dtype))
 
 
 def _encode_latin1(text: str, encoding: str) -> bytes:
-    """How Python 3 pickles bytes in protocol 2."""
+    """Replaces `_codecs.encode`, by which Python 3 pickles bytes in protocol 2."""
     if encoding != "latin1":
-        raise pickle.UnpicklingError(f"it asks for the encoding {encoding!r}")
+        raise pickle.UnpicklingError(f"the pickle asks for the encoding {encoding!r}")
     return codecs.latin_1_encode(text)[0]
 
 
-def mnist_idx(train_images: Path, train_labels: Path, test_images: Path, test_labels: Path) -> dict[str, Labelled]:
-    """The four gzipped files in the idx format."""
+def mnist_idx(train_images: Path, train_labels: Path, test_images: Path, test_labels: Path) -> dict[str, LabeledImages]:
+    """Reads MNIST's four gzipped files in the idx format."""
 
     def parse(path: Path, *shape: int) -> np.ndarray:
         with gzip.open(path) as stream:
@@ -144,23 +146,23 @@ def mnist_idx(train_images: Path, train_labels: Path, test_images: Path, test_la
         return np.frombuffer(data, np.uint8, offset=header.nbytes).reshape(int(header[1]), *shape)
 
     pairs = {"train": (train_images, train_labels), "test": (test_images, test_labels)}
-    return {split: _checked(parse(x, 28, 28)[..., None], parse(y)) for split, (x, y) in pairs.items()}
+    return {split: _validated(parse(x, 28, 28)[..., None], parse(y)) for split, (x, y) in pairs.items()}
 
 
-def mnist_npz(path: Path) -> dict[str, Labelled]:
-    """Keras's copy of MNIST."""
+def mnist_npz(path: Path) -> dict[str, LabeledImages]:
+    """Reads Keras's copy of MNIST."""
     with zipfile.ZipFile(path) as archive:
         if (size := sum(member.file_size for member in archive.infolist())) > _LARGEST:
             raise ValueError(f"it unpacks to {size // 2**20} MiB")
     with np.load(path, allow_pickle=False) as arrays:
         return {
-            split: _checked(arrays[f"x_{split}"].reshape(-1, 28, 28, 1), arrays[f"y_{split}"])
+            split: _validated(arrays[f"x_{split}"].reshape(-1, 28, 28, 1), arrays[f"y_{split}"])
             for split in ("train", "test")
         }
 
 
 def shakespeare(path: Path) -> dict[str, str]:
-    """The text, 90% for training and 5% each for validation and test, counted in characters as TFDS does."""
+    """Reads the text and splits it by characters as TFDS does: 90% for training, 5% each for validation and test."""
     text = path.read_bytes().decode()
     first = int(len(text) * 0.9)
     second = first + int((len(text) - first) * 0.5)

@@ -1,8 +1,8 @@
-"""Decoded arrays, kept on disk: a data set is decoded once, and mapped into memory from then on.
+"""The cache of decoded arrays: a data set is decoded once, and memory-mapped from then on.
 
-An entry is a folder of `.npy` files and `entry.json`, which holds their checksums. It is written under another name and
-renamed when whole, so a reader never sees half an entry, and of two processes that write the same one either may win.
-Entries of sources that have changed since are not used again; the whole folder may be deleted at any time.
+An entry is a folder of `.npy` files and `entry.json`, which holds their checksums. It is written under a temporary name
+and renamed when complete, so readers never see a partial entry, and two processes may write the same one at once. If a
+source changes, so does its entry's name; old entries stay. The whole folder may be deleted at any time.
 """
 
 import contextlib
@@ -27,16 +27,16 @@ _DAY = 24 * 60 * 60
 
 
 def folder() -> Path:
-    """Where entries live: `$MESHWORK_CACHE_DIR`, else `meshwork` in the user's cache folder."""
+    """Returns the folder of the entries: `$MESHWORK_CACHE_DIR`, else `meshwork` in the user's cache folder."""
     if given := os.environ.get("MESHWORK_CACHE_DIR"):
         return Path(given).expanduser()
     return user_folder("XDG_CACHE_HOME", ".cache") / "meshwork"
 
 
 def user_folder(variable: str, name: str) -> Path:
-    """The folder that an environment variable names, else the one of this name in the user's home.
+    """Returns the folder that an environment variable names, else the one called `name` in the user's home.
 
-    Where the user has none, as a container's odd one, it is in the folder of temporary files.
+    A user without a home (as in some containers) gets it in the folder of temporary files.
     """
     if given := os.environ.get(variable):
         return Path(given).expanduser()
@@ -47,15 +47,15 @@ def user_folder(variable: str, name: str) -> Path:
 
 
 def load(entry: str, decode: Callable[[], Iterator[Arrays]]) -> Arrays:
-    """The arrays of a cache entry, made by `decode` where there is no whole entry yet.
+    """Returns the arrays of a cache entry; calls `decode` and writes the entry if there is none.
 
     Args:
-      entry: the entry's name: one per content, so it must change with the source.
+      entry: the entry's name, which must change whenever the source does.
       decode: yields consecutive pieces of the arrays: same names and dtypes, sizes that differ in the first axis only.
 
     Returns:
-      The joined arrays by name, read-only: memory maps, or arrays in memory where the cache cannot be written, which is
-      said once on stderr.
+      The concatenated arrays by name, read-only: memory maps, or arrays in memory if the cache cannot be written (with
+      one warning on stderr).
     """
     path = folder() / entry
     try:
@@ -65,16 +65,16 @@ def load(entry: str, decode: Callable[[], Iterator[Arrays]]) -> Arrays:
             arrays = _read(path)
         if arrays is not None:
             return arrays
-        reason = "what was written does not read back"
+        reason = "the written entry cannot be read back"
     except OSError as error:
         reason = error.strerror or str(error)
-    _warn_once(f"no cache in {folder()} ({reason}): decoding at every start; MESHWORK_CACHE_DIR names another folder")
+    _warn_once(f"no cache in {folder()} ({reason}): decoding at every start; set MESHWORK_CACHE_DIR to another folder")
     pieces = list(decode())
     return read_only({name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]})
 
 
 def read_only(arrays: Arrays) -> Arrays:
-    """A new dictionary of the same arrays, now read-only, so that nobody who shares them can change them for others."""
+    """Makes the arrays read-only, in place, and returns them in a new dictionary: safe to share between callers."""
     for array in arrays.values():
         array.flags.writeable = False
     return dict(arrays)
@@ -86,7 +86,7 @@ def _warn_once(text: str) -> None:
 
 
 def _read(path: Path) -> Arrays | None:
-    """The entry's arrays; None where there is none. A damaged one is removed."""
+    """Returns the entry's arrays, or None if there is no entry. Removes a damaged one."""
     if not path.is_dir():
         return None
     try:
@@ -95,10 +95,10 @@ def _read(path: Path) -> Arrays | None:
         if expected == {name: _summary(array, zlib.crc32(array.data)) for name, array in arrays.items()}:
             return arrays
     except (OSError, ValueError, EOFError, TypeError):
-        pass  # not readable is one way of being damaged
-    print(f"the cache entry {path} is damaged: making it anew", file=sys.stderr)
+        pass  # an unreadable file is handled like one with a wrong checksum
+    print(f"the cache entry {path} is damaged: decoding again", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=path.parent) as trash, contextlib.suppress(OSError):
-        path.rename(Path(trash) / path.name)  # may fail: another process was quicker
+        path.rename(Path(trash) / path.name)  # fails if another process has already removed it
     return None
 
 
@@ -121,7 +121,7 @@ def _write(path: Path, decode: Callable[[], Iterator[Arrays]]) -> None:
                     writers[name].append(array)
             summaries = {name: writer.finish() for name, writer in writers.items()}
         (unfinished / "entry.json").write_text(json.dumps(summaries))
-        # Refused where another process has made the entry meanwhile: then that one serves.
+        # The rename fails if another process has written the entry meanwhile; that one is used then.
         with contextlib.suppress(OSError):
             unfinished.rename(path)
     finally:
@@ -129,7 +129,7 @@ def _write(path: Path, decode: Callable[[], Iterator[Arrays]]) -> None:
 
 
 class _ArrayWriter:
-    """Appends to one `.npy` file. Plain writes, since a memory map of a full disk ends in SIGBUS, not in an OSError."""
+    """Writes one `.npy` file in pieces: by plain writes, since on a full disk a memory map ends in SIGBUS."""
 
     def __init__(self, file: BinaryIO, like: np.ndarray):
         self._file = file
@@ -150,7 +150,7 @@ class _ArrayWriter:
         self._length += len(data)
 
     def finish(self) -> dict[str, Any]:
-        # NumPy leaves room in the header for the first axis to grow, so the final one takes no more space.
+        # NumPy pads the header so that the first axis can grow: the final header overwrites the first one exactly.
         self._file.seek(0)
         self._write_header()
         shape = [self._length, *self._empty.shape[1:]]
@@ -158,7 +158,7 @@ class _ArrayWriter:
 
 
 def _remove_leftovers(parent: Path) -> None:
-    """Removes what killed processes left, once it is a day old: younger ones may still be at work."""
+    """Removes unfinished entries that are a day old, left by killed processes; newer ones may still be written."""
     for leftover in parent.glob(f"{_UNFINISHED}*"):
         with contextlib.suppress(OSError):
             if time.time() - leftover.stat().st_mtime > _DAY:

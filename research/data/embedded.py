@@ -1,4 +1,4 @@
-"""Data sets that need no download: scikit-learn's handwritten digits, and the text of Python's own help."""
+"""Data sets that need no download: scikit-learn's handwritten digits, and the text of Python's `help()` topics."""
 
 import functools
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from research.data.cache import Arrays
 
 
 def digits() -> tuple[tuple[str, ...], dict[str, Arrays]]:
-    """1,797 handwritten digits (scikit-learn's `load_digits`, 8x8 in 17 greys), enlarged to 32x32.
+    """Loads scikit-learn's 1,797 handwritten digits (`load_digits`, 8x8 in 17 grays), enlarged to 32x32.
 
     The split is fixed and stratified: with the examples sorted by label, every fifth is a test example.
 
@@ -20,7 +20,7 @@ def digits() -> tuple[tuple[str, ...], dict[str, Arrays]]:
       The label names, and the splits "train" (1,437 examples) and "test" (360), each with "image" (uint8 [n,32,32,1])
       and "label" (int32 [n]), read-only.
     """
-    # The cached arrays are shared; the dictionaries are new, so that a caller may change its own.
+    # The read-only arrays are shared between calls, the dictionaries are not: a caller may change its own.
     return tuple("0123456789"), {split: dict(arrays) for split, arrays in _digits_splits().items()}
 
 
@@ -37,24 +37,24 @@ def _digits_splits() -> dict[str, Arrays]:
 
 def _enlarged_digits() -> Iterator[Arrays]:
     from PIL import Image
-    from sklearn.datasets import load_digits  # takes two seconds to import, so it is done once
+    from sklearn.datasets import load_digits  # takes two seconds to import, which the cache saves
 
     bunch: Any = load_digits()
-    grey = np.round(bunch["images"] * (255 / 16)).astype(np.uint8)
-    large = [np.asarray(Image.fromarray(g).resize((32, 32), Image.Resampling.BILINEAR)) for g in grey]
+    gray = np.round(bunch["images"] * (255 / 16)).astype(np.uint8)
+    large = [np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BILINEAR)) for image in gray]
     yield {"image": np.stack(large)[..., None], "label": bunch["target"].astype(np.int32)}
 
 
 def pydoc() -> tuple[tuple[str, ...], dict[str, Arrays]]:
-    """What Python's `help()` says of its topics (`pydoc_data.topics`), by topic: some 460,000 bytes, UTF-8.
+    """Loads the text of Python's `help()` topics (`pydoc_data.topics`), sorted by topic: some 460,000 bytes of UTF-8.
 
-    The text is that of the Python that runs, so figures compare within one version of it only.
+    The text belongs to the running Python, so results are comparable within one Python version only.
 
     Returns:
-      No label names, and the splits "train" (the first 90%), "validation" and "test" (5% each), each with "text" (uint8
-      [number of bytes]), read-only.
+      No label names (an empty tuple), and the splits "train" (the first 90%), "validation" and "test" (5% each), each
+      with "text" (uint8 [number of bytes]), read-only.
     """
-    from pydoc_data.topics import topics  # half a megabyte, and seldom needed
+    from pydoc_data.topics import topics  # half a megabyte, rarely needed
 
     text = np.frombuffer("\n\n".join(topics[name] for name in sorted(topics)).encode(), np.uint8)
     train, validation, test = np.split(text, [len(text) * 90 // 100, len(text) * 95 // 100])

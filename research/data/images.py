@@ -1,4 +1,4 @@
-"""Images on the device: normalization, and the random changes of training."""
+"""Images on the device: normalization, and random augmentation (crop, flip, cutout)."""
 
 import jax
 import jax.numpy as jnp
@@ -11,17 +11,17 @@ from research.randomness import Stream
 
 
 def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel, on the host in float64.
+    """Computes the mean and standard deviation of each channel, on the host in float64.
 
     Args:
       images: uint8 [n, h, w, c]; a memory map may be larger than memory.
 
     Returns:
-      mean, std: c numbers each, for values in 0..1. The std of a channel that never changes is given as 1, so that
-      `normalize` makes it 0.
+      mean, std: c numbers each, for values in 0..1. The std of a constant channel is given as 1, so that `normalize`
+      makes it 0.
     """
     channels = images.shape[-1]
-    counts = np.zeros((channels, 256), np.int64)  # exact, so the variance below loses nothing to cancellation
+    counts = np.zeros((channels, 256), np.int64)  # exact histograms: no cancellation in the variance below
     chunk = max(1, 2**20 // images[0].size)
     for start in range(0, len(images), chunk):
         part = images[start : start + chunk]
@@ -33,7 +33,11 @@ def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[flo
 
 
 def pixel_means(images: np.ndarray) -> np.ndarray:
-    """The mean image, float64 [h, w, c] in 0..1, of uint8 [n, h, w, c] that may be a memory map larger than memory."""
+    """Computes the mean image, float64 [h, w, c] in 0..1.
+
+    Args:
+      images: uint8 [n, h, w, c]; a memory map may be larger than memory.
+    """
     chunk = max(1, 2**20 // images[0].size)
     parts = (images[start : start + chunk].sum(0, dtype=np.int64) for start in range(0, len(images), chunk))
     return sum(parts, np.zeros(images.shape[1:], np.int64)) / (255 * len(images))
@@ -45,14 +49,14 @@ def normalize(
     std: tuple[float, ...],
     dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> jax.Array:
-    """(images / 255 - mean) / std a channel: uint8 [b, h, w, c] to `dtype`, computed in float32."""
+    """Normalizes each channel, (images / 255 - mean) / std: uint8 [b, h, w, c] to `dtype`, computed in float32."""
     scale = 1 / (255 * np.asarray(std))
     offset = np.asarray(mean) / np.asarray(std)
     return (jnp.asarray(images, jnp.float32) * scale.astype(np.float32) - offset.astype(np.float32)).astype(dtype)
 
 
 def check(config: AugmentConfig, image_shape: tuple[int, ...]) -> None:
-    """Raises `UserError` where images of `image_shape` (h, w, c) are too small for the changes asked for."""
+    """Raises `UserError` if images of `image_shape` (h, w, c) are too small for this augmentation."""
     side = min(image_shape[:2])
     if config.crop >= side:
         raise UserError(f"--config.augment.crop={config.crop}: must be below the images' side, {side}")
@@ -63,14 +67,16 @@ def check(config: AugmentConfig, image_shape: tuple[int, ...]) -> None:
 def augment(
     images: jax.Array, key: jax.Array, config: AugmentConfig, *, index: jax.Array, epoch: jax.Array
 ) -> jax.Array:
-    """Shifts, flips and cuts images at random, each on its own, in this order.
+    """Augments images: random flip, random crop and cutout, drawn independently for each image.
+
+    The crop is that of the image padded by reflection, which is a shift by up to `config.crop` pixels.
 
     Args:
       images: float [b, h, w, c], normalized: cutout fills with 0, the mean.
-      key: for this batch.
-      config: which changes, how strong; checked (`check`).
-      index: int32 [b], the examples' numbers in the training set; read by alternating flips only.
-      epoch: int32 [b]; likewise.
+      key: of this batch.
+      config: the kinds of augmentation and their strengths, already checked by `check`.
+      index: int32 [b], the examples' numbers in the training set; used by alternating flips only.
+      epoch: int32 [b], the examples' epochs; used by alternating flips only.
 
     Returns:
       Images of the same shape and dtype.
@@ -85,22 +91,22 @@ def augment(
         down, right = draw(sharding.example_keys(crop_key, count))
         rows, columns = _reflect(rows + down, height), _reflect(columns + right, width)
     if config.crop or config.flip != "none":
-        # One gather for both: on XLA:CPU 5 times faster than slicing padded images, 15 times than one-hot matmuls.
+        # One gather does both: on XLA:CPU 5 times as fast as slicing padded images, 15 times as one-hot matmuls.
         images = jax.vmap(lambda image, row, column: image[row[:, None], column])(images, rows, columns)
     return _cutout(images, cutout_key, config.cutout) if config.cutout else images
 
 
 def _reflect(position: jax.Array, size: int) -> jax.Array:
-    """Positions outside 0..size-1 mirrored at the first and the last, as NumPy's pad mode "reflect"."""
+    """Mirrors positions outside 0..size-1 at the first and the last, as NumPy's pad mode "reflect" does."""
     position = jnp.abs(position)
     return jnp.where(position >= size, 2 * (size - 1) - position, position)
 
 
 def _flipped(kind: str, key: jax.Array, index: jax.Array, epoch: jax.Array) -> jax.Array:
-    """Which images are flipped, bool [b].
+    """Returns which images are flipped, bool [b].
 
     "alternating" (Jordan 2024, arXiv 2404.00498, section 3.6): a random half in the first epoch, then each image every
-    other epoch. The half is a hash of the image's number, the same in every run, as in that paper.
+    other epoch. The half is chosen by a hash of the image's number, so it is the same in every run, as in that paper.
     """
     if kind == "random":
         return jax.vmap(jax.random.bernoulli)(sharding.example_keys(key, len(index)))
@@ -112,9 +118,9 @@ def _flipped(kind: str, key: jax.Array, index: jax.Array, epoch: jax.Array) -> j
 def _cutout(images: jax.Array, key: jax.Array, side: int) -> jax.Array:
     """Sets a square around a uniformly drawn pixel to 0, clipped at the borders (DeVries & Taylor 2017, 3.2).
 
-    The square has `side` rows and columns before clipping. An odd side is centered at the drawn pixel; an even one has
-    the extra row above it and the extra column to its left: pixel p is in the middle of p - side // 2 up to
-    p - side // 2 + side - 1. DeVries & Taylor's own program does the same with an even side and rounds an odd one down.
+    Before clipping, the square covers rows (and columns) p - side // 2 to p - side // 2 + side - 1 for the drawn p: an
+    odd side is centered at p, an even one has one more row above and one more column to the left. DeVries & Taylor's
+    code does the same for even sides and rounds odd ones down.
     """
     count, height, width, _ = images.shape
 

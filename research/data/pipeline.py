@@ -1,13 +1,27 @@
-"""The way of the examples to the devices: which ones a step takes is a pure function of (seed, step).
+"""The input pipeline: which examples each step sees, and how they reach the devices.
 
-The training set is an endless row of epochs, each a permutation of it drawn from (seed, epoch), or, where examples
-continue each other, the set in its own order; step s takes the examples s*b to (s+1)*b - 1 of that row. So an epoch
-shows each example exactly once even where the batch size does not divide the set (only what is left of the last epoch,
-less than a batch, is not used), any number of processes see the same batches, and a resumed run needs nothing but its
-step.
+The batch of a step is a pure function of (seed, step). The epochs are concatenated into one endless sequence of
+examples: each epoch is a permutation of the training set drawn from (seed, epoch), or the set in its own order where
+examples continue each other (text). Step s takes positions s*B to (s+1)*B - 1 of that sequence. Therefore:
 
-A data set that fits lives on every device, and only example numbers travel; a larger one streams from the host through
-grain, in the same order.
+- Each example is seen exactly once an epoch, even if the batch size does not divide the set: a batch may span two
+  epochs. Only the remainder of the last epoch, less than a batch, is unused.
+- Any number of processes see the same batches, and a resumed run needs only its step.
+
+There are two paths to the devices, with identical order. A data set that fits is *resident*: it is replicated to every
+device, and only example numbers are transferred. A larger one is *streamed*: each process gathers its rows on the
+host, ahead of the step, through grain.
+
+Indices:
+  position: place in the endless sequence of examples; position // n is the epoch.
+  number: an example's row in the data set, 0..n-1 ("index" in the inputs of a step).
+  step: train step, from 0.
+
+Leading axes of the inputs:
+  k: steps of one dispatch, padded to a fixed capacity (training), or batches of one dispatch (evaluation).
+  m: microbatches of one step, for gradient accumulation.
+  b: examples of one microbatch, sharded over the mesh. Host arrays have only the rows of this process's devices.
+  B: examples of one step, m * b over all devices.
 """
 
 import copy
@@ -36,9 +50,9 @@ def _order(seed: int | None, epoch: int, num_examples: int) -> np.ndarray:
 
 
 def example_numbers(seed: int | None, num_examples: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions start..stop-1 of the row of epochs: the examples' numbers and their epochs, both int32 [stop-start].
+    """Returns the examples at positions start..stop-1: their numbers and their epochs, both int32 [stop-start].
 
-    Without a seed every epoch has the examples in their own order.
+    Without a seed, every epoch has the examples in their own order.
     """
     numbers, epochs = [], []
     for epoch in range(start // num_examples, -(-stop // num_examples)):
@@ -50,13 +64,13 @@ def example_numbers(seed: int | None, num_examples: int, start: int, stop: int) 
 
 
 def epoch_ends(num_examples: int, batch_size: int, num_epochs: int) -> list[int]:
-    """The number of steps made when each epoch ends; the last is the number of train steps.
+    """Returns the step count at the end of each epoch; the last is the number of train steps.
 
     Raises:
-      UserError: the batch is larger than all the examples that training is to see, or there would be 2^31 steps.
+      UserError: the batch is larger than the training set, or there would be 2^31 steps or more.
     """
     if (steps := num_epochs * num_examples // batch_size) > np.iinfo(np.int32).max:
-        raise UserError(f"--config.num_epochs={num_epochs}: {steps:,} steps are more than can be counted; lower it")
+        raise UserError(f"--config.num_epochs={num_epochs}: {steps:,} steps do not fit an int32; lower it")
     ends = [(epoch + 1) * num_examples // batch_size for epoch in range(num_epochs)]
     if not ends[0]:
         raise UserError(f"--config.batch_size={batch_size} is larger than the training set ({num_examples:,} examples)")
@@ -69,53 +83,69 @@ def longest_epoch(epoch_end_steps: Sequence[int]) -> int:
 
 
 def is_resident(config: Config, *splits: Arrays | None) -> bool:
-    """Whether these splits together are small enough to live on the device."""
+    """Whether these splits together fit --config.dataset.max_device_gib, so that they can live on the devices."""
     size = sum(array.nbytes for split in splits if split for array in split.values())
     return size <= config.dataset.max_device_gib * 2**30
 
 
-def _shareable(array: np.ndarray, mesh: Mesh) -> np.ndarray:
-    """The same, of which several CPU devices will not have a copy each: in memory of jax's own."""
+def _as_jax_memory(array: np.ndarray, mesh: Mesh) -> np.ndarray:
+    """Copies the array into jax's memory where the mesh has several CPU devices, so that they share that one copy."""
+    # jax aliases an aligned host buffer but copies any other, once for each device; its own buffers are aligned.
     if mesh.size == 1 or mesh.devices.flat[0].platform != "cpu":
         return np.asarray(array)
     return np.asarray(jax.device_put(array, mesh.local_devices[0]))
 
 
 class _Split:
-    """A split's arrays, on the devices or on the host, and this process's part of what a step takes."""
+    """A split's arrays, resident on the devices or streamed from the host, and the transfer of batches.
+
+    `data` holds the resident arrays, replicated; it is empty for a streamed split.
+    """
 
     def __init__(self, arrays: Arrays, mesh: Mesh, *, resident: bool, data: dict[str, jax.Array] | None = None):
         self.num_examples = len(next(iter(arrays.values())))
         self._mesh = mesh
         self._streamed = {} if resident else arrays
-        whole = sharding.replicated(mesh)
+        replicated = sharding.replicated(mesh)
         self.data = data or {
-            name: jax.make_array_from_process_local_data(whole, _shareable(array, mesh), array.shape)
+            name: jax.make_array_from_process_local_data(replicated, _as_jax_memory(array, mesh), array.shape)
             for name, array in (arrays if resident else {}).items()
         }
 
-    def _local(self, size: int) -> np.ndarray:
-        """The rows of a batch of `size` examples that this process's devices hold, in order: int [n].
+    def _local_rows(self, size: int) -> np.ndarray:
+        """Returns which rows of a batch of `size` examples this process's devices hold, in order: int [n].
 
-        They need not be next to each other: a mesh goes along a TPU's torus, of which a host has a block.
+        They need not be contiguous: the mesh follows a TPU's torus, of which a host has a block.
         """
         parts = sharding.batch_sharding(self._mesh, 0).addressable_devices_indices_map((size,)).values()
         return np.unique([np.arange(size)[part[0]] for part in parts if part])
 
-    def _examples(self, inputs: Arrays) -> Arrays:
+    def _with_examples(self, inputs: Arrays) -> Arrays:
+        """Adds the examples of a streamed split; a resident split's are gathered on the devices."""
         return inputs | {name: array[inputs["index"]] for name, array in self._streamed.items()}
 
     def _to_devices(self, inputs: Arrays, axis: int, size: int) -> dict[str, jax.Array]:
-        """Global arrays of this process's parts; axis number `axis` counts the `size` examples of the whole batch."""
-        placed = sharding.batch_sharding(self._mesh, axis)
+        """Makes global arrays of this process's rows; `axis` is the sharded one, of global length `size`."""
+        sharded = sharding.batch_sharding(self._mesh, axis)
         return {
-            name: jax.make_array_from_process_local_data(placed, x, (*x.shape[:axis], size, *x.shape[axis + 1 :]))
+            name: jax.make_array_from_process_local_data(sharded, x, (*x.shape[:axis], size, *x.shape[axis + 1 :]))
             for name, x in inputs.items()
         }
 
 
 class TrainBatches(_Split):
-    """What the train steps take, dispatch by dispatch; `data` is that of others of the same arrays on the same mesh."""
+    """The batches of training, dispatch by dispatch.
+
+    Args:
+      arrays: the training set.
+      config: gives the batch size, the microbatch size and the seed.
+      mesh: of the run.
+      resident: whether the training set lives on the devices.
+      capacity: the largest number of steps of a dispatch; smaller dispatches are padded to it.
+      start: the first step.
+      shuffle: whether each epoch is a new permutation.
+      data: the resident arrays of another instance of the same arrays on the same mesh, to be shared.
+    """
 
     def __init__(
         self,
@@ -137,46 +167,46 @@ class TrainBatches(_Split):
         self.go_to(start)
 
     def go_to(self, step: int) -> None:
-        """The next that is taken is what step number `step` (from 0) would, had none been left out."""
+        """Seeks to the batch of `step`."""
         self._steps = self._iterate(step)
 
     def step_inputs(self, step: int) -> Arrays:
-        """This process's part of one step: "index" and "epoch" int32 [m, b], and streamed examples [m, b, ...]."""
+        """This process's rows of one step: "index" and "epoch" int32 [m, b], and streamed examples [m, b, ...]."""
         start = step * self._batch_size
         index, epoch = example_numbers(self._seed, self.num_examples, start, start + self._batch_size)
-        local = self._local(self._microbatch_size)
+        rows = self._local_rows(self._microbatch_size)
         inputs = {"index": index, "epoch": epoch}
-        return self._examples({n: x.reshape(-1, self._microbatch_size)[:, local] for n, x in inputs.items()})
+        return self._with_examples({n: x.reshape(-1, self._microbatch_size)[:, rows] for n, x in inputs.items()})
 
     def _iterate(self, start: int) -> Iterator[Arrays]:
         if not self._streamed:
             return map(self.step_inputs, iter(range(start, 2**62)))
-        import grain  # slow to import, and most data sets do not stream
+        import grain  # slow to import, and most data sets are resident
 
         steps = grain.MapDataset.range(start, 2**62).map(self.step_inputs)
         return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=2 * self._capacity)))
 
     def of_seed(self, seed: int) -> "TrainBatches":
-        """The same examples from the first step on, in the order of another seed; on the devices they lie once."""
+        """Returns the batches of another seed, from the first step on, which share the resident arrays."""
         other = copy.copy(self)
         other._seed = None if self._seed is None else seed
         other._steps = other._iterate(0)
         return other
 
     def take(self, num_steps: int) -> dict[str, jax.Array]:
-        """The inputs of the next `num_steps` steps, padded with zeros to `capacity` steps: leaves [k, m, b, ...]."""
+        """Returns the inputs of the next `num_steps` steps, padded with zeros to `capacity` steps: [k, m, b, ...]."""
         return self._to_devices(self.take_local(num_steps), 2, self._microbatch_size)
 
     def take_local(self, num_steps: int) -> Arrays:
-        """This process's part of `take`, on the host."""
+        """Like `take`, but only this process's rows, as host arrays."""
         return self._pack([next(self._steps) for _ in range(num_steps)])
 
     def sample(self) -> dict[str, jax.Array]:
-        """Inputs like those of `take`, to compile for; nothing is taken."""
+        """Returns example inputs, shaped as those of `take`, to compile for; does not advance."""
         return self._to_devices(self._pack([self.step_inputs(0)]), 2, self._microbatch_size)
 
     def inputs_of_step(self, step: int) -> dict[str, jax.Array]:
-        """The inputs of one step, leaves [1, m, b, ...]; nothing is taken."""
+        """Returns the inputs of one step, [1, m, b, ...]; does not advance."""
         inputs = {name: x[None] for name, x in self.step_inputs(step).items()}
         return self._to_devices(inputs, 2, self._microbatch_size)
 
@@ -190,7 +220,10 @@ class TrainBatches(_Split):
 
 
 class EvalBatches(_Split):
-    """What evaluation takes: every example once, in order, the last batch padded and masked."""
+    """The batches of evaluation: every example once, in order, the last batch padded and masked.
+
+    A resident split is evaluated in one dispatch, a streamed one in a dispatch for each batch.
+    """
 
     def __init__(
         self,
@@ -206,11 +239,11 @@ class EvalBatches(_Split):
         self._batches_per_dispatch = -(-self.num_examples // self._batch_size) if resident else 1
 
     def __iter__(self) -> Iterator[dict[str, jax.Array]]:
-        """Yields inputs of one dispatch each, leaves [k, b, ...]; "mask" (float32) is 0 for padding."""
+        """Yields the inputs of each dispatch, [k, b, ...]; "mask" (float32) is 0 for padding."""
         size = self._batches_per_dispatch * self._batch_size
-        local = self._local(self._batch_size)
+        rows = self._local_rows(self._batch_size)
         for start in range(0, self.num_examples, size):
-            numbers = np.arange(start, start + size, dtype=np.int32).reshape(-1, self._batch_size)[:, local]
+            numbers = np.arange(start, start + size, dtype=np.int32).reshape(-1, self._batch_size)[:, rows]
             mask = numbers < self.num_examples
-            inputs = self._examples({"index": np.where(mask, numbers, 0)}) | {"mask": mask.astype(np.float32)}
+            inputs = self._with_examples({"index": np.where(mask, numbers, 0)}) | {"mask": mask.astype(np.float32)}
             yield self._to_devices(inputs, 1, self._batch_size)

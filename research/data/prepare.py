@@ -1,7 +1,7 @@
-"""Prepares CIFAR-10, MNIST and Tiny Shakespeare as TFDS would, but without TensorFlow.
+"""Prepares CIFAR-10, MNIST and Tiny Shakespeare as TFDS does, but without TensorFlow.
 
-TFDS's own builder and writer do the work (so names, features, ids and order are the official ones); only the reading of
-the archive, for which TFDS needs TensorFlow, is done here. An archive that is on this disk is preferred to a download.
+TFDS's own builder and writer are used, so names, features, ids and order are the official ones. Only reading the
+archive, for which TFDS needs TensorFlow, is done here. An archive on the local disk takes precedence over a download.
 """
 
 import contextlib
@@ -17,21 +17,21 @@ from research.data import archives, cache, tfds_sets
 from research.data.tfds_sets import UnavailableError
 from research.errors import UserError
 
-Splits = dict[str, archives.Labelled] | dict[str, str]
+Splits = dict[str, archives.LabeledImages] | dict[str, str]
 
 _CIFAR10_LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-_SECONDS_TO_ANSWER = 5
+_CONNECT_TIMEOUT_SECONDS = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class _Recipe:
-    """How a set is made.
+    """Where a data set comes from.
 
     Attributes:
-      urls: what to download.
-      sources: what may be on disk instead, the preferred first: the names of the files, all of which are needed, and
-        their reader. What is downloaded is of the first kind.
-      label_names: where the builder does not know them.
+      urls: the files to download, which the first reader of `sources` reads.
+      sources: the files that may be on disk instead, in order of preference: their names, all of which are needed, and
+        their reader.
+      label_names: the class names, if TFDS's builder reads them from the archive.
     """
 
     urls: tuple[str, ...]
@@ -45,11 +45,11 @@ def is_preparable(name: str) -> bool:
 
 
 def prepare(name: str, folder: Path) -> None:
-    """Prepares the set in `folder`, from an archive on disk or a download; says so on stderr.
+    """Prepares the set in `folder` from an archive on disk or a download, with a line on stderr.
 
     Raises:
-      UnavailableError: there is no archive and no way to download it, or the folder cannot be written.
-      UserError: the archive is damaged; it is named.
+      UnavailableError: there is no archive and the download failed, or the folder cannot be written.
+      UserError: the archive is damaged.
     """
     recipe, found = _RECIPES[name], _on_disk(name, folder)
     tfds = tfds_sets.import_tfds()
@@ -71,10 +71,10 @@ def prepare(name: str, folder: Path) -> None:
             _check_reachable(name, folder, builder.url_infos)
         folder.mkdir(parents=True, exist_ok=True)
         builder._split_generators = split_generators
-        with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints what is said here in one line
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints several lines
             builder.download_and_prepare(file_format="array_record")
     except OSError as error:
-        # Two processes may prepare at once: TFDS renames the finished folder, and the second one finds it there.
+        # If two processes prepare at once, TFDS's final rename fails in the second one: the set is there by then.
         if tfds_sets.find(name, folder) is None:
             reason = f"is not prepared, and {folder} cannot be written ({error.strerror or error})"
             raise UnavailableError(name, reason, _remedy(name, folder)) from None
@@ -83,37 +83,37 @@ def prepare(name: str, folder: Path) -> None:
 def _remedy(name: str, folder: Path) -> str:
     names = " or ".join(dict.fromkeys(files[0].partition("/")[0] for files, _ in _RECIPES[name].sources[:2]))
     return (
-        f"put {names} into {folder}, or name a folder that has it, or the prepared set, "
-        "by --config.dataset.data_dir=DIR or TFDS_DATA_DIR"
+        f"put {names} into {folder}, or set --config.dataset.data_dir=DIR or TFDS_DATA_DIR to a folder that has it or "
+        "the prepared set"
     )
 
 
 def _on_disk(name: str, folder: Path) -> tuple[list[Path], Callable[..., Splits]] | None:
-    """The first source whose files are all there, and its reader."""
+    """Returns the paths of the first source whose files all exist, and its reader."""
     keras = cache.user_folder("KERAS_HOME", ".keras") / "datasets"
-    for place in (folder, folder / "downloads" / "manual", keras):
+    for parent in (folder, folder / "downloads" / "manual", keras):
         for files, read in _RECIPES[name].sources:
-            paths = [place / file for file in files]
+            paths = [parent / file for file in files]
             if all(path.exists() for path in paths):
                 return paths, read
     return None
 
 
 def _check_reachable(name: str, folder: Path, url_infos: dict[str, Any]) -> None:
-    """Asks the server for an answer, as TFDS sets no time limit: a firewall that drops packets costs it minutes.
+    """Checks that the server answers within seconds: TFDS has no timeout, and would wait minutes behind a firewall.
 
     Raises:
-      UnavailableError: there is none, and TFDS has not kept what it downloaded once.
+      UnavailableError: the server does not answer, and TFDS's download cache does not have the files.
     """
     import requests
     from tensorflow_datasets.core.download import resource
 
     urls = _RECIPES[name].urls
-    kept = [resource.get_dl_fname(url, url_infos[url].checksum) for url in urls if url in url_infos]
-    if len(kept) == len(urls) and all(any((folder / "downloads").rglob(file)) for file in kept):
+    cached = [resource.get_dl_fname(url, url_infos[url].checksum) for url in urls if url in url_infos]
+    if len(cached) == len(urls) and all(any((folder / "downloads").rglob(file)) for file in cached):
         return
     try:
-        requests.head(urls[0], timeout=_SECONDS_TO_ANSWER).close()
+        requests.head(urls[0], timeout=_CONNECT_TIMEOUT_SECONDS).close()
     except requests.RequestException as error:
         reason = f"no answer from {urlsplit(urls[0]).hostname}: {type(error).__name__}"
         raise _not_downloaded(name, folder, reason) from None
@@ -129,7 +129,7 @@ def _download(name: str, folder: Path, dl_manager: Any) -> list[Path]:
     except (requests.RequestException, util.DownloadError) as error:
         reason = " ".join(str(error).split())
     except download_manager.NonMatchingChecksumError:
-        reason = "what came has the wrong checksum"
+        reason = "the downloaded file has a wrong checksum"
     raise _not_downloaded(name, folder, reason)
 
 
@@ -141,21 +141,21 @@ def _not_downloaded(name: str, folder: Path, reason: str) -> UnavailableError:
 def _read(read: Callable[..., Splits], paths: list[Path]) -> Splits:
     try:
         return read(*paths)
-    except Exception as error:  # given damaged input, unpickling and the like can raise anything
+    except Exception as error:  # with damaged input, unpickling and decompression can raise anything
         names = ", ".join(map(str, paths))
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UserError(f"{names}: damaged, or not the official file ({reason}); delete or replace it") from error
 
 
 def _examples(name: str, split: str, content: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Yields TFDS's (key, example) pairs, those of the official builder."""
+    """Yields (key, example) pairs, the same as those of TFDS's own builder."""
     if isinstance(content, str):
         yield split, {"text": content}
         return
     from PIL import Image
 
     for i, (image, label) in enumerate(zip(*content)):
-        png = io.BytesIO()  # TFDS stores encoded images as they are; to encode arrays it needs TensorFlow
+        png = io.BytesIO()  # TFDS stores encoded images unchanged, but needs TensorFlow to encode arrays
         Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(png, "PNG")
         example = {"image": png.getvalue(), "label": int(label)}
         yield i, example | ({"id": f"{split}_{i:05d}"} if name == "cifar10" else {})
@@ -163,7 +163,7 @@ def _examples(name: str, split: str, content: Any) -> Iterator[tuple[Any, dict[s
 
 _MNIST_URL = "https://storage.googleapis.com/cvdf-datasets/mnist/"
 _MNIST_FILES = tuple(f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
-# Keras keeps the Python archive in its cache folder under a name of its own, which has changed over its versions.
+# Keras caches the Python archive under names that have changed from version to version.
 _CIFAR10_PYTHON = (
     "cifar-10-python.tar.gz",
     "cifar-10-batches-py.tar.gz",

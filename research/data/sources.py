@@ -1,4 +1,4 @@
-"""The data sets: what can be had under a name, and its splits as arrays."""
+"""Data sets by name: finds, prepares and loads the one that a config names, and splits it."""
 
 import dataclasses
 import difflib
@@ -23,11 +23,11 @@ class Dataset:
 
     Attributes:
       name: its TFDS name, or one of `embedded.DATASETS`.
-      label_names: what label i means; () for text.
+      label_names: the name of each class, by label; () for text.
       train: "image" (uint8 [n,h,w,c]) and "label" (int32 [n]); for text "text" (uint8 [n], its bytes).
-      validation: held out from train, or the set's own; None without either.
-      test: what results are reported on.
-      shuffle: whether training takes the examples in another order in every epoch; if not, in their own.
+      validation: held out from train, or the set's own split; None if there is neither.
+      test: the split that results are reported on.
+      shuffle: whether every epoch is a new permutation of train; otherwise the examples come in their own order.
     """
 
     name: str
@@ -39,19 +39,20 @@ class Dataset:
 
 
 def load(config: DatasetConfig) -> Dataset:
-    """Loads the data set that the config names.
+    """Loads the data set that the config names; the caller cannot change what later calls return.
 
-    Of `a|b` the first that can be had; each one passed over is reported in a line on stderr. A set that is not prepared
-    yet is prepared where `research.data.prepare` can. With `validation_fraction` > 0 that part of train is held out for
-    validation: the same examples whatever the seed. Otherwise validation is the set's own split of that name; where a
-    set has no test split, its validation split takes that place. Of what is left of train, `train_fraction` is kept.
+    - A name `a|b` means the first that is available; each unavailable one gives a warning on stderr. A set that is not
+      prepared yet is prepared if `research.data.prepare` supports it.
+    - Validation is the set's own split of that name, or, with `validation_fraction` > 0, that fraction of train: the
+      same examples for every seed. If a set has no test split, its validation split is the test split.
+    - Of the rest of train, `train_fraction` is kept.
 
     Raises:
-      UserError: none of the names can be had, a name or a folder does not exist, the data is damaged or unsuitable, or
-        holding out would leave validation or train empty.
+      UserError: none of the names is available, a name or a folder does not exist, the data is damaged or unsuitable,
+        or a fraction would leave validation or train empty.
     """
     if config.data_dir:
-        tfds_sets.data_folder(config.data_dir)  # an error even where the data set needs no folder
+        tfds_sets.data_folder(config.data_dir)  # a missing folder is an error even if the data set needs none
     names = [name.strip() for name in config.name.split("|")]
     if not all(names):
         raise UserError(f"--config.dataset.name={config.name!r}: name a data set, or several separated by |")
@@ -59,7 +60,7 @@ def load(config: DatasetConfig) -> Dataset:
         try:
             return _load(name, config)
         except UnavailableError as error:
-            remedy = f"To have {name}: {error.remedy}"
+            remedy = f"To use {name}: {error.remedy}"
             print(f"WARNING: {name} {error.reason}: using {following} instead. {remedy}", file=sys.stderr)
     return _load(names[-1], config)
 
@@ -74,7 +75,7 @@ def _load(name: str, config: DatasetConfig) -> Dataset:
     if config.validation_fraction:
         train, validation = _hold_out(train, config.validation_fraction)
     if config.train_fraction < 1:
-        train = _part(train, config.train_fraction)
+        train = _subset(train, config.train_fraction)
     return Dataset(
         name,
         label_names,
@@ -99,14 +100,14 @@ def _not_found(name: str, folder: Path) -> UserError:
     known = [*tfds_sets.import_tfds().list_builders(with_community_datasets=False), *embedded.DATASETS]
     if name.partition("/")[0] not in known:
         near = difflib.get_close_matches(name, known)
-        meant = f"; did you mean {' or '.join(near)}?" if near else ""
-        return UserError(f"--config.dataset.name={name}: neither a TFDS data set, nor prepared in {folder}{meant}")
+        suggestion = f"; did you mean {' or '.join(near)}?" if near else ""
+        return UserError(f"--config.dataset.name={name}: neither a TFDS data set nor prepared in {folder}{suggestion}")
     command = f"`tfds build {name} --file_format=array_record --data_dir={folder}`"
     return UnavailableError(name, f"is not prepared in {folder}", f"prepare it by {command} (it needs TensorFlow)")
 
 
 def _hold_out(train: Arrays, fraction: float) -> tuple[Arrays, Arrays]:
-    """Splits train into (train, validation): examples by a fixed shuffle, a text by its end."""
+    """Splits train into (train, validation): a fixed random subset of examples, or the end of a text."""
     count = len(next(iter(train.values())))
     held_out = round(fraction * count)
     if not 0 < held_out < count:
@@ -123,12 +124,12 @@ def _hold_out(train: Arrays, fraction: float) -> tuple[Arrays, Arrays]:
     return kept, taken
 
 
-def _part(train: Arrays, fraction: float) -> Arrays:
-    """A part of the examples, by a fixed shuffle, or the beginning of a text; a smaller part is within a larger one."""
+def _subset(train: Arrays, fraction: float) -> Arrays:
+    """Returns a fixed random subset of the examples, or the beginning of a text; smaller fractions are nested in it."""
     count = len(next(iter(train.values())))
     kept = round(fraction * count)
     if not kept:
-        raise UserError(f"--config.dataset.train_fraction={fraction} leaves no example of {count}")
+        raise UserError(f"--config.dataset.train_fraction={fraction} leaves none of {count} examples")
     if "text" in train:
         return {"text": train["text"][:kept]}
     part = np.sort(randomness.generator(Stream.TRAIN_FRACTION).permutation(count)[:kept])

@@ -1,7 +1,7 @@
-"""Text as parallel streams: what a recurrent network that remembers the batch before is trained and evaluated on.
+"""Text as parallel streams, for recurrent networks that carry their state from batch to batch (truncated BPTT).
 
-A character is a byte. A split becomes B streams, cut into chunks of T characters; example number c * B + r is chunk c
-of stream r, so batches of B examples in their own order continue each other row by row.
+A character is a byte. A split becomes B contiguous streams, cut into chunks of T characters. Example c * B + r is chunk
+c of stream r, so if the examples are not shuffled, each row of a batch of B continues the same row of the last batch.
 """
 
 import dataclasses
@@ -13,27 +13,30 @@ from research.errors import UserError
 
 
 def streams(dataset: Dataset, batch_size: int, length: int, eval_batch_size: int) -> Dataset:
-    """The text of a data set as examples of `length` characters and the one after, in order.
+    """Cuts the text of a data set into examples of `length` + 1 characters, in the order described above.
 
-    Each split has, by example: "tokens" uint8 [n, length + 1], of which the first `length` are read and the last
-    `length` are to be predicted; "first" bool [n], whether the network is to forget what came before; "count" int32
-    [n], how many of the predictions count.
+    For each example, a split has:
 
-    Training: `batch_size` contiguous streams side by side; less than a chunk of each, what does not fill a step, is
-    left out. Evaluation: every character of the split but its first counts exactly once, in `eval_batch_size` streams.
-    So that their beginnings are not predicted from nothing, each first reads, uncounted, the chunk before it.
+    - "tokens", uint8 [n, length + 1]: the first `length` are the inputs, the last `length` the targets.
+    - "first", bool [n]: whether the network resets its state before this example.
+    - "count", int32 [n]: how many of the predictions count.
+
+    Training has `batch_size` streams; the remainder, less than a chunk of each, is dropped. In evaluation, every
+    character of the split except its first counts exactly once, in `eval_batch_size` streams. Each stream first reads
+    the preceding chunk, uncounted, so that its first predictions have context.
 
     Args:
       dataset: its splits have "text", uint8 [number of bytes].
-      batch_size: of a training step.
-      length: of the examples, T.
-      eval_batch_size: of the evaluation of the other splits.
+      batch_size: examples of a training step.
+      length: the characters of an example, T.
+      eval_batch_size: examples of an evaluation batch.
 
     Returns:
-      A data set that is not shuffled. Token i is byte `ord(label_names[i])`: those that occur in any split, sorted.
+      A data set that is not shuffled. Token i stands for byte `ord(label_names[i])`; the vocabulary is the sorted bytes
+      of all splits.
 
     Raises:
-      UserError: the data set is not a text, or too short.
+      UserError: the data set is not a text, or is too short.
     """
     if "text" not in dataset.train:
         raise UserError(f"--config.dataset.name={dataset.name} is not a text: use tiny_shakespeare or pydoc")
@@ -62,10 +65,10 @@ def streams(dataset: Dataset, batch_size: int, length: int, eval_batch_size: int
 
 
 def _chunks(text: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
-    """uint8 [n, length + 1]: the text from each start on; 0 where there is none."""
-    places = starts[:, None] + np.arange(length + 1)
-    inside = (places >= 0) & (places < len(text))
-    return np.where(inside, text[np.clip(places, 0, len(text) - 1)], np.uint8(0))
+    """Returns the `length` + 1 characters at each start, uint8 [n, length + 1], padded with 0 outside the text."""
+    positions = starts[:, None] + np.arange(length + 1)
+    inside = (positions >= 0) & (positions < len(text))
+    return np.where(inside, text[np.clip(positions, 0, len(text) - 1)], np.uint8(0))
 
 
 def _training(text: np.ndarray, batch_size: int, length: int, steps: int) -> Arrays:
@@ -82,6 +85,6 @@ def _evaluation(text: np.ndarray, batch_size: int, length: int) -> Arrays:
     chunk, row = np.divmod(np.arange((steps + 1) * batch_size), batch_size)
     starts = (row * steps + chunk - 1) * length  # chunk 0 is the warm-up
     counts = np.where(chunk == 0, 0, np.clip(len(text) - 1 - starts, 0, length))
-    # The first stream has nothing before it: it forgets its warm-up, which is padding.
+    # Nothing precedes the first stream: its warm-up is padding, after which its state is reset again.
     first = (chunk == 0) | ((chunk == 1) & (row == 0))
     return {"tokens": _chunks(text, starts, length), "first": first, "count": counts.astype(np.int32)}

@@ -1,8 +1,8 @@
-"""TFDS sets that are prepared on this machine, read without TensorFlow.
+"""Reads prepared TFDS data sets without TensorFlow.
 
 A prepared set is a folder `<data folder>/<name>[/<config>]/<version>` with dataset_info.json, features.json and record
-files. The two JSON files are read here, not through TFDS: TFDS takes most of a second to import, and where a set is
-absent it tries to download it.
+files. The two JSON files are read here, not through TFDS, which takes most of a second to import and tries to download
+a set that is missing.
 """
 
 import errno
@@ -25,11 +25,11 @@ from research.errors import UserError
 
 _SPLITS = ("train", "validation", "test")
 _EXAMPLES_AT_ONCE = 2000
-_CACHE_LAYOUT = 1  # part of the key; to be raised when what is made of the same source changes
+_CACHE_VERSION = 1  # part of the cache key; raise it when decoding the same source gives different arrays
 
 
 class UnavailableError(UserError):
-    """A data set is not here and cannot be had; another may serve instead."""
+    """A data set is not available; `a|b` falls back to the next one."""
 
     def __init__(self, name: str, reason: str, remedy: str):
         super().__init__(f"{name} {reason}; {remedy}")
@@ -38,7 +38,7 @@ class UnavailableError(UserError):
 
 @functools.cache
 def import_tfds() -> Any:
-    """The module `tensorflow_datasets`, without its progress bars and its advice to install OpenCV."""
+    """Imports `tensorflow_datasets`, without its progress bars and its advice to install OpenCV."""
     import tensorflow_datasets as tfds
 
     tfds.disable_progress_bar()
@@ -47,10 +47,10 @@ def import_tfds() -> Any:
 
 
 def data_folder(given: str) -> Path:
-    """The folder of prepared sets: `given`, else `$TFDS_DATA_DIR`, else TFDS's default (which need not exist).
+    """Returns the folder of prepared sets: `given`, else `$TFDS_DATA_DIR`, else TFDS's default (which may not exist).
 
     Raises:
-      UserError: one that was named does not exist.
+      UserError: `given` or `$TFDS_DATA_DIR` does not exist.
     """
     source, name = "--config.dataset.data_dir", given
     if not given:
@@ -62,15 +62,15 @@ def data_folder(given: str) -> Path:
         if path.is_dir():
             return path
     except (OSError, RuntimeError):
-        pass  # too long a name, no permission, no such user
-    raise UserError(f"{source}={name}: no such folder; create it, or name the one that holds the data sets")
+        pass  # the name is too long, there is no permission, or no such user
+    raise UserError(f"{source}={name}: no such folder; create it, or set it to the folder of the data sets")
 
 
 def find(name: str, folder: Path) -> Path | None:
-    """The newest version of the prepared set `name` (TFDS's `<set>` or `<set>/<config>`) under `folder`.
+    """Finds the newest version of the prepared set `name` (TFDS's `<set>` or `<set>/<config>`) under `folder`.
 
     Raises:
-      UserError: only configs of this name are there, and more than one of them.
+      UserError: the name lacks a config, and several configs are prepared.
     """
     try:
         if (newest := _newest_version(folder / name)) is not None:
@@ -90,23 +90,24 @@ def _newest_version(folder: Path) -> Path | None:
     versions = {
         tuple(map(int, path.name.split("."))): path
         for path in folder.glob("*")
-        # TFDS writes to incomplete.<random>_<version> and renames it when whole.
+        # TFDS writes to incomplete.<random>_<version> and renames it when complete.
         if re.fullmatch(r"\d+\.\d+\.\d+", path.name) and (path / "dataset_info.json").is_file()
     }
     return versions[max(versions)] if versions else None
 
 
 def load(name: str, path: Path) -> tuple[tuple[str, ...], dict[str, Arrays]]:
-    """Reads the prepared set in the folder `path`, decoding what the cache does not hold.
+    """Reads the prepared set in the folder `path`, decoding the splits that are not cached yet.
 
     Returns:
       The label names (none for text), and those of the splits "train", "validation" and "test" that the set has, each
-      with "image" (uint8 [n,h,w,c]) and "label" (int32 [n]), or with "text" (uint8 [n], the bytes of all its examples).
+      with "image" (uint8 [n,h,w,c]) and "label" (int32 [n]), or with "text" (uint8 [n], the bytes of all its examples
+      concatenated); the arrays are read-only.
 
     Raises:
-      UnavailableError: it is not stored as array_record.
-      UserError: it is damaged, or has neither image and label nor text, images of several shapes, labels out of range
-        or a split without examples.
+      UnavailableError: the set is not stored as array_record.
+      UserError: the set is damaged, has neither images and labels nor text, or has images of several shapes, labels out
+        of range or a split without examples.
     """
     try:
         info, features = (json.loads((path / f"{stem}.json").read_bytes()) for stem in ("dataset_info", "features"))
@@ -116,14 +117,14 @@ def load(name: str, path: Path) -> tuple[tuple[str, ...], dict[str, Arrays]]:
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"{path}: dataset_info.json or features.json cannot be read ({error}): delete the folder and prepare the "
-            "data set anew"
+            "data set again"
         ) from None
     if "array_record" not in formats:
         raise UnavailableError(
             name,
             f"is prepared in {path} as {formats[0]}, which only TensorFlow reads",
-            f"`tfds build {name} --file_format=array_record --data_dir=ANOTHER_DIR` (it needs TensorFlow) prepares it "
-            "anew, and --config.dataset.data_dir=ANOTHER_DIR uses that",
+            f"prepare it again by `tfds build {name} --file_format=array_record --data_dir=ANOTHER_DIR` (it needs "
+            "TensorFlow) and set --config.dataset.data_dir=ANOTHER_DIR",
         )
     fingerprint = _fingerprint(path)
     splits = {}
@@ -134,7 +135,7 @@ def load(name: str, path: Path) -> tuple[tuple[str, ...], dict[str, Arrays]]:
 
 
 def _label_names(name: str, path: Path, features: dict[str, Any]) -> tuple[str, ...]:
-    """The label names, by number where they have none; () for a text."""
+    """Returns the label names, or their numbers if they are unnamed; () for a text."""
     if "image" in features.get("image", {}) and "classLabel" in features.get("label", {}):
         file = path / "label.labels.txt"
         if file.is_file():
@@ -147,8 +148,8 @@ def _label_names(name: str, path: Path, features: dict[str, Any]) -> tuple[str, 
 
 
 def _fingerprint(path: Path) -> str:
-    """Changes when the source does: a hash of its JSON files, and of every file's name, size and time."""
-    digest = hashlib.sha256(str(_CACHE_LAYOUT).encode())
+    """Hashes the JSON files and every file's name, size and modification time, so that a changed source is noticed."""
+    digest = hashlib.sha256(str(_CACHE_VERSION).encode())
     for file in sorted(path.iterdir()):
         stat = file.stat()
         digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
@@ -158,7 +159,7 @@ def _fingerprint(path: Path) -> str:
 
 
 def _decode(label: str, path: Path, split: str, num_classes: int) -> Iterator[Arrays]:
-    """Yields the split's arrays in pieces; `label` names it in messages, `num_classes` is 0 for text."""
+    """Yields the split's arrays in pieces; `label` is its name in messages, `num_classes` is 0 for text."""
     tfds = import_tfds()
     print(f"decoding {label} once ...", file=sys.stderr, flush=True)
     try:
@@ -175,9 +176,9 @@ def _decode(label: str, path: Path, split: str, num_classes: int) -> Iterator[Ar
             yield _images_and_labels(label, start, examples, shape, num_classes)
     except UserError:
         raise
-    except Exception as error:  # the readers of records, protocol buffers and images each have errors of their own
+    except Exception as error:  # readers of records, protocol buffers and images each raise other types
         reason = f"{type(error).__name__}: {str(error)[:200]}"
-        raise UserError(f"{label} in {path} is damaged ({reason}): delete {path} and prepare it anew") from error
+        raise UserError(f"{label} in {path} is damaged ({reason}): delete {path} and prepare it again") from error
 
 
 def _images_and_labels(
@@ -189,7 +190,7 @@ def _images_and_labels(
             raise UserError(f"{label}, example {i}: the image is {image.dtype}, not uint8")
         if image.shape != shape:
             raise UserError(
-                f"{label}, example {i}: the image is {image.shape}, the first is {shape}; all need one shape"
+                f"{label}, example {i}: the image is {image.shape}, the first is {shape}; all need the same shape"
             )
         if not 0 <= example["label"] < num_classes:
             raise UserError(f"{label}, example {i}: label {example['label']} is not in 0..{num_classes - 1}")

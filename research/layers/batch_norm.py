@@ -1,9 +1,9 @@
-"""Batch normalization whose variance does not cancel where the mean is large.
+"""Batch normalization whose variance does not suffer from cancellation when the mean is large.
 
-`nnx.BatchNorm` computes E[x^2] - E[x]^2 in float32, which has no correct digit where the variance is 1e-7 of the
-squared mean. Here both moments are those of x - shift, with a shift near the mean: one pass over x, as before. It is
-more accurate than two passes, of which the second subtracts a mean that was rounded to float32. The result does not
-depend on the shift, so no gradient goes through it.
+`nnx.BatchNorm` computes E[x^2] - E[x]^2 in float32, which has no correct digit if the variance is 1e-7 of the squared
+mean. Here both moments are those of x - shift, with a shift near the mean. This is still one pass over x, and more
+accurate than two passes, where the second subtracts a mean rounded to float32. The result does not depend on the shift,
+so the shift has no gradient.
 """
 
 import contextlib
@@ -47,14 +47,14 @@ class BatchNorm(nnx.BatchNorm):
 
 @contextlib.contextmanager
 def momentum_of(model: nnx.Module, momentum: jax.Array | None) -> Iterator[None]:
-    """Within it every batch norm of the model, Flax's too, has this momentum, unless it is None; it may be traced."""
+    """A context in which all batch norms of the model, Flax's too, have this (traced) momentum; None: their own."""
     modules = nnx.iter_modules(model) if momentum is not None else ()
     layers = [(module, module.momentum) for _, module in modules if isinstance(module, nnx.BatchNorm)]
     for layer, _ in layers:
         layer.momentum = nnx.data(momentum)  # pyright: ignore[reportAttributeAccessIssue]
     yield
-    for layer, own in layers:  # an array would be part of the model's state
-        layer.momentum = nnx.static(own)
+    for layer, original in layers:  # restored, as a traced array would become part of the model's state
+        layer.momentum = nnx.static(original)
 
 
 def _mean(x: jax.Array) -> jax.Array:
@@ -62,9 +62,9 @@ def _mean(x: jax.Array) -> jax.Array:
 
 
 def _near_mean(x: jax.Array) -> jax.Array:
-    """The mean of the middle row: [b, rows, ..., features] to [features], without a gradient.
+    """Computes the mean of the middle row, without a gradient: [b, rows, ..., features] to [features].
 
     It is within sqrt(rows) standard deviations of the mean over all rows, so the variance loses at most log2(rows)
-    bits. For [b, features] it is the mean itself.
+    bits. For [b, features] it is the exact mean.
     """
     return lax.stop_gradient(_mean(x[:, x.shape[1] // 2] if x.ndim > 2 else x))

@@ -1,14 +1,18 @@
-"""Convolution whose gradients are fast inside compiled loops on the CPU.
+"""Two-dimensional convolution whose gradients are fast inside compiled loops on the CPU.
 
-XLA:CPU hands a convolution to its fast kernels only if it is laid out NHWC x HWIO -> NHWC. It rewrites other layouts in
-the entry computation, never in a loop's body (https://github.com/jax-ml/jax/issues/12868), and the gradients that JAX
-derives have other layouts. So here both gradients are themselves NHWC x HWIO convolutions between explicit transposes,
-over parts of the batch that a cache holds: XLA:CPU also computes an operand's normalisation and sums anew in each
-transpose of it, place by place, unless a loop has the operand. Strides are taken apart, where JAX's gradient multiplies
-zeros. Together they make a train step of ResNet-18 at batch 128 1.60 s, 1.94 before (2 x86 cores with AVX-512, medians
-of 4 interleaved runs). And those kernels take few input channels, as an image has, one pixel at a time: there the
-patches are laid out and multiplied (3 channels, 3x3, batch 32 on 2 x86 cores: 0.65 ms against 1.6). Elsewhere than on
-the CPU all is JAX's own.
+XLA:CPU uses its fast kernels only for the layout NHWC x HWIO -> NHWC. It rewrites other layouts in the entry
+computation, but not in the body of a loop (https://github.com/jax-ml/jax/issues/12868), and the gradients that JAX
+derives have other layouts. On the CPU, this module therefore differs in three ways:
+
+- Both gradients are NHWC x HWIO convolutions between explicit transposes.
+- The kernel's gradient is a loop over chunks of the batch that fit a cache. The loop also materializes its operands;
+  otherwise XLA:CPU fuses an operand's normalization and sums into each transpose of it and recomputes them per element.
+- Strided gradients are split by the offset within the stride; JAX's multiply by inserted zeros.
+
+A train step of ResNet-18 at batch 128 takes 1.60 s instead of 1.94 (2 x86 cores with AVX-512, medians of 4 interleaved
+runs). XLA:CPU's kernels are slow for few input channels, as images have; there the patches are gathered and multiplied
+by a matrix product (3 channels, 3x3, batch 32 on 2 x86 cores: 0.65 ms against 1.6). On other platforms everything is
+JAX's own.
 """
 
 import math
@@ -27,18 +31,18 @@ Pair = tuple[int, int]
 
 _LAYOUTS = ("NHWC", "HWIO", "NHWC")
 _FEW_CHANNELS = 4
-_PART = 4 * 2**20  # bytes of the input of which a kernel's gradient is computed at once
+_CHUNK_BYTES = 4 * 2**20  # of the input, in the loop of a kernel's gradient
 
 
 def conv2d(
     x: jax.Array, kernel: jax.Array, *, strides: Sequence[int] = (1, 1), padding: str | Sequence[tuple[int, int]]
 ) -> jax.Array:
-    """A two-dimensional convolution, equal to `lax.conv_general_dilated`.
+    """Computes a two-dimensional convolution, equal to `lax.conv_general_dilated`.
 
     Args:
       x: float [b, h, w, in].
       kernel: [kh, kw, in, out], of x's dtype.
-      strides: of the window, down and right.
+      strides: of the window, vertical and horizontal.
       padding: "SAME", "VALID" or ((top, bottom), (left, right)); a negative number crops the input.
 
     Returns:
@@ -61,10 +65,10 @@ def conv_general_dilated(
     dimension_numbers: Any = None,
     **others: Any,
 ) -> jax.Array:
-    """`lax.conv_general_dilated`, by `conv2d` where that can; made for `nnx.Conv(conv_general_dilated=...)`.
+    """Replaces `lax.conv_general_dilated`, using `conv2d` if it can; made for `nnx.Conv(conv_general_dilated=...)`.
 
     Args:
-      others: further arguments of `lax.conv_general_dilated`. Any that is set sends the call there, as dilation does.
+      others: further arguments of `lax.conv_general_dilated`. If any is set, or with dilation, the call goes to `lax`.
 
     Raises:
       ValueError: the input is dilated and `padding` is a string, which `lax.conv_general_dilated` does not define.
@@ -97,26 +101,24 @@ def _crop_and_convolve(
     pads: Pads,
     kernel_dilation: Pair = (1, 1),
 ) -> jax.Array:
-    """convolve(x, kernel, strides, pads), where `convolve` sees no negative padding and no empty array.
-
-    XLA:CPU reads outside of the input where the low padding is negative and the high one positive
-    (https://github.com/openxla/xla/issues/48713), and a negative `lax.pad` before the convolution is folded back into
-    its padding (https://github.com/openxla/xla/issues/48715). A slice stays a slice.
-    """
+    """Calls `convolve` with negative padding replaced by a slice; returns zeros itself where arrays are empty."""
+    # XLA:CPU reads outside of the input if the low padding is negative and the high one positive
+    # (https://github.com/openxla/xla/issues/48713). A negative `lax.pad` before the convolution would be folded back
+    # into its padding (https://github.com/openxla/xla/issues/48715); a slice is not.
     spans, positive, output = [slice(None)], [], []
     for size, (low, high), side, stride, dilation in zip(x.shape[1:3], pads, kernel.shape, strides, kernel_dilation):
         spans.append(slice(max(-low, 0), max(size + min(high, 0), 0)))
         positive.append((max(low, 0), max(high, 0)))
         output.append(max(0, (size + low + high - (side - 1) * dilation - 1) // stride + 1))
     cropped = x[tuple(spans)]
-    # All windows lie in the padding, or there are none.
+    # All windows lie in the padding, or there is no window.
     if not (cropped.size and kernel.size and math.prod(output)):
         return lax.full_like(x, 0, shape=(len(x), *output, kernel.shape[-1]))
     return convolve(cropped, kernel, strides, (positive[0], positive[1]))
 
 
 def _product(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
-    """The convolution as one matrix product, of the patches [b, h', w', kh * kw * in] with the kernel."""
+    """Computes the convolution as one matrix product of the patches [b, h', w', kh * kw * in] and the kernel."""
     x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
     ends = [size - side + 1 for size, side in zip(x.shape[1:3], kernel.shape)]
     (down, right), (height, width) = strides, kernel.shape[:2]
@@ -144,20 +146,20 @@ def _backward(
     def canonical(x: jax.Array, kernel: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
         return _input_gradient(x, kernel, dy, strides, pads), _kernel_gradient(x, kernel, dy, strides, pads)
 
-    def derived(x: jax.Array, kernel: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def by_jax(x: jax.Array, kernel: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jax.vjp(lambda x, kernel: _lax_conv(x, kernel, strides, pads), x, kernel)[1](dy)
 
-    # Decided when the program is lowered, so compiling for a TPU from a process that only has CPUs is right too.
-    return lax.platform_dependent(*residuals, dy, cpu=canonical, default=derived)
+    # Decided when the program is lowered, so this is also right when a process with CPUs only compiles for a TPU.
+    return lax.platform_dependent(*residuals, dy, cpu=canonical, default=by_jax)
 
 
 _conv2d.defvjp(_forward, _backward)
 
 
 def _input_gradient(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
-    """dx: for each place within a stride the gradient convolved with those taps, mirrored, that meet the place."""
+    """Computes dx: for each offset within a stride, dy convolved with the mirrored kernel elements that reach it."""
 
-    def of(offsets: Pair) -> jax.Array:
+    def at_offsets(offsets: Pair) -> jax.Array:
         taps, backward_pads = [], []
         for axis, (offset, stride) in enumerate(zip(offsets, strides)):
             shift, first = divmod(offset + pads[axis][0], stride)
@@ -169,15 +171,14 @@ def _input_gradient(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pai
 
     sizes = [-(-size // stride) for size, stride in zip(x.shape[1:3], strides)]
     down, right = (range(stride) for stride in strides)
-    dx = jnp.stack([jnp.stack([of((i, j)) for j in right], 3) for i in down], 2)  # [b, h/s, s, w/s, s, in]
+    dx = jnp.stack([jnp.stack([at_offsets((i, j)) for j in right], 3) for i in down], 2)  # [b, h/s, s, w/s, s, in]
     return dx.reshape(len(x), sizes[0] * strides[0], -1, x.shape[-1])[:, : x.shape[1], : x.shape[2]]
 
 
 def _kernel_gradient(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
-    """dk[i, j, :, :]: the input's channels as the batch, the batch as the channels, and the gradient as the kernel.
+    """Computes the kernel's gradient: a convolution with x's channels as batch, its batch as channels, dy as kernel.
 
-    Summed over parts of the batch, in float32; where a partitioner splits the batch it is in one part, or each would
-    be gathered.
+    It is summed over chunks of the batch, in float32.
     """
     backward_pads = []
     for axis in (0, 1):
@@ -190,19 +191,20 @@ def _kernel_gradient(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pa
         x, dy = pair[0].transpose(3, 1, 2, 0), pair[1].transpose(1, 2, 0, 3)
         return gradient + _crop_and_convolve(convolve, x, dy, (1, 1), pads_of_x, strides), None
 
-    parts = _parts(x, kernel) if sharding.is_unsharded() else 1
-    pairs = x.reshape(parts, -1, *x.shape[1:]), dy.reshape(parts, -1, *dy.shape[1:])
-    # Within `jax.shard_map` the first sum must vary over the devices as the others do, so it is made like dy.
+    # A single chunk if GSPMD shards the batch: it would gather each chunk.
+    chunks = _num_chunks(x, kernel) if sharding.is_unsharded() else 1
+    pairs = x.reshape(chunks, -1, *x.shape[1:]), dy.reshape(chunks, -1, *dy.shape[1:])
+    # Within `jax.shard_map` the initial sum must vary over the devices as dy does, hence `full_like`.
     zeros = lax.full_like(dy, 0, jnp.float32, shape=[kernel.shape[i] for i in (2, 0, 1, 3)])
     gradient, _ = lax.scan(add, zeros, pairs)
     return gradient.transpose(1, 2, 0, 3).astype(x.dtype)
 
 
-def _parts(x: jax.Array, kernel: jax.Array) -> int:
-    """Into how many parts of a batch its kernel gradient is taken."""
-    parts = 1 << ((x.nbytes - 1) // _PART).bit_length()
-    # A loop has its operands whole, which is worth a second part where the sum of two gradients costs little: a step
-    # of the tutorial CNN at batch 32 takes 3.70 ms so, 3.97 in one part (medians of 5 interleaved runs).
-    if x.nbytes > max(_PART // 8, 8 * kernel.nbytes):
-        parts = max(parts, 2)
-    return math.gcd(len(x), parts)
+def _num_chunks(x: jax.Array, kernel: jax.Array) -> int:
+    """Returns how many chunks of the batch the kernel's gradient is summed over."""
+    chunks = 1 << ((x.nbytes - 1) // _CHUNK_BYTES).bit_length()
+    # A loop materializes its operands. That is worth a second chunk if the sum of two gradients is cheap: a step of the
+    # tutorial CNN at batch 32 takes 3.70 ms instead of 3.97 (medians of 5 interleaved runs).
+    if x.nbytes > max(_CHUNK_BYTES // 8, 8 * kernel.nbytes):
+        chunks = max(chunks, 2)
+    return math.gcd(len(x), chunks)

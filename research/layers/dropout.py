@@ -1,4 +1,4 @@
-"""Dropout whose draws do not depend on how many devices share the batch."""
+"""Dropout whose masks do not depend on how many devices share the batch."""
 
 from typing import Any
 
@@ -13,8 +13,8 @@ from research.config import is_on
 class Dropout(nnx.Module):
     """Sets each value to 0 with probability `rate`, and scales the others by 1 / (1 - rate) (Srivastava et al. 2014).
 
-    It is given its key at each call and stores no random state; `batch_axis` is the axis that counts examples. The rate
-    may become a traced one (`set_rate`).
+    Each call takes its key, so no random state is stored. `batch_axis` is the axis of the examples. `set_rate` can make
+    the rate a traced one.
     """
 
     def __init__(self, rate: float, batch_axis: int = 0):
@@ -23,14 +23,14 @@ class Dropout(nnx.Module):
 
     @property
     def off(self) -> bool:
-        """Whether it does nothing, so that the program has nothing of it."""
+        """Whether the rate is statically 0, so that the compiled program contains no dropout."""
         return not is_on(self.rate)
 
     def __call__(self, x: jax.Array, *, train: bool, key: jax.Array | None) -> jax.Array:
-        """x in evaluation.
+        """Applies dropout in training; returns x unchanged in evaluation.
 
         Raises:
-          ValueError: in training there is no key.
+          ValueError: `key` is None in training.
         """
         if not train or self.off:
             return x

@@ -1,12 +1,12 @@
-"""h_t = a_t h_{t-1} + b_t, elementwise: the recurrence that parallelises over time.
+"""The linear recurrence h_t = a_t h_{t-1} + b_t, elementwise, parallel over time by an associative scan.
 
-(a, b) then (a', b') is (a' a, a' b + b'), an associative composition, so that all steps take a logarithmic number of
-rounds (Blelloch 1990; Martin & Cundy 2018, arXiv 1709.04057). On a CPU, which has no use for that much parallelism, a
-plain loop over time makes the same result 5 to 10 times faster, and is what runs there.
+The composition of two steps, (a, b) then (a', b'), is (a' a, a' b + b'). It is associative, so all steps take a
+logarithmic number of rounds (Blelloch 1990; Martin & Cundy 2018, arXiv 1709.04057). A CPU cannot use that much
+parallelism: there a plain loop over time is 5 to 10 times as fast, and is used instead.
 
-Where the mesh in context has an axis `sequence`, each device does its part of the time axis and only the parts' ends
-travel. The adjoint of the recurrence is the same recurrence backwards in time, so the gradient costs one more of them
-and needs nothing kept but h.
+If the mesh in context has an axis `sequence`, each device computes its shard of the time axis, and only the states at
+the ends of the shards are communicated. The adjoint is the same recurrence backwards in time, so the gradient costs one
+more recurrence, and of the intermediate results only h is kept.
 """
 
 from collections.abc import Callable
@@ -23,12 +23,12 @@ _Function = Callable[..., jax.Array]
 
 @jax.custom_vjp
 def linear_recurrence(a: jax.Array, b: jax.Array, h: jax.Array) -> jax.Array:
-    """h_t = a_t h_{t-1} + b_t at every time step.
+    """Computes h_t = a_t h_{t-1} + b_t for every time step.
 
     Args:
       a: real or complex [T, b, units]; at most 1 in magnitude, or long sequences overflow.
       b: [T, b, units], of a's dtype.
-      h: before the first step, [b, units], of a's dtype.
+      h: the initial state, [b, units], of a's dtype.
 
     Returns:
       h after each step, [T, b, units].
@@ -51,56 +51,60 @@ def _backward(residuals: tuple[jax.Array, ...], d_hidden: jax.Array) -> tuple[ja
 linear_recurrence.defvjp(_forward, _backward)
 
 
-def _over_time(one_device: _Function, a_shard: _Function, *arrays: jax.Array) -> jax.Array:
-    """What either function makes of arrays [T, b, units], the last one [b, units]: by parts where the mesh has them."""
+def _over_time(one_device: _Function, per_shard: _Function, *arrays: jax.Array) -> jax.Array:
+    """Calls `per_shard` in a `jax.shard_map` over time if the mesh and T allow, else `one_device`.
+
+    The arrays are [T, b, units], except for the last, which is [b, units].
+    """
     shards = jax.sharding.get_abstract_mesh().shape.get(SEQUENCE, 1)
     if shards == 1 or len(arrays[0]) % shards:
         return one_device(*arrays)
     specs = (*[P(SEQUENCE)] * (len(arrays) - 1), P())
-    # What check_vma guards is differentiation through shard_map, which the custom gradient never does.
+    # check_vma is needed to differentiate through shard_map only, and the custom gradient does not.
     options = {"axis_names": {SEQUENCE}, "in_specs": specs, "out_specs": P(SEQUENCE), "check_vma": False}
-    return jax.shard_map(a_shard, **options)(*arrays)
+    return jax.shard_map(per_shard, **options)(*arrays)
 
 
 def _run(a: jax.Array, b: jax.Array, h: jax.Array, *, reverse: bool) -> jax.Array:
-    """The recurrence, from the last time step to the first where `reverse`."""
+    """Computes the recurrence; with `reverse`, from the last time step to the first."""
     return _over_time(partial(_on_one_device, reverse=reverse), partial(_on_a_shard, reverse=reverse), a, b, h)
 
 
 def _shifted(x: jax.Array, outside: jax.Array, *, reverse: bool) -> jax.Array:
-    """x of the time step before, of the one after where `reverse`; `outside` is that of none of them."""
+    """Shifts x by one time step, so that step t has x of t - 1 (`reverse`: of t + 1); `outside` fills the end."""
 
     def one_device(x: jax.Array, outside: jax.Array) -> jax.Array:
         return jnp.concatenate([x[1:], outside[None]] if reverse else [outside[None], x[:-1]])
 
-    def a_shard(x: jax.Array, outside: jax.Array) -> jax.Array:
+    def per_shard(x: jax.Array, outside: jax.Array) -> jax.Array:
         index, last = lax.axis_index(SEQUENCE), lax.axis_size(SEQUENCE) - 1
         pairs = [(i + 1, i) if reverse else (i, i + 1) for i in range(last)]
-        neighbour = lax.ppermute(x[0 if reverse else -1], SEQUENCE, pairs)
-        return one_device(x, jnp.where(index == (last if reverse else 0), outside, neighbour))
+        neighbor = lax.ppermute(x[0 if reverse else -1], SEQUENCE, pairs)
+        return one_device(x, jnp.where(index == (last if reverse else 0), outside, neighbor))
 
-    return _over_time(one_device, a_shard, x, outside)
+    return _over_time(one_device, per_shard, x, outside)
 
 
 def _on_a_shard(a: jax.Array, b: jax.Array, h: jax.Array, *, reverse: bool) -> jax.Array:
-    """This device's part of the time axis; `h` is that before the whole of it."""
+    """Computes this device's shard of the time axis; `h` is the initial state of the whole sequence."""
+    # Each device composes its steps to one; the recurrence over these gives the state at the end of every shard.
     end = 0 if reverse else -1
-    part = _on_one_device(a, b, jnp.zeros_like(h), reverse=reverse)[end]
-    decays, parts = (lax.all_gather(x, SEQUENCE) for x in (a.prod(0), part))
-    ends = sequential(decays, parts, h, reverse=reverse)  # after each device's part
+    shard_b = _on_one_device(a, b, jnp.zeros_like(h), reverse=reverse)[end]
+    all_a, all_b = (lax.all_gather(x, SEQUENCE) for x in (a.prod(0), shard_b))
+    ends = sequential(all_a, all_b, h, reverse=reverse)
     before = jnp.concatenate([ends[1:], h[None]] if reverse else [h[None], ends[:-1]])
     return _on_one_device(a, b, before[lax.axis_index(SEQUENCE)], reverse=reverse)
 
 
 def _on_one_device(a: jax.Array, b: jax.Array, h: jax.Array, *, reverse: bool) -> jax.Array:
-    # Decided when the program is lowered, so compiling for a TPU from a process that only has CPUs is right too.
+    # Decided when the program is lowered, so this is also right when a process with CPUs only compiles for a TPU.
     return lax.platform_dependent(
         a, b, h, cpu=partial(sequential, reverse=reverse), default=partial(parallel, reverse=reverse)
     )
 
 
 def sequential(a: jax.Array, b: jax.Array, h: jax.Array, *, reverse: bool = False) -> jax.Array:
-    """The recurrence as a loop over time."""
+    """Computes the recurrence as a loop over time."""
 
     def body(h: jax.Array, ab: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         h = ab[0] * h + ab[1]
@@ -110,7 +114,7 @@ def sequential(a: jax.Array, b: jax.Array, h: jax.Array, *, reverse: bool = Fals
 
 
 def parallel(a: jax.Array, b: jax.Array, h: jax.Array, *, reverse: bool = False) -> jax.Array:
-    """The recurrence as a tree of compositions."""
+    """Computes the recurrence as an associative scan."""
 
     def compose(first: tuple[jax.Array, jax.Array], then: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         return then[0] * first[0], then[0] * first[1] + then[1]

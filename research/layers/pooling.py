@@ -1,13 +1,13 @@
-"""Pooling by strided slices, whose gradient costs a fraction of that of `lax.reduce_window` on the CPU.
+"""Pooling by strided slices, whose gradient is much faster on the CPU than that of `lax.reduce_window`.
 
-There the gradient of the maximum is one selection: each element of the input compares its position with the index of
-its window's first maximum. As JAX derives it, each element adds up one part per position, converting between bfloat16
-and float32 at each operation. A 2x2 pool of [128, 30, 30, 32] and its gradient take 6.8 ms of CPU time this way in
-bfloat16 and 78 as derived, 6.1 and 9.7 in float32 (2 x86 cores with AVX-512, jax 0.10.2, medians of 21 interleaved
-runs). Elsewhere than on the CPU the gradient is as derived.
+Windows do not overlap and have no padding (the remaining rows and columns at the end are dropped), so pooling is an
+elementwise function of the windows' strided slices.
 
-Windows do not overlap and have no padding (rows and columns left over at the end are dropped), so that the pool is an
-elementwise function of their strided slices.
+On the CPU, the gradient of the maximum is one selection: each element of the input compares its position with the index
+of its window's first maximum. The gradient that JAX derives adds up one term per position instead, and converts between
+bfloat16 and float32 at each operation. A 2x2 pool of [128, 30, 30, 32] with its gradient takes 6.8 ms of CPU time
+instead of 78 in bfloat16, and 6.1 instead of 9.7 in float32 (2 x86 cores with AVX-512, jax 0.10.2, medians of 21
+interleaved runs). Other platforms use the gradient that JAX derives.
 """
 
 from functools import partial, reduce
@@ -18,7 +18,7 @@ from jax import lax
 
 
 def max_pool(x: jax.Array, window: int) -> jax.Array:
-    """The maximum over square windows.
+    """Computes the maximum over square windows.
 
     The first of several equal maxima, in row-major order, gets the whole gradient, as in `lax.reduce_window`, PyTorch
     and TensorFlow.
@@ -46,18 +46,18 @@ def _backward(window: int, x: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
         dx = jnp.where(index == position, dy[:, :, None, :, None], 0).reshape(b, height * window, width * window, c)
         return jnp.pad(dx, [(0, size - pooled) for size, pooled in zip(x.shape, dx.shape)])
 
-    def derived(x: jax.Array, dy: jax.Array) -> jax.Array:
+    def by_jax(x: jax.Array, dy: jax.Array) -> jax.Array:
         return jax.vjp(lambda x: reduce(_maximum, _slices(x, window)), x)[1](dy)[0]
 
-    return (lax.platform_dependent(x, dy, cpu=selected, default=derived),)
+    return (lax.platform_dependent(x, dy, cpu=selected, default=by_jax),)
 
 
 _max_pool.defvjp(lambda x, window: (_max_pool(x, window), x), _backward)
 
 
 def _first_maximum(x: jax.Array, window: int) -> jax.Array:
-    """The row-major index of each window's first maximum: int32 [b, h // window, w // window, c]."""
-    # In float32, or XLA:CPU rounds to bfloat16 after each operation.
+    """Computes the row-major index of each window's first maximum: int32 [b, h // window, w // window, c]."""
+    # In float32, as XLA:CPU would convert to and from bfloat16 at each operation.
     largest, *others = (part.astype(jnp.float32) for part in _slices(x, window))
     index = jnp.zeros(largest.shape, jnp.int32)
     for i, part in enumerate(others, 1):
@@ -68,11 +68,9 @@ def _first_maximum(x: jax.Array, window: int) -> jax.Array:
 
 @jax.custom_jvp
 def _maximum(x: jax.Array, y: jax.Array) -> jax.Array:
-    """The larger of each pair; of two equals x has the gradient.
-
-    JAX's own gradient of `maximum` asks x == max(x, y). Where XLA computes x twice, in two fusions that round
-    differently, neither side may be equal, and the gradient is lost. Here one comparison decides for both sides.
-    """
+    """Computes the elementwise maximum; if both are equal, x gets the gradient."""
+    # JAX's own gradient of `maximum` tests x == max(x, y). If XLA computes x twice, in two fusions that round
+    # differently, neither side may be equal, and the gradient is lost. Here one comparison decides for both sides.
     return jnp.maximum(x, y)
 
 
@@ -85,11 +83,11 @@ def _maximum_jvp(
 
 
 def avg_pool(x: jax.Array, window: int) -> jax.Array:
-    """The mean over square windows; arguments and result as of `max_pool`."""
+    """Computes the mean over square windows; arguments and result are those of `max_pool`."""
     return reduce(jnp.add, _slices(x, window)) / window**2
 
 
 def _slices(x: jax.Array, window: int) -> list[jax.Array]:
-    """The window's elements, each for all windows: window ** 2 arrays [b, h // window, w // window, c]."""
+    """Returns each window position's elements of all windows: window ** 2 arrays [b, h // window, w // window, c]."""
     height, width = (size // window * window for size in x.shape[1:3])
     return [x[:, i:height:window, j:width:window] for i in range(window) for j in range(window)]

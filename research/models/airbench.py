@@ -1,6 +1,6 @@
 """The airbench networks (Jordan 2024, arXiv 2404.00498): whitening, three groups of convolutions, a scaled classifier.
 
-The published programs (github.com/KellerJordan/cifar10-airbench) have 64/256/256 channels and two convolutions a group
+The published networks (github.com/KellerJordan/cifar10-airbench) have 64/256/256 channels and two convolutions a group
 (airbench94), or 128/384/512 and three (airbench96). `research.models.cnn.create` builds them.
 """
 
@@ -22,7 +22,7 @@ CHANNELS = {2: (64, 256, 256), 3: (128, 384, 512)}  # convolutions a group -> pu
 
 
 def whitening_kernel(images: np.ndarray, epsilon: float = 5e-4) -> np.ndarray:
-    """The kernel that whitens 2x2 patches (Jordan 2024, section 3.2), computed on the host.
+    """Computes the kernel that whitens 2x2 patches (Jordan 2024, section 3.2), on the host.
 
     Args:
       images: float32 [n, h, w, c], normalized.
@@ -44,26 +44,26 @@ class Frozen(nnx.Variable):
 
 
 def dirac_init(key: jax.Array, shape: Sequence[int], dtype: Any = jnp.float32, **_: Any) -> jax.Array:
-    """The identity in the first outputs, as many as there are inputs; the rest uniform (Jordan 2024, section 3.3)."""
+    """Initializes the first outputs to the identity of the inputs, the rest uniformly (Jordan 2024, section 3.3)."""
     height, width, inputs, outputs = shape
     kernel = LECUN_THIRD(key, shape, dtype)
-    same = min(inputs, outputs)
-    identity = jnp.zeros((height, width, inputs, same), dtype)
-    identity = identity.at[height // 2, width // 2].set(jnp.eye(inputs, same, dtype=dtype))
-    return kernel.at[..., :same].set(identity)
+    count = min(inputs, outputs)
+    identity = jnp.zeros((height, width, inputs, count), dtype)
+    identity = identity.at[height // 2, width // 2].set(jnp.eye(inputs, count, dtype=dtype))
+    return kernel.at[..., :count].set(identity)
 
 
 def _gelu(x: jax.Array) -> jax.Array:
     """The exact GELU, x * Phi(x), computed in float32 and returned in the dtype of `x`."""
-    # Not `jax.nn.gelu(approximate=False)`: that calls erfc, of which XLA:CPU computes both branches; with its gradient
-    # it takes 1.7 times as long as the tanh approximation, and this 1.04 times as long. Far below 0 this is exact to
-    # 1e-7 of x, not of GELU(x), as in PyTorch.
+    # Not `jax.nn.gelu(approximate=False)`: that calls erfc, of which XLA:CPU computes both branches. With its gradient
+    # it takes 1.7 times as long as the tanh approximation; this takes 1.04 times as long. Far below 0 the error is 1e-7
+    # of x, not of GELU(x), as in PyTorch.
     y = x.astype(jnp.float32)
     return (y * (0.5 + 0.5 * jax.lax.erf(y * math.sqrt(0.5)))).astype(x.dtype)
 
 
 class AirbenchGroup(nnx.Module):
-    """Jordan 2024, section 3: 2 or 3 convolutions, the first with max pooling; of 3, the last two have a residual."""
+    """Jordan 2024, section 3: 2 or 3 convolutions with max pooling after the first; the third adds a residual."""
 
     def __init__(self, style: Style, inputs: int, outputs: int, depth: int):
         self.convs = nnx.List([style.conv(inputs if i == 0 else outputs, outputs) for i in range(depth)])

@@ -1,4 +1,4 @@
-"""The layers that networks are made of; `Style` builds those of one network alike."""
+"""Layers for the networks; a `Style` builds all layers of one network with the same options."""
 
 import dataclasses
 import math
@@ -21,7 +21,7 @@ LECUN_THIRD = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # P
 
 
 class Bias(nnx.Module):
-    """x + bias: what stands in the place of a normalisation where there is none."""
+    """x + bias, in place of a normalization in a network without any."""
 
     def __init__(self, features: int):
         self.bias = nnx.Param(jnp.zeros(features))
@@ -31,7 +31,7 @@ class Bias(nnx.Module):
 
 
 class Linear(nnx.Linear):
-    """A dense layer; the bias's gradient is a product, as `bias_add` has it."""
+    """`nnx.Linear` whose bias has the faster gradient of `bias_add`."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel, dtype = self.kernel[...], self.dtype or x.dtype
@@ -40,7 +40,7 @@ class Linear(nnx.Linear):
 
 
 class Norm(nnx.Module):
-    """A normalisation of the last axis's features: batch, layer, group (at most 32 groups), or none but a bias."""
+    """Normalizes the last axis's features: batch, layer or group norm (at most 32 groups), or only a bias."""
 
     def __init__(self, style: "Style", features: int):
         options = {"use_scale": style.norm_scale, "epsilon": style.norm_epsilon, "dtype": style.dtype}
@@ -57,7 +57,7 @@ class Norm(nnx.Module):
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         if isinstance(self.layer, BatchNorm):
-            if train:  # the statistics are the whole batch's, also where each device has its part
+            if train:  # average the statistics over the devices where each computes its part of the batch on its own
                 self.layer.axis_name = sharding.manual_batch_axes()  # pyright: ignore[reportAttributeAccessIssue]
             return self.layer(x, use_running_average=not train)
         return self.layer(x)
@@ -65,15 +65,15 @@ class Norm(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """What all layers of one network have in common.
+    """The options that all layers of one network share, and factories of these layers.
 
     Attributes:
-      rngs: for initialisation.
+      rngs: for initialization.
       dtype: of the computation; parameters are float32.
-      dropout_rate: of `dropout`.
+      dropout_rate: the rate of `dropout`.
       norm: "none", "batch", "layer" or "group".
-      kernel_init, linear_init: of convolutions, of dense layers.
-      norm_scale: whether a normalisation scales (and not only shifts) what it has normalised.
+      kernel_init, linear_init: initializers of convolutions and of dense layers.
+      norm_scale: whether normalizations have a scale; all have a bias.
       norm_momentum: of batch norm's moving averages.
       norm_epsilon: added to the variance.
     """
@@ -91,7 +91,7 @@ class Style:
     def conv(
         self, inputs: int, outputs: int, size: int = 3, *, stride: int = 1, padding: str | None = None
     ) -> nnx.Conv:
-        """A convolution without bias; by default `size // 2` zeros are added on all sides, whatever the stride."""
+        """Builds a convolution without bias; the default padding is `size // 2` on all sides, whatever the stride."""
         return nnx.Conv(
             inputs,
             outputs,
@@ -106,14 +106,14 @@ class Style:
         )
 
     def linear(self, inputs: int, outputs: int, *, use_bias: bool = True) -> Linear:
-        """A dense layer."""
+        """Builds a dense layer."""
         options = {"use_bias": use_bias, "dtype": self.dtype, "kernel_init": self.linear_init}
         return Linear(inputs, outputs, rngs=self.rngs, **options)
 
     def normalization(self, features: int) -> Norm:
-        """The network's normalisation."""
+        """Builds a normalization."""
         return Norm(self, features)
 
     def dropout(self) -> Dropout:
-        """The network's dropout."""
+        """Builds a dropout layer."""
         return Dropout(self.dropout_rate)

@@ -1,4 +1,4 @@
-"""Convolutional networks for small images; `create` builds the one that a `CNNConfig` describes.
+"""Convolutional networks for small images; `create` builds the network of a `CNNConfig`.
 
 | name | source | published width, depth, normalization |
 | --- | --- | --- |
@@ -9,7 +9,9 @@
 | | with depth 3: airbench96 | 128, 3, batch without scale |
 
 Every network is called as `network(images, train=..., key=...)` with normalized images, float [b, h, w, c], and returns
-logits, float32 [b, classes]. `key` is for dropout, in training only.
+logits, float32 [b, classes]. `key` is for dropout and is needed in training only.
+
+The tutorial CNN is the network of TensorFlow's tutorial: https://www.tensorflow.org/tutorials/images/cnn
 """
 
 import dataclasses
@@ -31,7 +33,7 @@ from research.models.blocks import GLOROT, HE, HE_FAN_IN, LECUN, LECUN_THIRD, St
 
 Pool = Callable[[jax.Array, int], jax.Array]
 
-_PUBLISHED = {  # width, depth, norm
+_PUBLISHED = {  # width, depth (0: not configurable), norm
     "simple": (32, 0, "none"),
     "resnet": (64, 18, "batch"),
     "wide_resnet": (10, 28, "batch"),
@@ -42,24 +44,24 @@ _RESNET_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
 
 
 def resolve(config: CNNConfig, image_shape: tuple[int, ...]) -> CNNConfig:
-    """The config with the architecture's published width, depth and norm where it leaves them open.
+    """Returns the config with the architecture's published values in the fields that are left open.
 
     Raises:
-      UserError: a field is set that the architecture would ignore, a depth that it does not have, or the images
-        (h, w, c) are too small for it.
+      UserError: a field is set that the architecture ignores, it does not have this depth, or the images (h, w, c) are
+        too small for it.
     """
     width, depth, norm = _PUBLISHED[config.name]
     if config.depth and not depth:
-        raise UserError(f"--config.model.depth={config.depth}: {config.name} has one depth; leave it 0")
+        raise UserError(f"--config.model.depth={config.depth}: {config.name} has a fixed depth; leave it at 0")
     if config.pool != "max" and config.name != "simple":
-        raise UserError(f"--config.model.pool={config.pool}: only the simple network has this choice")
+        raise UserError(f"--config.model.pool={config.pool}: only the simple network supports it")
     config = dataclasses.replace(config, depth=config.depth or depth, norm=config.norm or norm)
     if config.name == "airbench":
         if config.depth not in airbench.CHANNELS:
-            raise UserError(f"--config.model.depth={config.depth}: airbench has 2 or 3 convolutions a group")
+            raise UserError(f"--config.model.depth={config.depth}: airbench has 2 or 3 convolutions per group")
         width = airbench.CHANNELS[config.depth][0]
     if config.name == "resnet" and config.depth not in _RESNET_BLOCKS:
-        raise UserError(f"--config.model.depth={config.depth}: resnet has {' or '.join(map(str, _RESNET_BLOCKS))}")
+        raise UserError(f"--config.model.depth={config.depth}: resnet supports {' or '.join(map(str, _RESNET_BLOCKS))}")
     if config.name == "wide_resnet" and (config.depth < 10 or config.depth % 6 != 4):
         raise UserError(f"--config.model.depth={config.depth}: wide_resnet has 6 n + 4 layers: 10, 16, 22, 28, ...")
     if min(image_shape[:2]) < (smallest := _SMALLEST_IMAGE[config.name]):
@@ -86,12 +88,12 @@ def create(
       rngs: for initialization.
       whitening: `airbench.whitening_kernel` of the training images; airbench needs it.
       norm_momentum: m in airbench's batch norm, running = m * running + (1 - m) * batch (PyTorch's momentum is 1 - m).
-        Published are 0.6 for airbench94 (batches of 1,024 or 2,000) and 0.9 for airbench96 (512). The default averages
-        as many examples over batches of 128 as 0.6 does over 1,024.
+        The published values are 0.6 for airbench94 (batches of 1,024 or 2,000) and 0.9 for airbench96 (512). With
+        batches of 128, the default averages over as many examples as 0.6 does with batches of 1,024.
     """
     width, depth = config.width, config.depth
     dtype = jnp.dtype(config.dtype)
-    by_fan_in = config.parametrization == "mup"
+    by_fan_in = config.parametrization == "mup"  # muP scales the initial variance by fan-in
     he = Style(rngs, dtype, config.dropout, config.norm, HE_FAN_IN if by_fan_in else HE, LECUN_THIRD)
     match config.name:
         case "simple":
@@ -121,7 +123,7 @@ class Simple(nnx.Module):
         height, width_, channels = image_shape
         sizes = [((side - 2) // 2 - 2) // 2 - 2 for side in (height, width_)]
         self.pool = pool
-        # Max pooling commutes with a bias and ReLU, so it goes before them: a quarter of the work.
+        # Max pooling commutes with a bias and ReLU; done first, it leaves them a quarter of the work.
         self.pool_first = pool is max_pool and style.norm == "none"
         features = [channels, width, 2 * width, 2 * width]
         pairs = list(itertools.pairwise(features))
@@ -146,7 +148,7 @@ class Simple(nnx.Module):
 
 
 class BasicBlock(nnx.Module):
-    """He et al. 2016, figure 2: two 3x3 convolutions beside a shortcut, projected by 1x1 where the shape changes."""
+    """He et al. 2016, figure 2: two 3x3 convolutions and a shortcut, with a 1x1 projection if the shape changes."""
 
     def __init__(self, style: Style, inputs: int, outputs: int, stride: int):
         self.conv1, self.norm1 = style.conv(inputs, outputs, stride=stride), style.normalization(outputs)
@@ -181,7 +183,7 @@ class WideBlock(nnx.Module):
 
 
 class ResNet(nnx.Module):
-    """Residual groups, the later ones at half the resolution of the one before; global average; a linear classifier."""
+    """Residual groups, each at half the resolution of the one before; global average pooling; linear classifier."""
 
     per_device_gradients = True
 
@@ -189,7 +191,7 @@ class ResNet(nnx.Module):
         self, style: Style, block: type, stem: int, groups: Sequence[tuple[int, int]], channels: int, classes: int
     ):
         """`groups` are (features, number of blocks)."""
-        # Blocks that begin with a normalization need one after the last block instead of one after the stem.
+        # Blocks that begin with a normalization (pre-activation) need one after the last block, not after the stem.
         self.norm_last = block is WideBlock
         self.stem = style.conv(channels, stem)
         self.blocks = nnx.List([])
@@ -199,7 +201,7 @@ class ResNet(nnx.Module):
                 self.blocks.append(block(style, inputs, features, 2 if i == 0 and number > 0 else 1))
                 inputs = features
         self.norm = style.normalization(inputs if self.norm_last else stem)
-        # A wide network drops out within its blocks.
+        # Wide blocks have their own dropout.
         self.dropout = Dropout(0.0) if self.norm_last else style.dropout()
         self.logits = style.linear(inputs, classes)
 

@@ -1,15 +1,16 @@
-"""Recurrent networks over characters; `RNN` is the one that an `RNNConfig` describes.
+"""Recurrent networks over characters; `RNN` builds the network of an `RNNConfig`.
 
 | name | layer | source |
 | --- | --- | --- |
 | simple | x -> h | Elman 1990 |
 | gru | x -> h | Cho et al. 2014, arXiv 1406.1078, reset after the product |
-| lstm | x -> h | Hochreiter & Schmidhuber 1997, with a forget gate that begins open |
+| lstm | x -> h | Hochreiter & Schmidhuber 1997, with a forget gate, initially open |
 | mingru | x + minGRU(norm x), then x + MLP(norm x) | Feng et al. 2024, arXiv 2410.01201, section 3.1 |
 | lru | x + GLU(gelu(LRU(norm x))) | Orvieto et al. 2023, arXiv 2303.06349, section 3 and appendix A |
 
-The first three are sequential. The last two are linear in their memory, hence parallel over time. Dropout acts on what
-a layer passes on (the first three; Zaremba et al. 2014, arXiv 1409.2329) or adds (the last two), never on memory.
+The first three are sequential. The last two are linear in their state, hence parallel over time. Dropout acts on the
+output of a layer (the first three; Zaremba et al. 2014, arXiv 1409.2329) or on the residual that it adds (the last
+two), never on the recurrent state.
 """
 
 import math
@@ -29,15 +30,16 @@ from research.layers.linear_recurrence import SEQUENCE, linear_recurrence
 from research.models.blocks import LECUN, Linear
 from research.sharding import BATCH_AXES
 
-Carry = tuple[recurrence.State, ...]  # of every layer, float32 [b, units] each
+Carry = tuple[recurrence.State, ...]  # the state of each layer, arrays float32 [b, units]
 
-_MEMORY = {"simple": (1,), "gru": (1,), "lstm": (1, 1), "mingru": (1,), "lru": (2,)}  # widths; lru: real, imaginary
+# The widths of the state's arrays, in units of config.width; the lru's is complex: real and imaginary parts.
+_STATE_WIDTHS = {"simple": (1,), "gru": (1,), "lstm": (1, 1), "mingru": (1,), "lru": (2,)}
 PARALLEL = ("mingru", "lru")
 
 
 def initial_carry(config: RNNConfig, batch_size: int) -> Carry:
-    """What the network remembers of nothing: zeros."""
-    sizes = _MEMORY[config.name]
+    """Returns the network's initial state: zeros."""
+    sizes = _STATE_WIDTHS[config.name]
     layer = tuple(jnp.zeros((batch_size, size * config.width)) for size in sizes)
     return (layer,) * config.layers
 
@@ -48,20 +50,20 @@ class RNN(nnx.Module):
     Args:
       config: the layers.
       vocabulary_size: the number of characters.
-      rngs: for initialisation.
+      rngs: for initialization.
     """
 
     per_device_gradients = True
 
     def __init__(self, config: RNNConfig, vocabulary_size: int, rngs: nnx.Rngs):
         width, self.dtype = config.width, jnp.dtype(config.dtype)
-        # A projection expects inputs of unit variance; a tied kernel must give small logits; a norm takes either, but
-        # what later layers add to must not vanish as the width grows.
+        # Sequential cells project the embedding, so it should have unit variance. A tied kernel must give small logits.
+        # Residual layers normalize their input, but under muP the residual stream must not vanish as the width grows.
         unit = config.parametrization == "mup" or (config.name not in PARALLEL and not config.tied)
         embedding_init = nnx.initializers.normal(1.0 if unit else width**-0.5)
         self.embedding = nnx.Embed(vocabulary_size, width, embedding_init=embedding_init, rngs=rngs)
         self.layers = nnx.List([_LAYERS[config.name](config, rngs) for _ in range(config.layers)])
-        # A residual network's sum is normalised once more before it is read.
+        # The residual stream is normalized once more before the logits.
         self.norm = nnx.RMSNorm(width, rngs=rngs) if config.name in PARALLEL else None
         self.bias = nnx.Param(jnp.zeros(vocabulary_size))
         self.kernel = None if config.tied else nnx.Param(LECUN(rngs.params(), (width, vocabulary_size)))
@@ -69,13 +71,13 @@ class RNN(nnx.Module):
     def __call__(
         self, tokens: jax.Array, carry: Carry, first: jax.Array, *, train: bool, key: jax.Array | None = None
     ) -> tuple[jax.Array, Carry]:
-        """The logits after each character.
+        """Computes the logits after each character.
 
         Args:
           tokens: int [b, T].
-          carry: from the characters before (`initial_carry` or what another call gave).
-          first: bool [b], whether to forget it.
-          train: whether to drop out.
+          carry: the state before the first character: `initial_carry`, or the carry that an earlier call returned.
+          first: bool [b], whether to reset the state.
+          train: whether dropout is active.
           key: for dropout.
 
         Returns:
@@ -84,26 +86,26 @@ class RNN(nnx.Module):
         carry = jax.tree.map(lambda h: jnp.where(first[:, None], 0, h), carry)
         keys = [None] * len(self.layers) if key is None else list(jax.random.split(key, len(self.layers)))
         table = self.embedding.embedding[...]
-        x, after = _over_time(table[tokens.T]), []
+        x, new_carry = _shard_over_time(table[tokens.T]), []
         for layer, state, layer_key in zip(self.layers, carry, keys):
             if isinstance(layer, Recurrent):
-                # What the first layer is driven by depends on the character alone, so where the vocabulary is smaller
-                # than the batch, it is the vocabulary that is projected: three of an LSTM's five large products less.
-                small = not after and not is_symbolic_dim(tokens.size) and len(table) < tokens.size
-                inputs = layer.inputs(table)[tokens.T] if small else layer.inputs(x)
+                # The first layer's input depends on the character only. If the vocabulary is smaller than the batch,
+                # project the vocabulary and look up the result: this saves three of an LSTM's five large products.
+                project_table = not new_carry and not is_symbolic_dim(tokens.size) and len(table) < tokens.size
+                inputs = layer.inputs(table)[tokens.T] if project_table else layer.inputs(x)
                 x, state = layer(inputs, state, train=train, key=layer_key)
             else:
                 x, state = layer(x, state, train=train, key=layer_key)
-            after.append(state)
+            new_carry.append(state)
         if self.norm is not None:
             x = self.norm(x)
         kernel = self.embedding.embedding[...].T if self.kernel is None else self.kernel[...]
         logits = x.astype(self.dtype) @ kernel.astype(self.dtype) + self.bias[...]
-        return logits.astype(jnp.float32).transpose(1, 0, 2), tuple(after)
+        return logits.astype(jnp.float32).transpose(1, 0, 2), tuple(new_carry)
 
 
-def _over_time(x: jax.Array) -> jax.Array:
-    """[T, b, width], with time split over the mesh's `sequence` where it has such an axis and T divides."""
+def _shard_over_time(x: jax.Array) -> jax.Array:
+    """Shards the time axis of x [T, b, width] over the mesh axis `sequence`, if there is one and it divides T."""
     shards = jax.sharding.get_abstract_mesh().shape.get(SEQUENCE, 1)
     if shards == 1 or len(x) % shards:
         return x
@@ -120,13 +122,13 @@ class Recurrent(nnx.Module):
     def __init__(self, cell: Callable[..., Any], gates: int, config: RNNConfig, rngs: nnx.Rngs):
         width = config.width
         self.cell, self.dtype = cell, jnp.dtype(config.dtype)
-        # The GRU's reset gate separates the two biases; elsewhere they would be one.
+        # The GRU's reset gate multiplies only one of the two biases; in the other cells they would add up to one.
         self.inputs = _linear(width, gates * width, config, rngs, use_bias=cell is recurrence.gru)
         orthogonal = nnx.initializers.orthogonal()
         parts = [orthogonal(rngs.params(), (width, width)) for _ in range(gates)]
         self.kernel = nnx.Param(jnp.concatenate(parts, axis=1))
         bias = jnp.zeros(gates * width)
-        if cell is recurrence.lstm:  # remember at first (Jozefowicz et al. 2015)
+        if cell is recurrence.lstm:  # forget gate initially open (Jozefowicz et al. 2015)
             bias = bias.at[width : 2 * width].set(1.0)
         self.bias = nnx.Param(bias)
         self.dropout = Dropout(config.dropout, batch_axis=1)
@@ -140,11 +142,11 @@ class Recurrent(nnx.Module):
 
 
 class MinGRU(nnx.Module):
-    """h = (1 - z) h + z n, with z = sigmoid and n linear of the input alone; and a feed-forward layer.
+    """minGRU, h = (1 - z) h + z n, followed by a feed-forward layer.
 
-    The paper's implementation computes in logarithms because its scan divides by products of 1 - z, which vanish. A
-    composition of steps only multiplies by them: an underflow is then what was to be forgotten, so nothing needs
-    logarithms, nor n to be positive.
+    The gate z (a sigmoid) and the candidate n (linear) are functions of the input alone. Feng et al. compute in
+    logarithms because their scan divides by products of 1 - z, which underflow. `linear_recurrence` only multiplies by
+    them, where an underflow is harmless (the state is forgotten), so logarithms are not needed and n may be negative.
     """
 
     def __init__(self, config: RNNConfig, rngs: nnx.Rngs):
@@ -170,8 +172,9 @@ class MinGRU(nnx.Module):
 class LRU(nnx.Module):
     """The linear recurrent unit: h = lambda h + gamma B x, y = Re(C h) + D x, with lambda, B, C, h complex.
 
-    lambda = exp(-exp(nu) + i exp(theta)) stays within the unit circle whatever nu (section 3.3); it begins on the ring
-    0.9 to 0.999, and gamma = sqrt(1 - |lambda|^2) keeps the size of h near that of its inputs (section 3.4).
+    lambda = exp(-exp(nu) + i exp(theta)) lies within the unit circle for any nu (section 3.3). It is initialized with
+    0.9 <= |lambda| <= 0.999, and gamma = sqrt(1 - |lambda|^2) keeps the scale of h near that of its inputs (section
+    3.4).
     """
 
     def __init__(self, config: RNNConfig, rngs: nnx.Rngs):
@@ -183,7 +186,7 @@ class LRU(nnx.Module):
         self.nu = nnx.Param(jnp.log(-0.5 * jnp.log(squares)))
         self.theta = nnx.Param(jnp.log(phases))
         self.gamma = nnx.Param(0.5 * jnp.log(1 - squares))
-        # B and C as real matrices: [real, imaginary] of B side by side, and of C one below the other.
+        # B and C as real matrices: real and imaginary parts of B side by side, those of C stacked.
         self.inputs = _linear(width, 2 * width, config, rngs, use_bias=False)
         self.outputs = _linear(2 * width, width, config, rngs, use_bias=False)
         self.skip = nnx.Param(jax.random.normal(rngs.params(), (width,)))
@@ -205,7 +208,7 @@ class LRU(nnx.Module):
 
 
 def _complex(x: jax.Array) -> jax.Array:
-    """[..., real and imaginary parts side by side] as complex64."""
+    """Converts [..., 2 * units], real parts followed by imaginary parts, to complex64 [..., units]."""
     real, imaginary = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jax.lax.complex(real, imaginary)
 

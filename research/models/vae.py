@@ -1,12 +1,12 @@
-"""Variational autoencoders for images; `create` builds the one that a `VAEConfig` describes.
+"""Variational autoencoders for images; `create` builds the network of a `VAEConfig`.
 
 | name | encoder | decoder |
 | --- | --- | --- |
 | dense | `depth` hidden layers of `width` units (Burda et al. 2016, arXiv 1509.00519: 2 of 200, tanh) | the same |
 | conv | a 3x3 convolution of `width` channels, `depth` more of stride 2 that double the channels | its mirror image |
 
-Both give a diagonal Gaussian over one layer of latents, and for every pixel the parameters of its likelihood: a logit
-(bernoulli), or mean and log variance (gaussian).
+The encoder returns a diagonal Gaussian over one layer of latents; the decoder returns the parameters of each pixel's
+likelihood: a logit (bernoulli), or mean and log variance (gaussian).
 """
 
 import itertools
@@ -23,11 +23,11 @@ from research.layers.bias import bias_add
 from research.models.blocks import GLOROT, LECUN, Style
 
 _ACTIVATIONS = {"tanh": jnp.tanh, "relu": nnx.relu, "silu": nnx.silu, "gelu": nnx.gelu}
-_PARAMETERS = {"bernoulli": 1, "gaussian": 2}  # a pixel
+_PARAMETERS = {"bernoulli": 1, "gaussian": 2}  # of each pixel's likelihood
 
 
 def check(config: VAEConfig, image_shape: tuple[int, ...]) -> None:
-    """Raises `UserError` where images of `image_shape` (h, w, c) cannot be halved as often as the network does."""
+    """Raises `UserError` if images of `image_shape` (h, w, c) are too small for the network's depth."""
     if config.name == "conv" and 2**config.depth > min(image_shape[:2]):
         size = "x".join(map(str, image_shape[:2]))
         raise UserError(f"--config.model.depth={config.depth}: images of {size} cannot be halved that often; lower it")
@@ -38,15 +38,15 @@ def create(config: VAEConfig, *, mean: np.ndarray, rngs: nnx.Rngs) -> "VAE":
 
     Args:
       config: checked (`check`).
-      mean: float [h, w, c], the training images' mean in 0..1; the decoder starts from it, as in Burda's program.
-      rngs: for initialisation.
+      mean: float [h, w, c], the training images' mean in 0..1; initializes the decoder's bias, as in Burda's code.
+      rngs: for initialization.
     """
     init = LECUN if config.parametrization == "mup" else GLOROT
     return VAE(config, mean, Style(rngs, jnp.dtype(config.dtype), 0.0, "none", init, init))
 
 
 def initial_bias(config: VAEConfig, mean: np.ndarray) -> np.ndarray:
-    """The decoder's parameters that give the mean image (gaussian: with a variance of 0.05), float32."""
+    """Computes the bias for which the decoder outputs the mean image (gaussian: with variance 0.05), float32."""
     flat = np.clip(mean, 0.001, 0.999).ravel()
     if config.likelihood == "gaussian":
         return np.concatenate([flat, np.full(flat.size, math.log(0.05))]).astype(np.float32)
@@ -64,14 +64,14 @@ class VAE(nnx.Module):
         self.bias = nnx.Param(jnp.asarray(initial_bias(config, mean)))
 
     def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Mean and log variance of q(latents | image): float [b, h, w, c] in 0..1 to two float32 [b, latents]."""
+        """Computes mean and log variance, float32 [b, latents], of q(latents | image), float [b, h, w, c] in 0..1."""
         mean, logvar = jnp.split(self.encoder(images).astype(jnp.float32), 2, axis=-1)
         return mean, logvar
 
     def decode(self, latents: jax.Array) -> jax.Array:
-        """Parameters of p(image | latents): float32 [..., latents] to float32 [..., h*w*c] logits.
+        """Computes the parameters of p(image | latents): float32 [..., latents] to float32 [..., h*w*c] logits.
 
-        For a gaussian likelihood [..., 2*h*w*c]: all the means, for pixels in 0..1, then all the log variances.
+        For a gaussian likelihood [..., 2*h*w*c]: all means, of pixels in 0..1, then all log variances.
         """
         flat = self.decoder(latents.reshape(-1, latents.shape[-1]))
         return bias_add(flat.reshape(*latents.shape[:-1], -1).astype(jnp.float32), self.bias[...])
@@ -111,7 +111,7 @@ class _DenseDecoder(nnx.Module):
 
 
 def _sizes(config: VAEConfig, image_shape: tuple[int, ...]) -> tuple[tuple[int, int, int], ...]:
-    """(height, width, channels) at every resolution, from the image's to the lowest."""
+    """Returns (height, width, channels) at each resolution, from the image's to the lowest."""
     height, width = image_shape[:2]
     return tuple((-(-height // 2**i), -(-width // 2**i), config.width * 2**i) for i in range(config.depth + 1))
 
@@ -139,7 +139,8 @@ class _ConvEncoder(nnx.Module):
 class _ConvDecoder(nnx.Module):
     """Latents [b, latents] to the likelihood's parameters, without the bias: [b, parameters * h*w*c].
 
-    Pixels are repeated and then convolved (Odena et al. 2016, "Deconvolution and checkerboard artifacts").
+    Nearest-neighbor upsampling is followed by a convolution (Odena et al. 2016, "Deconvolution and checkerboard
+    artifacts").
     """
 
     def __init__(self, config: VAEConfig, image_shape: tuple[int, ...], style: Style):
@@ -158,6 +159,6 @@ class _ConvDecoder(nnx.Module):
             x = x.repeat(2, 1).repeat(2, 2)[:, :height, :width]
             x = self.activation(norm(conv(x), train=False))
         x = self.out(x)
-        # Channels are grouped by parameter: all the means before all the log variances.
+        # Channels are grouped by parameter: all means before all log variances.
         x = x.reshape(*x.shape[:-1], self.parameters, -1)
         return jnp.moveaxis(x, -2, 1).reshape(x.shape[0], -1)

@@ -1,1 +1,1 @@
-"""What is learned: losses, metrics and plots; and the predictor, which applies a trained network."""
+"""Tasks: losses, metrics and plots; and the predictor, which applies a trained network to host arrays."""

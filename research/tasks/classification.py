@@ -1,4 +1,4 @@
-"""Images to classes."""
+"""Image classification by softmax cross-entropy."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -20,14 +20,15 @@ from research.tasks.task import Function, Metrics, Task
 
 @dataclasses.dataclass(frozen=True)
 class Classification(Task):
-    """Images to classes by softmax cross-entropy.
+    """Image classification by softmax cross-entropy, with augmentation, label smoothing and test-time views.
 
     Attributes:
-      network: builds the network from its rngs; `network(images, train=..., key=...)` gives logits [b, classes].
-      mean, std: the training set's statistics a channel, for values in 0..1.
-      augment: random changes to training images.
-      label_smoothing: part of the target spread evenly over all classes in training (Szegedy et al. 2016, section 7).
-      mirror, translate: which views of an image evaluation takes the mean of (`_views`).
+      network: builds the network from its rngs; `network(images, train=..., key=...)` returns logits [b, classes].
+      mean, std: the training set's statistics of each channel, for values in 0..1.
+      augment: the augmentation of training images.
+      label_smoothing: fraction of the target spread evenly over all classes in training (Szegedy et al. 2016, section
+        7).
+      mirror, translate: whether evaluation averages the logits over mirrored and shifted views (`_views`).
     """
 
     per_device_gradients: ClassVar[bool] = True
@@ -41,11 +42,11 @@ class Classification(Task):
     translate: bool = False
 
     def with_inputs(self, inputs: Mapping[str, Any]) -> "Classification":
-        """With the label smoothing that is given."""
+        """Returns this task with the label smoothing of the step's inputs."""
         return dataclasses.replace(self, label_smoothing=inputs.get("label_smoothing", self.label_smoothing))
 
     def evaluate(self, model: nnx.Module, batch: Batch, *, key: jax.Array, train: bool) -> Metrics:
-        """Cross-entropy in nats and accuracy of every example; only training augments and smooths.
+        """Computes each example's cross-entropy in nats and accuracy; augmentation and smoothing are for training only.
 
         Args:
           model: the network.
@@ -75,37 +76,38 @@ class Classification(Task):
         return jnp.tensordot(jnp.array(weights), logits, 1)
 
     def _views(self, inputs: jax.Array) -> list[tuple[float, jax.Array]]:
-        """What evaluation makes of images [b, h, w, c], with the weight of each (Jordan 2024, section 3.5).
+        """Returns (weight, view) pairs of the views that evaluation averages over (Jordan 2024, section 3.5).
 
-        Shifted by a pixel up and left, and down and right, with half the weight; and all that mirrored.
+        `translate` adds the images [b, h, w, c] shifted by a pixel up and left, and down and right, with half the
+        weight of the original; `mirror` adds the mirror image of each view.
         """
         views = [(1.0, inputs)]
         if self.translate:
             padded = jnp.pad(inputs, ((0, 0), (1, 1), (1, 1), (0, 0)), "reflect")
             views = [(0.5, inputs), (0.25, padded[:, :-2, :-2]), (0.25, padded[:, 2:, 2:])]
         if self.mirror:
-            views = [(weight / 2, side) for weight, view in views for side in (view, view[:, :, ::-1])]
+            views = [(weight / 2, image) for weight, view in views for image in (view, view[:, :, ::-1])]
         return views
 
     def probabilities(self, model: nnx.Module, batch: Batch, _: jax.Array) -> jax.Array:
-        """What evaluation makes of "image" uint8 [b, h, w, c]: float32 [b, classes]."""
+        """Computes the class probabilities of "image" uint8 [b, h, w, c] as in evaluation: float32 [b, classes]."""
         return jax.nn.softmax(self._classify(model, batch)["logits"])
 
     def functions(self, model: nnx.Module, dataset: Dataset) -> dict[str, Function]:
-        """`classify`: "image" uint8 [b, h, w, c] to "logits" float32 [b, classes], those of evaluation."""
+        """Exports `classify`: "image" uint8 [b, h, w, c] to the "logits" of evaluation, float32 [b, classes]."""
         shape = ", ".join(map(str, dataset.test["image"].shape[1:]))
-        done = f"(image / 255 - mean) / std by channel, mean {self.mean}, std {self.std}"
+        preprocessing = f"(image / 255 - mean) / std by channel, mean {self.mean}, std {self.std}"
         if self.mirror or self.translate:
-            ways = [*["mirrored"] * self.mirror, *["shifted by a pixel"] * self.translate]
-            done += f"; logits are the mean of those of the image as it is and {' and '.join(ways)}"
-        return {"classify": Function(self._classify, {"image": (f"b, {shape}", "uint8")}, done)}
+            views = [*["mirrored"] * self.mirror, *["shifted by a pixel"] * self.translate]
+            preprocessing += f"; the logits are averaged over the image as it is and {' and '.join(views)}"
+        return {"classify": Function(self._classify, {"image": (f"b, {shape}", "uint8")}, preprocessing)}
 
     def _classify(self, model: nnx.Module, inputs: Batch) -> dict[str, jax.Array]:
         normalized = images.normalize(inputs["image"], self.mean, self.std)
         return {"logits": self._logits(model, normalized, train=False, key=None)}
 
     def pictures(self, predict: Predictor, dataset: Dataset) -> dict[str, Callable[[], Any]]:
-        """The confusion matrix of the test set, and the most confident of its mistakes."""
+        """Plots the confusion matrix of the test set, and its most confident mistakes."""
         test, names = dataset.test, dataset.label_names
         probabilities = predict(self.probabilities, {"image": test["image"]})
         return {

@@ -1,4 +1,4 @@
-"""Text drawn from a language model, character by character."""
+"""Sampling text from a language model: temperature and nucleus (top-p) sampling, one character at a time."""
 
 import dataclasses
 from typing import Any
@@ -13,26 +13,24 @@ from research.errors import UserError
 
 @dataclasses.dataclass
 class SampleOptions:
-    """What `--mode=sample` of a language model can be told."""
+    """The options of `--mode=sample` of a language model."""
 
-    prompt: str = option("", "text that the samples go on from; empty: a new line")
-    length: int = option(500, "characters a sample, after the prompt", minimum=1)
-    num_samples: int = option(1, "texts", minimum=1)
-    temperature: float = option(0.8, "divides the logits; 0: always the likeliest character", minimum=0)
-    top_p: float = option(
-        1.0, "draw from the likeliest characters that together have this probability", above=0, maximum=1
-    )
-    sample_seed: int = option(0, "seed of the draws", minimum=0, maximum=2**32 - 1)
+    prompt: str = option("", "text that the samples continue; empty: a newline")
+    length: int = option(500, "characters of each sample, without the prompt", minimum=1)
+    num_samples: int = option(1, "number of samples", minimum=1)
+    temperature: float = option(0.8, "divides the logits; 0: always the most likely character", minimum=0)
+    top_p: float = option(1.0, "sample from the fewest characters whose probabilities sum to this", above=0, maximum=1)
+    sample_seed: int = option(0, "random seed of the samples", minimum=0, maximum=2**32 - 1)
 
 
 def draw(logits: jax.Array, key: jax.Array, temperature: float, top_p: float) -> jax.Array:
-    """Nucleus sampling (Holtzman et al. 2020, arXiv 1904.09751, section 3.1).
+    """Draws characters by nucleus sampling (Holtzman et al. 2020, arXiv 1904.09751, section 3.1).
 
     Args:
       logits: float [n, characters].
-      key: of the draw.
-      temperature: divides the logits, before `top_p` looks at them; 0 takes the likeliest character.
-      top_p: the draw is from the fewest likeliest characters whose probabilities sum to this or more.
+      key: the random key.
+      temperature: divides the logits before `top_p` is applied; 0 takes the most likely character.
+      top_p: only the fewest, most likely characters whose probabilities sum to this or more are drawn from.
 
     Returns:
       int32 [n].
@@ -42,7 +40,7 @@ def draw(logits: jax.Array, key: jax.Array, temperature: float, top_p: float) ->
     logits, characters = jax.lax.top_k(logits / temperature, logits.shape[-1])
     probabilities = jax.nn.softmax(logits)
     before = jnp.cumsum(probabilities, -1) - probabilities
-    # The likeliest always stays, whatever rounding makes of the sum before it.
+    # The most likely character always stays, even if rounding makes the (empty) sum before it exceed top_p.
     in_nucleus = (before < top_p) | (jnp.arange(logits.shape[-1]) == 0)
     rank = jax.random.categorical(key, jnp.where(in_nucleus, logits, -jnp.inf))
     return jnp.take_along_axis(characters, rank[:, None], -1)[:, 0]
@@ -51,34 +49,34 @@ def draw(logits: jax.Array, key: jax.Array, temperature: float, top_p: float) ->
 def generate(
     model: Any, prompt: jax.Array, carry: Any, key: jax.Array, *, length: int, temperature: float, top_p: float
 ) -> jax.Array:
-    """Characters that go on from a prompt, all of them in one compiled loop.
+    """Generates the characters that continue a prompt, in one compiled loop.
 
     Args:
-      model: `model(tokens, carry, first, train=False)` gives the logits [n, T, characters] and the carry.
-      prompt: int [n, P], P at least 1; it is read at once.
-      carry: the network's memory of nothing.
-      key: of all draws.
-      length: how many characters.
-      temperature, top_p: of `draw`.
+      model: `model(tokens, carry, first, train=False)` returns logits [n, T, characters] and the carry.
+      prompt: int [n, P], P at least 1; processed in one call.
+      carry: the network's initial state.
+      key: the random key.
+      length: the number of characters.
+      temperature, top_p: see `draw`.
 
     Returns:
       int32 [n, length].
     """
-    goes_on = jnp.zeros(len(prompt), bool)
+    no_reset = jnp.zeros(len(prompt), bool)
 
     def step(state: tuple[jax.Array, Any], key: jax.Array) -> tuple[tuple[jax.Array, Any], jax.Array]:
         logits, carry = state
         tokens = draw(logits, key, temperature, top_p)
-        logits, carry = model(tokens[:, None], carry, goes_on, train=False)
+        logits, carry = model(tokens[:, None], carry, no_reset, train=False)
         return (logits[:, -1], carry), tokens
 
-    logits, carry = model(prompt, carry, goes_on, train=False)
+    logits, carry = model(prompt, carry, no_reset, train=False)
     _, tokens = jax.lax.scan(step, (logits[:, -1], carry), jax.random.split(key, length))
     return tokens.T
 
 
 def encode(prompt: str, label_names: tuple[str, ...], dataset_name: str) -> np.ndarray:
-    """The tokens of a prompt's bytes (UTF-8), int32 [P]; those of a new line where it is empty.
+    """Encodes a prompt's UTF-8 bytes as tokens, int32 [P]; an empty prompt is a newline.
 
     Raises:
       UserError: a character does not occur in the data set.
@@ -88,11 +86,11 @@ def encode(prompt: str, label_names: tuple[str, ...], dataset_name: str) -> np.n
         if not numbers.keys() >= set(character.encode("utf-8", "surrogateescape")):
             raise UserError(
                 f"--prompt: the character {character!r} does not occur in {dataset_name}, so the network has never "
-                "seen it: leave it out"
+                "seen it: remove it from the prompt"
             )
     return np.array([numbers[byte] for byte in (prompt or "\n").encode("utf-8", "surrogateescape")], np.int32)
 
 
 def decode(tokens: np.ndarray, label_names: tuple[str, ...]) -> str:
-    """The text of tokens; bytes that are not UTF-8 become the replacement character."""
+    """Decodes tokens to text; invalid UTF-8 becomes the replacement character."""
     return bytes(ord(label_names[token]) for token in tokens).decode(errors="replace")

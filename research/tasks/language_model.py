@@ -1,4 +1,4 @@
-"""The next character of a text."""
+"""Language modeling: predicting the next character of a text."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -17,16 +17,16 @@ from research.tasks.task import Function, Metrics, Task
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel(Task):
-    """The next character by softmax cross-entropy, from all that came before in its stream.
+    """Predicts the next character from the preceding ones of its stream, by softmax cross-entropy.
 
-    Training is truncated backpropagation through time (Williams & Peng 1990): the memory goes on from batch to batch,
-    the gradient does not.
+    Training is truncated backpropagation through time (Williams & Peng 1990): the recurrent state is carried from batch
+    to batch, the gradient is not.
 
     Attributes:
-      network: builds the network from its rngs; `network(tokens, carry, first, train=..., key=...)` gives logits
+      network: builds the network from its rngs; `network(tokens, carry, first, train=..., key=...)` returns logits
         [b, T, characters] and the carry.
-      carry: the network's memory of nothing, for a batch size.
-      length: characters an example, T.
+      carry: returns the network's initial state for a batch size.
+      length: the characters of an example, T.
     """
 
     per_device_gradients: ClassVar[bool] = True
@@ -34,26 +34,26 @@ class LanguageModel(Task):
     network: Callable[[nnx.Rngs], nnx.Module]
     carry: Callable[[int], Any]
     length: int
-    parallel_over_time = True  # where the network is: `experiments.char_rnn` refuses the others
+    parallel_over_time = True  # with a parallel cell; `experiments.char_rnn` rejects the others
 
     @property
     def unit(self) -> tuple[str, int]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Characters, and how many of them an example has."""
+        """Characters, and their number in an example."""
         return "characters", self.length
 
     def initial_carry(self, batch_size: int) -> Any:
-        """The network's memory of nothing."""
+        """The network's initial state."""
         return self.carry(batch_size)
 
     def advance(
         self, model: nnx.Module, batch: Batch, carry: Any, *, key: jax.Array, train: bool
     ) -> tuple[Metrics, Any]:
-        """Cross-entropy in nats and accuracy, means over the characters that count, and as "weight" their number.
+        """Computes cross-entropy in nats and accuracy, means over the characters that count; "weight" is their number.
 
         Args:
           model: the network.
-          batch: of `text.streams`: "tokens" uint8 [b, T + 1], "first" bool [b], "count" int32 [b].
-          carry: what the batch before left.
+          batch: as `text.streams` makes it: "tokens" uint8 [b, T + 1], "first" bool [b], "count" int32 [b].
+          carry: the state after the previous batch.
           key: for dropout.
           train: whether this is training.
         """
@@ -68,14 +68,17 @@ class LanguageModel(Task):
         return {**means, "weight": batch["count"].astype(jnp.float32)}, carry
 
     def summarize(self, means: Mapping[str, Any]) -> dict[str, float]:
-        """Adds bits a character (loss / log 2) and perplexity (exp loss)."""
-        figures = super().summarize(means)
-        bits, perplexity = figures["loss"] / np.log(2), np.exp(figures["loss"])
-        return {**figures, "bits_per_character": float(bits), "perplexity": float(perplexity)}
+        """Adds bits per character (loss / log 2) and perplexity (exp loss)."""
+        metrics = super().summarize(means)
+        bits, perplexity = metrics["loss"] / np.log(2), np.exp(metrics["loss"])
+        return {**metrics, "bits_per_character": float(bits), "perplexity": float(perplexity)}
 
     def functions(self, model: nnx.Module, dataset: Dataset) -> dict[str, Function]:
-        """`step`: "token" int32 [b] and the memory, "carry.<i>" float32 [b, units] each, to "logits" float32 [b,
-        characters] of the next character, and the memory under the same names. That of nothing is zeros."""
+        """Exports `step`, one character of a sequence.
+
+        Inputs are "token" int32 [b] and the recurrent state, "carry.<i>" float32 [b, units] each (initially zeros).
+        Outputs are "logits" float32 [b, characters] of the next character, and the state under the same names.
+        """
         del model, dataset
         leaves, structure = jax.tree.flatten(self.initial_carry(1))
         names = [f"carry.{i}" for i in range(len(leaves))]
@@ -86,5 +89,5 @@ class LanguageModel(Task):
             logits, carry = model(token, carry, jnp.zeros(token.shape[0], bool), train=False)
             return {"logits": logits[:, 0]} | dict(zip(names, jax.tree.leaves(carry)))
 
-        memory = {name: (f"b, {leaf.shape[1]}", str(leaf.dtype)) for name, leaf in zip(names, leaves)}
-        return {"step": Function(step, {"token": ("b", "int32"), **memory}, "a token is the number of its class")}
+        state = {name: (f"b, {leaf.shape[1]}", str(leaf.dtype)) for name, leaf in zip(names, leaves)}
+        return {"step": Function(step, {"token": ("b", "int32"), **state}, "a token is the number of its class")}

@@ -1,4 +1,4 @@
-"""A trained network applied to arrays on the host: for pictures, samples and figures that the loop does not have."""
+"""Applies a trained network to host arrays, batch by batch: for plots, samples and costly final metrics."""
 
 import math
 import time
@@ -16,19 +16,19 @@ from research.data.pipeline import Batch
 from research.network import merge_network
 from research.randomness import Stream
 
-_SECONDS_BETWEEN_PLAIN_LINES = 10.0
+_PROGRESS_SECONDS = 10.0  # between progress lines where stderr is not a terminal
 
 Function = Callable[[nnx.Module, Batch, jax.Array], Any]
 
 
 class Predictor:
-    """Applies functions of a network, batch by batch, each compiled once.
+    """Applies functions of a network to host arrays, batch by batch; compiles each function once.
 
     Args:
       graphdef: the network's static part.
       params, model_state: its arrays, on the mesh.
       mesh: the devices.
-      batch_size: examples at once, over all devices; a multiple of those that share a batch.
+      batch_size: examples of a batch, over all devices; a multiple of the number of devices that share a batch.
     """
 
     def __init__(self, graphdef: nnx.GraphDef, params: Any, model_state: Any, mesh: Mesh, batch_size: int):
@@ -47,26 +47,27 @@ class Predictor:
         batch_size: int = 0,
         progress: str = "",
     ) -> Any:
-        """`function(network, batch, key)` of every example.
+        """Computes `function(network, batch, key)` for all examples.
 
         Args:
-          function: gives a tree of arrays [b, ...] for a batch whose arrays are [b, ...].
-          arrays: the examples, [n, ...] each, n at least 1; all processes give the same.
-          seed: of the keys, one for each batch.
-          batch_size: instead of the predictor's own; it is rounded up to what the devices can share.
-          progress: the name under which progress is shown: a bar on a terminal, else a line now and then.
+          function: returns a pytree of arrays [b, ...] for a batch of arrays [b, ...].
+          arrays: the examples, [n, ...] each, n at least 1; the same on all processes.
+          seed: of the random keys, one for each batch.
+          batch_size: overrides the predictor's; rounded up to a multiple of the devices that share a batch.
+          progress: title of a progress bar (on a terminal) or of progress lines; "" shows none.
 
         Returns:
-          The tree, of NumPy arrays [n, ...].
+          The pytree, with NumPy arrays [n, ...].
         """
         count = len(next(iter(arrays.values())))
         shards = math.prod(self._mesh.shape[axis] for axis in sharding.BATCH_AXES)
         size = -(-min(batch_size or self._batch_size, count) // shards) * shards
-        rows = sharding.batch_sharding(self._mesh, 0)
+        batch_sharding = sharding.batch_sharding(self._mesh, 0)
         parts = []
-        for start in _shown(range(0, count, size), progress):
+        for start in _with_progress(range(0, count, size), progress):
+            # The last batch is padded with the last example, so that every batch has the same shape.
             index = np.minimum(np.arange(start, start + size), count - 1)
-            batch = {name: jax.device_put(np.asarray(array[index]), rows) for name, array in arrays.items()}
+            batch = {name: jax.device_put(np.asarray(array[index]), batch_sharding) for name, array in arrays.items()}
             key = jax.random.fold_in(randomness.key(Stream.PREDICTION, seed), start)
             parts.append(jax.device_get(self._apply(function, *self._arrays, batch, key)))
         return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *parts)
@@ -76,16 +77,17 @@ class Predictor:
         return function(model, batch, key)
 
 
-def _shown(starts: range, name: str) -> Iterator[int]:
-    """The same numbers, with progress where it has a name."""
+def _with_progress(starts: range, name: str) -> Iterator[int]:
+    """Yields `starts`, and process 0 shows progress if there is a name."""
     if not name or jax.process_index():
         yield from starts
         return
     bar = tqdm(starts, desc=name, unit="batch", dynamic_ncols=True, disable=None)
-    last = began = time.monotonic()
+    last = start_time = time.monotonic()
     for number, start in enumerate(bar, 1):
         yield start
         now = time.monotonic()
-        if bar.disable and now - last > _SECONDS_BETWEEN_PLAIN_LINES:
-            last, left = now, tqdm.format_interval((now - began) / number * (len(starts) - number))
+        # tqdm disables itself where stderr is not a terminal.
+        if bar.disable and now - last > _PROGRESS_SECONDS:
+            last, left = now, tqdm.format_interval((now - start_time) / number * (len(starts) - number))
             print(f"{name}: batch {number:,}/{len(starts):,}  {left} left", flush=True)

@@ -1,4 +1,4 @@
-"""What the loop asks of a task: the base class of all of them."""
+"""The interface between a task and the training loop: losses, metrics, exported functions and plots."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -20,12 +20,12 @@ Metrics = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Function:
-    """One thing that a trained network can be asked, as `launch.export` makes a program of it.
+    """A function of a trained network that `launch.export` compiles.
 
     Attributes:
-      call: `call(network, inputs)` gives the outputs; both are arrays by name, and all outputs are arrays.
-      inputs: shape and dtype by name. Shapes are written as in "b, 32, 32, 3"; b is any number of examples.
-      preprocessing: what `call` does to the inputs before the network sees them, so that nobody does it twice.
+      call: `call(network, inputs)` returns the outputs; both are dictionaries of arrays.
+      inputs: shape and dtype by name. A shape is written as "b, 32, 32, 3", where b is any number of examples.
+      preprocessing: describes what `call` does to the inputs before the network, so that callers do not repeat it.
     """
 
     call: Callable[[Any, Batch], dict[str, jax.Array]]
@@ -34,16 +34,16 @@ class Function:
 
 
 class Task:
-    """What is learned. A task overrides one of `evaluate` and `advance`; the rest has defaults.
+    """Base class of tasks. A subclass overrides `evaluate` or `advance`; everything else has a default.
 
     Attributes:
       network: builds the network from its rngs.
-      unit: what an example consists of, and how many of them: speed is also reported in these where there is more than
-        one, as in ("characters", 128).
-      parallel_over_time: whether several devices can share an example's time axis (the mesh's `sequence`).
-      per_device_gradients: whether a device may compute the losses and the gradient of its part of the batch by itself,
-        so that one all-reduce a step is enough. The network's class declares it too, and a subclass for itself: see
-        `research.training.per_device` for what it promises, and what happens where that is not true.
+      unit: what an example consists of, and how many, as in ("characters", 128). If more than one, the speed is also
+        reported in these.
+      parallel_over_time: whether several devices can share an example's time axis (the mesh axis `sequence`).
+      per_device_gradients: whether each device may compute the losses and gradients of its part of the batch on its
+        own, so that one all-reduce a step suffices. The network's class must declare it as well, and subclasses do not
+        inherit it: `research.training.per_device` says what it promises and how that is checked.
     """
 
     network: Callable[[nnx.Rngs], nnx.Module]
@@ -57,61 +57,61 @@ class Task:
 
     @property
     def widths(self) -> Any:
-        """How wide each parameter is beside its base width (`research.parametrization`); None: all rates are alike."""
+        """Each parameter's width relative to the base width (`research.parametrization`); None: one rate for all."""
         return getattr(getattr(self, "network", None), "widths", None)
 
     def evaluate(self, model: nnx.Module, batch: Batch, *, key: jax.Array, train: bool) -> Metrics:
-        """The values of every example.
+        """Computes the metrics of each example, among them "loss".
 
         Args:
           model: the network.
           batch: the examples, [b, ...] each; "index" int32 [b], their numbers; in training also "epoch" int32 [b] and
-            "step" int32 scalar, the updates made so far.
-          key: for everything random, different for every batch.
+            "step" int32 scalar, the number of updates so far.
+          key: the random key of this batch.
           train: whether this is training.
 
         Returns:
-          Float32 [b] each. Training minimises the mean of "loss", and reports the mean of each. In evaluation a value
-          may also be [b, ...], and "weight" [b] weighs the examples' means.
+          Float32 [b] each. Training minimizes the mean of "loss" and reports the mean of each. In evaluation a value
+          may also be [b, ...], and "weight" [b] gives the examples' weights in the means.
         """
         raise NotImplementedError
 
     def with_inputs(self, inputs: Mapping[str, Any]) -> "Task":
-        """This task with the inputs of the step (`hyperparams.py`) that it reads; in the step they are traced."""
+        """Returns this task with the hyperparameters of a step (`hyperparams.py`) that it reads; they may be traced."""
         del inputs
         return self
 
     def initial_carry(self, batch_size: int) -> Any:
-        """What `advance` is given first: a tree of arrays [batch_size, ...]; empty for a task without memory."""
+        """Returns the first carry of `advance`: a pytree of arrays [batch_size, ...]; empty for a stateless task."""
         del batch_size
         return {}
 
     def advance(
         self, model: nnx.Module, batch: Batch, carry: Any, *, key: jax.Array, train: bool
     ) -> tuple[Metrics, Any]:
-        """As `evaluate`, for a task whose batches continue each other: row i of a batch gets what row i left."""
+        """Like `evaluate`, for stateful tasks: the carry of row i goes to row i of the next batch."""
         return self.evaluate(model, batch, key=key, train=train), carry
 
     def summarize(self, means: Mapping[str, Any]) -> dict[str, float]:
-        """The figures that the record shows, from the means (NumPy) of what `evaluate` returned over many examples."""
+        """Computes the reported metrics from the means (NumPy) of what `evaluate` returned, over many examples."""
         return {name: float(value) for name, value in means.items()}
 
     def figures(self, split: str, sums: Mapping[str, Any]) -> dict[str, float]:
-        """`summarize` of a split, as `<split>_<name>`, from the sums of `Steps.eval_steps` over all its batches."""
+        """Computes a split's metrics, named `<split>_<name>`, from the sums of `Steps.eval_steps` over its batches."""
         means = {name: value / sums["weight"] for name, value in sums.items() if name != "weight"}
         return {f"{split}_{name}": value for name, value in self.summarize(means).items()}
 
     def final_metrics(self, predict: "Predictor", dataset: "Dataset") -> dict[str, float]:
-        """Figures that are too costly to have after every epoch; names begin with their split, as in "test_nll"."""
+        """Computes metrics too costly for every epoch; names begin with their split, as in "test_nll"."""
         del predict, dataset
         return {}
 
     def functions(self, model: nnx.Module, dataset: "Dataset") -> dict[str, Function]:
-        """What `launch.export` makes of the network, by name; empty: it cannot be exported."""
+        """Returns the functions that `launch.export` compiles, by name; empty: the task cannot be exported."""
         del model, dataset
         return {}
 
     def pictures(self, predict: "Predictor", dataset: "Dataset") -> "dict[str, Callable[[], Figure]]":
-        """What draws the pictures of what has been learned, by the names of their files without ".png"."""
+        """Returns functions that draw the plots of the trained network, by file name without ".png"."""
         del predict, dataset
         return {}

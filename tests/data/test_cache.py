@@ -1,4 +1,4 @@
-"""The cache of decoded arrays: it is exact, and survives whatever happens to its folder."""
+"""The cache of decoded arrays is exact, and recovers from damage, full disks and killed processes."""
 
 import errno
 import json
@@ -23,7 +23,7 @@ LABELS = np.arange(20, dtype=np.int32)
 
 
 class Source:
-    """Yields the arrays in pieces, and counts how often it is asked to."""
+    """Yields the arrays in pieces, and counts its calls."""
 
     def __init__(self):
         self.calls = 0
@@ -65,7 +65,7 @@ def test_decoded_once_then_mapped_read_only(cache_dir):
     data=st.data(),
 )
 @hypothesis.settings(max_examples=40, deadline=None)
-def test_any_pieces_join_to_the_whole(tmp_path_factory, array, data):
+def test_any_pieces_are_concatenated(tmp_path_factory, array, data):
     cut = data.draw(st.integers(0, len(array)))
     pieces = [{"x": part} for part in (array[:cut], array[cut:])]
     with pytest.MonkeyPatch.context() as patch:
@@ -124,7 +124,7 @@ def damage_other_summary(entry):
         damage_other_summary,
     ],
 )
-def test_a_damaged_entry_is_made_anew_with_one_line(damage, cache_dir, capsys):
+def test_a_damaged_entry_is_decoded_again_with_one_line(damage, cache_dir, capsys):
     source = Source()
     cache.load("set-1", source)
     damage(cache_dir / "set-1")
@@ -138,7 +138,7 @@ def test_a_damaged_entry_is_made_anew_with_one_line(damage, cache_dir, capsys):
     assert [p.name for p in cache_dir.iterdir()] == ["set-1"]
 
 
-def test_an_error_of_the_source_leaves_nothing(cache_dir):
+def test_an_error_while_decoding_leaves_no_files(cache_dir):
     def decode():
         yield {"x": np.zeros(3)}
         raise ValueError("bad example")
@@ -148,7 +148,7 @@ def test_an_error_of_the_source_leaves_nothing(cache_dir):
     assert list(cache_dir.iterdir()) == []
 
 
-def test_goes_on_without_a_cache_folder(tmp_path, monkeypatch, capsys):
+def test_works_without_a_cache_folder(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MESHWORK_CACHE_DIR", str(tmp_path / "file" / "below"))
     check(cache.load("a", Source()))
@@ -158,7 +158,7 @@ def test_goes_on_without_a_cache_folder(tmp_path, monkeypatch, capsys):
     assert "warning: no cache in" in err
 
 
-def test_goes_on_where_the_disk_is_full(cache_dir, monkeypatch, capsys):
+def test_works_with_a_full_disk(cache_dir, monkeypatch, capsys):
     def full(self, array):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -179,7 +179,7 @@ def test_folder_follows_the_environment(monkeypatch):
     assert cache.folder() == Path("/home/someone/.cache/meshwork")
 
 
-def test_a_user_without_a_home_has_that_of_temporary_files(monkeypatch):
+def test_a_user_without_a_home_gets_the_temporary_folder(monkeypatch):
     monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     assert cache.user_folder("XDG_CACHE_HOME", "x") == Path(tempfile.gettempdir()) / "x"
@@ -210,7 +210,7 @@ def test_two_processes_at_once(cache_dir):
     assert [p.name for p in cache_dir.iterdir()] == ["set-1"]
 
 
-def test_what_a_killed_writer_leaves_is_no_entry_and_goes_after_a_day(cache_dir):
+def test_a_killed_writers_leftovers_are_no_entry_and_are_removed_after_a_day(cache_dir):
     process = start_writer(30)
     assert process.stdout
     process.stdout.readline()
@@ -220,7 +220,7 @@ def test_what_a_killed_writer_leaves_is_no_entry_and_goes_after_a_day(cache_dir)
     source = Source()
     check(cache.load("set-1", source))
     assert source.calls == 1
-    assert leftover.exists(), "it might have been at work still"
+    assert leftover.exists(), "a process might still have been writing it"
     two_days_ago = time.time() - 2 * 24 * 3600
     os.utime(leftover, (two_days_ago, two_days_ago))
     cache.load("set-2", source)

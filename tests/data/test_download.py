@@ -1,4 +1,4 @@
-"""What `research.data.prepare` does where there is no archive on disk: downloads it, or says at once why it cannot."""
+"""Without an archive on disk, `research.data.prepare` downloads it, or fails at once with the reason."""
 
 import hashlib
 import http.server
@@ -22,7 +22,7 @@ def own_folders(tmp_path, monkeypatch):
 
 @pytest.fixture
 def serve(tmp_path, monkeypatch):
-    """Serves TEXT as the only file, and makes Tiny Shakespeare's recipe ask for `path`; returns the server."""
+    """Serves TEXT as the only file, and sets Tiny Shakespeare's URL to `path` on this server."""
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *args):
@@ -70,7 +70,7 @@ def test_without_network_it_fails_at_once_and_leaves_nothing(tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_not_on_disk_is_downloaded(tmp_path, serve, capfd):
+def test_a_missing_archive_is_downloaded(tmp_path, serve, capfd):
     serve("text")
     prepare.prepare("tiny_shakespeare", tmp_path / "data")
     assert train_text(tmp_path / "data") == TEXT[: int(0.9 * len(TEXT))]
@@ -79,7 +79,7 @@ def test_what_is_not_on_disk_is_downloaded(tmp_path, serve, capfd):
     assert [line.split()[0] for line in output.err.splitlines()] == ["downloading", "preparing"]
 
 
-def test_what_was_downloaded_once_serves_without_network(tmp_path, serve):
+def test_an_earlier_download_is_used_without_network(tmp_path, serve):
     server = serve("text", hashlib.sha256(TEXT).hexdigest())
     prepare.prepare("tiny_shakespeare", tmp_path)
     shutil.rmtree(tmp_path / "tiny_shakespeare")

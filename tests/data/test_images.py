@@ -13,7 +13,7 @@ from research.data import images
 from research.errors import UserError
 
 COUNT, HEIGHT, WIDTH = 32, 9, 11
-# Every pixel has a number of its own, so where it went can be read off.
+# Every pixel has a different value, which identifies it after augmentation.
 PIXELS = np.arange(COUNT * HEIGHT * WIDTH * 2, dtype=np.float32).reshape(COUNT, HEIGHT, WIDTH, 2) + 1
 INDEX = np.arange(COUNT, dtype=np.int32)
 
@@ -51,7 +51,7 @@ def test_normalized_images_have_mean_0_and_variance_1(dtype):
     np.testing.assert_allclose(np.float64(out), expected, atol=1e-5 if dtype == "float32" else 2e-2)
 
 
-def test_nothing_asked_for_changes_nothing():
+def test_the_default_config_changes_nothing():
     np.testing.assert_array_equal(_augment(AugmentConfig()), PIXELS)
 
 
@@ -70,7 +70,7 @@ def test_alternating_flips_turn_each_image_every_other_epoch():
     np.testing.assert_array_equal(first, third)
     np.testing.assert_array_equal(first, second[:, :, ::-1])
     assert 8 <= sum(not np.array_equal(one, original) for one, original in zip(first, PIXELS)) <= 24
-    # What decides is the image's number, not its place in the batch.
+    # The image's number decides, not its place in the batch.
     swapped = _augment(config, index=INDEX[::-1].copy())
     turned = (first != PIXELS).any((1, 2, 3))
     np.testing.assert_array_equal((swapped != PIXELS).any((1, 2, 3)), turned[::-1])
@@ -102,7 +102,7 @@ def test_cutout_sets_one_square_to_the_mean(side):
         assert np.ptp(columns) == len(columns) - 1
         areas.append(cut.sum())
         assert max(len(rows), len(columns)) <= side
-    assert max(areas) == side**2 or side == 9  # the largest fits whole at one row only
+    assert max(areas) == side**2 or side == 9  # the largest square fits the 9 rows at one position only
 
 
 @pytest.mark.parametrize("side", [1, 2, 4, 5, 9])
@@ -114,7 +114,7 @@ def test_cutout_is_centered_at_a_uniform_pixel_with_an_even_sides_extra_above_an
         mask = np.zeros((HEIGHT, WIDTH), bool)
         mask[max(row - before, 0) : row + after + 1, max(column - before, 0) : column + after + 1] = True
         masks[mask.tobytes()] = row, column
-    assert len(masks) == HEIGHT * WIDTH  # so a mask tells its pixel
+    assert len(masks) == HEIGHT * WIDTH  # each mask identifies its pixel
     count = 100 * HEIGHT * WIDTH
     batch, index = jnp.ones((count, HEIGHT, WIDTH, 1)), np.zeros(count, np.int32)
     out = images.augment(batch, jax.random.key(3), AugmentConfig(cutout=side), index=index, epoch=index)
@@ -124,7 +124,7 @@ def test_cutout_is_centered_at_a_uniform_pixel_with_an_even_sides_extra_above_an
     assert (np.abs(drawn - 100) < 50).all()  # five standard deviations
 
 
-def test_all_together_keep_shape_and_dtype():
+def test_combined_augmentation_keeps_shape_and_dtype():
     config = AugmentConfig(crop=2, flip="random", cutout=3)
     out = _augment(config)
     assert (out.shape, out.dtype) == (PIXELS.shape, PIXELS.dtype)
@@ -133,7 +133,7 @@ def test_all_together_keep_shape_and_dtype():
 
 
 @pytest.mark.parametrize(("fields", "words"), [({"crop": 9}, "crop=9"), ({"cutout": 10}, "cutout=10")])
-def test_changes_too_large_for_the_images_are_an_error(fields, words):
+def test_augmentation_too_large_for_the_images_is_an_error(fields, words):
     with pytest.raises(UserError, match=words):
         images.check(AugmentConfig(**fields), (HEIGHT, WIDTH, 2))
     images.check(AugmentConfig(crop=8, cutout=9), (HEIGHT, WIDTH, 2))

@@ -1,4 +1,4 @@
-"""Which examples a step takes: each once an epoch, for any batch size, mesh and number of processes."""
+"""Each example is seen once an epoch, for any batch size, mesh and number of processes."""
 
 import jax
 import numpy as np
@@ -30,7 +30,7 @@ def test_each_example_once_an_epoch(seed, count, batch_size, num_epochs):
     steps = pipeline.epoch_ends(count, batch_size, num_epochs)[-1]
     taken = [pipeline.example_numbers(seed, count, s * batch_size, (s + 1) * batch_size) for s in range(steps)]
     numbers, epochs = (np.concatenate(part) for part in zip(*taken))
-    assert len(numbers) > num_epochs * count - batch_size  # no more than a part of a batch is left
+    assert len(numbers) > num_epochs * count - batch_size  # less than a batch is unused
     for epoch in range(num_epochs):
         seen = np.sort(numbers[epochs == epoch])
         if epoch < num_epochs - 1:
@@ -38,7 +38,7 @@ def test_each_example_once_an_epoch(seed, count, batch_size, num_epochs):
         assert len(np.unique(seen)) == len(seen)
 
 
-def test_epochs_and_seeds_have_orders_of_their_own():
+def test_each_epoch_and_seed_has_its_own_order():
     orders = [pipeline.example_numbers(seed, 50, e * 50, (e + 1) * 50)[0] for seed in (0, 1) for e in (0, 1)]
     assert len({tuple(order) for order in orders}) == 4
     np.testing.assert_array_equal(orders[1], pipeline.example_numbers(0, 50, 0, 100)[0][50:])
@@ -51,7 +51,7 @@ def test_a_batch_larger_than_the_set_is_an_error():
 
 def test_more_steps_than_an_int32_counts_are_an_error():
     assert pipeline.epoch_ends(2**31 - 1, 1, 1) == [2**31 - 1]
-    with pytest.raises(UserError, match="num_epochs=1000000000000: 50,000,000,000,000 steps are more"):
+    with pytest.raises(UserError, match="num_epochs=1000000000000: 50,000,000,000,000 steps do not fit"):
         pipeline.epoch_ends(50, 1, 10**12)
 
 
@@ -63,7 +63,7 @@ def test_what_fits_is_resident(limit, resident):
 
 
 def test_devices_of_one_cpu_share_what_is_resident():
-    """Sweeps make a device of each core; the arrays begin where memory of numpy's own does not for jax."""
+    """Sweeps use each core as a device. The array is misaligned, so that jax cannot alias it."""
     memory = np.arange(64 * 12 + 1, dtype=np.uint8)
     images = memory[1:].reshape(64, 2, 2, 3)
     batches = pipeline.EvalBatches({"image": images}, Config(batch_size=8), _mesh(devices=4), resident=True)
@@ -74,10 +74,10 @@ def test_devices_of_one_cpu_share_what_is_resident():
 
 
 def _examples(batches, inputs):
-    """The examples that the inputs name or carry, in order of the steps."""
+    """Returns the examples of the inputs, gathered from the resident arrays or streamed, in the order of the steps."""
     data = {name: np.asarray(x) for name, x in batches.data.items()}
-    named = {name: array[np.asarray(inputs["index"])] for name, array in data.items()}
-    return {name: np.asarray(x) for name, x in {**inputs, **named}.items()}
+    gathered = {name: array[np.asarray(inputs["index"])] for name, array in data.items()}
+    return {name: np.asarray(x) for name, x in {**inputs, **gathered}.items()}
 
 
 @pytest.mark.parametrize("devices", [1, 4])
@@ -102,7 +102,7 @@ def test_streaming_and_residency_give_the_same_batches(devices, microbatch_size)
 
 
 @pytest.mark.parametrize("resident", [True, False])
-def test_a_later_start_takes_what_an_earlier_one_comes_to(resident):
+def test_starting_later_gives_the_same_batches(resident):
     config, mesh, arrays = Config(batch_size=8), _mesh(), _arrays(21)
     whole = pipeline.TrainBatches(arrays, config, mesh, resident=resident, capacity=1)
     for _ in range(5):
@@ -132,8 +132,8 @@ def test_evaluation_counts_each_example_once(count, batch_size, resident, device
 
 @pytest.mark.parametrize(("processes", "per_process"), [(2, 4), (4, 2), (8, 1)])
 @pytest.mark.parametrize("resident", [True, False])
-def test_the_processes_together_take_each_example_once(processes, per_process, resident, monkeypatch):
-    """Each process is played in turn: it holds only its devices, and hands over only its part of a batch."""
+def test_the_processes_together_see_each_example_once(processes, per_process, resident, monkeypatch):
+    """Simulates each process in turn: it holds only its devices, and provides only its rows of a batch."""
     config = Config(batch_size=16, microbatch_size=8)
     mesh = _mesh(config, 8)
     own_part = {}

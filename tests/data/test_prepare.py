@@ -1,4 +1,4 @@
-"""CIFAR-10, MNIST and Tiny Shakespeare are prepared from their published files as TFDS itself would."""
+"""CIFAR-10, MNIST and Tiny Shakespeare are prepared from their published files as TFDS itself does."""
 
 import gzip
 import io
@@ -165,7 +165,7 @@ def test_tiny_shakespeare_is_split_by_characters(tmp_path):
     assert [len(text) for text in texts] == [180, 10, 10]
 
 
-def test_order_ids_and_labels_are_those_of_a_set_prepared_before(tmp_path):
+def test_order_ids_and_labels_equal_those_of_a_set_prepared_by_tfds(tmp_path):
     if not os.environ.get("TFDS_DATA_DIR"):
         pytest.skip("needs TFDS_DATA_DIR with a prepared cifar10")
     original = tfds_sets.import_tfds().data_source("cifar10", data_dir=os.environ["TFDS_DATA_DIR"], split="test")
@@ -196,10 +196,10 @@ class Attack:
         b"c_codecs\nencode\n(Vx\nVrot13\ntR.",
     ],
 )
-def test_a_pickle_that_names_anything_else_is_refused(data, tmp_path, monkeypatch):
+def test_a_pickle_with_any_other_global_is_refused(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_tar(tmp_path / "cifar-10-python.tar.gz", python_files() | {"cifar-10-batches-py/test_batch": data})
-    with pytest.raises(UserError, match=r"cifar-10-python\.tar\.gz: damaged.*it asks for"):
+    with pytest.raises(UserError, match=r"cifar-10-python\.tar\.gz: damaged.*the pickle asks for"):
         prepare.prepare("cifar10", tmp_path)
     assert not (tmp_path / "attacked").exists()
 
@@ -214,7 +214,7 @@ def test_members_are_not_extracted(tmp_path):
 
 @hypothesis.given(position=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255), cut=st.booleans())
 @hypothesis.settings(max_examples=150, deadline=None)
-def test_a_damaged_archive_is_noticed_wherever_it_is_damaged(tmp_path_factory, position, flip, cut):
+def test_damage_anywhere_in_an_archive_is_noticed(tmp_path_factory, position, flip, cut):
     path = tmp_path_factory.mktemp("archive") / "cifar-10-binary.tar.gz"
     write_tar(path, binary_files())
     whole = archives.cifar10_binary(path)
@@ -231,7 +231,7 @@ def test_a_damaged_archive_is_noticed_wherever_it_is_damaged(tmp_path_factory, p
     except UserError as error:
         message = str(error)
     assert not message or (str(path) in message and "\n" not in message)
-    for split, (images, labels) in whole.items():  # a changed byte may carry nothing, such as the time in gzip's header
+    for split, (images, labels) in whole.items():  # some bytes do not matter, such as the time in gzip's header
         np.testing.assert_array_equal(splits[split][0], images)
         np.testing.assert_array_equal(splits[split][1], labels)
 
@@ -272,7 +272,7 @@ def test_two_processes_at_once(tmp_path):
     np.savez(tmp_path / "mnist.npz", **MNIST)
     (tmp_path / "mnist" / "incomplete.ABCDEF_3.0.1").mkdir(parents=True)
     (tmp_path / "mnist" / "incomplete.ABCDEF_3.0.1" / "dataset_info.json").write_text("{}")
-    assert tfds_sets.find("mnist", tmp_path) is None, "what a killed process left was taken for whole"
+    assert tfds_sets.find("mnist", tmp_path) is None, "an unfinished set was taken for a complete one"
     environment = os.environ | {"PYTHONPATH": os.getcwd()}
     command = [sys.executable, "-c", PREPARE]
     processes = [subprocess.Popen(command, cwd=tmp_path, env=environment) for _ in range(2)]

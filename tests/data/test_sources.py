@@ -1,4 +1,4 @@
-"""Which data set a config gets, and what its splits hold."""
+"""Loading a data set by name, and the contents of its splits."""
 
 import io
 import json
@@ -26,7 +26,7 @@ MNIST = {
 
 @pytest.fixture
 def data_dir(tmp_path, monkeypatch):
-    """An empty folder of data sets; whatever else could be found is out of reach."""
+    """An empty folder of data sets; no other source is reachable."""
     monkeypatch.setenv("MESHWORK_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -48,7 +48,7 @@ def load(name, data_dir="", fraction=0.0, part=1.0):
 
 
 def make_set(folder, name, features, splits):
-    """Prepares a set by TFDS's own writer; `features` maps tfds to the features."""
+    """Prepares a set with TFDS's own writer; `features` maps the module tfds.features to the features."""
     tfds = tfds_sets.import_tfds()
 
     class Drawn(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -130,7 +130,7 @@ def test_no_caller_can_change_what_the_next_one_loads(mnist_dir, monkeypatch, na
             np.testing.assert_array_equal(getattr(again, split)[feature], array)
 
 
-def test_what_is_cached_needs_no_tfds(mnist_dir):
+def test_a_cached_set_loads_without_tfds(mnist_dir):
     load("mnist", mnist_dir)
     code = (
         "import sys; from research.config import DatasetConfig; from research.data import sources; "
@@ -164,11 +164,11 @@ def test_a_part_of_train_is_the_same_whatever_the_seed(mnist_dir):
     assert [len(found) for found in images] == [30, 15, 10]
     assert images[0] > images[1] > images[2]
     np.testing.assert_array_equal(half.validation["image"], whole.validation["image"])
-    with pytest.raises(UserError, match=r"train_fraction=0\.001 leaves no example of 30"):
+    with pytest.raises(UserError, match=r"train_fraction=0\.001 leaves none of 30 examples"):
         load("mnist", mnist_dir, 0.25, 0.001)
 
 
-def test_text_comes_as_bytes_and_validation_is_its_own_or_its_end(data_dir):
+def test_text_is_bytes_and_validation_is_its_own_split_or_the_end_of_train(data_dir):
     text = bytes(range(32, 127)) * 4
     (data_dir / "input.txt").write_bytes(text)
     own = load("tiny_shakespeare", data_dir)
@@ -193,7 +193,7 @@ def test_the_first_that_can_be_had_with_one_line_for_each_other(data_dir, capsys
     assert "tfds build imagenet2012 --file_format=array_record" in second
 
 
-def test_a_single_name_that_cannot_be_had_is_an_error(data_dir):
+def test_a_single_unavailable_name_is_an_error(data_dir):
     start = time.monotonic()
     with pytest.raises(UserError, match=r"cifar10 is not prepared in .* and cannot be downloaded") as caught:
         load("cifar10")
@@ -249,7 +249,7 @@ def test_the_newest_version_is_taken(data_dir):
 @pytest.mark.parametrize(
     ("features", "splits", "message"),
     [
-        (image_features, {"test": examples(3) + examples(1, (5, 4, 3))}, r"pets/test, example \d: .* one shape"),
+        (image_features, {"test": examples(3) + examples(1, (5, 4, 3))}, r"pets/test, example \d: .* same shape"),
         (image_features, {"test": examples(3) + examples(1, label=-1)}, r"pets/test, example \d: label -1"),
         (image_features, {"unsupervised": examples(3)}, "has no test split"),
         (lambda f: f.FeaturesDict({"x": f.Text()}), {"test": [{"x": "a"}]}, "needs the features image and label"),
@@ -285,7 +285,7 @@ def test_a_set_of_tfrecords_says_how_to_prepare_it(mnist_dir):
 def test_a_damaged_set_is_named(mnist_dir, file, damage):
     load("mnist", mnist_dir)
     damage(mnist_dir / "mnist" / "3.0.1" / file)
-    with pytest.raises(UserError, match=r"mnist/3\.0\.1.*(damaged|cannot be read).* anew"):
+    with pytest.raises(UserError, match=r"mnist/3\.0\.1.*(damaged|cannot be read).* again"):
         load("mnist", mnist_dir)
 
 

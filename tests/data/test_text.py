@@ -1,4 +1,4 @@
-"""A text becomes streams that lose, repeat and tear nothing."""
+"""Streams of a text are contiguous: no character is lost or counted twice."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def _characters(dataset, tokens):
 
 
 def _rows(split, batch_size):
-    """The examples as [steps, rows, ...]."""
+    """Reshapes the examples to [steps, rows, ...]."""
     return {name: x.reshape(-1, batch_size, *x.shape[1:]) for name, x in split.items()}
 
 
@@ -55,7 +55,7 @@ def test_evaluation_counts_every_character_once_after_a_warm_up(count, batch_siz
     assert (rows["count"][0] == 0).all()
     counted = []
     for row in range(batch_size):
-        position = None  # of the next character, as the stream itself has it
+        position = None  # of the next character within the stream
         for step in range(len(tokens)):
             number = rows["count"][step, row]
             if rows["first"][step, row]:
@@ -80,7 +80,7 @@ def test_the_vocabulary_is_the_bytes_of_all_splits():
     assert prepared.train["tokens"].dtype == np.uint8
 
 
-def test_what_cannot_be_streamed_is_an_error():
+def test_unsuitable_data_sets_are_an_error():
     assert len(text.streams(_dataset(41, 2, 2), 4, 10, 8).train["count"]) == 4
     with pytest.raises(UserError, match=r"batch_size=4 streams of --config.sequence_length=10 .* the 40 of drawn"):
         text.streams(_dataset(40, 2, 2), 4, 10, 8)

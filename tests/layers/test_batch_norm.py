@@ -1,4 +1,4 @@
-"""Batch norm has the statistics and the gradients of float64, however large the mean."""
+"""Batch norm's statistics and gradients equal those of float64, also for a large mean."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ SHAPES = [(16, 6, 5, FEATURES), (16, FEATURES)]
 
 
 def _norm(dtype, **options) -> Norm:
-    """A batch norm whose scale and bias differ from feature to feature."""
+    """Returns a batch norm whose scale and bias differ between features."""
     init = nnx.initializers.zeros_init()
     norm = Norm(Style(nnx.Rngs(0), jnp.dtype(dtype), 0.0, "batch", init, init, **options), FEATURES)
     if norm.layer.scale is not None:
@@ -27,7 +27,7 @@ def _norm(dtype, **options) -> Norm:
 
 
 def _trained(norm, x, dy):
-    """(y, running mean, running variance, gradients of x and of the parameters) of one training call."""
+    """Returns y, running mean, running variance, and the gradients of x, scale and bias, of one training call."""
     graphdef, params, statistics = nnx.split(norm, nnx.Param, nnx.BatchStat)
 
     def call(params, x):
@@ -55,7 +55,7 @@ def _reference(norm, x, dy):
 
 def _draw(shape, mean, dtype):
     rng = np.random.default_rng(0)
-    # In bfloat16 numbers near 10,000 are 64 apart.
+    # In bfloat16, numbers near 10,000 are 64 apart.
     deviation = max(1.0, mean / 100) if dtype == "bfloat16" else 1.0
     x, dy = mean + deviation * rng.standard_normal(shape), rng.standard_normal(shape)
     return jnp.asarray(x, dtype), jnp.asarray(dy, dtype)
@@ -72,7 +72,7 @@ def _agree(ours, theirs, dtype, tolerance_of_float32=1e-5):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mean", [0.0, 1e3, 1e4])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_training_is_that_of_float64(shape, mean, dtype):
+def test_training_agrees_with_float64(shape, mean, dtype):
     norm, (x, dy) = _norm(dtype), _draw(shape, mean, dtype)
     ours = jax.jit(lambda x, dy: _trained(norm, x, dy))(x, dy)
     assert ours[0].dtype == ours[3].dtype == x.dtype
@@ -83,10 +83,10 @@ def test_training_is_that_of_float64(shape, mean, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mean", [0.0, 1e3, 1e4])
 def test_four_devices_have_the_statistics_of_the_whole_batch(mean, dtype, manual):
-    """Within `jax.shard_map`, where each device has a part of the batch, and where GSPMD splits the arrays."""
+    """Both within `jax.shard_map` (manual) and with arrays sharded by GSPMD."""
     mesh = sharding.make_mesh(Config(batch_size=16, mesh=MeshConfig(data=2, fsdp=2)), jax.devices()[:4])
     norm, (x, dy) = _norm(dtype), _draw(SHAPES[0], mean, dtype)
-    # Each device's part has a mean of its own.
+    # Each device's part has a different mean.
     x = (x + jnp.repeat(jnp.arange(4), 4)[:, None, None, None]).astype(dtype)
     rows = P(sharding.BATCH_AXES)
 
@@ -110,7 +110,7 @@ def test_the_middle_row_may_be_far_from_the_mean():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_evaluation_takes_the_running_averages_in_float32(dtype):
+def test_evaluation_uses_the_running_averages_in_float32(dtype):
     norm, x = _norm(dtype), jnp.asarray(_draw(SHAPES[0], 1e3, "float32")[0], dtype)
     mean, variance = 1000 + np.arange(FEATURES) / 3, np.arange(1.0, FEATURES + 1)
     norm.layer.mean[...], norm.layer.var[...] = jnp.asarray(mean, jnp.float32), jnp.asarray(variance, jnp.float32)
@@ -119,12 +119,12 @@ def test_evaluation_takes_the_running_averages_in_float32(dtype):
     y = norm(x, train=False)
     assert y.dtype == x.dtype
     np.testing.assert_allclose(np.float64(y), expected, atol=1e-2 if dtype == "bfloat16" else 1e-4, rtol=1e-2)
-    np.testing.assert_array_equal(norm.layer.mean[...], np.float32(mean))  # as they were
+    np.testing.assert_array_equal(norm.layer.mean[...], np.float32(mean))  # unchanged
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_without_a_scale_it_is_nnx_batch_norm(train):
-    """Where the mean is small; the state has the same names."""
+def test_without_a_scale_it_equals_nnx_batch_norm(train):
+    """For a small mean, where `nnx.BatchNorm` is accurate; the state has the same structure."""
     x = _draw(SHAPES[0], 0.0, "float32")[0]
     ours = _norm("float32", norm_scale=False, norm_momentum=0.6, norm_epsilon=1e-3).layer
     theirs = nnx.BatchNorm(FEATURES, momentum=0.6, epsilon=1e-3, use_scale=False, rngs=nnx.Rngs(0))
@@ -135,7 +135,7 @@ def test_without_a_scale_it_is_nnx_batch_norm(train):
         np.testing.assert_allclose(one, other, atol=1e-6)
 
 
-def test_features_that_are_constant_become_the_bias():
+def test_constant_features_become_the_bias():
     norm, x = _norm("float32"), jnp.full(SHAPES[0], 1234.5)
     ours = jax.jit(lambda x: _trained(norm, x, jnp.ones_like(x)))(x)
     np.testing.assert_allclose(ours[0], jnp.broadcast_to(norm.layer.bias[...], x.shape), atol=1e-6)

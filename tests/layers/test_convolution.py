@@ -1,4 +1,4 @@
-"""The convolution and its gradients are those of `lax`, in every form that the networks use."""
+"""The convolution and its gradients equal those of `lax`, in every shape that the networks use."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ def _random(seed: int, *shape: int) -> jax.Array:
 
 
 def _value_and_gradients(function, x, kernel):
-    @jax.jit  # one compilation instead of one an operation
+    @jax.jit  # one compilation instead of one per operation
     def run(x, kernel):
         y, vjp = jax.vjp(function, x, kernel)
         return y, *vjp(jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))
@@ -44,7 +44,7 @@ def _agree(ours, theirs, tolerance):
     strides=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     padding=st.sampled_from(["SAME", "VALID", ((1, 1), (1, 1)), ((0, 2), (1, 0))]),
 )
-def test_value_and_gradients_are_those_of_lax(size, features, window, strides, padding):
+def test_value_and_gradients_equal_those_of_lax(size, features, window, strides, padding):
     x, kernel = _random(0, 2, *size, features[0]), _random(1, *window, *features)
     ours = _value_and_gradients(lambda x, k: conv2d(x, k, strides=strides, padding=padding), x, kernel)
     theirs = _value_and_gradients(
@@ -65,7 +65,7 @@ def test_value_and_gradients_are_those_of_lax(size, features, window, strides, p
     ],
 )
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 1e-2)])
-def test_the_networks_forms_are_those_of_lax(inputs, outputs, side, strides, padding, dtype, tolerance):
+def test_the_networks_shapes_agree_with_lax(inputs, outputs, side, strides, padding, dtype, tolerance):
     x = _random(0, 2, side, side, inputs).astype(dtype)
     kernel = _random(1, 3, 3, inputs, outputs).astype(dtype)
     ours = _value_and_gradients(lambda x, k: conv2d(x, k, strides=strides, padding=padding), x, kernel)
@@ -76,7 +76,7 @@ def test_the_networks_forms_are_those_of_lax(inputs, outputs, side, strides, pad
 
 
 def test_gradients_in_a_loop_are_canonical_convolutions():
-    """What makes them fast on the CPU: every convolution of a scan's body is NHWC x HWIO."""
+    """Every convolution in the body of a scan is NHWC x HWIO, which is fast on the CPU."""
     kernel = _random(1, 3, 3, 4, 8)
 
     def loss(kernel, x):
@@ -95,28 +95,28 @@ def test_the_gradient_of_strides_multiplies_no_zeros():
         return jnp.square(conv2d(x, _random(1, 3, 3, 8, 8), strides=(2, 2), padding="SAME")).sum()
 
     _, *backward = _convolutions(jax.grad(loss), _random(0, 2, 8, 8, 8))
-    assert len(backward) == 4  # of 1x1, 1x2, 2x1 and 2x2 taps
+    assert len(backward) == 4  # kernels of 1x1, 1x2, 2x1 and 2x2
     assert all("lhs_dilate = [1, 1]" in line for line in backward)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("size", "parts"), [(1 / 3, 4), (2, 2)])
-def test_the_kernels_gradient_is_the_sum_of_the_parts(size, parts, dtype, monkeypatch):
+@pytest.mark.parametrize(("size", "chunks"), [(1 / 3, 4), (2, 2)])
+def test_the_kernels_gradient_is_the_sum_over_chunks(size, chunks, dtype, monkeypatch):
     x, kernel = _random(0, 12, 9, 9, 8).astype(dtype), _random(1, 3, 3, 8, 6).astype(dtype)
 
     def gradients(x, kernel):
         return _value_and_gradients(lambda x, k: conv2d(x, k, padding="SAME"), x, kernel)[1:]
 
     whole = gradients(x, kernel)
-    monkeypatch.setattr(convolution, "_PART", int(x.nbytes * size))
-    loops = str(jax.make_jaxpr(gradients)(x, kernel)).count(f"length={parts}")
+    monkeypatch.setattr(convolution, "_CHUNK_BYTES", int(x.nbytes * size))
+    loops = str(jax.make_jaxpr(gradients)(x, kernel)).count(f"length={chunks}")
     assert loops == 1
     _agree(gradients(x, kernel), whole, 1e-6 if dtype == "float32" else 1e-2)
 
 
 @pytest.mark.parametrize("manual", [False, True])
-def test_no_part_is_gathered_where_devices_share_a_batch(manual, monkeypatch):
-    monkeypatch.setattr(convolution, "_PART", 100)
+def test_no_chunk_is_gathered_if_the_batch_is_sharded(manual, monkeypatch):
+    monkeypatch.setattr(convolution, "_CHUNK_BYTES", 100)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     rows, whole = jax.P("data"), jax.P()
 
@@ -137,7 +137,7 @@ def test_no_part_is_gathered_where_devices_share_a_batch(manual, monkeypatch):
 
 
 def _convolutions(function, *arrays):
-    """The convolutions of the program for this platform."""
+    """Returns the lines of the convolutions in the lowered program."""
     text = jax.jit(function).lower(*arrays).as_text()
     return [line for line in text.splitlines() if "stablehlo.convolution" in line]
 
@@ -170,7 +170,7 @@ def test_a_dilated_input_needs_padding_in_numbers(padding):
 
 
 def test_a_dilated_input_is_a_transposed_convolution():
-    """As its error says: the padding in numbers, or `nnx.ConvTranspose`, here of the same kernel."""
+    """The error's two remedies, padding in numbers and `nnx.ConvTranspose`, agree for the same kernel."""
     x = _random(0, 2, 8, 8, 4)
     options = {"input_dilation": 2, "padding": ((2, 1), (2, 1)), "conv_general_dilated": conv_general_dilated}
     conv = nnx.Conv(4, 6, (3, 3), rngs=nnx.Rngs(0), **options)

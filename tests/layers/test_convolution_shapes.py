@@ -1,4 +1,4 @@
-"""The convolution and both gradients in shapes that no network of ours uses, against NumPy in float64 and PyTorch."""
+"""The convolution and both gradients in unusual shapes, against NumPy in float64 and PyTorch."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ LAYOUTS = ("NHWC", "HWIO", "NHWC")
 
 
 def _draw(seed):
-    """(x's shape, kernel's shape, strides, padding, dtype), with at least one window."""
+    """Draws (x's shape, kernel's shape, strides, padding, dtype) with at least one window."""
     rng = np.random.default_rng(seed)
     inputs, outputs = int(rng.choice([1, 3, 4, 5, 8, 20])), int(rng.choice([1, 3, 8, 17]))
     strides, dtype = tuple(rng.integers(1, 6, 2).tolist()), "bfloat16" if seed % 3 == 0 else "float32"
@@ -50,13 +50,13 @@ def _cotangent(shape, dtype):
 
 
 def _overlap(size, low, high):
-    """Where the input lies in the padded input: two slices of equal length, of the one and of the other."""
+    """Returns two slices of equal length: of the padded input and of the input, where they overlap."""
     start, stop = max(0, -low), min(size, size + high)
     return (slice(start, stop), slice(start + low, stop + low)) if start < stop else (slice(0), slice(0))
 
 
 def _reference(x, kernel, strides, pads, dtype):
-    """(y, dx, dkernel), tap by tap in float64."""
+    """Computes y, dx and dkernel in float64, one kernel element at a time."""
     x, kernel = np.float64(x), np.float64(kernel)
     inner, outer = zip(*(_overlap(size, *pair) for size, pair in zip(x.shape[1:3], pads)))
     padded = np.zeros((len(x), *(size + sum(pair) for size, pair in zip(x.shape[1:3], pads)), x.shape[-1]))
@@ -91,7 +91,7 @@ def _agree(ours, theirs, dtype):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_value_and_gradients_are_those_of_numpy(case):
+def test_value_and_gradients_equal_those_of_numpy(case):
     *shapes, strides, padding, dtype = case
     x, kernel = _arrays(*shapes, dtype)
     ours = _value_and_gradients(lambda x, k: conv2d(x, k, strides=strides, padding=padding), x, kernel)
@@ -101,7 +101,7 @@ def test_value_and_gradients_are_those_of_numpy(case):
 
 @pytest.mark.parametrize("case", [case for case in CASES if "SAME" in case or "VALID" in case], ids=str)
 def test_without_negative_padding_lax_agrees_with_numpy(case):
-    """XLA:CPU has openxla/xla#48713 otherwise, so lax is no reference there."""
+    """With negative padding, XLA:CPU has the bug openxla/xla#48713, so lax is no reference."""
     *shapes, strides, padding, dtype = case
     x, kernel = _arrays(*shapes, dtype)
     lax_conv = _value_and_gradients(
@@ -120,7 +120,7 @@ def test_pytorch_agrees_with_numpy(case):
     if not expected[0].size:
         pytest.skip("PyTorch refuses a window larger than the padded input")
     x, kernel = (torch.tensor(np.float64(array), requires_grad=True) for array in arrays)
-    # PyTorch's `pad` refuses to crop all of an axis at one side, so rows are padded and then sliced.
+    # PyTorch's `pad` cannot crop a whole axis from one side, so rows are padded and then sliced.
     padded = torch.nn.functional.pad(x.permute(0, 3, 1, 2), [max(p, 0) for pair in pads[::-1] for p in pair])
     (top, bottom), (left, right) = ((max(-low, 0), max(-high, 0)) for low, high in pads)
     cropped = padded[:, :, top : padded.shape[2] - bottom, left : padded.shape[3] - right]

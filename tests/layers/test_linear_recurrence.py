@@ -1,4 +1,4 @@
-"""The parallel recurrence is the sequential one, on one device and with its time axis on several."""
+"""The parallel recurrence equals the sequential one, on one device and with the time axis sharded."""
 
 import functools
 
@@ -29,7 +29,7 @@ def _arguments(kind, length=12):
 
 
 def _loop(a, b, h):
-    """Step by step, in NumPy and double precision."""
+    """Computes the recurrence step by step in NumPy, in double precision."""
     hidden = []
     for a_t, b_t in zip(a, b):
         h = a_t.astype(np.complex128) * h + b_t
@@ -55,14 +55,14 @@ def _agree(ours, theirs):
 
 @pytest.mark.parametrize("kind", DTYPES)
 @pytest.mark.parametrize("form", ["linear_recurrence", "sequential", "parallel"])
-def test_every_form_is_the_loop(kind, form):
+def test_every_form_equals_the_loop(kind, form):
     a, b, h = _arguments(kind)
     np.testing.assert_allclose(jax.jit(getattr(layer, form))(a, b, h), _loop(a, b, h), atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", DTYPES)
 @pytest.mark.parametrize("form", ["sequential", "parallel"])
-def test_gradients_are_those_of_plain_differentiation(kind, form):
+def test_gradients_equal_those_of_plain_differentiation(kind, form):
     arguments = _arguments(kind)
     ours = _value_and_gradients(layer.linear_recurrence, arguments)
     _agree(ours, _value_and_gradients(getattr(layer, form), arguments))
@@ -76,13 +76,13 @@ def test_backwards_in_time(form):
 
 
 def test_accelerators_get_the_parallel_form():
-    """Lowered for a TPU there is no loop over time; for a CPU there is."""
+    """The program for a TPU has no loop over time; the one for a CPU has."""
     traced = jax.jit(layer.linear_recurrence).trace(*_arguments("real"))
     assert "stablehlo.while" not in traced.lower(lowering_platforms=("tpu",)).as_text()
     assert "stablehlo.while" in traced.lower(lowering_platforms=("cpu",)).as_text()
 
 
-def test_memory_that_underflows_is_forgotten():
+def test_a_state_that_underflows_is_forgotten():
     a, b, h = jnp.full((64, 1, 1), 1e-3), jnp.ones((64, 1, 1)), jnp.full((1, 1), 1e30)
     assert float(jax.jit(layer.parallel)(a, b, h)[-1, 0, 0]) == pytest.approx(1 / (1 - 1e-3))
 
@@ -90,7 +90,7 @@ def test_memory_that_underflows_is_forgotten():
 @pytest.mark.parametrize("kind", DTYPES)
 @pytest.mark.parametrize(("axes", "length"), [((2, 1, 2, 2), 6), ((1, 2, 4, 1), 8), ((2, 1, 4, 1), 7)])
 def test_a_time_axis_on_several_devices(kind, axes, length):
-    """7 steps do not divide by 4 devices: then every device does all of them."""
+    """4 devices do not divide 7 steps: then every device computes all of them."""
     arguments = _arguments(kind, length)
     alone = _value_and_gradients(layer.linear_recurrence, arguments)
     mesh = sharding.make_mesh(Config(batch_size=4, mesh=MeshConfig(*axes)))

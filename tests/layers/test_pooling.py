@@ -1,4 +1,4 @@
-"""Pooling is that of `nnx`, which is `lax.reduce_window`; the first of equal maxima has the gradient."""
+"""Pooling equals that of `nnx` (`lax.reduce_window`); the first of equal maxima gets the gradient."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ PEERS = {max_pool: nnx.max_pool, avg_pool: nnx.avg_pool}
 
 
 def _value_and_gradient(function, x, dy=None):
-    @jax.jit  # one compilation instead of one an operation
+    @jax.jit  # one compilation instead of one per operation
     def run(x):
         y, vjp = jax.vjp(function, x)
         return y, vjp(jnp.asarray(np.random.default_rng(1).standard_normal(y.shape), y.dtype) if dy is None else dy)[0]
@@ -30,8 +30,8 @@ def _value_and_gradient(function, x, dy=None):
     dtype=st.sampled_from(["float32", "bfloat16"]),
     platform=st.sampled_from(["cpu", "default"]),
 )
-def test_value_and_gradient_are_those_of_nnx(pool, size, window, dtype, platform):
-    # Distinct values, exact in bfloat16: without ties the maximum has one gradient.
+def test_value_and_gradient_equal_those_of_nnx(pool, size, window, dtype, platform):
+    # Distinct values, exact in bfloat16: without ties the gradient is unique.
     numbers = np.random.default_rng(0).permutation(2 * size[0] * size[1]).reshape(2, *size, 1) - 80
     x = jnp.asarray(numbers, dtype)
     with pytest.MonkeyPatch.context() as patch:
@@ -45,7 +45,7 @@ def test_value_and_gradient_are_those_of_nnx(pool, size, window, dtype, platform
 
 
 def _reference_gradient(x, dy, window):
-    """The first maximum of each window, in row-major order, has the gradient: `argmax`."""
+    """The reference: the first maximum of each window in row-major order (`argmax`) gets the gradient."""
     dx = np.zeros(x.shape)
     for b, i, j, c in np.ndindex(dy.shape):
         rows = x[b, i * window : (i + 1) * window, j * window : (j + 1) * window, c]
@@ -59,7 +59,7 @@ def _reference_gradient(x, dy, window):
 @pytest.mark.parametrize("values", [1, 2, 4])
 @pytest.mark.parametrize("window", [2, 3])
 def test_the_first_of_equal_maxima_has_the_gradient(window, values, dtype, platform, monkeypatch):
-    """`values` different numbers: 1 makes all elements of every window equal."""
+    """`values`: the number of different values; 1 makes all elements of every window equal."""
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arrays, **forms: forms[platform](*arrays))
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.integers(0, values, (2, 7, 8, 3)), dtype)
@@ -73,7 +73,7 @@ def test_the_first_of_equal_maxima_has_the_gradient(window, values, dtype, platf
 
 @pytest.mark.parametrize("values", [1, 2, 4])
 @pytest.mark.parametrize("window", [2, 3])
-def test_ties_are_those_of_pytorch(window, values):
+def test_ties_agree_with_pytorch(window, values):
     torch = pytest.importorskip("torch")
     rng = np.random.default_rng(0)
     x = rng.integers(0, values, (2, 7, 8, 3)).astype(np.float32)
@@ -86,7 +86,7 @@ def test_ties_are_those_of_pytorch(window, values):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_gradient_of_a_window_is_never_lost_or_doubled(dtype):
-    """Also where the input is a fusion that XLA computes more than once: each window's shares add up to 1."""
+    """Each window's gradients add up to 1, even if XLA computes the input's fusion more than once."""
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((16, 18, 18, 8)), dtype)
 
@@ -108,7 +108,7 @@ def test_no_reduce_window_where_windows_tile(pool):
 
 
 def test_no_gradient_is_lost_where_the_input_is_computed_twice():
-    """A normalisation before and a convolution after: XLA repeats the former, rounded differently."""
+    """With a normalization before and a convolution after, XLA computes the former twice, rounded differently."""
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((16, 18, 18, 8)), jnp.float32)
     kernel = jnp.asarray(rng.standard_normal((3, 3, 8, 16)), jnp.float32)

@@ -1,4 +1,4 @@
-"""The recurrences are those of their equations, and so are their gradients."""
+"""The recurrences and their gradients equal those of the cells' equations."""
 
 import re
 
@@ -35,7 +35,7 @@ def _sigmoid(x):
 
 
 def _equations(name, x, state, kernel, bias, np=np, sigmoid=_sigmoid):
-    """One step as the textbooks write it, gate by gate; the new state."""
+    """Computes one step gate by gate, as in textbooks; returns the new state."""
     gates, matrices, biases = (np.split(part, CELLS[name][1], axis=-1) for part in (x, kernel, bias))
     h = state[0]
     products = [h @ matrix + b for matrix, b in zip(matrices, biases)]
@@ -51,7 +51,7 @@ def _equations(name, x, state, kernel, bias, np=np, sigmoid=_sigmoid):
 
 
 def _plain(name, x, state, kernel, bias):
-    """The equations in a loop that JAX differentiates by itself."""
+    """Runs the equations in a loop that JAX differentiates itself."""
 
     def body(state, x_t):
         state = _equations(name, x_t, state, kernel, bias, jnp, jax.nn.sigmoid)
@@ -61,13 +61,13 @@ def _plain(name, x, state, kernel, bias):
 
 
 def _loss(outputs_and_state):
-    """A function of all outputs and of the last state, with a different weight for each."""
+    """Sums all outputs and the final state, each with a different weight."""
     leaves = jax.tree.leaves(outputs_and_state)
     return sum((jnp.cos(jnp.arange(leaf.size, dtype=leaf.dtype)).reshape(leaf.shape) * leaf).sum() for leaf in leaves)
 
 
 def _gradients(function, arguments):
-    """The loss, and its gradients in all arguments."""
+    """Returns the loss and its gradients with respect to all arguments."""
     gradient = jax.value_and_grad(lambda *arguments: _loss(function(*arguments)), argnums=(0, 1, 2, 3))
     return jax.jit(gradient, compiler_options=OPTIONS)(*arguments)
 
@@ -80,7 +80,7 @@ def _agree(ours, theirs, tolerance):
 
 
 @pytest.mark.parametrize("name", CELLS)
-def test_outputs_are_those_of_the_equations_in_float64(name):
+def test_outputs_equal_the_equations_in_float64(name):
     with jax.enable_x64(True):
         arguments = _arguments(name, np.float64)
         x, state, *weights = arguments
@@ -92,15 +92,15 @@ def test_outputs_are_those_of_the_equations_in_float64(name):
 
 
 @pytest.mark.parametrize("name", CELLS)
-def test_gradients_are_those_of_plain_differentiation(name):
+def test_gradients_equal_those_of_plain_differentiation(name):
     arguments = _arguments(name)
     _agree(
         _gradients(CELLS[name][0], arguments), _gradients(lambda *arguments: _plain(name, *arguments), arguments), 1e-5
     )
 
 
-def test_as_on_a_gpu_several_steps_a_turn_change_nothing(monkeypatch):
-    """Five steps by twos: one is left over."""
+def test_unrolling_as_on_a_gpu_changes_nothing(monkeypatch):
+    """Five steps, unrolled by two: one remains."""
     arguments = _arguments("lstm")
     by_ones = _gradients(recurrence.lstm, arguments)
     monkeypatch.setattr(recurrence, "_UNROLL", {"cpu": 2})
@@ -109,7 +109,7 @@ def test_as_on_a_gpu_several_steps_a_turn_change_nothing(monkeypatch):
 
 
 @pytest.mark.parametrize(("platform", "turns"), [("cuda", 5), ("rocm", 5), ("cpu", 40), ("tpu", 40)])
-def test_a_program_for_a_gpu_makes_eight_steps_a_turn_wherever_it_is_made(platform, turns):
+def test_a_program_for_a_gpu_is_unrolled_by_eight_on_any_host(platform, turns):
     x, *others = _arguments("lstm")
     arguments = (np.concatenate([x] * 8), *others)
     text = jax.jit(recurrence.lstm).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
@@ -117,8 +117,8 @@ def test_a_program_for_a_gpu_makes_eight_steps_a_turn_wherever_it_is_made(platfo
 
 
 @pytest.mark.parametrize("name", CELLS)
-def test_gradients_are_those_of_central_differences(name):
-    """Along a random direction through all arguments at once."""
+def test_gradients_agree_with_central_differences(name):
+    """Along one random direction in the space of all arguments."""
     with jax.enable_x64(True):
         arguments, step = _arguments(name, np.float64), 1e-6
         rng = np.random.default_rng(1)
@@ -132,7 +132,7 @@ def test_gradients_are_those_of_central_differences(name):
 
 
 def _products_in_loops(jaxpr, inside=False):
-    """The shape of each matrix product that a loop's body makes."""
+    """Returns the shape of each matrix product in the body of a loop."""
     for equation in jaxpr.eqns:
         if inside and equation.primitive.name == "dot_general":
             yield equation.outvars[0].aval.shape
@@ -141,18 +141,18 @@ def _products_in_loops(jaxpr, inside=False):
 
 
 @pytest.mark.parametrize("name", CELLS)
-def test_the_kernels_gradient_is_made_outside_the_loop(name):
-    """What makes it fast: no loop's body has a product of the kernel's shape."""
+def test_the_kernels_gradient_is_computed_outside_the_loop(name):
+    """No loop's body has a product of the kernel's shape, which is what makes the gradient fast."""
     function, gates, _ = CELLS[name]
     arguments = _arguments(name)
     jaxpr = jax.make_jaxpr(jax.grad(lambda *arguments: _loss(function(*arguments)), argnums=2))(*arguments)
     shapes = list(_products_in_loops(jaxpr.jaxpr))
-    platforms = len(recurrence._UNROLL) + 1  # each has loops of its own, and one is for all others
+    platforms = len(recurrence._UNROLL) + 1  # each has its own loops; one set is for all other platforms
     assert sorted(shapes) == sorted(platforms * [(BATCH, gates * UNITS), (BATCH, UNITS)])
 
 
 @pytest.mark.parametrize("name", CELLS)
-def test_bfloat16_products_keep_the_memory_in_float32(name):
+def test_bfloat16_products_keep_the_state_in_float32(name):
     x, state, kernel, bias = _arguments(name)
     arguments = (jnp.asarray(x, jnp.bfloat16), state, jnp.asarray(kernel, jnp.bfloat16), bias)
     outputs = jax.jit(CELLS[name][0], compiler_options=OPTIONS)(*arguments)
@@ -164,7 +164,7 @@ def test_bfloat16_products_keep_the_memory_in_float32(name):
 
 
 def test_vmap_is_a_loop_over_networks():
-    name = "gru"  # all cells share what vmap could get wrong
+    name = "gru"  # all cells share the code that vmap transforms
     gradients = jax.value_and_grad(lambda *arguments: _loss(CELLS[name][0](*arguments)), argnums=(0, 1, 2, 3))
     pairs = jax.tree.map(lambda x: np.stack([x, 0.5 * x]), _arguments(name))
     ours = jax.jit(jax.vmap(gradients), compiler_options=OPTIONS)(*pairs)

@@ -1,4 +1,4 @@
-"""The networks have the published shapes, and every field of their config does what it says."""
+"""The networks have the published shapes, and every field of their config has its effect."""
 
 import functools
 import math
@@ -32,7 +32,7 @@ def _create(config: CNNConfig, image_shape=CIFAR, seed=0) -> nnx.Module:
 
 
 def _filled(config: CNNConfig) -> nnx.Module:
-    """A network whose kernels NumPy drew (compiling the initialization takes longer than all else here)."""
+    """Returns a network with kernels drawn by NumPy: compiling the initialization would dominate the tests."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: _create(config)))
     rng = np.random.default_rng(0)
 
@@ -45,7 +45,7 @@ def _filled(config: CNNConfig) -> nnx.Module:
 
 
 def _apply(model: nnx.Module, x: jax.Array, *, train: bool, key: jax.Array | None = None) -> jax.Array:
-    """The model's output, compiled as one program; training updates the model's statistics in place."""
+    """Computes the model's output in one compiled program; training updates the batch statistics in place."""
     graphdef, state = nnx.split(model)
     logits, after = _call(graphdef, state, x, key, train)
     nnx.update(model, after)
@@ -74,7 +74,7 @@ def _simple_params(w: int) -> int:
 
 
 def _airbench_params(*channels: int, depth: int) -> int:
-    """Of airbench's networks: groups of `depth` 3x3 convolutions without bias, whose batch norms have a bias only."""
+    """Counts airbench's parameters: groups of `depth` 3x3 convolutions without bias, with batch norms without scale."""
     whitened = 2 * 3 * 2 * 2
     params, inputs = whitened, whitened  # the bias after the frozen whitening
     for outputs in channels:
@@ -144,7 +144,7 @@ def test_each_field_changes_the_output(field, value):
 
 
 def test_the_simple_network_is_the_tutorial_cnn():
-    """Against the same network in plain lax: pooling after ReLU, with the bias before it."""
+    """Against plain lax in the tutorial's order: convolution, bias, ReLU, pooling."""
     model = _filled(_config(width=4))
     for norm in model.norms:
         norm.layer.bias[...] = jax.random.normal(jax.random.key(5), norm.layer.bias.shape)
@@ -164,7 +164,7 @@ def test_the_simple_network_is_the_tutorial_cnn():
 
 @pytest.mark.parametrize("depth", [2, 3])
 def test_an_airbench_group_is_as_published(depth):
-    """Against plain lax: pooled after the first convolution, and with three a shortcut before the last exact GELU."""
+    """Against plain lax: pooling after the first convolution; with depth 3, a shortcut before the last exact GELU."""
     group = _filled(_config(name="airbench", width=4, depth=depth, norm="none")).groups[1]
     x = _images(3, 14, 14, 4)
     gelu = functools.partial(jax.nn.gelu, approximate=False)
@@ -180,7 +180,7 @@ def test_an_airbench_group_is_as_published(depth):
     expected = gelu(plain(first, kernels[1]))
     if depth == 3:
         expected = gelu(plain(expected, kernels[2]) + first)
-    np.testing.assert_allclose(group(x, train=False), expected, atol=2e-5)  # tanh's GELU is off by 5e-4
+    np.testing.assert_allclose(group(x, train=False), expected, atol=2e-5)  # the tanh GELU is off by 5e-4
 
 
 @pytest.mark.parametrize("name", ["resnet", "airbench"])
@@ -197,7 +197,7 @@ def test_batch_norm_learns_its_statistics_in_training_only(name):
 
 
 @pytest.mark.parametrize("momentum", [0.6, 0.95])
-def test_airbenchs_running_statistics_keep_the_part_that_momentum_says(momentum):
+def test_airbenchs_running_statistics_follow_the_momentum(momentum):
     images = _images(8, *CIFAR)
     whitening = np.random.default_rng(0).standard_normal((2, 2, 3, 24)).astype(np.float32)
     model: Any = cnn.create(
@@ -267,7 +267,7 @@ def test_airbench_is_initialized_as_published():
         ({"name": "airbench"}, (24, 24, 1), "25x25"),
     ],
 )
-def test_what_a_network_cannot_do_is_an_error(fields, image_shape, words):
+def test_unsupported_configs_are_an_error(fields, image_shape, words):
     with pytest.raises(UserError, match=words):
         cnn.resolve(CNNConfig(**fields), image_shape)
 

@@ -1,4 +1,4 @@
-"""The recurrent networks are those of their equations, remember what they should, and do what every field says."""
+"""The recurrent networks equal their equations, carry their state, and every field of their config has its effect."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ OPTIONS = {"xla_backend_optimization_level": 0}  # compiling takes longer than r
 
 
 def _filled(config: RNNConfig) -> nnx.Module:
-    """A network that NumPy drew (compiling the initialisation takes longer than all else here)."""
+    """Returns a network drawn by NumPy: compiling the initialization would dominate the tests."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: rnn.RNN(config, CHARACTERS, nnx.Rngs(0))))
     rng = np.random.default_rng(0)
     scale = {1: 0.5, 2: config.width**-0.5}
@@ -42,7 +42,7 @@ def _tokens(length, batch_size=4):
 
 
 def _memory(config, batch_size=4):
-    """A carry that is not zero."""
+    """Returns a random carry."""
     rng = np.random.default_rng(2)
     return jax.tree.map(
         lambda x: jnp.asarray(rng.standard_normal(x.shape), x.dtype), rnn.initial_carry(config, batch_size)
@@ -56,8 +56,8 @@ def _close(ours, theirs, tolerance=1e-5):
 def _layer_params(name: str, w: int) -> int:
     return {
         "simple": w * w + w * w + w,
-        "gru": 3 * (w * w + w * w + 2 * w),  # as torch.nn.GRU: two biases
-        "lstm": 4 * (w * w + w * w + w),  # Keras's LSTM
+        "gru": 3 * (w * w + w * w + 2 * w),  # two biases, as in torch.nn.GRU
+        "lstm": 4 * (w * w + w * w + w),  # as in Keras's LSTM
         "mingru": 2 * w + (2 * w * w + 2 * w) + w * w + (4 * w * w + 4 * w) + (4 * w * w + w),
         # A norm, lambda and gamma, B and C (complex), D, and the gated unit.
         "lru": w + 3 * w + 2 * w * w + 2 * w * w + w + (2 * w * w + 2 * w),
@@ -75,8 +75,8 @@ def test_parameter_counts(name, tied):
 
 
 @pytest.mark.parametrize("name", CELLS)
-def test_the_carry_goes_on_where_the_text_was_cut(name):
-    """A text at once, and in three pieces, one of them a single character."""
+def test_the_carry_continues_a_text_that_was_cut(name):
+    """Reads a text at once, and in three pieces, one of them a single character."""
     config = RNNConfig(name=name, width=8)
     model, tokens, carry = _filled(config), _tokens(8), _memory(config)
     whole, last = _apply(model, tokens, carry)
@@ -88,7 +88,7 @@ def test_the_carry_goes_on_where_the_text_was_cut(name):
 
 
 @pytest.mark.parametrize("name", CELLS)
-def test_first_forgets_row_by_row_and_the_future_is_not_seen(name):
+def test_first_resets_single_rows_and_the_future_is_not_seen(name):
     config = RNNConfig(name=name, width=8, layers=1)
     model, tokens, carry = _filled(config), _tokens(6), _memory(config)
     first = np.array([True, False, True, False])
@@ -123,7 +123,7 @@ def _linear(layer, x):
 
 
 def _min_gru(layer, x, h):
-    """Feng et al. 2024, section 3.1, one step, with the feed-forward layer after it."""
+    """Computes one step of Feng et al. 2024, section 3.1, followed by the feed-forward layer."""
     normal = _rms_norm(x, layer.norm.scale[...])
     z, candidate = np.split(_linear(layer.inputs, normal), 2, -1)
     h = (1 - _sigmoid(z)) * h + _sigmoid(z) * candidate
@@ -132,7 +132,7 @@ def _min_gru(layer, x, h):
 
 
 def _lru(layer, x, h):
-    """Orvieto et al. 2023, section 3, one step, in complex numbers."""
+    """Computes one step of Orvieto et al. 2023, section 3, in complex numbers."""
     w = x.shape[-1]
     eigenvalues = np.exp(-np.exp(layer.nu[...]) + 1j * np.exp(layer.theta[...]))
     b, c = np.float64(layer.inputs.kernel[...]), np.float64(layer.outputs.kernel[...])
@@ -144,7 +144,7 @@ def _lru(layer, x, h):
 
 
 @pytest.mark.parametrize(("name", "equations"), [("mingru", _min_gru), ("lru", _lru)])
-def test_the_parallel_networks_are_their_equations(name, equations):
+def test_the_parallel_networks_equal_their_equations(name, equations):
     config = RNNConfig(name=name, width=8, layers=2)
     model, tokens = _filled(config), _tokens(6)
     logits, last = _apply(model, tokens, carry := _memory(config))
@@ -172,7 +172,7 @@ def test_dropout_acts_in_training_only_and_stores_no_random_state(name):
 
 
 @pytest.mark.parametrize("name", ["gru", "mingru", "lru"])
-def test_bfloat16_networks_give_float32_logits_and_remember_in_float32(name):
+def test_bfloat16_networks_return_float32_logits_and_states(name):
     carry = _memory(config := RNNConfig(name=name, width=8, layers=1))
     full = _apply(_filled(config), _tokens(3), carry)
     low = _apply(_filled(dataclasses.replace(config, dtype="bfloat16")), _tokens(3), carry)
@@ -181,20 +181,20 @@ def test_bfloat16_networks_give_float32_logits_and_remember_in_float32(name):
 
 
 def _initial(config, vocabulary_size=CHARACTERS):
-    """The parameters as initialised."""
+    """Returns the initial parameters."""
     return jax.jit(lambda: nnx.state(rnn.RNN(config, vocabulary_size, nnx.Rngs(0))), compiler_options=OPTIONS)()
 
 
 @pytest.mark.parametrize(
     ("name", "tied", "unit"), [("gru", False, True), ("gru", True, False), ("mingru", False, False)]
 )
-def test_embeddings_have_the_scale_that_their_reader_expects(name, tied, unit):
+def test_embeddings_have_the_scale_that_the_next_layer_expects(name, tied, unit):
     embedding = _initial(RNNConfig(name=name, width=16, layers=1, tied=tied), 200)["embedding"]["embedding"][...]
     np.testing.assert_allclose(embedding.std(), 1 if unit else 1 / 4, rtol=0.05)
 
 
 @pytest.mark.parametrize("name", ["gru", "lstm"])
-def test_sequential_cells_are_initialised_to_remember(name):
+def test_sequential_cells_are_initialized_to_remember(name):
     gates = {"gru": 3, "lstm": 4}[name]
     layer = _initial(RNNConfig(name=name, width=8, layers=1))["layers"][0]
     for kernel in np.split(np.asarray(layer["kernel"][...]), gates, axis=1):
@@ -203,7 +203,7 @@ def test_sequential_cells_are_initialised_to_remember(name):
     assert [set(bias.tolist()) for bias in biases] == [{float(name == "lstm" and i == 1)} for i in range(gates)]
 
 
-def test_lru_begins_on_its_ring_and_keeps_the_size_of_its_input():
+def test_lru_is_initialized_on_its_ring_and_keeps_the_scale_of_its_input():
     layer = _initial(RNNConfig(name="lru", width=128, layers=1))["layers"][0]
     radius, phase = np.exp(-np.exp(layer["nu"][...])), np.exp(layer["theta"][...])
     assert radius.min() > 0.9 - 1e-6
@@ -240,7 +240,7 @@ def test_eight_devices_agree_with_one(name, axes):
         compiled = gradient.lower(placed, mesh, *rows).compile()
         together = compiled(placed, *rows)
     _close(jax.device_get(together), jax.device_get(alone), 5e-5)
-    if name in rnn.PARALLEL:  # a device has its part of the time axis only
+    if name in rnn.PARALLEL:  # each device has only its shard of the time axis
         text = compiled.as_text()
         assert f"f32[{8 // axes['sequence']},2,8]" in text
         assert "f32[8,2,8]" not in text

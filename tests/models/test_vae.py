@@ -1,4 +1,4 @@
-"""The autoencoders have the sizes they should, for every image, and every field of their config does what it says."""
+"""The autoencoders have the right sizes for every image shape, and every field of their config has its effect."""
 
 import functools
 
@@ -18,7 +18,7 @@ def _create(config, image_shape):
 
 
 def _filled(config, image_shape, mean=0.2):
-    """A network whose kernels NumPy drew (compiling the initialisation takes longer than all else here)."""
+    """Returns a network with kernels drawn by NumPy: compiling the initialization would dominate the tests."""
     mean = np.broadcast_to(mean, image_shape)
     model = nnx.eval_shape(lambda: vae.create(config, mean=mean, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(model)
@@ -34,7 +34,7 @@ def _call(graphdef, method, state, x):
 
 
 def _apply(model, method, x):
-    """The method's result, compiled as one program."""
+    """Calls a method in one compiled program."""
     graphdef, state = nnx.split(model)
     return _call(graphdef, method, state, x)
 
@@ -45,12 +45,12 @@ def _num_params(config, image_shape):
 
 
 def _dense_params(d, w, z, p):
-    """One hidden layer more than one on either side."""
+    """Counts the parameters of the dense network with two hidden layers on either side."""
     return (d + 1) * w + (w + 1) * w + (w + 1) * 2 * z + (z + 1) * w + (w + 1) * w + (w + 1) * p * d
 
 
 def _conv_params(side, c, w, z, p):
-    """Two halvings of the resolution."""
+    """Counts the parameters of the convolutional network with depth 2."""
     flat = 4 * w * (side // 4) ** 2
     encoder = (9 * c + 1) * w + (9 * w + 1) * 2 * w + (18 * w + 1) * 4 * w + (flat + 1) * 2 * z
     return encoder + (z + 1) * flat + (36 * w + 1) * 2 * w + (18 * w + 1) * w + 9 * w * c * p + side**2 * c * p
@@ -128,14 +128,14 @@ def test_leading_axes_do_not_change_what_is_decoded(name):
 
 @pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
 def test_the_decoder_starts_at_the_mean_image(likelihood):
-    """And a convolutional one keeps means and log variances apart: they are six channels of its last layer."""
+    """A convolutional decoder also separates means and log variances, six channels of its last layer."""
     mean = np.random.default_rng(0).random((4, 6, 3))
     config = VAEConfig(name="conv", width=2, latents=3, depth=1, likelihood=likelihood)
     model = _filled(config, mean.shape, mean)
     latents = np.ones((1, 3), np.float32)
     drawn = _apply(model, "decode", latents)[0]
     kernel = model.decoder.out.kernel
-    kernel[...] = kernel[...] * (np.arange(kernel[...].shape[-1]) >= 3)  # of the means or logits
+    kernel[...] = kernel[...] * (np.arange(kernel[...].shape[-1]) >= 3)  # zeros for the means or logits
     parameters = _apply(model, "decode", latents)[0]
     means = parameters[: mean.size]
     shown = 1 / (1 + np.exp(-means)) if likelihood == "bernoulli" else means

@@ -1,4 +1,4 @@
-"""Characters are drawn from the distribution that temperature and top_p ask for, and a text is what its steps are."""
+"""Characters have the distribution of temperature and top_p, and a generated text is the sequence of single steps."""
 
 import functools
 
@@ -19,7 +19,7 @@ LOGITS = np.log(np.array([0.05, 0.4, 0.15, 0.3, 0.1], np.float32))
 
 
 def _expected(temperature, top_p):
-    """The nucleus in NumPy: the fewest likeliest characters with probability top_p, renormalised."""
+    """The nucleus in NumPy: the fewest, most likely characters with total probability top_p, renormalized."""
     probabilities = np.exp(LOGITS / temperature)
     probabilities /= probabilities.sum()
     kept, total = np.zeros(len(LOGITS)), 0.0
@@ -50,7 +50,7 @@ def _network(name):
 
 
 def _generate(name, key, **chosen):
-    """A text, and the logits of each of its characters when the whole of it is read at once."""
+    """Returns a generated text, and the logits of its characters when the whole text is read at once."""
     model, carry = _network(name)
 
     @functools.partial(jax.jit, compiler_options=OPTIONS)
@@ -64,7 +64,7 @@ def _generate(name, key, **chosen):
 
 
 @pytest.mark.parametrize("name", ["lstm", "mingru"])
-def test_greedy_text_is_the_likeliest_next_character_each_time(name):
+def test_greedy_text_takes_the_most_likely_character_at_each_step(name):
     generated, logits = _generate(name, jax.random.key(0), length=5, temperature=0.0, top_p=1.0)
     assert generated.dtype == jnp.int32
     np.testing.assert_array_equal(generated, logits.argmax(-1))

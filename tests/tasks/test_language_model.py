@@ -1,4 +1,4 @@
-"""The loss is the mean over the characters that count, from all that came before them."""
+"""The loss is the mean over the characters that count, each predicted from the preceding ones."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from research.tasks.language_model import LanguageModel
 
 
 class Counter(nnx.Module):
-    """Predicts by a table of the character, and by how many characters it has read since `first`."""
+    """Predicts from a table by character, plus the number of characters read since `first`."""
 
     def __init__(self):
         self.table = nnx.Param(jnp.asarray(np.random.default_rng(0).standard_normal((6, 6)), jnp.float32))

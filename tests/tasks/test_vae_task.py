@@ -24,12 +24,12 @@ TASK = VAE(lambda _: None, SHAPE, "gaussian", "")  # pyright: ignore
 BITS = VAE(lambda _: None, SHAPE, "bernoulli", "stochastic")  # pyright: ignore
 
 
-# Compiling random numbers takes longer than all else here.
+# Compiling random numbers would dominate the tests.
 _jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def _linear(shift=0.0, spread=1.0):
-    """p(x|z) = N(z W + offset, noise^2); q is the posterior, with its mean moved and its deviation multiplied."""
+    """p(x|z) = N(z W + offset, noise^2); q is the posterior with a shifted mean and a scaled deviation."""
 
     def encode(x):
         mean = (x.reshape(len(x), -1) - OFFSET) @ (WEIGHTS.T * VARIANCE / NOISE**2)
@@ -47,7 +47,7 @@ def _batch(images=IMAGES, start=0, **more):
 
 
 def _exact(targets):
-    """log p(x) of N(offset, W^T W + noise^2), on the scale 0..256."""
+    """Computes log p(x) of N(offset, W^T W + noise^2), on the scale 0..256."""
     covariance = WEIGHTS.T @ WEIGHTS + NOISE**2 * np.eye(12)
     flat = np.asarray(targets, np.float64).reshape(len(targets), -1)
     density = scipy.stats.multivariate_normal(np.full(12, OFFSET), covariance)
@@ -67,7 +67,7 @@ def test_the_estimate_is_exact_with_the_exact_posterior():
     np.testing.assert_allclose(_log_likelihood(_linear(), 7), expected, rtol=1e-5)
 
 
-def test_the_estimate_nears_the_likelihood_from_another_distribution():
+def test_the_estimate_approaches_the_likelihood_from_another_distribution():
     expected = _exact(TASK.targets(_batch(), EVALUATION))
     model = _linear(shift=0.1, spread=1.3)
     np.testing.assert_allclose(_log_likelihood(model, 4000), expected, atol=0.05)
@@ -85,10 +85,10 @@ def _evaluate(task, model, batch, *, seed=0, train):
 
 
 def _mean_loss(samples, model):
-    """The training loss of one example under many draws."""
+    """Returns one example's mean training loss over many draws, its exact value, and all values."""
     task = dataclasses.replace(TASK, samples=samples)
     batch = _batch(np.repeat(IMAGES[:1], 4000, 0), step=jnp.int32(10))
-    # The same dequantised values in every row, other latents.
+    # The same dequantized values in every row, different latents.
     targets = TASK.targets(_batch(IMAGES[:1]), jax.random.key(0))
     object.__setattr__(task, "targets", lambda batch, key: jnp.repeat(targets, len(batch["index"]), 0))
     values = _evaluate(task, model, batch, train=True)
@@ -113,7 +113,7 @@ def test_the_bound_is_the_elbo_for_one_sample_and_tightens_with_more():
 
 
 def test_the_bound_of_several_samples_is_their_log_mean_weight():
-    """A beta of 0 leaves log mean p(x|z): against the same latents in NumPy."""
+    """With beta 0 the bound is log mean p(x|z): compared with the same latents in NumPy."""
     latents = []
     model = _linear(0.2, 1.4)
     spy = SimpleNamespace(encode=model.encode, decode=lambda z: latents.append(z) or model.decode(z))
@@ -127,7 +127,7 @@ def test_the_bound_of_several_samples_is_their_log_mean_weight():
 
 
 def test_a_gradient_by_few_samples_is_unbiased():
-    """Its mean over many rows of one example is that of the gradient by all samples, within its standard error."""
+    """Its mean over many rows of one example equals the exact gradient within the standard error."""
     batch = _batch(np.repeat(IMAGES[:1], 4000, 0), step=jnp.int32(0))
 
     def gradients(**fields):
@@ -142,7 +142,7 @@ def test_a_gradient_by_few_samples_is_unbiased():
     (_, losses), exact = gradients()
     for count in (1, 3):
         (_, same), estimate = gradients(gradient_samples=count)
-        np.testing.assert_allclose(same, losses, rtol=1e-5)  # the bound itself is that of all samples
+        np.testing.assert_allclose(same, losses, rtol=1e-5)  # the bound itself uses all samples
         differences = np.asarray(estimate - exact)
         error = differences.std(0) / np.sqrt(len(differences))
         assert (error > 0).all()
@@ -178,18 +178,18 @@ def test_free_bits_hold_for_the_mean_over_the_batch():
 
 
 def test_stochastic_bits_have_the_probabilities_of_the_grays():
-    greys = np.arange(12, dtype=np.uint8).reshape(SHAPE) * 23
-    greys.flat[-1] = 255
-    batch = _batch(np.repeat(greys[None], 4000, 0))
+    grays = np.arange(12, dtype=np.uint8).reshape(SHAPE) * 23
+    grays.flat[-1] = 255
+    batch = _batch(np.repeat(grays[None], 4000, 0))
     drawn = BITS.targets(batch, jax.random.key(0))
     assert set(np.unique(drawn)) == {0.0, 1.0}
-    np.testing.assert_allclose(drawn.mean(0), greys / 255, atol=0.04)
-    np.testing.assert_array_equal(drawn.mean(0)[greys % 255 == 0], [0, 1])  # black and white are certain
+    np.testing.assert_allclose(drawn.mean(0), grays / 255, atol=0.04)
+    np.testing.assert_array_equal(drawn.mean(0)[grays % 255 == 0], [0, 1])  # black and white are certain
     assert not np.array_equal(drawn, BITS.targets(batch, jax.random.key(1)))
 
 
 def test_fixed_bits_stay_and_a_training_image_shares_none_with_a_test_image():
-    """As the network sees them."""
+    """Compares the bits that the network gets."""
     grays = np.full((2000, *SHAPE), 128, np.uint8)
     seen = []
 
@@ -207,7 +207,7 @@ def test_fixed_bits_stay_and_a_training_image_shares_none_with_a_test_image():
     np.testing.assert_allclose(seen[0].mean(0), 128 / 255, atol=0.06)
 
 
-def test_values_are_dequantised_within_their_step():
+def test_values_are_dequantized_within_their_step():
     batch = _batch(np.repeat(IMAGES[:1], 1000, 0))
     values = np.asarray(TASK.targets(batch, jax.random.key(0))) * 256 - np.float32(IMAGES[0])
     assert 0 <= values.min() < 0.01
@@ -224,7 +224,7 @@ def test_evaluation_depends_on_the_examples_only():
     batch = _batch(step=jnp.int32(0))
     assert not np.allclose(
         *(_evaluate(TASK, model, batch, seed=seed, train=True)["loss"] for seed in (0, 7))
-    )  # in training every draw is new
+    )  # in training the draws differ
 
 
 def test_active_units_are_those_whose_mean_varies():
@@ -240,7 +240,7 @@ def test_active_units_are_those_whose_mean_varies():
 
 
 def test_gaussian_bits_per_dimension_of_noise_are_eight():
-    """Uniform 8-bit noise, under a density that is nearly flat, costs about 8 bits and never less."""
+    """Uniform 8-bit noise, under a density that is nearly flat, costs about 8 bits, and never less."""
     model = SimpleNamespace(
         encode=lambda x: (jnp.zeros((len(x), 2)), jnp.zeros((len(x), 2))),
         decode=lambda z: jnp.broadcast_to(jnp.repeat(jnp.array([0.5, math.log(1 / 12)]), 12), (*z.shape[:-1], 24)),
@@ -248,7 +248,7 @@ def test_gaussian_bits_per_dimension_of_noise_are_eight():
     images = np.random.default_rng(1).integers(0, 256, (2000, *SHAPE)).astype(np.uint8)
     values = _evaluate(TASK, model, _batch(images), train=False)
     bits = TASK.summarize({name: np.asarray(value).mean(0) for name, value in values.items()})["bits_per_dim"]
-    flat_cost = 0.5 * math.log2(2 * math.pi * math.e / 12)  # nats that a normal of that variance loses to the uniform
+    flat_cost = 0.5 * math.log2(2 * math.pi * math.e / 12)  # bits lost by a normal of the uniform's variance
     np.testing.assert_allclose(bits, 8 + flat_cost, atol=0.01)
 
 
@@ -260,7 +260,7 @@ def _predict(model):
     return predict
 
 
-def test_the_final_figure_is_the_mean_over_the_test_set():
+def test_the_final_metric_is_the_mean_over_the_test_set():
     task = dataclasses.replace(TASK, final_samples=3)
     figures = task.final_metrics(_predict(_linear(0.1)), SimpleNamespace(test={"image": IMAGES}))  # pyright: ignore
     np.testing.assert_allclose(figures["test_nll"], -np.mean(_log_likelihood(_linear(0.1), 3)), rtol=1e-6)
@@ -268,8 +268,8 @@ def test_the_final_figure_is_the_mean_over_the_test_set():
     assert TASK.final_metrics(_predict(_linear()), SimpleNamespace(test={"image": IMAGES})) == {}  # pyright: ignore
 
 
-def test_pictures_show_what_they_say():
-    """Latent 0 lights the first column, latent 1 the rest; the code of an image is whether these are lit."""
+def test_plots_show_reconstructions_and_traversals():
+    """Latent 0 lights the first column, latent 1 the rest; an image's latents say which are lit."""
     shape, columns = (2, 3, 1), np.array([1, 0, 0] * 2)
 
     def encode(x):
@@ -288,7 +288,7 @@ def test_pictures_show_what_they_say():
     assert set(pictures) == {"reconstructions", "samples", "traversals", "latents"}
     shown = {name: draw().axes[0] for name, draw in pictures.items()}
     pairs = shown["reconstructions"].images[0].get_array()
-    np.testing.assert_array_equal(pairs[:2, :3], images[0, ..., 0])  # an image, then what is made of it
+    np.testing.assert_array_equal(pairs[:2, :3], images[0, ..., 0])  # an image, then its reconstruction
     np.testing.assert_allclose(pairs[:2, 4], 1 / (1 + np.exp(5)), rtol=1e-4)
     np.testing.assert_allclose(pairs[:2, 12], 1 / (1 + np.exp(-5)), rtol=1e-4)
     rows = shown["traversals"].images[0].get_array()  # the latent that varies most comes first

@@ -1,44 +1,171 @@
-"""What README and those of the folders show works as it stands there."""
+"""The commands, flags, presets, links and paths that the Markdown files show exist and work."""
 
+import argparse
+import dataclasses
+import functools
 import importlib
+import importlib.util
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from absl import flags as absl_flags
 
 from experiments import char_rnn, cifar_cnn, cifar_speedrun, mnist_vae
-from research import app
+from launch import job, predict
+from research import app, flags
+from research import config as config_lib
 from research.errors import UserError
 
-MODULES = (cifar_cnn, cifar_speedrun, char_rnn, mnist_vae)
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-FOLDERS = [ROOT / name / "README.md" for name in ("launch", "experiments", "research", "benchmarks", "tests/faults")]
-ALL = "\n".join([README, *(path.read_text() for path in FOLDERS)])
+FOLDERS = ("benchmarks", "docs", "experiments", "launch", "research", "tests")
+PAGES = sorted(path for path in (*ROOT.glob("*.md"), *(p for f in FOLDERS for p in (ROOT / f).rglob("*.md"))))
+PAGES = [path for path in PAGES if path.name != "CHANGELOG.md"]  # it may name what is gone
+EXPERIMENTS = {module.__name__: module.EXPERIMENT for module in (char_rnn, cifar_cnn, cifar_speedrun, mnist_vae)}
+LAUNCHERS = ("export", "gke", "local", "plan", "scaling", "slurm", "sweep", "tpu")
+DRY_RUN = ("gke", "local", "scaling", "slurm", "tpu")
+EXAMPLE = "experiments.digits_linear"  # the README's own; a test below runs it
+NOT_OURS = ("--logdir", "--xla_force_host_platform_device_count", "--xla_cpu_experimental_onednn_custom_call")
+MUP = ["--config.model.parametrization=mup", "--config.model.base_width=32"]  # each is an error without the other
+
+_FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
-def test_the_experiment_of_one_file_runs(tmp_path):
-    (program,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    (tmp_path / "digits_linear.py").write_text(program)
-    args = [sys.executable, "digits_linear.py", "--config.num_epochs=10", "--workdir=run"]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(args, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
+def _code(page):
+    """The inline code of a page, and the lines of its code blocks, each on one line."""
+    text = page.read_text()
+    spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", _FENCE.sub("", text))]
+    blocks = [block.replace("\\\n", " ") for language, block in _FENCE.findall(text) if language != "python"]
+    return spans + [line for block in blocks for line in block.splitlines()]
+
+
+CODE = [(page, code) for page in PAGES for code in _code(page)]
+
+
+def _commands():
+    """(module, arguments) of every `python -m MODULE ...` that is shown."""
+    for _, code in CODE:
+        for command in re.findall(r"python -m ((?:(?! && ).)+)", code):
+            module, *args = shlex.split(command, comments=True)
+            if not re.search(r"[A-Z]", module):  # python -m launch.WHERE
+                yield module, tuple(args)
+
+
+COMMANDS = sorted(set(_commands()))
+FLAGS = sorted({flag for _, code in CODE for flag in re.findall(r"(?<![\w-])--[a-z][\w.]*(?:=[^\s;,]+)?", code)})
+LINKS = [(page, link) for page in PAGES for link in re.findall(r"\]\((?!https?:)(.*?)\)", page.read_text())]
+PATHS = sorted({(page, code) for page, code in CODE if re.fullmatch(rf"\.?(?:{'|'.join(FOLDERS)}|ci)/[\w./-]*", code)})
+NAMES = sorted({code for _, code in CODE if re.fullmatch(r"(research|experiments|launch|benchmarks)(\.\w+)+", code)})
+
+
+def test_the_patterns_find_what_the_pages_show():
+    """Otherwise the tests below would pass on nothing."""
+    assert len(PAGES) >= 8
+    assert len(COMMANDS) >= 35
+    assert len([module for module, _ in COMMANDS if module.startswith("launch.")]) >= 12
+    assert len(FLAGS) >= 80
+    assert len([flag for flag in FLAGS if flag.startswith("--config.")]) >= 35
+    assert len([flag for flag in FLAGS if flag.startswith("--config=")]) >= 8
+    assert len(LINKS) >= 24
+    assert len(PATHS) >= 6
+    assert len(NAMES) >= 4
+
+
+def _options(launcher):
+    """A launcher's options, with their defaults."""
+    for value in vars(importlib.import_module(f"launch.{launcher}")).values():
+        if dataclasses.is_dataclass(value) and value.__name__.lower() == f"{launcher}options":
+            return value()
+    raise AssertionError(f"launch.{launcher} defines no options")
+
+
+@functools.cache
+def _names():
+    """Every flag of every command, without its dashes."""
+    names = {"help", "dry_run", "workdir"}
+    for experiment in EXPERIMENTS.values():
+        names |= set(flags.define_flags(experiment))
+    for launcher in LAUNCHERS:
+        names |= {name for name, _, _ in config_lib.walk(_options(launcher))}
+    names |= set(vars(predict.parse(["--artifact=x"])))
+    return names | {name for found in _benchmarks()["flags"].values() for name in found}
+
+
+BENCHMARKS = r"""
+import importlib, json, sys
+from absl import flags
+commands, found, errors = json.load(sys.stdin), {}, []
+for module, args in commands:
+    # Benchmarks define flags of the same name: each is imported without the others.
+    for name in [name for name in sys.modules if name.startswith("benchmarks")]:
+        del sys.modules[name]
+    before = set(flags.FLAGS)
+    main = importlib.import_module(module)
+    if hasattr(main, "__path__"):
+        importlib.import_module(f"{module}.__main__")
+    found[module] = sorted(set(flags.FLAGS) - before)
+    try:
+        rest = flags.FLAGS([module, *args])[1:]
+        errors += [f"{module}: unexpected {rest}"] if rest else []
+    except flags.Error as error:
+        errors.append(f"{module}: {error}")
+    for name in found[module]:
+        delattr(flags.FLAGS, name)
+print(json.dumps({"flags": found, "errors": errors}))
+"""
+
+
+@functools.cache
+def _benchmarks():
+    """The flags of each benchmark that is shown, and what is wrong with the commands, found in another process."""
+    shown = [(module, [arg for arg in args if arg != "--help"]) for module, args in COMMANDS]
+    shown = [command for command in shown if command[0].startswith("benchmarks.")]
+    command = [sys.executable, "-c", BENCHMARKS]
+    done = subprocess.run(command, cwd=ROOT, input=json.dumps(shown), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "run/summary.json").read_text())["test_accuracy"] > 0.85
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("flag", sorted(set(re.findall(r"--config[.\w]*=[\w|.-]+", ALL))))
+def test_every_benchmark_takes_its_flags():
+    assert _benchmarks()["errors"] == []
+    assert len(_benchmarks()["flags"]) >= 6
+
+
+@pytest.mark.parametrize(("module", "args"), COMMANDS, ids=str)
+def test_every_command_is_understood(module, args, tmp_path, monkeypatch):
+    if module == EXAMPLE:
+        return
+    assert importlib.util.find_spec(module), module
+    monkeypatch.chdir(tmp_path)
+    args = [arg for arg in args if arg != "--help"]
+    if "..." in args or module.startswith(("benchmarks.", "research.")):
+        return
+    kind, _, name = module.partition(".")
+    if kind == "experiments":
+        flags.define_flags(EXPERIMENTS[module])([module, *args])
+    elif name == "predict":
+        assert isinstance(predict.parse(args), argparse.Namespace)
+    elif name in DRY_RUN:
+        assert importlib.import_module(module).run([*args, "--dry_run"]) == 0
+    elif args:
+        job.parse(name, "", _options(name), args)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flag", FLAGS)
 def test_every_flag_exists_and_takes_its_value(flag):
-    name, values = flag.split("=")
-    for value in values.split("|"):
-        assert any(_takes(module.EXPERIMENT, f"{name}={value}") for module in MODULES)
-
-
-MUP = ["--config.model.parametrization=mup", "--config.model.base_width=32"]  # neither means anything alone
+    name, _, values = flag.partition("=")
+    if name in NOT_OURS:
+        return
+    assert name[2:] in _names() or any(known.startswith(f"{name[2:]}.") for known in _names())  # --config.mesh
+    if name.startswith("--config") and values:
+        for value in values.split("|"):
+            assert any(_takes(experiment, f"{name}={value}") for experiment in EXPERIMENTS.values()), value
 
 
 def _takes(experiment, flag):
@@ -48,26 +175,50 @@ def _takes(experiment, flag):
         return False
 
 
-@pytest.mark.parametrize("line", re.findall(r"^python -m launch\.(.*?)(?:\s+#.*)?$", ALL, re.MULTILINE))
-def test_every_launch_is_understood(line, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    where, *args = line.split()
-    assert importlib.import_module(f"launch.{where}").run([*args, "--dry_run"]) == 0
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize(("page", "target"), LINKS, ids=str)
+def test_every_link_leads_somewhere(page, target):
+    name, _, anchor = target.partition("#")
+    found = page.parent / name if name else page
+    assert found.exists()
+    if anchor:
+        headings = re.findall(r"^#+ (.*)$", _FENCE.sub("", found.read_text()), re.MULTILINE)
+        assert anchor in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *FOLDERS], ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_link_leads_somewhere(page):
-    for target in re.findall(r"\]\((?!https?:)(.*?)\)", page.read_text()):
-        name, _, anchor = target.partition("#")
-        found = page.parent / name
-        assert found.exists(), target
-        if anchor:
-            headings = re.findall(r"^#+ (.*)$", found.read_text(), re.MULTILINE)
-            assert anchor in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings], target
+@pytest.mark.parametrize(("page", "path"), PATHS, ids=str)
+def test_every_path_exists(page, path):
+    assert path == f"{EXAMPLE.replace('.', '/')}.py" or (ROOT / path).exists() or (page.parent / path).exists()
 
 
-def test_every_module_of_a_folder_is_named_in_its_readme():
-    for page in FOLDERS[:1] + FOLDERS[2:4]:
-        named = set(re.findall(r"\w+\.py", page.read_text()))
-        assert {path.name for path in page.parent.glob("*.py")} - named == {"__init__.py"}
+@pytest.mark.parametrize("name", NAMES)
+def test_every_module_exists(name):
+    if name != EXAMPLE:
+        importlib.import_module(name)
+
+
+@pytest.mark.parametrize("folder", ["launch", "research", "benchmarks"])
+def test_a_folders_readme_names_its_files(folder):
+    block = _FENCE.search((ROOT / folder / "README.md").read_text())
+    assert block
+    files = [path for path in (ROOT / folder).rglob("*.py") if path.parent.name != "peers"]  # which has a line as a whole
+    assert set(re.findall(r"\w+\.py", block[2])) == {path.name for path in files} - {"__init__.py"}
+
+
+def test_the_experiment_of_one_file_runs(tmp_path):
+    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "digits_linear.py").write_text(program)
+    args = [sys.executable, "digits_linear.py", "--config.num_epochs=10", "--workdir=run"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(args, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run/summary.json").read_text())["test_accuracy"] > 0.85
+    (shown,) = {args for module, args in COMMANDS if module == EXAMPLE}
+    flags.define_flags(cifar_cnn.EXPERIMENT)([EXAMPLE, *shown])
+
+
+def test_a_misspelt_flag_is_noticed():
+    assert "config.optimizer.nme" not in _names()
+    with pytest.raises(absl_flags.UnrecognizedFlagError):
+        flags.define_flags(cifar_cnn.EXPERIMENT)(["experiments.cifar_cnn", "--config.optimizer.nme=lion"])
+    with pytest.raises(UserError, match="--proceses"):
+        job.parse("local", "", _options("local"), ["experiments.cifar_cnn", "--proceses=2"])

@@ -1,4 +1,4 @@
-"""Networks as a user writes them, of Flax's own layers, who knows nothing of meshes; and their experiment."""
+"""An experiment with networks of plain Flax layers, written without any thought of meshes."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from research.tasks.classification import Classification
 
 
 class BatchNorm(nnx.Module):
-    """Batch statistics."""
+    """Batch normalization."""
 
     def __init__(self, inputs, classes, rngs):
         self.first, self.norm = nnx.Linear(inputs, 16, rngs=rngs), nnx.BatchNorm(16, momentum=0.9, rngs=rngs)
@@ -25,7 +25,7 @@ class BatchNorm(nnx.Module):
 
 
 class Dropout(nnx.Module):
-    """Flax's dropout, with the step's key."""
+    """Flax's dropout, with the step's random key."""
 
     def __init__(self, inputs, classes, rngs):
         self.first, self.dropout = nnx.Linear(inputs, 16, rngs=rngs), nnx.Dropout(0.5)
@@ -37,7 +37,7 @@ class Dropout(nnx.Module):
 
 
 class Noise(nnx.Module):
-    """Noise of the whole batch's shape."""
+    """Adds noise of the shape of the whole batch."""
 
     def __init__(self, inputs, classes, rngs):
         self.first, self.last = nnx.Linear(inputs, 16, rngs=rngs), nnx.Linear(16, classes, rngs=rngs)
@@ -48,7 +48,7 @@ class Noise(nnx.Module):
 
 
 class Spectral(nnx.Module):
-    """Spectral normalization, whose power iteration goes on from step to step."""
+    """Spectral normalization, whose power iteration continues from step to step."""
 
     def __init__(self, inputs, classes, rngs):
         self.first = nnx.SpectralNorm(nnx.Linear(inputs, 16, rngs=rngs), rngs=rngs)
@@ -59,7 +59,7 @@ class Spectral(nnx.Module):
 
 
 class Everything(nnx.Module):
-    """All of them at once, and dropout by a random stream of its own."""
+    """All of the above at once, with dropout from the module's own random stream."""
 
     def __init__(self, inputs, classes, rngs):
         self.first = nnx.SpectralNorm(nnx.Linear(inputs, 16, rngs=rngs), rngs=rngs)
@@ -74,10 +74,10 @@ class Everything(nnx.Module):
 
 
 class Contrastive(Classification):
-    """Classification, and a loss over all pairs of the batch: an image's logits are nearest to themselves."""
+    """Classification with an additional contrastive loss over all pairs of a batch."""
 
     def evaluate(self, model, batch, *, key, train):
-        """The base's values, with the contrastive term (van den Oord et al. 2018, equation 4) in the loss."""
+        """Adds the contrastive term (van den Oord et al. 2018, equation 4) to the loss."""
         values = super().evaluate(model, batch, key=key, train=train)
         embeddings = model(images.normalize(batch["image"], self.mean, self.std), train=False)
         similarities = jax.nn.log_softmax(embeddings @ embeddings.T)
@@ -89,20 +89,20 @@ NETWORKS = {network.__name__: network for network in (BatchNorm, Dropout, Noise,
 
 @dataclasses.dataclass
 class OutsiderConfig(Config):
-    """Which of the networks."""
+    """Fields of the experiment."""
 
     network: str = option("BatchNorm", "network", choices=tuple(NETWORKS))
     contrastive: bool = option(False, "add a loss over all pairs of the batch")
 
 
 def get_config():
-    """Two epochs of the digits."""
+    """Two epochs of SGD with momentum on the digits."""
     optimizer = OptimizerConfig(name="momentum", learning_rate=0.02)
     return OutsiderConfig(num_epochs=2, batch_size=96, dataset=DatasetConfig(name="digits"), optimizer=optimizer)
 
 
 def make_task(config, dataset):
-    """Classification of the data set's images."""
+    """Returns the task of classifying the data set's images."""
     pixels, classes = dataset.train["image"][0].size, len(dataset.label_names)
 
     def network(rngs):

@@ -1,4 +1,4 @@
-"""A record on a file system that is not local: fsspec's memory:// stands in for an object store."""
+"""Workdirs on object stores, for which fsspec's memory:// stands in."""
 
 import json
 import os
@@ -40,11 +40,11 @@ def store():
     fsspec.filesystem("memory").rm("/runs", recursive=True)
 
 
-def test_a_run_is_stopped_resumed_and_compared_there_as_here(store, stop, tmp_path, capsys):
-    """The same bits and lines as on local disk."""
+def test_a_remote_run_is_stopped_resumed_and_compared_like_a_local_one(store, stop, tmp_path, capsys):
+    """Bit-identical state and equal lines."""
     state, summary = run(tmp_path / "whole")
     stop(15, lambda signals: run(store / "x", signals=signals, steps_per_dispatch=1))
-    resumed, other = run(store / "x")
+    resumed, other = run(store / "x", pictures=True)
     same(resumed, state)
     assert other["test_loss"] == summary["test_loss"]
     assert read_lines(store / "x") == read_lines(tmp_path / "whole")
@@ -57,7 +57,7 @@ def test_a_run_is_stopped_resumed_and_compared_there_as_here(store, stop, tmp_pa
     assert (store / "both.png").exists()
 
 
-def test_the_command_trains_evaluates_and_claims_its_folder(store, capsys):
+def test_the_command_trains_evaluates_and_locks_its_workdir(store, capsys):
     experiment = app.Experiment("tiny", "", {"tiny": _config}, lambda *_: Classification(Tiny, (0.5,), (0.25,)))
     summary = app.run(experiment, ["--workdir=memory://runs/x"])
     assert "record: memory://runs/x" in capsys.readouterr().out
@@ -79,9 +79,9 @@ def test_the_command_trains_evaluates_and_claims_its_folder(store, capsys):
         ("process 99999999 on elsewhere", 25 * 3600, False),
         (None, 0, False),
     ],
-    ids=["it lives", "it is gone", "of another host", "of another host, long ago", "nobody's"],
+    ids=["alive", "dead", "other host", "other host, a day old", "no owner"],
 )
-def test_a_claim_stands_while_its_owner_may_live(owner, age, stands, store):
+def test_a_lock_holds_while_its_owner_may_be_alive(owner, age, stands, store):
     (store / "x").mkdir(parents=True)
     (store / "x/.lock").write_text(json.dumps({"owner": owner, "time": time.time() - age}))
     if stands:
@@ -100,14 +100,14 @@ def test_a_claim_stands_while_its_owner_may_live(owner, age, stands, store):
     ("path", "words"),
     [("nothing://x", "Unsupported filesystem: 'nothing'"), ("s3://x/y", '"meshwork[s3]"'), ("az://x/y", "adlfs")],
 )
-def test_a_file_system_that_cannot_be_opened_is_named(path, words, capsys, monkeypatch):
+def test_an_unavailable_file_system_is_named(path, words, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)
     monkeypatch.setitem(sys.modules, "adlfs", None)
     done = run_here([f"--workdir={path}"], capsys)
     complains(done, path, words)
 
 
-def test_a_copy_that_was_cut_off_is_no_checkpoint(store, monkeypatch):
+def test_an_interrupted_upload_is_not_restored(store, monkeypatch):
     run(store / "x", num_epochs=1)
     put = type(store.fs).put
     monkeypatch.setattr(type(store.fs), "put", lambda *_, **__: (_ for _ in ()).throw(OSError("out of reach")))

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from compiling import QUICKLY
 
+TESTS = Path(__file__).parent
+
 # Set before the first test module imports jax. pytest-xdist's workers inherit the variables.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ.setdefault("XLA_FLAGS", QUICKLY)
@@ -37,7 +39,7 @@ def env(tmp_path, monkeypatch):
         "HOME": str(tmp_path),
         "KERAS_HOME": str(tmp_path / "keras"),
         "HTTPS_PROXY": "http://127.0.0.1:9",
-        "PYTHONPATH": str(Path(__file__).parent.parent),
+        "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}",
         "XLA_FLAGS": QUICKLY,
     }
     return {name: value for name, value in os.environ.items() if name != "TFDS_DATA_DIR"} | changes

@@ -31,6 +31,8 @@ class LinearConfig(Config):
 class Network(nnx.Module):
     """Two dense layers with dropout between them and no nonlinearity."""
 
+    per_device_gradients = True
+
     def __init__(self, config, shape, classes, rngs):
         self.first = nnx.Linear(shape[0] * shape[1] * shape[2], config.width, rngs=rngs)
         self.dropout = Dropout(config.dropout)
@@ -58,3 +60,6 @@ def make_task(config, dataset):
 
 
 EXPERIMENT = app.Experiment("linear", str(__doc__), {"default": get_config}, make_task)
+
+if __name__ == "__main__":
+    app.main(EXPERIMENT)

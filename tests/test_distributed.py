@@ -20,8 +20,9 @@ from research.config import DistributedConfig
 from research.errors import UserError
 from research.process import distributed
 
+TESTS = Path(__file__).parent
 ARGS = [*DIGITS, "--config.num_epochs=2"]
-LOCAL = [sys.executable, "-m", "launch.local", "experiments.cifar_cnn"]
+LOCAL = [sys.executable, "-m", "launch.local", "linear"]
 
 
 def _place(**changes):
@@ -102,7 +103,7 @@ def _lines(folder):
 def two(tmp_path_factory):
     """The workdir and the finished command of a run of two processes."""
     folder = tmp_path_factory.mktemp("two")
-    env = os.environ | {"XLA_FLAGS": QUICKLY, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    env = os.environ | {"XLA_FLAGS": QUICKLY, "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}"}
     command = [*LOCAL, "--processes=2", *ARGS, f"--workdir={folder}", "--config.log_every_steps=1"]
     return folder, subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
 
@@ -110,12 +111,12 @@ def two(tmp_path_factory):
 def test_two_processes_learn_what_one_learns(two, env, tmp_path):
     folder, done = two
     assert done.returncode == 0, done.stderr
-    assert "[0] cifar_cnn: digits (1,437 train, 360 test), 2 cpu devices" in done.stdout
-    assert "[1] cifar_cnn" not in done.stdout
+    assert "[0] linear: digits (1,437 train, 360 test), 2 cpu devices" in done.stdout
+    assert "[1] linear" not in done.stdout
     assert re.search(r"\[0\] each device holds [\d.]+ of [\d.]+ MiB of parameters, [\d.]+ of ", done.stdout)
     summary = read_summary(folder)
     assert (summary["process_count"], summary["device_count"]) == (2, 2)
-    command = [sys.executable, "-m", "experiments.cifar_cnn", *ARGS, "--config.log_every_steps=1"]
+    command = [sys.executable, "-m", "linear", *ARGS, "--config.log_every_steps=1"]
     subprocess.run([*command, f"--workdir={tmp_path / 'one'}"], env=env, check=True, capture_output=True)
     losses = [[line["loss"] for line in _lines(each) if "loss" in line] for each in (folder, tmp_path / "one")]
     assert len(losses[0]) == 29
@@ -124,7 +125,7 @@ def test_two_processes_learn_what_one_learns(two, env, tmp_path):
 
 # A mesh as on a TPU slice, where the chips of a host are not adjacent on the `data` axis.
 TANGLED = """
-from experiments.cifar_cnn import EXPERIMENT
+from linear import EXPERIMENT
 from research import app, sharding
 
 arranged = sharding._arranged
@@ -135,6 +136,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_the_rows_of_a_host_need_not_be_adjacent(two, env, tmp_path):
     """Each process streams the examples of its own rows of the batch."""
     (tmp_path / "tangled.py").write_text(TANGLED)
@@ -151,7 +153,7 @@ def test_the_rows_of_a_host_need_not_be_adjacent(two, env, tmp_path):
 
 def test_one_process_resumes_a_run_of_two(two, env):
     folder, _ = two
-    command = [sys.executable, "-m", "experiments.cifar_cnn", f"--workdir={folder}", "--config.num_epochs=3"]
+    command = [sys.executable, "-m", "linear", f"--workdir={folder}", "--config.num_epochs=3"]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "resumed at step 29 of 44" in done.stdout
@@ -194,22 +196,22 @@ def test_bad_input_starts_nothing(env, tmp_path):
     assert done.returncode == 0
     lines = done.stdout.splitlines()
     assert len(lines) == 3
-    assert all(f"JAX_PROCESS_ID={i} " in line and "experiments.cifar_cnn" in line for i, line in enumerate(lines))
+    assert all(f"JAX_PROCESS_ID={i} " in line and " linear " in line for i, line in enumerate(lines))
     assert not list(tmp_path.glob("runs"))
 
 
 # One of two processes fails while the other waits for it: jax alone would end both by SIGABRT.
 FAILING = """
 import dataclasses, os
-from experiments import cifar_cnn
+import linear
 from research import app, errors
 
 def make_task(config, dataset):
     if os.environ["JAX_PROCESS_ID"] == os.environ["FAILS"]:
         raise errors.OutOfMemoryError("no memory")
-    return cifar_cnn.EXPERIMENT.make_task(config, dataset)
+    return linear.EXPERIMENT.make_task(config, dataset)
 
-EXPERIMENT = dataclasses.replace(cifar_cnn.EXPERIMENT, make_task=make_task)
+EXPERIMENT = dataclasses.replace(linear.EXPERIMENT, make_task=make_task)
 
 if __name__ == "__main__":
     app.main(EXPERIMENT)

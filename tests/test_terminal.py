@@ -6,6 +6,7 @@ import pty
 import re
 import struct
 import subprocess
+import sys
 import termios
 
 import pytest
@@ -17,7 +18,9 @@ def test_a_run_survives_a_closed_stdout_and_stderr(env, tmp_path):
     """Both are a pipe whose reader has closed it."""
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run([*COMMAND, *DIGITS, "--workdir=x"], env=env, stdout=writer, stderr=writer, timeout=240)
+    done = subprocess.run(
+        [sys.executable, "-m", "linear", *DIGITS, "--workdir=x"], env=env, stdout=writer, stderr=writer, timeout=240
+    )
     os.close(writer)
     assert done.returncode == 0
     assert read_summary(tmp_path / "x")["num_epochs"] == 1

@@ -12,7 +12,7 @@ import sys
 import time
 
 import pytest
-from command import COMMAND, DIGITS
+from command import DIGITS
 
 from research.process.signals import Signals
 
@@ -57,7 +57,7 @@ os.execv(sys.argv[1], sys.argv[1:])
 def test_a_closed_terminal_stops_the_run_with_a_checkpoint(env, tmp_path):
     """With a real terminal: the kernel sends SIGHUP, and printing fails from then on."""
     terminal, slave = pty.openpty()
-    command = [sys.executable, "-c", IN_TERMINAL, *COMMAND, *ARGS, "--workdir=x"]
+    command = [sys.executable, "-c", IN_TERMINAL, sys.executable, "-m", "linear", *ARGS, "--workdir=x"]
     process = subprocess.Popen(command, env=env, stdin=slave, stdout=slave, stderr=slave, start_new_session=True)
     os.close(slave)
     deadline = time.monotonic() + 240

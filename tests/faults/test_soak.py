@@ -21,10 +21,10 @@ def _resident():
 
 
 @pytest.mark.parametrize(
-    "epochs", [pytest.param(40, marks=pytest.mark.faults), pytest.param(900, marks=pytest.mark.soak)]
+    "epochs", [pytest.param(24, marks=pytest.mark.faults), pytest.param(900, marks=pytest.mark.soak)]
 )
 def test_memory_open_files_and_checkpoints_do_not_grow(epochs, tmp_path, monkeypatch):
-    """Dispatches of one step: 450, and 10,125 in the soak; checkpoints after every epoch and every tenth step."""
+    """Dispatches of one step: 270, and 10,125 in the soak; checkpoints after every epoch and every tenth step."""
     monkeypatch.setattr(loop, "_draw", lambda *_: None)
     samples, created = [], []
     progress, make = writer.Writer.progress, Checkpoints.__init__

@@ -5,6 +5,7 @@ Terminals are tested in test_terminal.py: a closed stdout, `| head -1`, TERM=dum
 
 import os
 import subprocess
+import sys
 import time
 
 import pytest
@@ -29,7 +30,8 @@ def bare(env):
 
 def test_without_a_home_folder_or_utf_8_and_without_leaking_secrets(bare, tmp_path):
     args = [*DIGITS, "--config.batch_size=512", "--workdir=x"]
-    done = subprocess.run([*COMMAND, *args], env=bare | SECRETS, cwd=tmp_path, capture_output=True, timeout=240)
+    command = [sys.executable, "-m", "linear", *args]
+    done = subprocess.run(command, env=bare | SECRETS, cwd=tmp_path, capture_output=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert read_summary(tmp_path / "x")["num_epochs"] == 1
     written = [path.read_bytes() for path in (tmp_path / "x").rglob("*") if path.is_file()]

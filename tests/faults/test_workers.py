@@ -16,7 +16,7 @@ from command import COMMAND, DIGITS
 from test_kill import record
 
 ARGS = [*DIGITS, "--config.log_every_steps=1"]
-LOCAL = [sys.executable, "-m", "launch.local", "experiments.cifar_cnn", "--processes=2", *ARGS]
+LOCAL = [sys.executable, "-m", "launch.local", "linear", "--processes=2", *ARGS]
 TIMEOUT = "--config.distributed.timeout=5"  # seconds after which a silent process counts as dead
 
 
@@ -37,6 +37,7 @@ def _restarted(env, *args):
 
 
 @pytest.mark.faults
+@pytest.mark.slow
 def test_a_stopped_or_killed_process_is_named_and_all_restart_or_end(env, tmp_path):
     process = _restarted(env, "--config.num_epochs=10000")
     os.kill(_children(process)[0], signal.SIGKILL)

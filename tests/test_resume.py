@@ -14,7 +14,7 @@ from command import COMMAND, DIGITS, complains, read_summary, run_command, run_h
 from drawn import DATASET, read_lines, run, same, split
 
 from experiments import cifar_cnn
-from research import flags
+from research import app, flags
 from research.process.signals import Signals, StoppedError
 from research.training import run as run_module
 from research.training.checkpoint import Checkpoints
@@ -100,21 +100,25 @@ def test_a_running_workdir_is_locked_evaluated_and_stopped_by_sigterm(env, tmp_p
     complains(run_here(["--workdir=x", "--config.num_epochs=3"], capsys), "10000 epochs")
 
 
+def _output(args, capsys):
+    """Runs the command in this process on one device; returns its stdout."""
+    app.run(cifar_cnn.EXPERIMENT, args, devices=jax.devices()[:1])
+    return capsys.readouterr().out
+
+
 def test_a_finished_run_is_only_evaluated_and_can_be_reproduced(env, tmp_path, capsys):
-    assert run_command(env, *DIGITS, "--workdir=x").returncode == 0
+    _output([*DIGITS, "--workdir=x"], capsys)
     summary = (tmp_path / "x/summary.json").read_bytes()
-    again = run_command(env, "--workdir=x")
-    assert again.returncode == 0, again.stderr
-    assert "the run in x is finished" in again.stdout
+    again = _output(["--workdir=x"], capsys)
+    assert "the run in x is finished" in again
     figures = json.loads(summary)
-    assert f"step {figures['num_train_steps']}: test accuracy {figures['test_accuracy']:.4f}" in again.stdout
+    assert f"step {figures['num_train_steps']}: test accuracy {figures['test_accuracy']:.4f}" in again
     assert (tmp_path / "x/summary.json").read_bytes() == summary
 
     changed = figures | {"jax_version": "0.1"}
     (tmp_path / "x/summary.json").write_text(json.dumps(changed))
-    reproduced = run_command(env, "--reproduce=x/summary.json", "--workdir=y")
-    assert reproduced.returncode == 0, reproduced.stderr
-    first, last = [line for line in reproduced.stdout.splitlines() if line.startswith("reproduced: ")]
+    reproduced = _output(["--reproduce=x/summary.json", "--workdir=y"], capsys)
+    first, last = [line for line in reproduced.splitlines() if line.startswith("reproduced: ")]
     assert first.startswith("reproduced: jax_version 0.1 there, ")
     assert last == "reproduced: the same train_accuracy, train_grad_norm, train_loss, test_accuracy, test_loss"
     assert read_summary(tmp_path / "y")["test_loss"] == figures["test_loss"]

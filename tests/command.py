@@ -1,4 +1,4 @@
-"""The main command, as the tests run it."""
+"""Runs `python -m experiments.cifar_cnn` in a subprocess or in this process, and checks its errors."""
 
 import json
 import subprocess
@@ -20,20 +20,20 @@ DIGITS = ["--config.dataset.name=digits", *QUICK]
 
 
 def run_command(env, *args, devices=1):
-    """The command in a process of its own."""
+    """Runs the command in a subprocess."""
     env = env | {"XLA_FLAGS": f"{env['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"}
     return subprocess.run([*COMMAND, *args], env=env, capture_output=True, text=True, timeout=240)
 
 
 def run_here(args, capsys):
-    """The command in this process: quicker, for what ends before it trains."""
+    """Runs a command that ends before training in this process, which is faster."""
     with pytest.raises(SystemExit) as exit_:
         app.main(cifar_cnn.EXPERIMENT, args)
     return subprocess.CompletedProcess(args, exit_.value.code, *capsys.readouterr())
 
 
 def complains(done, *words):
-    """One line that says what was wrong, exit code 2, no traceback."""
+    """Asserts exit code 2 and exactly one error line with all `words`, without a traceback."""
     assert done.returncode == 2
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
@@ -42,5 +42,5 @@ def complains(done, *words):
 
 
 def read_summary(workdir):
-    """What summary.json holds."""
+    """Returns the content of summary.json."""
     return json.loads((workdir / "summary.json").read_text())

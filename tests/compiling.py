@@ -1,5 +1,5 @@
-"""How programs are compiled in tests."""
+"""Compiler options of the tests."""
 
-# Most of the time goes into compiling, a third of that into faster code than tests need. `XLA_FLAGS= pytest` has it in
-# the tests' own processes all the same, and what trains on CIFAR-10 always has it.
+# Compiling takes most of the tests' time, and a third of that goes into optimizations that small tests do not need.
+# `XLA_FLAGS= pytest` optimizes in the tests' own processes; tests that train on CIFAR-10 always do.
 QUICKLY = "--xla_backend_optimization_level=0"

@@ -1,6 +1,7 @@
-"""A tiny experiment for the tests of the loop: softmax regression on drawn images."""
+"""A tiny experiment for tests of the training loop: softmax regression on random images."""
 
 import json
+from unittest import mock
 
 import jax
 import numpy as np
@@ -17,7 +18,7 @@ SHAPE = (6, 6, 1)
 
 
 class Linear(nnx.Module):
-    """Softmax regression: compiles in no time."""
+    """Softmax regression, quick to compile."""
 
     def __init__(self, rngs):
         self.linear = nnx.Linear(36, 3, rngs=rngs)
@@ -27,7 +28,7 @@ class Linear(nnx.Module):
 
 
 def split(seed, count):
-    """Images that are brighter the higher their label."""
+    """Random images, brighter for higher labels."""
     rng = np.random.default_rng(seed)
     label = rng.integers(0, 3, count).astype(np.int32)
     images = rng.integers(0, 100, (count, *SHAPE)) + 50 * label[:, None, None, None]
@@ -37,8 +38,11 @@ def split(seed, count):
 DATASET = Dataset("drawn", ("a", "b", "c"), split(0, 90), None, split(1, 33))
 
 
-def run(workdir, devices=1, dataset=DATASET, rate=0.1, max_device_gib=2.0, signals=None, **fields):
-    """Trains it for 2 epochs of 11 steps; returns the state and the summary."""
+def run(workdir, devices=1, dataset=DATASET, rate=0.1, max_device_gib=2.0, signals=None, pictures=False, **fields):
+    """Trains for 2 epochs of 11 steps; returns the state and the summary.
+
+    Drawing pictures takes longer than training, so only tests of the pictures ask for them.
+    """
     config = CifarConfig(**{"num_epochs": 2, "batch_size": 8, "log_every_steps": 1, **fields})
     config.dataset = DatasetConfig(max_device_gib=max_device_gib)
     if "optimizer" not in fields:
@@ -47,14 +51,16 @@ def run(workdir, devices=1, dataset=DATASET, rate=0.1, max_device_gib=2.0, signa
     mesh = sharding.make_mesh(config, jax.devices()[:devices])
     task = Classification(Linear, (0.5,), (0.25,), AugmentConfig(), 0.1)
     workdir.mkdir(exist_ok=True)
-    return loop.train_and_evaluate("drawn_linear", config, task, dataset, mesh, workdir, signals)
+    draw = loop._draw if pictures else lambda *_: None
+    with mock.patch.object(loop, "_draw", draw):
+        return loop.train_and_evaluate("drawn_linear", config, task, dataset, mesh, workdir, signals)
 
 
 def read_lines(workdir):
-    """The record's lines."""
+    """Returns the lines of metrics.jsonl."""
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def same(one, other):
-    """Bit-identical."""
+    """Asserts that two pytrees are bit-identical."""
     jax.tree.map(np.testing.assert_array_equal, one, other)

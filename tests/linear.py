@@ -1,4 +1,4 @@
-"""The smallest experiment that can be swept: a classifier that compiles in a moment."""
+"""A minimal experiment with a command line: a linear classifier, quick to compile."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from research.tasks.classification import Classification
 
 @dataclasses.dataclass
 class ModelConfig:
-    """The network."""
+    """Fields of the network."""
 
     width: int = option(10, "hidden units", minimum=1)
     dropout: float = option(0.0, "dropout rate", minimum=0, below=1, step_input=True)
@@ -22,14 +22,16 @@ class ModelConfig:
 
 @dataclasses.dataclass
 class LinearConfig(Config):
-    """Classification."""
+    """Fields of the experiment."""
 
     label_smoothing: float = option(0.0, "part of the target spread over all classes", minimum=0, step_input=True)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
 
 
 class Network(nnx.Module):
-    """Two dense layers without a non-linearity, and dropout between them."""
+    """Two dense layers with dropout between them and no nonlinearity."""
+
+    per_device_gradients = True
 
     def __init__(self, config, shape, classes, rngs):
         self.first = nnx.Linear(shape[0] * shape[1] * shape[2], config.width, rngs=rngs)
@@ -47,7 +49,7 @@ def get_config() -> LinearConfig:
 
 
 def make_task(config, dataset):
-    """Classification of the data set's images."""
+    """Returns the task of classifying the data set's images."""
     shape = dataset.train["image"].shape[1:]
 
     def network(rngs):
@@ -58,3 +60,6 @@ def make_task(config, dataset):
 
 
 EXPERIMENT = app.Experiment("linear", str(__doc__), {"default": get_config}, make_task)
+
+if __name__ == "__main__":
+    app.main(EXPERIMENT)

@@ -13,7 +13,7 @@ from research.tasks.classification import Classification
 
 
 class BatchNorm(nnx.Module):
-    """Batch statistics."""
+    """Batch normalization."""
 
     def __init__(self, inputs, classes, rngs):
         self.first, self.norm = nnx.Linear(inputs, 16, rngs=rngs), nnx.BatchNorm(16, momentum=0.9, rngs=rngs)
@@ -25,7 +25,7 @@ class BatchNorm(nnx.Module):
 
 
 class Dropout(nnx.Module):
-    """Flax's dropout, with the step's key."""
+    """Flax's dropout, with the step's random key."""
 
     def __init__(self, inputs, classes, rngs):
         self.first, self.dropout = nnx.Linear(inputs, 16, rngs=rngs), nnx.Dropout(0.5)
@@ -37,7 +37,7 @@ class Dropout(nnx.Module):
 
 
 class Noise(nnx.Module):
-    """Noise of the whole batch's shape."""
+    """Adds noise of the shape of the whole batch."""
 
     def __init__(self, inputs, classes, rngs):
         self.first, self.last = nnx.Linear(inputs, 16, rngs=rngs), nnx.Linear(16, classes, rngs=rngs)
@@ -59,7 +59,7 @@ class Spectral(nnx.Module):
 
 
 class Everything(nnx.Module):
-    """All of them at once, and dropout with a random stream stored in the network."""
+    """All of the above at once, with dropout from the module's own random stream."""
 
     def __init__(self, inputs, classes, rngs):
         self.first = nnx.SpectralNorm(nnx.Linear(inputs, 16, rngs=rngs), rngs=rngs)
@@ -74,7 +74,7 @@ class Everything(nnx.Module):
 
 
 class Contrastive(Classification):
-    """Classification, and a loss over all pairs of the batch: an image's logits are nearest to themselves."""
+    """Classification with an additional contrastive loss over all pairs of a batch."""
 
     def evaluate(self, model, batch, *, key, train):
         """Adds the contrastive term (van den Oord et al. 2018, equation 4) to the loss."""
@@ -96,13 +96,13 @@ class OutsiderConfig(Config):
 
 
 def get_config():
-    """Two epochs of the digits."""
+    """Two epochs of SGD with momentum on the digits."""
     optimizer = OptimizerConfig(name="momentum", learning_rate=0.02)
     return OutsiderConfig(num_epochs=2, batch_size=96, dataset=DatasetConfig(name="digits"), optimizer=optimizer)
 
 
 def make_task(config, dataset):
-    """Classification of the data set's images."""
+    """Returns the task of classifying the data set's images."""
     pixels, classes = dataset.train["image"][0].size, len(dataset.label_names)
 
     def network(rngs):

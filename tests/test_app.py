@@ -1,10 +1,11 @@
 """The command line: every field is a flag that changes something, and bad input is one clear line."""
 
+import copy
 import functools
-import math
-import pathlib
+import operator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,6 +14,7 @@ from research import app, optimizers, sharding
 from research import config as config_lib
 from research.data import sources
 from research.errors import UserError
+from research.training import hyperparams
 from research.training.run import Training
 
 EXPERIMENT = cifar_cnn.EXPERIMENT
@@ -112,7 +114,8 @@ def test_bad_flags_name_what_is_right(flag, words):
     assert words in str(error.value)
 
 
-# A value of each field that must change what is compiled, what the state holds or what the steps are given.
+# Another value of every field that decides what is compiled, what the state holds or which examples a step gets.
+# Fields with `step_input` are traced arguments: see test_every_step_input_changes_what_the_step_computes.
 OTHER = {
     "seed": 1,
     "num_epochs": 3,
@@ -120,52 +123,52 @@ OTHER = {
     "microbatch_size": 4,
     "steps_per_dispatch": 3,
     "max_skipped_steps": 1,
-    "label_smoothing": 0.3,
     "mirror": True,
     "translate": True,
     "dataset.max_device_gib": 0.0,
     "optimizer.name": "adam",
-    "optimizer.learning_rate": 0.5,
-    "optimizer.momentum": 0.5,
-    "optimizer.weight_decay": 0.1,
     "optimizer.schedule": "cosine",
-    "optimizer.warmup": 0.5,
-    "optimizer.end_factor": 0.5,
-    "optimizer.clip_norm": 1.0,
-    "optimizer.ema_decay": 0.5,
     "optimizer.fixed_norm": True,
     "optimizer.batch_scaling": "linear",
+    "optimizer.base_batch_size": 64,
     "mesh.data": 1,
     "mesh.fsdp": 2,
     "mesh.model": 2,
     "mesh.reduce_dtype": "bfloat16",
     "model.name": "airbench",
     "model.width": 6,
-    "model.depth": 16,
+    "model.depth": 3,
+    "model.parametrization": "mup",
+    "model.base_width": 2,
     "model.pool": "average",
-    "model.dropout": 0.5,
     "model.norm": "layer",
     "model.dtype": "bfloat16",
     "augment.crop": 1,
     "augment.flip": "random",
     "augment.cutout": 2,
 }
-ELSEWHERE = {  # and the fields whose effect another test shows
-    "pictures_every_epochs": "test_train.py::test_pictures_every_epochs",
-    "max_rewinds": "faults/test_not_finite.py::test_it_goes_back_to_a_checkpoint_and_takes_other_data",
-    "mesh.sequence": "test_char_rnn.py::test_eight_devices_with_time_over_four_of_them_record_what_one_does",
-    "optimizer.base_batch_size": "test_optimizers.py::test_the_rate_grows_with_the_batch",
-    "distributed.start": "test_distributed.py::test_start",
-    "distributed.timeout": "test_distributed.py::test_a_missing_process_is_named",
-    "log_every_steps": "test_train.py::test_log_every_steps",
-    "checkpoint_every_steps": "test_resume.py::test_checkpoints_within_an_epoch",
-    "keep_checkpoints": "test_checkpoint.py::test_the_newest_and_the_best_are_kept",
-    "dataset.name": "data/test_sources.py::test_the_first_that_can_be_had_with_one_line_for_each_other",
-    "dataset.data_dir": "data/test_sources.py::test_a_set_is_prepared_once_then_cached_and_follows_its_source",
-    "dataset.train_fraction": "data/test_sources.py::test_a_part_of_train_is_the_same_whatever_the_seed",
-    "model.parametrization": "test_parametrization.py::test_what_updates_change_does_not_depend_on_the_width",
-    "model.base_width": "test_parametrization.py::test_initial_kernels_and_rates_are_those_of_the_table",
-    "dataset.validation_fraction": "data/test_sources.py::test_validation_is_a_fixed_part_of_train",
+# What a field needs to have an effect, or to be allowed.
+NEEDS = {
+    "model.depth": {"model.name": "airbench", "model.depth": 2},
+    "model.parametrization": {"model.base_width": 4},
+    "model.base_width": {"model.parametrization": "mup", "model.base_width": 4},
+    "optimizer.base_batch_size": {"optimizer.batch_scaling": "linear"},
+}
+# Fields that only the host reads, each tested with its feature (data sources, checkpoints, logging, distributed start),
+# and mesh.sequence, which convolutional networks do not support.
+TESTED_ELSEWHERE = {
+    "pictures_every_epochs",
+    "max_rewinds",
+    "log_every_steps",
+    "checkpoint_every_steps",
+    "keep_checkpoints",
+    "dataset.name",
+    "dataset.data_dir",
+    "dataset.train_fraction",
+    "dataset.validation_fraction",
+    "distributed.start",
+    "distributed.timeout",
+    "mesh.sequence",
 }
 
 
@@ -178,55 +181,106 @@ def _drawn():
     return sources.Dataset("drawn", ("a", "b", "c"), split, None, split)
 
 
-@functools.cache
-def _before_training(base, path=None):
-    """What the loop has before its first step: the programs, the state, the first inputs, the numbers of steps."""
+def _with_needs(path):
+    """A small config of which `path` may be changed."""
     config = cifar_cnn.CifarConfig(num_epochs=2, batch_size=8)
-    config.model.width = 1 if base == "wide_resnet" else 4
-    config.model.name, config.model.depth = base, 10 if base == "wide_resnet" else 0
-    config.optimizer.schedule, config.mesh.data = "linear", -1
-    if path:
-        config_lib.assign(config, path, OTHER[path])
-    config_lib.check(config)
+    config.model.width, config.optimizer.schedule = 4, "linear"
+    for name, value in NEEDS.get(path, {}).items():
+        config_lib.assign(config, name, value)
+    return config
+
+
+def _before_training(config, devices):
+    """The programs, the state, the first batch and the numbers of steps that the loop has before its first step."""
     dataset = _drawn()
     config = EXPERIMENT.resolve(config, dataset)
-    mesh = sharding.make_mesh(config, jax.devices()[: 1 if path == "mesh.data" else 2])
+    mesh = sharding.make_mesh(config, jax.devices()[:devices])
     texts = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax.stages.Lowered, "compile", lambda lowered: texts.append(lowered.as_text()))
+        patch.setattr(Training, "check_per_device", lambda _: None)  # compiles and runs another program
         run = Training(config, EXPERIMENT.make_task(config, dataset), dataset, mesh)
         run.compile(train=True)
-    arrays = jax.tree.leaves(jax.tree.map(np.asarray, (run.state, run._train_batches.sample(), run._hparams)))
+    arrays = jax.tree.leaves(jax.tree.map(np.asarray, (run.state, run._train_batches.sample())))
     return texts, [array.tobytes() for array in arrays], run.epoch_end_steps, run._sizer.capacity
+
+
+@functools.cache
+def _before_training_unchanged(needs, devices):
+    return _before_training(_with_needs(needs), devices)
 
 
 @pytest.mark.parametrize("path", OTHER)
 def test_every_field_changes_what_runs(path):
-    base = "wide_resnet" if path == "model.depth" else "simple"
-    assert _before_training(base, path) != _before_training(base)
+    config = _with_needs(path)
+    config_lib.assign(config, path, OTHER[path])
+    if path != "model.parametrization":  # "standard" is refused with the base_width that "mup" needs
+        config_lib.check(config)
+    devices = 2 if path.startswith("mesh.") else 1
+    unchanged = _before_training_unchanged(path if path in NEEDS else None, devices)
+    assert _before_training(config, 1 if path == "mesh.data" else devices) != unchanged
 
 
 def test_the_same_config_is_the_same_before_training():
-    assert _before_training.__wrapped__("simple") == _before_training("simple")
+    assert _before_training(_with_needs(None), 1) == _before_training_unchanged(None, 1)
+
+
+def _step_inputs(experiment):
+    """The fields that are traced arguments of the step, the schedule's warm-up (as its boundaries) and the seed too."""
+    fields = [path for path, field, _ in config_lib.walk(experiment.default_config) if field.metadata["step_input"]]
+    return [*fields, "optimizer.warmup", "seed"]
 
 
 def test_no_field_is_left_out():
     paths = {path for path, _, _ in config_lib.walk(EXPERIMENT.default_config)}
-    assert paths == OTHER.keys() | ELSEWHERE.keys()
-    for place in ELSEWHERE.values():
-        file, name = place.split("::")
-        assert f"def {name}(" in (pathlib.Path(__file__).parent / file).read_text()
+    assert paths == OTHER.keys() | set(_step_inputs(EXPERIMENT)) | TESTED_ELSEWHERE
 
 
-@pytest.mark.parametrize("module", [cifar_cnn, char_rnn, mnist_vae], ids=lambda module: module.__name__)
-def test_all_inputs_of_the_step_can_be_on_at_once(module, tmp_path, monkeypatch):
+EXPERIMENTS = {module.EXPERIMENT.name: module.EXPERIMENT for module in (cifar_cnn, char_rnn, mnist_vae)}
+
+
+@functools.cache
+def _all_inputs_on(name):
+    """(config, run, results of its train step): an experiment of which no step input is off, compiled."""
+    experiment = EXPERIMENTS[name]
+    config = experiment.default_config
+    config.num_epochs, config.batch_size, config.model.width, config.steps_per_dispatch = 1, 8, 8, 4
+    config.dataset.name, config.dataset.train_fraction = "pydoc" if name == "char_rnn" else "digits", 0.05
+    config.optimizer.name, config.optimizer.schedule, config.optimizer.warmup = "adamw", "linear", 0.5
+    if name == "char_rnn":
+        config.model.layers = 1
+    for path in _step_inputs(experiment):
+        value = operator.attrgetter(path)(config)
+        config_lib.assign(config, path, 0.1 if value == 0 and path != "seed" else value)
+    optimizers.resolve(config.optimizer)
+    dataset, task = app.load(experiment, config)
+    run = Training(config, task, dataset, sharding.make_mesh(config, jax.devices()[:1]))
+    run.compile(train=True)
+    return config, run
+
+
+@functools.cache
+def _four_steps(name, path=None, factor=1.0):
+    """The state and the metrics after four steps of the compiled program, one step input multiplied by a factor."""
+    config, run = _all_inputs_on(name)
+    config = copy.deepcopy(config)
+    if path:
+        value = operator.attrgetter(path)(config)
+        config_lib.assign(config, path, value + 1 if path == "seed" else value * factor)
+    given = hyperparams.inputs(config, 4)
+    state = jax.tree.map(jnp.copy, run.state)  # the program donates it
+    return run.train_program(state, run._train_batches.data, run._train_batches.sample(), np.int32(4), given)
+
+
+@pytest.mark.parametrize(
+    ("name", "path"), [(name, path) for name in EXPERIMENTS for path in _step_inputs(EXPERIMENTS[name])]
+)
+def test_every_step_input_changes_what_the_step_computes(name, path, monkeypatch):
+    """One program with all of them on, called with two values of each."""
+    # 0.05: below the 1/10 at which the first step caps `ema_decay`.
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
-    config = module.EXPERIMENT.default_config
-    off = [path for path, field, value in config_lib.walk(config) if field.metadata["step_input"] and value == 0]
-    assert off
-    name = "pydoc" if module is char_rnn else "digits"
-    small = [f"--config.dataset.name={name}", "--config.dataset.train_fraction=0.1", "--config.model.width=8"]
-    small += ["--config.num_epochs=1", "--config.batch_size=8", f"--workdir={tmp_path / 'x'}"]
-    small += ["--config.final_samples=2"] if module is mnist_vae else []
-    summary = app.run(module.EXPERIMENT, [*small, *(f"--config.{path}=0.1" for path in off)])
-    assert math.isfinite(summary["test_loss"])
+    (state, metrics), (other_state, other_metrics) = _four_steps(name), _four_steps(name, path, 0.05)
+    assert np.isfinite(metrics["loss"]).all()
+    assert np.isfinite(other_metrics["loss"]).all()
+    pairs = zip(jax.tree.leaves((state, metrics)), jax.tree.leaves((other_state, other_metrics)))
+    assert any(not np.array_equal(a, b) for a, b in pairs)

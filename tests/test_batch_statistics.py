@@ -1,4 +1,4 @@
-"""Averaged parameters are evaluated with batch statistics of their own."""
+"""Batch statistics for the averaged parameters, estimated before evaluation."""
 
 import dataclasses
 
@@ -40,8 +40,8 @@ def _train(training):
     return training
 
 
-def test_they_are_means_over_the_newest_batches_for_the_average():
-    """Against NumPy, whatever momentum the network has."""
+def test_they_are_means_over_the_newest_batches():
+    """Against NumPy; the momentum of the batch norm plays no part."""
     training = _train(_training(_config()))
     state = jax.tree.map(np.array, training.state)  # evaluation donates it
     training.evaluate()
@@ -61,13 +61,13 @@ def test_they_are_means_over_the_newest_batches_for_the_average():
     assert np.abs(own["var"][...] / state.model_state["norm"]["var"][...] - 1).max() > 0.01
 
 
-def test_training_does_not_see_them_and_a_checkpoint_has_them(tmp_path):
-    plain, looked_at = _train(_training(_config())), _training(_config())
-    for _ in looked_at.dispatches(4):
-        looked_at.evaluate()
-    _train(looked_at)
-    jax.tree.map(np.testing.assert_array_equal, looked_at.state.params, plain.state.params)
-    jax.tree.map(np.testing.assert_array_equal, looked_at.state.model_state, plain.state.model_state)
+def test_training_does_not_use_them_and_a_checkpoint_holds_them(tmp_path):
+    plain, evaluated = _train(_training(_config())), _training(_config())
+    for _ in evaluated.dispatches(4):
+        evaluated.evaluate()
+    _train(evaluated)
+    jax.tree.map(np.testing.assert_array_equal, evaluated.state.params, plain.state.params)
+    jax.tree.map(np.testing.assert_array_equal, evaluated.state.model_state, plain.state.model_state)
     with Writer(tmp_path, 1, active=True) as writer, Checkpoints(tmp_path, keep=1, message=print) as saved:
         plain.progress.sums = {"loss": 1.0, "accuracy": 0.5}
         loop.Loop("outsider", plain, writer, saved).finish_epoch()
@@ -77,8 +77,8 @@ def test_training_does_not_see_them_and_a_checkpoint_has_them(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again.state.eval_model_state, plain.state.eval_model_state)
 
 
-def test_a_checkpoint_within_an_epoch_has_none_and_whoever_opens_it_makes_them(tmp_path):
-    """So that a run told to stop saves at once."""
+def test_a_checkpoint_within_an_epoch_lacks_them_and_opening_it_estimates_them(tmp_path):
+    """So that a run saves without delay when it is told to stop."""
     config, during = _config(), _training(_config())
     with Writer(tmp_path, 1, active=True) as writer, Checkpoints(tmp_path, keep=1, message=print) as saved:
         for _ in during.dispatches(4):
@@ -93,7 +93,7 @@ def test_a_checkpoint_within_an_epoch_has_none_and_whoever_opens_it_makes_them(t
 
 
 class Spoilt(outsider.Everything):
-    """Not finite where an example of the batch is black."""
+    """Returns NaN for black images in training."""
 
     def __call__(self, x, *, train, key=None):
         black = x.max((1, 2, 3), keepdims=True) < -1
@@ -101,7 +101,7 @@ class Spoilt(outsider.Everything):
 
 
 @pytest.mark.parametrize("fields", [{"max_skipped_steps": 2}, {"max_rewinds": 2}], ids=str)
-def test_a_batch_that_training_leaves_out_is_left_out_of_them(fields, monkeypatch, tmp_path):
+def test_batches_that_training_skips_are_left_out(fields, monkeypatch, tmp_path):
     monkeypatch.setitem(outsider.NETWORKS, "Everything", Spoilt)
     images = DATASET.train["image"].copy()
     images[40] = 0
@@ -117,14 +117,14 @@ def test_a_batch_that_training_leaves_out_is_left_out_of_them(fields, monkeypatc
 
 
 @pytest.mark.parametrize("network", ["Dropout", "Noise"])
-def test_without_batch_statistics_there_are_none(network):
+def test_networks_without_batch_norm_have_none(network):
     assert _training(_config(network=network)).state.ema_model_state is None
 
 
 @pytest.mark.parametrize("network", ["BatchNorm", "Everything"])
 @pytest.mark.parametrize("devices", [1, 2])
-def test_a_member_of_a_population_has_them_too(devices, network):
-    """On its one device gradients do not travel, so it does not matter as what."""
+def test_population_members_have_them_too(devices, network):
+    """A member has one device, so `reduce_dtype` has no effect."""
     dataset = dataclasses.replace(DATASET, validation=DATASET.test)
     configs = [_config(network=network, mesh=MeshConfig(reduce_dtype="bfloat16"), seed=seed) for seed in range(2)]
     members = Population(configs[0], outsider.make_task(configs[0], dataset), dataset, jax.devices()[:devices], 3)

@@ -77,6 +77,7 @@ def test_new_rows_of_the_peers_replace_old_ones(tmp_path):
     assert table.merged(path, [new]) == [new, {**old, "peer": "keras"}]
 
 
+@pytest.mark.slow
 def test_growth_counts_every_iteration_of_a_loop(monkeypatch):
     monkeypatch.setattr(growth, "_SECONDS", 0.01)
     case = next(case for case in growth.cases() if case.grows.startswith("sequence"))
@@ -96,6 +97,7 @@ def test_the_table_has_a_row_a_work_and_a_column_a_peer():
     assert lines[7] == "| cnn | 10 | float32 | 1.0 s, 1 | 1.0 s, 1 | 1.0 s, 1 |"
 
 
+@pytest.mark.slow
 def test_the_loss_of_each_rate_and_width_is_recorded():
     case = width.cases()["vae"]
     case = dataclasses.replace(case, config=dataclasses.replace(case.config, num_epochs=1), widths=(8,))
@@ -110,6 +112,7 @@ def test_the_loss_of_each_rate_and_width_is_recorded():
     assert lines[1].lines[0].get_xydata().tolist() == [[0.25, 3.0], [0.5, 2.0]]
 
 
+@pytest.mark.slow
 def test_a_rule_is_tuned_on_the_validation_split_and_reported_on_the_test_split():
     study = algorithms.studies()["vae"]
     config = dataclasses.replace(study.config, num_epochs=1, model=VAEConfig(width=8, depth=1, latents=2))
@@ -180,6 +183,7 @@ def test_each_structure_is_a_valid_command_and_their_errors_are_fitted():
     assert found["widest_interval"][0] < found["widest_measured"] < found["widest_interval"][1]
 
 
+@pytest.mark.slow
 def test_the_perceptron_trains_as_a_command(tmp_path):
     args = ["--config.num_epochs=1", "--config.dataset.train_fraction=0.2", f"--workdir={tmp_path / 'run'}"]
     command_lib.run("the perceptron", ["-m", "benchmarks.mlp", *args])

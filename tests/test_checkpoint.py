@@ -1,4 +1,4 @@
-"""Checkpoints: exact, on any mesh, and never something else than what was saved."""
+"""Checkpoints: bit-exact on any mesh, with damage detected."""
 
 import errno
 import shutil
@@ -20,7 +20,7 @@ from research.training.checkpoint import Checkpoints, checksums_of
 from research.training.checksums import checksums
 from research.training.state import TrainState
 
-# TensorStore's futures that nobody awaits, where a read failed.
+# TensorStore leaves futures unawaited when a read fails.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 PROGRESS = {"epoch": 1, "sums": {"loss": 0.1 + 0.2}, "row": {}}
@@ -56,7 +56,7 @@ def _restore(folder, like, **options):
         return saved.restore(like), warnings
 
 
-def test_what_comes_back_is_what_was_saved(tmp_path):
+def test_a_checkpoint_restores_what_was_saved(tmp_path):
     state = _state(7)
     _save(tmp_path, state)
     (restored, progress), warnings = _restore(tmp_path, _state(0, seed=1))
@@ -66,15 +66,15 @@ def test_what_comes_back_is_what_was_saved(tmp_path):
     assert not warnings
 
 
-def test_nobody_else_counts_for_the_processes_agreement(tmp_path, monkeypatch):
-    """jax agrees on the number after the last that it was asked about, so Orbax's steps would spoil the run's calls."""
+def test_orbax_does_not_use_the_preemption_sync_point(tmp_path, monkeypatch):
+    """jax agrees on one number after the last it was asked about: Orbax's steps would disturb the loop's count."""
     asked = []
     monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
     _save(tmp_path, _state(3), _state(6))
     assert asked == []
 
 
-def test_without_checkpoints_there_is_nothing_to_restore(tmp_path):
+def test_restore_returns_none_without_checkpoints(tmp_path):
     assert _restore(tmp_path, _state()) == (None, [])
     assert _restore(tmp_path / "nowhere", _state(), read_only=True) == (None, [])
 
@@ -87,7 +87,7 @@ def test_without_checkpoints_there_is_nothing_to_restore(tmp_path):
         ({"devices": 2}, {"devices": 4}),
     ],
 )
-def test_any_mesh_restores_it(there, here, tmp_path):
+def test_a_checkpoint_restores_on_another_mesh(there, here, tmp_path):
     _save(tmp_path, _state(3, mesh=_mesh(**there)))
     like = _state(0, seed=1, mesh=_mesh(**here))
     (restored, _), warnings = _restore(tmp_path, like)
@@ -96,7 +96,7 @@ def test_any_mesh_restores_it(there, here, tmp_path):
     assert not warnings
 
 
-def test_a_state_may_be_donated_at_once(tmp_path):
+def test_a_state_may_be_donated_right_after_save(tmp_path):
     step = jax.jit(
         lambda state: jax.tree.map(lambda x: x ^ True if x.dtype == bool else x + 1, state), donate_argnums=0
     )
@@ -110,7 +110,7 @@ def test_a_state_may_be_donated_at_once(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "bool"])
-def test_the_checksum_is_its_closed_form_and_sees_every_flipped_bit(dtype):
+def test_the_checksum_has_its_closed_form_and_detects_every_flipped_bit(dtype):
     array = np.array(jnp.asarray(np.random.default_rng(0).normal(size=(4, 6)) * 9, dtype))
     bits = array.view(f"uint{8 * array.itemsize}").ravel()
 
@@ -144,7 +144,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_to_any_file_is_seen_or_harmless(damage, tmp_path):
+def test_damage_to_any_file_is_detected_or_harmless(damage, tmp_path):
     older, newer = _state(1, seed=1), _state(2, seed=2)
     _save(tmp_path / "whole", older, newer)
     files = [path for path in (tmp_path / "whole/checkpoints/2").rglob("*") if path.is_file() and path.stat().st_size]
@@ -176,7 +176,7 @@ def test_damage_to_any_file_is_seen_or_harmless(damage, tmp_path):
         (ValueError("PERMISSION_DENIED: Error opening local file"), RecordError),
     ],
 )
-def test_one_that_cannot_be_read_is_not_taken_for_damaged(error, kind, tmp_path, monkeypatch):
+def test_an_unreadable_checkpoint_is_not_taken_for_damaged(error, kind, tmp_path, monkeypatch):
     _save(tmp_path, _state(1), _state(2))
     with monkeypatch.context() as failing:
         failing.setattr(Checkpoints, "_restore", lambda *_: (_ for _ in ()).throw(error))
@@ -186,8 +186,8 @@ def test_one_that_cannot_be_read_is_not_taken_for_damaged(error, kind, tmp_path,
     assert (int(restored.step), warnings) == (2, [])
 
 
-def test_of_several_processes_one_that_meets_damage_ends_all(tmp_path, monkeypatch):
-    """The others wait for it within Orbax; the next start has the one before."""
+def test_damage_seen_by_one_of_several_processes_ends_all(tmp_path, monkeypatch):
+    """The others are waiting inside Orbax; the next start restores the previous checkpoint."""
     _save(tmp_path, _state(1), _state(2))
 
     def damaged(*_):
@@ -203,7 +203,7 @@ def test_of_several_processes_one_that_meets_damage_ends_all(tmp_path, monkeypat
     assert (int(restored.step), warnings) == (1, [])
 
 
-def test_of_several_processes_that_only_look_one_that_meets_damage_changes_nothing(tmp_path, monkeypatch):
+def test_damage_seen_by_one_of_several_read_only_processes_changes_nothing(tmp_path, monkeypatch):
     _save(tmp_path, _state(1), _state(2))
 
     def damaged(*_):
@@ -219,16 +219,16 @@ def test_of_several_processes_that_only_look_one_that_meets_damage_changes_nothi
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} >= {"1", "2"}
 
 
-def test_an_empty_folder_is_seen(tmp_path):
+def test_an_empty_checkpoint_folder_counts_as_damaged(tmp_path):
     _save(tmp_path, _state(1, seed=1))
     (tmp_path / "checkpoints/2").mkdir()
     (restored, _), warnings = _restore(tmp_path, _state(), read_only=True)
     same(restored, _state(1, seed=1))
     assert "checkpoint 2 is damaged" in warnings[0]
-    assert (tmp_path / "checkpoints/2").exists()  # whoever only looks changes nothing
+    assert (tmp_path / "checkpoints/2").exists()  # read-only: left in place
 
 
-def test_where_none_is_whole_nothing_starts_from_scratch(tmp_path):
+def test_no_intact_checkpoint_is_an_error(tmp_path):
     _save(tmp_path, _state(1), _state(2))
     for step in (1, 2):
         _flip(tmp_path / f"checkpoints/{step}/record/metadata")
@@ -236,7 +236,7 @@ def test_where_none_is_whole_nothing_starts_from_scratch(tmp_path):
         _restore(tmp_path, _state())
 
 
-def test_a_flip_that_orbax_restores_is_seen(tmp_path, monkeypatch):
+def test_a_flipped_bit_that_orbax_restores_is_detected(tmp_path, monkeypatch):
     _save(tmp_path, _state(1, seed=1), _state(2, seed=2))
     restore = checkpoint.ocp.CheckpointManager.restore
 
@@ -255,7 +255,7 @@ def test_a_flip_that_orbax_restores_is_seen(tmp_path, monkeypatch):
     assert "the checksum of params.kernel differs" in warnings[0]
 
 
-def test_another_dtype_or_shape_is_never_cast(tmp_path):
+def test_another_dtype_or_shape_is_an_error(tmp_path):
     _save(tmp_path, _state(1))
     like = _state()
     like.params["kernel"] = like.params["kernel"].astype(jnp.bfloat16)
@@ -266,7 +266,7 @@ def test_another_dtype_or_shape_is_never_cast(tmp_path):
         _restore(tmp_path, like, read_only=True)
     with pytest.raises(UserError, match="another network's or version's"):
         _restore(tmp_path, like)
-    (restored, _), warnings = _restore(tmp_path, _state())  # it is whole, and still there
+    (restored, _), warnings = _restore(tmp_path, _state())  # intact, and still there
     same(restored, _state(1))
     assert not warnings
 
@@ -279,8 +279,8 @@ def test_the_newest_and_the_best_are_kept(best, kept, tmp_path):
     assert {int(path.name) for path in (tmp_path / "checkpoints").iterdir()} == kept
 
 
-def test_only_writes_that_end_after_the_first_that_failed_print_nothing():
-    """In a process of its own, since pytest has such a hook too."""
+def test_writes_that_fail_after_the_event_loop_closed_print_nothing():
+    """In a subprocess, because pytest sets sys.unraisablehook itself."""
     program = """
 import sys, types
 sys.unraisablehook = lambda found: print(found.exc_value)
@@ -292,8 +292,8 @@ for error in (RuntimeError("Event loop is closed"), RuntimeError("another")):
     assert done.stdout == "another\n"
 
 
-def test_a_run_of_other_random_numbers_is_not_resumed(tmp_path, monkeypatch):
-    """Its hold-out, its order of examples and its draws would change on the way."""
+def test_a_checkpoint_of_another_randomness_version_is_refused(tmp_path, monkeypatch):
+    """Its validation split, example order and random draws would change within the run."""
     _save(tmp_path, _state(3))
     monkeypatch.setattr(randomness, "VERSION", randomness.VERSION + 1)
     with pytest.raises(UserError, match=r"checkpoint 3 .* held out other examples and drew other random numbers"):

@@ -19,6 +19,7 @@ from command import COMMAND, DIGITS, QUICK, complains, read_summary, run_command
 from research.data import sources
 
 
+@pytest.mark.slow
 def test_it_trains_on_one_device_and_on_eight(env, tmp_path):
     summaries = []
     for devices in (1, 8):

@@ -1,4 +1,4 @@
-"""What the compiled train step sends between devices is what its mesh needs, and nothing else."""
+"""The compiled train step has exactly the collectives that its mesh needs."""
 
 import collections
 import functools
@@ -24,7 +24,7 @@ KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|coll
 
 @functools.cache
 def _compiled(name, microbatch_size=0):
-    """The state, and the compiled step's collectives: (kind, the elements of each of its results, loops around it)."""
+    """Returns the state and the step's collectives: (kind, sizes of its results, number of enclosing loops)."""
     config = _config(mesh=MESHES[name], model=CNNConfig(width=16), microbatch_size=microbatch_size)
     run = Run(config, devices=1 if name == "one" else 8)
     lowered = run.train.lower(run.state, run.batches.data, run.batches.sample(), np.int32(1), run.given)
@@ -43,12 +43,12 @@ def _kinds(name):
     return collections.Counter(kind for kind, *_ in _compiled(name)[1])
 
 
-def test_one_device_sends_nothing():
+def test_one_device_has_no_collectives():
     assert not _kinds("one")
 
 
 @pytest.mark.parametrize("microbatch_size", [0, 8])
-def test_data_parallelism_is_one_all_reduce_a_step_of_one_vector(microbatch_size):
+def test_data_parallelism_is_one_all_reduce_per_step(microbatch_size):
     state, found = _compiled("data", microbatch_size)
     ((kind, sizes, loops),) = found
     assert kind == "all-reduce"
@@ -57,7 +57,7 @@ def test_data_parallelism_is_one_all_reduce_a_step_of_one_vector(microbatch_size
     assert loops == 1  # over steps, not over microbatches
 
 
-def test_evaluation_sums_once_a_dispatch():
+def test_evaluation_has_one_all_reduce_per_dispatch():
     run = Run(_config(model=CNNConfig(width=16)), devices=8)
     arrays = run.state.eval_params, run.state.eval_model_state, {}, run.evals.data, next(iter(run.evals))
     text = run.eval.lower(*arrays).compile().as_text()
@@ -67,7 +67,7 @@ def test_evaluation_sums_once_a_dispatch():
     assert "while/body" not in name
 
 
-def test_gradients_travel_as_the_dtype_asked_for():
+def test_reduce_dtype_is_the_dtype_of_the_all_reduce():
     mesh = MeshConfig(reduce_dtype="bfloat16")
     run = Run(_config(mesh=mesh, model=CNNConfig(width=16)), devices=8)
     lowered = run.train.lower(run.state, run.batches.data, run.batches.sample(), np.int32(1), run.given)
@@ -79,15 +79,15 @@ def test_gradients_travel_as_the_dtype_asked_for():
     assert not np.array_equal(rounded, whole)
 
 
-def test_fsdp_gathers_each_split_parameter_once_and_reduces_the_gradients_once():
+def test_fsdp_gathers_each_sharded_parameter_once_and_reduces_the_gradients_once():
     state, found = _compiled("fsdp")
-    assert _kinds("fsdp") == {"all-gather": 9, "all-reduce": 2}  # XLA:CPU has no reduce-scatter of its own
+    assert _kinds("fsdp") == {"all-gather": 9, "all-reduce": 2}  # XLA:CPU has no reduce-scatter
     split = [x.size for x in jax.tree.leaves(state.params) if not x.sharding.is_fully_replicated]
     gathered = [size for kind, sizes, _ in found if kind == "all-gather" for size in sizes]
     assert sorted(gathered) == sorted(split)
     first, second = ([size for size in sizes if size > 1] for kind, sizes, _ in found if kind == "all-reduce")
     assert sorted(first) == sorted(x.size for x in jax.tree.leaves(state.params))
-    assert not second  # each device's part of the gradient's norm
+    assert not second  # scalars: each device's part of the gradient norm
 
 
 def test_tensor_parallelism_gathers_and_reduces_activations():
@@ -95,7 +95,7 @@ def test_tensor_parallelism_gathers_and_reduces_activations():
 
 
 @pytest.mark.parametrize("part", ["params", "opt_state"])
-def test_fsdp_leaves_each_device_an_eighth_of_what_can_be_split(part):
+def test_fsdp_leaves_each_device_an_eighth_of_the_sharded_arrays(part):
     whole, split = (getattr(_compiled(name)[0], part) for name in ("data", "fsdp"))
     cannot = sum(x.nbytes for x in jax.tree.leaves(split) if x.sharding.is_fully_replicated)
     total = sum(x.nbytes for x in jax.tree.leaves(whole))

@@ -15,7 +15,7 @@ from research.training import loop
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    return folder, [run(folder / name, rate=rate)[1] for name, rate in (("slow", 0.001), ("fast", 0.1))]
+    return folder, [run(folder / name, rate=rate, pictures=True)[1] for name, rate in (("slow", 0.001), ("fast", 0.1))]
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_a_plot_that_fails_stops_nothing(tmp_path, monkeypatch, capfd):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(loop.plots, "curves", full)
-    _, summary = run(tmp_path)
+    _, summary = run(tmp_path, pictures=True)
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     assert "WARNING: curves.png was not drawn: No space left on device" in capfd.readouterr().err
 

@@ -1,4 +1,4 @@
-"""A program that one process has compiled, the next one loads."""
+"""The persistent compilation cache: a second process loads what the first compiled."""
 
 import subprocess
 import sys
@@ -30,6 +30,6 @@ def test_compiled_once_then_loaded(env, tmp_path):
     assert int(second[1]) > 0
     assert second[2].startswith(str(tmp_path / "cache/xla-"))
     named = _run(env, **cache, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "mine"))
-    assert named == ["42", "0", str(tmp_path / "mine")]  # what the user has named stays
+    assert named == ["42", "0", str(tmp_path / "mine")]  # JAX_COMPILATION_CACHE_DIR takes precedence
     (tmp_path / "file").touch()
-    assert _run(env, MESHWORK_CACHE_DIR=str(tmp_path / "file")) == ["42", "0", "None"]  # cannot be written
+    assert _run(env, MESHWORK_CACHE_DIR=str(tmp_path / "file")) == ["42", "0", "None"]  # not writable: no cache

@@ -1,4 +1,4 @@
-"""Several processes are one run: they meet, train alike, stop together, and go on as another number of them."""
+"""Runs of several processes: rendezvous, equal results, a common stop, and resuming with another number."""
 
 import json
 import os
@@ -20,8 +20,9 @@ from research.config import DistributedConfig
 from research.errors import UserError
 from research.process import distributed
 
+TESTS = Path(__file__).parent
 ARGS = [*DIGITS, "--config.num_epochs=2"]
-LOCAL = [sys.executable, "-m", "launch.local", "experiments.cifar_cnn"]
+LOCAL = [sys.executable, "-m", "launch.local", "linear"]
 
 
 def _place(**changes):
@@ -29,7 +30,7 @@ def _place(**changes):
     return distributed.place({name: value for name, value in (environment | changes).items() if value is not None})
 
 
-def test_a_process_learns_its_place():
+def test_the_environment_gives_address_count_and_index():
     assert _place() == ("host:1234", 4, 2)
     assert _place(JAX_COORDINATOR_ADDRESS=None) is None
     slurm = {"JAX_NUM_PROCESSES": None, "JAX_PROCESS_ID": None, "SLURM_NTASKS": "8", "SLURM_PROCID": "7"}
@@ -45,22 +46,22 @@ def test_a_process_learns_its_place():
         ({"JAX_COORDINATOR_ADDRESS": "host"}, "host:port"),
     ],
 )
-def test_a_place_that_cannot_be_is_named(changes, words):
+def test_an_impossible_environment_is_named(changes, words):
     with pytest.raises(UserError, match=re.escape(words)):
         _place(**changes)
 
 
-def _meet(port, count, index, timeout, errors):
+def _find_others(port, count, index, timeout, errors):
     try:
         distributed._meet(f"127.0.0.1:{port}", count, index, timeout)
     except UserError as error:
         errors[index] = str(error)
 
 
-def _meeting(indices, count, timeout):
+def _rendezvous_errors(indices, count, timeout):
     errors: dict[int, str] = {}
     port = local.free_port()
-    threads = [threading.Thread(target=_meet, args=(port, count, i, timeout, errors)) for i in indices]
+    threads = [threading.Thread(target=_find_others, args=(port, count, i, timeout, errors)) for i in indices]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -69,21 +70,21 @@ def _meeting(indices, count, timeout):
     return errors
 
 
-def test_all_meet():
-    assert _meeting([2, 0, 1], 3, 20) == {}
+def test_all_processes_find_each_other():
+    assert _rendezvous_errors([2, 0, 1], 3, 20) == {}
 
 
 def test_a_missing_process_is_named(monkeypatch, capsys):
     monkeypatch.setattr(distributed, "_SECONDS_BETWEEN_LINES", 0.5)
-    errors = _meeting([0, 2], 4, 2)
+    errors = _rendezvous_errors([0, 2], 4, 2)
     assert errors[0].startswith("processes 1, 3 of 4 did not come within 2 s")
     assert "--config.distributed.timeout" in errors[0]
     assert "waiting for processes 1, 3 of 4: " in capsys.readouterr().err
-    assert _meeting([1], 2, 1)[1].startswith("process 0 at 127.0.0.1:")
+    assert _rendezvous_errors([1], 2, 1)[1].startswith("process 0 at 127.0.0.1:")
 
 
 def test_start(monkeypatch):
-    """`never` looks at nothing, `always` says so when there is nobody."""
+    """`never` ignores the environment; `always` is an error where no other process is found."""
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "nonsense")
     distributed.join(DistributedConfig(start="never"))
     with pytest.raises(UserError):
@@ -100,9 +101,9 @@ def _lines(folder):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """A run of two processes and its output."""
+    """The workdir and the finished command of a run of two processes."""
     folder = tmp_path_factory.mktemp("two")
-    env = os.environ | {"XLA_FLAGS": QUICKLY, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    env = os.environ | {"XLA_FLAGS": QUICKLY, "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}"}
     command = [*LOCAL, "--processes=2", *ARGS, f"--workdir={folder}", "--config.log_every_steps=1"]
     return folder, subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
 
@@ -110,21 +111,21 @@ def two(tmp_path_factory):
 def test_two_processes_learn_what_one_learns(two, env, tmp_path):
     folder, done = two
     assert done.returncode == 0, done.stderr
-    assert "[0] cifar_cnn: digits (1,437 train, 360 test), 2 cpu devices" in done.stdout
-    assert "[1] cifar_cnn" not in done.stdout
+    assert "[0] linear: digits (1,437 train, 360 test), 2 cpu devices" in done.stdout
+    assert "[1] linear" not in done.stdout
     assert re.search(r"\[0\] each device holds [\d.]+ of [\d.]+ MiB of parameters, [\d.]+ of ", done.stdout)
     summary = read_summary(folder)
     assert (summary["process_count"], summary["device_count"]) == (2, 2)
-    command = [sys.executable, "-m", "experiments.cifar_cnn", *ARGS, "--config.log_every_steps=1"]
+    command = [sys.executable, "-m", "linear", *ARGS, "--config.log_every_steps=1"]
     subprocess.run([*command, f"--workdir={tmp_path / 'one'}"], env=env, check=True, capture_output=True)
     losses = [[line["loss"] for line in _lines(each) if "loss" in line] for each in (folder, tmp_path / "one")]
     assert len(losses[0]) == 29
     np.testing.assert_allclose(*losses, rtol=1e-3)
 
 
-# A mesh as on a TPU slice, where a host's chips are a block of the torus and so not next to each other in it.
+# A mesh as on a TPU slice, where the chips of a host are not adjacent on the `data` axis.
 TANGLED = """
-from experiments.cifar_cnn import EXPERIMENT
+from linear import EXPERIMENT
 from research import app, sharding
 
 arranged = sharding._arranged
@@ -135,8 +136,9 @@ if __name__ == "__main__":
 """
 
 
-def test_hosts_need_not_have_neighbouring_rows(two, env, tmp_path):
-    """Each streams the examples of its own rows."""
+@pytest.mark.slow
+def test_the_rows_of_a_host_need_not_be_adjacent(two, env, tmp_path):
+    """Each process streams the examples of its own rows of the batch."""
     (tmp_path / "tangled.py").write_text(TANGLED)
     flags = {"XLA_FLAGS": f"{QUICKLY} --xla_force_host_platform_device_count=2"}
     command = [*LOCAL[:-1], "tangled", "--processes=2", *ARGS, "--workdir=x", "--config.log_every_steps=1"]
@@ -149,9 +151,9 @@ def test_hosts_need_not_have_neighbouring_rows(two, env, tmp_path):
     np.testing.assert_allclose(*losses, rtol=1e-3)
 
 
-def test_one_process_goes_on_with_the_run_of_two(two, env):
+def test_one_process_resumes_a_run_of_two(two, env):
     folder, _ = two
-    command = [sys.executable, "-m", "experiments.cifar_cnn", f"--workdir={folder}", "--config.num_epochs=3"]
+    command = [sys.executable, "-m", "linear", f"--workdir={folder}", "--config.num_epochs=3"]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "resumed at step 29 of 44" in done.stdout
@@ -159,23 +161,23 @@ def test_one_process_goes_on_with_the_run_of_two(two, env):
 
 
 def _children(process):
-    """The launcher's processes, by their number."""
+    """The process ids of the launcher's processes, in order of their index."""
     found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     return [int(pid) for pid in found]
 
 
 def _started(env, *args):
-    """A long run of two processes, once it has a checkpoint."""
+    """Starts a long run of two processes and returns once it has a checkpoint."""
     command = [*LOCAL, "--processes=2", *ARGS, "--config.num_epochs=500", *args]
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout
     for line in process.stdout:
-        if " epoch 3/" in line:  # the checkpoint of the first is whole
+        if " epoch 3/" in line:  # the first checkpoint is complete
             return process
     raise AssertionError(process.communicate()[1])
 
 
-def test_one_that_is_told_to_stop_stops_all_with_a_checkpoint(env, tmp_path):
+def test_sigterm_to_one_process_stops_all_with_a_checkpoint(env, tmp_path):
     process = _started(env, "--workdir=x")
     os.kill(_children(process)[1], signal.SIGTERM)
     _, errors = process.communicate(timeout=300)
@@ -194,22 +196,22 @@ def test_bad_input_starts_nothing(env, tmp_path):
     assert done.returncode == 0
     lines = done.stdout.splitlines()
     assert len(lines) == 3
-    assert all(f"JAX_PROCESS_ID={i} " in line and "experiments.cifar_cnn" in line for i, line in enumerate(lines))
+    assert all(f"JAX_PROCESS_ID={i} " in line and " linear " in line for i, line in enumerate(lines))
     assert not list(tmp_path.glob("runs"))
 
 
-# One of two fails where the other waits for it: jax, left alone, would end both by SIGABRT.
+# One of two processes fails while the other waits for it: jax alone would end both by SIGABRT.
 FAILING = """
 import dataclasses, os
-from experiments import cifar_cnn
+import linear
 from research import app, errors
 
 def make_task(config, dataset):
     if os.environ["JAX_PROCESS_ID"] == os.environ["FAILS"]:
         raise errors.OutOfMemoryError("no memory")
-    return cifar_cnn.EXPERIMENT.make_task(config, dataset)
+    return linear.EXPERIMENT.make_task(config, dataset)
 
-EXPERIMENT = dataclasses.replace(cifar_cnn.EXPERIMENT, make_task=make_task)
+EXPERIMENT = dataclasses.replace(linear.EXPERIMENT, make_task=make_task)
 
 if __name__ == "__main__":
     app.main(EXPERIMENT)
@@ -223,7 +225,7 @@ if __name__ == "__main__":
         (["launch.scaling", "--devices=2"], "1", "error: process 1 of 2 failed: error: no memory"),
     ],
 )
-def test_one_that_fails_alone_has_its_own_exit_code(launcher, fails, said, env, tmp_path):
+def test_the_exit_code_is_that_of_the_process_that_failed(launcher, fails, said, env, tmp_path):
     (tmp_path / "failing.py").write_text(FAILING)
     env = env | {"FAILS": fails, "PYTHONPATH": f"{env['PYTHONPATH']}:{tmp_path}"}
     module, *flags = launcher
@@ -236,11 +238,11 @@ def test_one_that_fails_alone_has_its_own_exit_code(launcher, fails, said, env, 
 @pytest.mark.parametrize(
     ("codes", "failed"), [([None, 0], None), ([None, -6, 5], (2, 5)), ([-6, -9], (1, -9)), ([0, -6], (1, -6))]
 )
-def test_the_first_that_failed_is_none_that_jax_ended(codes, failed):
+def test_processes_aborted_by_jax_are_not_the_first_failure(codes, failed):
     assert local.first_failed(codes) == failed
 
 
-def test_a_process_that_fails_between_two_looks_has_failed(monkeypatch):
+def test_a_failure_between_two_polls_is_seen(monkeypatch):
     class Ended:
         answers = iter([None, (0, 3)])
 

@@ -18,14 +18,14 @@ def _read(workdir):
     return reader.Reload()
 
 
-def test_they_hold_the_lines_the_config_and_the_pictures_each_once_though_the_run_was_killed(stop, tmp_path):
-    """Stopped at step 15; then its file gets what a run that was killed later might have left."""
+def test_events_hold_metrics_config_and_pictures_once_after_a_kill(stop, tmp_path):
+    """Stopped at step 15, with events appended as a run killed later might leave them: one whole, one cut off."""
     stop(15, lambda signals: run(tmp_path, signals=signals, steps_per_dispatch=1))
     file = next((tmp_path / "tensorboard").iterdir())
     whole = file.read_bytes()
     *_, last = events._frames(whole)
     file.write_bytes(whole + events._frame(last) + events._frame(last)[:-7])
-    run(tmp_path)
+    run(tmp_path, pictures=True)
 
     read = _read(tmp_path)
     lines = read_lines(tmp_path)
@@ -41,9 +41,9 @@ def test_they_hold_the_lines_the_config_and_the_pictures_each_once_though_the_ru
     assert json.loads(text) == json.loads((tmp_path / "config.json").read_text())
 
 
-def test_where_they_fail_the_run_goes_on_with_one_warning(tmp_path, capfd):
+def test_a_failure_to_write_events_is_one_warning(tmp_path, capfd):
     (tmp_path / "tensorboard").write_text("in the way")
-    _, summary = run(tmp_path)
+    _, summary = run(tmp_path, pictures=True)
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     warnings = [line for line in capfd.readouterr().err.splitlines() if line.startswith("WARNING")]
     assert len(warnings) == 1
@@ -51,8 +51,8 @@ def test_where_they_fail_the_run_goes_on_with_one_warning(tmp_path, capfd):
     assert (tmp_path / "curves.png").exists()
 
 
-def test_pytorch_is_not_imported_for_them(tmp_path):
-    """Which takes seconds where it is installed; it can still be imported afterwards."""
+def test_writing_events_does_not_import_pytorch(tmp_path):
+    """Importing it takes seconds; it can still be imported afterwards."""
     (tmp_path / "torch.py").write_text("print('imported')")
     code = (
         "import pathlib; from research.record.events import Events; "

@@ -250,6 +250,7 @@ def test_without_libtpu_it_says_how_to_get_it(tmp_path, monkeypatch):
         plan.run([*VAE, "--topology=v5e-4", f"--workdir={tmp_path}"])
 
 
+@pytest.mark.slow
 def test_the_benchmark_compares_a_prediction_with_a_measurement():
     machine = benchmark.speeds(size=128, count=2**16)
     assert min(machine.values()) > 0

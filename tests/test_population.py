@@ -1,4 +1,4 @@
-"""Members of a population are the same configs trained alone; one compilation serves all of them."""
+"""Each member of a population matches a single run of its config; all share one compilation."""
 
 import copy
 import dataclasses
@@ -34,7 +34,7 @@ def _dataset():
 DATASET = _dataset()
 BASE = LinearConfig(
     num_epochs=2,
-    batch_size=16,  # does not divide the training set: epochs of 4 and 4 steps, and a last batch that is padded
+    batch_size=16,  # does not divide the splits: 8 steps in 2 epochs, and a padded last evaluation batch
     label_smoothing=0.1,
     model=ModelConfig(dropout=0.2),
     optimizer=OptimizerConfig(name="momentum", learning_rate=0.05, schedule="cosine", warmup=0.2),
@@ -57,8 +57,8 @@ def _make(devices=1, size=4):
 
 
 @pytest.fixture(scope="module")
-def alone():
-    """What each config gives by itself."""
+def single_runs():
+    """The results of a single run of each config."""
     found = []
     for config in CONFIGS:
         mesh = sharding.make_mesh(config, jax.devices()[:1])
@@ -78,28 +78,28 @@ def _agree(report, expected):
 
 
 @pytest.mark.parametrize(("devices", "at_once"), [(1, 1), (2, 1), (1, 4), (1, 3)])
-def test_a_member_is_the_same_config_trained_alone(devices, at_once, alone, monkeypatch):
-    """One after another, over two devices, and on an accelerator all at once, or three and one."""
+def test_a_member_matches_a_single_run(devices, at_once, single_runs, monkeypatch):
+    """One after another, on two devices, and batched as on an accelerator: all at once, or three and one."""
     monkeypatch.setattr(population_devices, "at_once", lambda *_: at_once)
     members = _make(devices)
     for slot, config in enumerate(CONFIGS):
         members.start(slot, config)
     assert {report.epoch for report in members.train_epoch().values()} == {1}
     reports = members.train_epoch()
-    for slot, expected in enumerate(alone):
+    for slot, expected in enumerate(single_runs):
         _agree(reports[slot], expected)
     assert len({report.figures["validation_loss"] for report in reports.values()}) == 4
 
 
 def test_slots_are_filled_evenly_over_the_devices():
-    members = _make(devices=2, size=5)  # as many on each
+    members = _make(devices=2, size=5)  # rounded up to 3 on each
     assert members.free == [0, 3, 1, 4, 2, 5]
     for slot in (0, 3, 1):
         members.start(slot, CONFIGS[0])
     assert members.free == [4, 2, 5]
 
 
-def test_a_slot_is_refilled_without_compiling(alone):
+def test_a_slot_is_refilled_without_compiling(single_runs):
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
@@ -113,24 +113,24 @@ def test_a_slot_is_refilled_without_compiling(alone):
     members.start(0, CONFIGS[0])
     assert compiled
     compiled.clear()
-    _agree(members.train_epoch()[2], alone[2])
+    _agree(members.train_epoch()[2], single_runs[2])
     members.stop(2)
-    members.start(3, CONFIGS[3])  # a seed, a rate and a slot that this program has not seen
-    _agree(members.train_epoch()[0], alone[0])
+    members.start(3, CONFIGS[3])  # a seed, a learning rate and a slot new to this program
+    _agree(members.train_epoch()[0], single_runs[0])
     members.stop(0)
-    _agree(members.train_epoch()[3], alone[3])
+    _agree(members.train_epoch()[3], single_runs[3])
     jax.monitoring.clear_event_listeners()
     assert compiled == []
     assert members.num_compilations == 1
 
 
-def test_the_names_of_figures_take_no_memory_for_states(monkeypatch):
+def test_figure_names_allocate_no_states(monkeypatch):
     members = _make()
     monkeypatch.delattr(Population, "_all_states")
     assert set(members.figure_names()) >= {"validation_loss", "validation_accuracy"}
 
 
-def test_a_member_that_diverges_leaves_the_others_alone(alone):
+def test_a_diverged_member_does_not_affect_the_others(single_runs):
     members = _make()
     members.start(0, CONFIGS[0])
     members.start(1, _config(1e30, 1))
@@ -140,28 +140,28 @@ def test_a_member_that_diverges_leaves_the_others_alone(alone):
     assert 1 < first[1].diverged_at <= 4
     assert not first[0].finished
     members.stop(1)
-    _agree(members.train_epoch()[0], alone[0])
+    _agree(members.train_epoch()[0], single_runs[0])
 
 
-def test_a_gradient_that_is_not_finite_ends_a_member_as_it_ends_a_run(monkeypatch):
-    """Its loss may stay finite: a run alone stops there, and the command of such a trial would give no figure."""
+def test_a_non_finite_gradient_ends_a_member_as_it_ends_a_run(monkeypatch):
+    """Even with a finite loss: a single run would stop here, so the trial must not get a result."""
     train_step = Steps.train_step
 
-    def spoilt(self, state, *args):
+    def step_with_infinite_gradient(self, state, *args):
         new, metrics = train_step(self, state, *args)
         return new, metrics | {"grad_norm": jnp.where(state.step == 2, jnp.inf, metrics["grad_norm"])}
 
-    monkeypatch.setattr(Steps, "train_step", spoilt)
+    monkeypatch.setattr(Steps, "train_step", step_with_infinite_gradient)
     members = _make(size=1)
     members.start(0, CONFIGS[0])
     assert members.train_epoch()[0] == population.Report(0, {}, 3, finished=True)
 
 
-def test_what_is_an_input_does_not_change_the_signature_and_all_else_does():
+def test_only_fields_that_are_not_step_inputs_change_the_signature():
     same = [*CONFIGS, dataclasses.replace(BASE, seed=7)]
     assert len({hyperparams.signature(config) for config in same}) == 1
     others = [
-        _config(0.05, 0, dropout=0.0),  # off: not in the program
+        _config(0.05, 0, dropout=0.0),  # off, so not an argument
         dataclasses.replace(BASE, batch_size=8),
         dataclasses.replace(BASE, model=ModelConfig(width=4, dropout=0.2)),
         dataclasses.replace(BASE, optimizer=dataclasses.replace(BASE.optimizer, name="nesterov")),

@@ -1,4 +1,4 @@
-"""On what the members of a population train."""
+"""Devices of a population: members per device, and CPU cores as devices."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 from research.training import population_devices
 
 
-def test_as_many_members_at_once_as_leave_a_device_idle():
+def test_small_batches_train_more_members_at_once():
     chosen = {batch: population_devices.at_once("gpu", batch) for batch in (32, 1024, 2000)}
     assert chosen == {32: 32, 1024: 1, 2000: 1}
     assert population_devices.at_once("cpu", 32) == 1
@@ -26,7 +26,7 @@ def test_every_device_has_members(platform, devices, members):
 @pytest.mark.parametrize(
     ("flags", "most", "said"), [("", 0, "True 3 False"), ("", 2, "True 2 False"), ("count=4", 0, "False 4 False")]
 )
-def test_each_core_becomes_a_device_unless_somebody_has_said_how_many_there_are(flags, most, said):
+def test_each_core_becomes_a_device_unless_the_user_sets_the_number(flags, most, said):
     code = (
         "import joblib; joblib.cpu_count = lambda: 3; import jax; "
         "from research.training.population_devices import split_cpu; "

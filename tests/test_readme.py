@@ -200,7 +200,9 @@ def test_every_module_exists(name):
 def test_a_folders_readme_names_its_files(folder):
     block = _FENCE.search((ROOT / folder / "README.md").read_text())
     assert block
-    files = [path for path in (ROOT / folder).rglob("*.py") if path.parent.name != "peers"]  # which has a line as a whole
+    files = [
+        path for path in (ROOT / folder).rglob("*.py") if path.parent.name != "peers"
+    ]  # which has a line as a whole
     assert set(re.findall(r"\w+\.py", block[2])) == {path.name for path in files} - {"__init__.py"}
 
 

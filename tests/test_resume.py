@@ -1,4 +1,4 @@
-"""A run that was stopped and goes on ends as if nothing had happened; one that was killed is in faults/test_kill.py."""
+"""A run that is stopped and resumed ends as if never stopped. (Killed runs: faults/test_kill.py.)"""
 
 import contextlib
 import dataclasses
@@ -14,14 +14,14 @@ from command import COMMAND, DIGITS, complains, read_summary, run_command, run_h
 from drawn import DATASET, read_lines, run, same, split
 
 from experiments import cifar_cnn
-from research import flags
+from research import app, flags
 from research.process.signals import Signals, StoppedError
 from research.record import writer
 from research.training import run as run_module
 from research.training.checkpoint import Checkpoints
 
 
-def _figures(summary):
+def _without_times(summary):
     return {
         name: value for name, value in summary.items() if not name.endswith("_seconds") and "per_second" not in name
     }
@@ -29,20 +29,20 @@ def _figures(summary):
 
 @pytest.fixture
 def stop_at(stop):
-    """Runs the tiny experiment and stops it by a signal when it is at a step."""
+    """Runs the tiny experiment and stops it with a signal at a step."""
     return lambda workdir, step, **options: stop(step, lambda signals: run(workdir, signals=signals, **options))
 
 
 @pytest.mark.parametrize("step", [1, 7, 11, 12, 21])
 @pytest.mark.parametrize("every", [1, 5])
-def test_stopped_anywhere_it_ends_the_same(step, every, stop_at, tmp_path):
-    """Parameters to the bit, figures to the last digit, each line once and in order."""
+def test_a_run_stopped_at_any_step_resumes_to_the_same_result(step, every, stop_at, tmp_path):
+    """Bit-identical parameters and metrics; every line once and in order."""
     options = {"dataset": dataclasses.replace(DATASET, validation=split(2, 20)), "log_every_steps": every}
     state, summary = run(tmp_path / "whole", **options)
     assert f"at step {step} " in stop_at(tmp_path / "stopped", step, steps_per_dispatch=1, **options)
     resumed, other = run(tmp_path / "stopped", steps_per_dispatch=3, **options)
     same(resumed, state)
-    assert _figures(other) == _figures(summary)
+    assert _without_times(other) == _without_times(summary)
     assert read_lines(tmp_path / "stopped") == read_lines(tmp_path / "whole")
 
 
@@ -71,7 +71,7 @@ def test_a_signal_in_the_last_dispatch_of_all_ends_a_finished_run(monkeypatch, t
     assert read_summary(tmp_path)["test_loss"] == summary["test_loss"]
 
 
-def test_stopped_again_and_again(stop_at, tmp_path):
+def test_a_run_stopped_repeatedly_ends_the_same(stop_at, tmp_path):
     state, _ = run(tmp_path / "whole")
     for step in (3, 6, 11, 15):
         stop_at(tmp_path / "stopped", step, steps_per_dispatch=1)
@@ -84,7 +84,7 @@ def test_checkpoints_within_an_epoch(tmp_path):
     assert {int(path.name) for path in (tmp_path / "checkpoints").iterdir()} == {4, 8, 11, 12, 16, 20, 22}
 
 
-def test_another_number_of_devices_goes_on(stop_at, tmp_path):
+def test_resuming_on_another_number_of_devices(stop_at, tmp_path):
     _, summary = run(tmp_path / "whole")
     stop_at(tmp_path / "stopped", 9, steps_per_dispatch=1)
     _, other = run(tmp_path / "stopped", devices=8)
@@ -111,13 +111,13 @@ def _wait_for_checkpoint(workdir, process):
         time.sleep(0.02)
 
 
-def test_a_run_is_looked_at_stopped_and_gone_on_with(env, tmp_path, capsys):
+def test_a_running_workdir_is_locked_evaluated_and_stopped_by_sigterm(env, tmp_path, capsys):
     process = _start(env, *DIGITS, "--config.num_epochs=10000", "--workdir=x")
     _wait_for_checkpoint(tmp_path / "x", process)
-    busy = run_here(["--workdir=x"], capsys)
-    complains(busy, "--workdir=x is in use by", f"process {process.pid} on {os.uname().nodename}")
-    looked = run_command(env, "--mode=eval", "--workdir=x")
-    assert "cifar_cnn on digits, step " in looked.stdout, looked.stderr
+    locked = run_here(["--workdir=x"], capsys)
+    complains(locked, "--workdir=x is in use by", f"process {process.pid} on {os.uname().nodename}")
+    evaluated = run_command(env, "--mode=eval", "--workdir=x")
+    assert "cifar_cnn on digits, step " in evaluated.stdout, evaluated.stderr
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 143
@@ -126,28 +126,32 @@ def test_a_run_is_looked_at_stopped_and_gone_on_with(env, tmp_path, capsys):
     complains(run_here(["--workdir=x", "--config.num_epochs=3"], capsys), "10000 epochs")
 
 
-def test_a_finished_run_is_only_evaluated_and_may_be_reproduced(env, tmp_path, capsys):
-    assert run_command(env, *DIGITS, "--workdir=x").returncode == 0
+def _output(args, capsys):
+    """Runs the command in this process on one device; returns its stdout."""
+    app.run(cifar_cnn.EXPERIMENT, args, devices=jax.devices()[:1])
+    return capsys.readouterr().out
+
+
+def test_a_finished_run_is_only_evaluated_and_can_be_reproduced(env, tmp_path, capsys):
+    _output([*DIGITS, "--workdir=x"], capsys)
     summary = (tmp_path / "x/summary.json").read_bytes()
-    again = run_command(env, "--workdir=x")
-    assert again.returncode == 0, again.stderr
-    assert "the run in x is finished" in again.stdout
+    again = _output(["--workdir=x"], capsys)
+    assert "the run in x is finished" in again
     figures = json.loads(summary)
-    assert f"step {figures['num_train_steps']}: test accuracy {figures['test_accuracy']:.4f}" in again.stdout
+    assert f"step {figures['num_train_steps']}: test accuracy {figures['test_accuracy']:.4f}" in again
     assert (tmp_path / "x/summary.json").read_bytes() == summary
 
     changed = figures | {"jax_version": "0.1"}
     (tmp_path / "x/summary.json").write_text(json.dumps(changed))
-    reproduced = run_command(env, "--reproduce=x/summary.json", "--workdir=y")
-    assert reproduced.returncode == 0, reproduced.stderr
-    first, last = [line for line in reproduced.stdout.splitlines() if line.startswith("reproduced: ")]
+    reproduced = _output(["--reproduce=x/summary.json", "--workdir=y"], capsys)
+    first, last = [line for line in reproduced.splitlines() if line.startswith("reproduced: ")]
     assert first.startswith("reproduced: jax_version 0.1 there, ")
     assert last == "reproduced: the same train_accuracy, train_grad_norm, train_loss, test_accuracy, test_loss"
     assert read_summary(tmp_path / "y")["test_loss"] == figures["test_loss"]
-    # What another rule's rate would be, config.json no longer says.
+    # config.json holds the resolved learning rate of its own update rule, not those of others.
     words = "--config.optimizer.name=sgd: the record of --reproduce has momentum"
     complains(run_here(["--reproduce=x/summary.json", "--config.optimizer.name=sgd", "--workdir=z"], capsys), words)
-    # A preset starts anew.
+    # A preset starts from its own defaults.
     args = ["--reproduce=x/summary.json", "--config=tutorial", "--config.optimizer.name=sgd"]
     flags.parse(cifar_cnn.EXPERIMENT, args)
     (tmp_path / "y/summary.json").write_text('{"a": 1}')
@@ -156,7 +160,7 @@ def test_a_finished_run_is_only_evaluated_and_may_be_reproduced(env, tmp_path, c
     complains(run_here(["--mode=eval", "--workdir=nowhere"], capsys), "no config.json in nowhere")
 
 
-def test_a_damaged_line_of_metrics_is_left_out(stop_at, tmp_path, capsys):
+def test_damaged_lines_of_metrics_are_dropped(stop_at, tmp_path, capsys):
     stop_at(tmp_path, 11)
     path = tmp_path / "metrics.jsonl"
     whole = path.read_bytes().splitlines(keepends=True)
@@ -168,35 +172,35 @@ def test_a_damaged_line_of_metrics_is_left_out(stop_at, tmp_path, capsys):
     assert len(steps) > len(whole)
 
 
-def test_a_state_that_is_replaced_takes_no_memory(stop_at, tmp_path, monkeypatch):
+def test_restoring_frees_the_initial_state_first(stop_at, tmp_path, monkeypatch):
     stop_at(tmp_path, 11)
     restore, deleted = Checkpoints.restore, []
 
-    def looked_at(self, like):
+    def restore_and_record(self, like):
         deleted.extend(leaf.is_deleted() for leaf in jax.tree.leaves(initial[0]))
         return restore(self, like)
 
     initial = []
     create_state = run_module.create_state
 
-    def created(*args):
+    def create_and_record(*args):
         made = create_state(*args)
         initial.append(made[1])
         return made
 
-    monkeypatch.setattr(Checkpoints, "restore", looked_at)
-    monkeypatch.setattr(run_module, "create_state", created)
+    monkeypatch.setattr(Checkpoints, "restore", restore_and_record)
+    monkeypatch.setattr(run_module, "create_state", create_and_record)
     run(tmp_path)
     assert deleted
     assert all(deleted)
 
 
-def test_a_signal_whose_error_was_swallowed_stops_the_run(tmp_path):
-    """As where it comes while a package is imported within an `except Exception`."""
+def test_a_signal_whose_error_was_swallowed_still_stops_the_run(tmp_path):
+    """As when it arrives during an import inside `except Exception`."""
     signals = Signals()
     with signals.handled(), contextlib.suppress(Exception):
         signal.raise_signal(signal.SIGTERM)
-    signals.spreads = True  # of several processes, which have nothing to stop by but its error
+    signals.spreads = True  # as with several processes, which only stop by this error
     with pytest.raises(StoppedError, match="stopped by SIGTERM"), signals.deferred():
         pass
     signals.spreads = False
@@ -205,7 +209,7 @@ def test_a_signal_whose_error_was_swallowed_stops_the_run(tmp_path):
     assert stopped.value.exit_code == 143
 
 
-def test_a_config_that_cannot_be_read_is_named(env, tmp_path, capsys):
+def test_an_unreadable_config_is_named(env, tmp_path, capsys):
     folder = tmp_path / "x"
     folder.mkdir()
     for text in ("{", "[]", "{}", '{"seed": "a"}'):

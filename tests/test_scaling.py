@@ -70,6 +70,7 @@ def test_a_record_that_cannot_be_kept_is_named_before_anything_is_measured(workd
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.slow
 def test_the_report_is_left(env, tmp_path):
     args = ["--devices=1,2", "--rounds=1", "--config.steps_per_dispatch=2", "--workdir=x"]
     done = subprocess.run([*SCALING, *args], env=env, capture_output=True, text=True)

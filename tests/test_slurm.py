@@ -104,6 +104,7 @@ def _logged(workdir, text):
     return any(text in path.read_text(errors="replace") for path in workdir.glob("slurm-*.log"))
 
 
+@pytest.mark.slow
 def test_two_nodes_train_are_requeued_go_on_and_are_cancelled(slurm, tmp_path):
     workdir = tmp_path / "x"
     data, counts = ["--config.dataset.name=digits"], "(1,437 train, 360 test)"

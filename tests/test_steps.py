@@ -1,4 +1,4 @@
-"""The step is plain gradient descent, the same on one device or eight, whole or in microbatches, however grouped."""
+"""The train step is plain gradient descent, with the same result for any devices, microbatches and dispatches."""
 
 import dataclasses
 import functools
@@ -45,7 +45,7 @@ def _config(**fields) -> CifarConfig:
 
 
 class Build:
-    """The compiled steps of a config."""
+    """Compiled steps of a config, shared by all its `Run`s."""
 
     def __init__(self, config, devices, task):
         dataset = _dataset()
@@ -59,11 +59,11 @@ class Build:
         self.eval_batches = EvalBatches(dataset.test, config, mesh, resident=True)
 
 
-_BUILDS: dict[tuple[str, int], Build] = {}  # configs cannot be hashed, and compiling is what takes the time here
+_BUILDS: dict[tuple[str, int], Build] = {}  # by the repr of a config, which is not hashable
 
 
 class Run:
-    """A compiled step and its state, as the loop has them."""
+    """Compiled steps with a fresh state, as in the training loop."""
 
     def __init__(self, config, devices=1, task=None):
         key = (repr((config, task)), devices)
@@ -130,7 +130,7 @@ def test_eight_devices_learn_what_one_learns(mesh, microbatch_size, rule):
         assert True in shards
 
 
-def test_microbatches_change_nothing_without_batch_statistics():
+def test_without_batch_norm_microbatches_change_no_result():
     whole, parts = Run(_config()), Run(_config(microbatch_size=4))
     np.testing.assert_allclose(whole.steps(10), parts.steps(10), rtol=1e-4)
     for a, b in zip(whole.leaves(), parts.leaves(), strict=True):
@@ -147,7 +147,7 @@ class Linear(nnx.Module):
         return self.linear(images.reshape(len(images), -1))
 
 
-def test_it_is_gradient_descent():
+def test_the_step_matches_gradient_descent_in_numpy():
     """Ten steps of softmax regression with label smoothing and momentum, in NumPy float64."""
     config = _config()
     mean, std, smoothing = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), 0.1
@@ -157,7 +157,7 @@ def test_it_is_gradient_descent():
 
     generators = [randomness.generator(Stream.DATA_ORDER, 0, epoch) for epoch in range(2)]
     train, order = _dataset().train, np.concatenate([generator.permutation(96) for generator in generators])
-    speed_k, speed_b, expected = 0.0, 0.0, []
+    velocity_kernel, velocity_bias, expected = 0.0, 0.0, []
     for step in range(10):
         index = order[16 * step : 16 * (step + 1)]
         x = ((train["image"][index] / 255 - 0.5) / 0.25).reshape(16, -1)
@@ -166,14 +166,15 @@ def test_it_is_gradient_descent():
         log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
         expected.append(-(target * log_p).sum(1).mean())
         error = (np.exp(log_p) - target) / 16
-        speed_k, speed_b = 0.9 * speed_k + x.T @ error, 0.9 * speed_b + error.sum(0)
-        kernel, bias = kernel - 0.05 * speed_k, bias - 0.05 * speed_b
+        velocity_kernel = 0.9 * velocity_kernel + x.T @ error
+        velocity_bias = 0.9 * velocity_bias + error.sum(0)
+        kernel, bias = kernel - 0.05 * velocity_kernel, bias - 0.05 * velocity_bias
     np.testing.assert_allclose(losses, expected, rtol=1e-3)
     np.testing.assert_allclose(run.leaves()[1], kernel, atol=1e-3)
     np.testing.assert_allclose(run.leaves()[0], bias, atol=1e-3)
 
 
-def test_how_steps_are_grouped_changes_no_bit():
+def test_steps_per_dispatch_changes_no_bit():
     config = _config(model=CNNConfig(width=4, dropout=0.2), **RANDOM)
     whole, parts = Run(config), Run(config)
     np.testing.assert_array_equal(whole.steps(10), parts.steps(1, 4, 5))
@@ -182,7 +183,7 @@ def test_how_steps_are_grouped_changes_no_bit():
     assert whole.train._cache_size() == parts.train._cache_size() == 1
 
 
-def test_the_seed_is_an_input_and_decides_all_randomness():
+def test_the_seed_is_a_traced_argument_that_decides_all_randomness():
     config = _config(model=CNNConfig(width=4, dropout=0.2), **RANDOM)
     runs = [Run(config) for _ in range(3)]
     runs[2].given = runs[2].given | {"seed": np.uint32(1)}
@@ -191,7 +192,7 @@ def test_the_seed_is_an_input_and_decides_all_randomness():
     assert not np.allclose(first, other)
 
 
-def test_bfloat16_computes_in_it_and_keeps_float32_parameters():
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
     run, exact = (Run(_config(model=CNNConfig(width=8, dtype=dtype))) for dtype in ("bfloat16", "float32"))
     assert (
         "bf16" in run.train.lower(run.state, run.batches.data, run.batches.sample(), np.int32(1), run.given).as_text()
@@ -209,7 +210,7 @@ def test_the_state_is_donated():
     assert all(leaf.is_deleted() for leaf in before)
 
 
-def test_evaluation_uses_the_average_and_training_does_not():
+def test_evaluation_uses_the_averaged_parameters_and_training_does_not():
     optimizer = OptimizerConfig(name="sgd", learning_rate=0.05, ema_decay=0.9)
     averaged, plain = (
         Run(_config(optimizer=optimizer)),
@@ -217,7 +218,7 @@ def test_evaluation_uses_the_average_and_training_does_not():
     )
     initial = plain.leaves()
     np.testing.assert_array_equal(averaged.steps(1), plain.steps(1))
-    decay = 1 / 10  # the average's decay in its first step
+    decay = 1 / 10  # of the average in the first step
     for ema, before, after in zip(averaged.leaves("eval_params"), initial, plain.leaves(), strict=True):
         np.testing.assert_allclose(ema, decay * before + (1 - decay) * after, atol=1e-6)
     np.testing.assert_array_equal(averaged.steps(5), plain.steps(5))
@@ -225,7 +226,7 @@ def test_evaluation_uses_the_average_and_training_does_not():
 
 
 def _views(images, mirror, translate):
-    """Airbench's: half as it is, a quarter a pixel up and left, a quarter down and right; half of each mirrored."""
+    """Airbench's test-time augmentation: (weight, images) of the shifted and mirrored copies."""
     views = [(1.0, images)]
     if translate:
         padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), "reflect")
@@ -234,8 +235,8 @@ def _views(images, mirror, translate):
 
 
 @pytest.mark.parametrize(("mirror", "translate"), [(False, False), (True, False), (False, True), (True, True)])
-def test_evaluation_is_the_plain_cross_entropy_of_each_example_once(mirror, translate):
-    """With smoothing and augmentation configured, neither enters; padding counts for nothing."""
+def test_evaluation_is_the_mean_cross_entropy_over_all_examples(mirror, translate):
+    """Without the configured label smoothing and augmentation, and without padding."""
     views = {"mirror": mirror, "translate": translate}
     run = Run(_config(batch_size=16, model=CNNConfig(width=4, dropout=0.5), **views, **RANDOM))
     sums = run.evaluate()
@@ -253,7 +254,7 @@ def test_evaluation_is_the_plain_cross_entropy_of_each_example_once(mirror, tran
     assert sums["accuracy"] == (logits.argmax(1) == test["label"]).sum()
 
 
-def test_the_gradients_norm_is_recorded_before_clipping():
+def test_the_gradient_norm_is_recorded_before_clipping():
     fields = {"name": "sgd", "learning_rate": 0.05}
     clipped, plain = (Run(_config(optimizer=OptimizerConfig(**fields, clip_norm=c))) for c in (1e-3, 0.0))
     norms = []

@@ -1,4 +1,4 @@
-"""A record on an object store, for which fsspec's memory:// stands in."""
+"""Workdirs on object stores, for which fsspec's memory:// stands in."""
 
 import json
 import sys
@@ -41,13 +41,13 @@ def store(monkeypatch, tmp_path):
     fsspec.filesystem("memory").rm("/runs", recursive=True)
 
 
-def test_a_run_is_stopped_resumed_and_compared_there_as_here(store, stop, tmp_path, capsys, monkeypatch):
-    """The same bits and lines as on local disk."""
+def test_a_remote_run_is_stopped_resumed_and_compared_like_a_local_one(store, stop, tmp_path, capsys, monkeypatch):
+    """Bit-identical state and equal lines."""
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "_orbax_path", epath.Path)
         state, summary = run(tmp_path / "whole")
     stop(15, lambda signals: run(store / "x", signals=signals, steps_per_dispatch=1))
-    resumed, other = run(store / "x")
+    resumed, other = run(store / "x", pictures=True)
     same(resumed, state)
     assert other["test_loss"] == summary["test_loss"]
     assert read_lines(store / "x") == read_lines(tmp_path / "whole")
@@ -70,7 +70,7 @@ def test_the_command_trains_and_evaluates(store, capsys):
     ("path", "words"),
     [("nothing://x", "local disk, gs:// or s3://"), ("s3://x/y", '"meshwork[s3]"'), ("az://x/y", "gs:// or s3://")],
 )
-def test_a_file_system_that_cannot_be_opened_is_named(path, words, capsys, monkeypatch):
+def test_an_unavailable_file_system_is_named(path, words, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)
     done = run_here([f"--workdir={path}"], capsys)
     complains(done, path, words)

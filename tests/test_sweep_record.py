@@ -84,6 +84,7 @@ def test_a_sweep_leaves_its_record_and_goes_on(folder, capsys):
             sweep.run(changed)
 
 
+@pytest.mark.slow
 def test_where_each_core_is_a_device_the_best_command_has_the_one_that_it_has_by_itself(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(population_devices, "split_cpu", lambda most: True)  # the tests have eight devices
@@ -117,6 +118,7 @@ def test_a_sweep_that_only_fails_leaves_its_record(folder):
     assert len((folder / "w/trials.csv").read_text().splitlines()) == 11
 
 
+@pytest.mark.slow
 def test_the_end_of_a_finished_sweep_is_made_up_for(folder, capsys, monkeypatch):
     """Of one that was stopped while its best command ran, for all seeds; and of one whose fit is asked for later."""
     argv = [*SWEEP, "--search=dataset.train_fraction=[0.3,0.6,1]", "--sampler=grid", "--seeds=2"]
@@ -163,6 +165,7 @@ def test_a_storage_that_goes_away_or_is_written_over_is_one_line(error, folder, 
         sweep.run([*SWEEP, f"--search={RATE}=log(1e-4,1)"])
 
 
+@pytest.mark.slow
 def test_what_a_python_file_makes_of_its_draws_is_in_the_record_and_the_command(env, folder):
     (folder / "search.py").write_text(
         f"def search(trial):\n    return {{'{RATE}': 10 ** trial.suggest_float('power', -2, -1)}}\n"

@@ -1,4 +1,4 @@
-"""Any terminal, or none: a run shows what it can and finishes."""
+"""Terminal output: closed pipes, narrow and dumb terminals."""
 
 import fcntl
 import os
@@ -6,6 +6,7 @@ import pty
 import re
 import struct
 import subprocess
+import sys
 import termios
 
 import pytest
@@ -15,11 +16,13 @@ from drawn import run
 from research.record import writer
 
 
-def test_output_that_nobody_reads_ends_no_run(env, tmp_path):
-    """stdout and stderr are a pipe whose reader is gone."""
+def test_a_run_survives_a_closed_stdout_and_stderr(env, tmp_path):
+    """Both are a pipe whose reader has closed it."""
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run([*COMMAND, *DIGITS, "--workdir=x"], env=env, stdout=writer, stderr=writer, timeout=240)
+    done = subprocess.run(
+        [sys.executable, "-m", "linear", *DIGITS, "--workdir=x"], env=env, stdout=writer, stderr=writer, timeout=240
+    )
     os.close(writer)
     assert done.returncode == 0
     assert read_summary(tmp_path / "x")["num_epochs"] == 1
@@ -27,7 +30,7 @@ def test_output_that_nobody_reads_ends_no_run(env, tmp_path):
 
 
 @pytest.mark.parametrize(("command", "code"), [("--help | head -1", 0), ("--help >&-", 0), ("--nothing 2>&-", 2)])
-def test_output_that_is_cut_off_or_closed(command, code, env):
+def test_help_and_errors_survive_a_closed_output(command, code, env):
     shell = f"set -o pipefail; {' '.join(COMMAND)} {command}"
     done = subprocess.run(["bash", "-c", shell], env=env, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (code, "")
@@ -35,9 +38,9 @@ def test_output_that_is_cut_off_or_closed(command, code, env):
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """Runs the tiny experiment with its stderr on a real terminal of a width; returns what that terminal got."""
+    """Runs the tiny experiment with stderr on a pseudo-terminal of a given width; returns the output."""
 
-    def shown(workdir, columns, **options):
+    def run_in_terminal(workdir, columns, **options):
         ours, theirs = pty.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         with open(theirs, "w") as stream:
@@ -54,7 +57,7 @@ def terminal(monkeypatch):
         os.close(ours)
         return text.decode()
 
-    return shown
+    return run_in_terminal
 
 
 @pytest.mark.parametrize("columns", [40, 120])

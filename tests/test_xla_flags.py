@@ -1,4 +1,4 @@
-"""XLA flags are added only where they are known to be right."""
+"""XLA flags are added only for measured versions of jaxlib."""
 
 import pytest
 
@@ -15,7 +15,7 @@ FLAG = "--xla_cpu_experimental_ynn_fusion_type"
         (f"{FLAG}=conv", f"{FLAG}=conv"),
     ],
 )
-def test_a_flag_is_appended_unless_the_user_names_it(monkeypatch, given, expected):
+def test_a_flag_is_appended_unless_the_user_sets_it(monkeypatch, given, expected):
     monkeypatch.setattr(xla_flags, "version", lambda package: "0.10.2")
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     if given is not None:
@@ -24,7 +24,7 @@ def test_a_flag_is_appended_unless_the_user_names_it(monkeypatch, given, expecte
     assert xla_flags.os.environ["XLA_FLAGS"] == expected
 
 
-def test_an_unmeasured_jaxlib_gets_none(monkeypatch):
+def test_an_unmeasured_jaxlib_gets_no_flags(monkeypatch):
     monkeypatch.setattr(xla_flags, "version", lambda package: "99.0")
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     xla_flags.set_flags()

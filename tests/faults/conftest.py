@@ -1,4 +1,4 @@
-"""Processes that may be hurt."""
+"""The `forks` fixture: a process that starts training runs by forking, so that tests can kill them."""
 
 import os
 from pathlib import Path

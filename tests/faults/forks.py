@@ -1,8 +1,8 @@
-"""Runs in forks of one process that has imported everything: a start takes no time, and a death is a real one.
+"""Runs training in forks of one process that has imported everything: quick to start, and safe to kill.
 
 forks.run("experiments.cifar_cnn", [...], kill_after=2.5)     killed by SIGKILL after so many seconds
 forks.run("drawn:run", [...], kill_at=17, watch=DIR)          killed before its 17th operation on files in DIR
-forks.run("experiments.cifar_cnn", [...], send=[15, FILE])    gets SIGTERM when FILE is there
+forks.run("experiments.cifar_cnn", [...], send=[15, FILE])    gets SIGTERM once FILE exists
 """
 
 import dataclasses
@@ -22,14 +22,15 @@ import numpy as np
 from research.data import cache
 from research.training import loop
 
-# What changes files, as `sys.addaudithook` names it; "open" too, where it is for writing.
+# Audit events (`sys.addaudithook`) that change files; "open" counts too, if for writing.
 _OPERATIONS = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree")
-_SECONDS = 600  # after which a run that should have ended dies of SIGALRM
+_TIMEOUT = 600  # seconds after which SIGALRM ends a run that hangs
 _IMPORTED = [f"experiments.{name}" for name in ("cifar_cnn", "char_rnn", "mnist_vae", "cifar_speedrun")]
 _IMPORTED += [
     "research.process.distributed",
     "research.process.compilation_cache",
     "drawn",
+    "linear",
     "tensorboardX",
     "matplotlib.pyplot",
 ]
@@ -41,10 +42,10 @@ class Ended:
     """How a run ended.
 
     Attributes:
-      code: its exit code; negative: the signal that it died of.
-      seconds: that it took.
-      operations: on files in `watch`, where it was not killed.
-      output: what it printed.
+      code: exit code; if negative, the signal that killed it.
+      seconds: wall time.
+      operations: number of operations on files in `watch`, unless it was killed.
+      output: its stdout and stderr.
     """
 
     code: int
@@ -54,11 +55,11 @@ class Ended:
 
 
 class Forks:
-    """The process that forks.
+    """The parent process that forks.
 
     Args:
-      env: its environment, and that of all runs.
-      folder: where they run, and where their output goes.
+      env: environment of the process and of all runs.
+      folder: their working directory, which also receives their output.
     """
 
     def __init__(self, env, folder):
@@ -73,9 +74,9 @@ class Forks:
 
         Args:
           what: "experiments.cifar_cnn", "drawn:run".
-          args: flags, or [folder, options].
-          job: `kill_after`, `kill_at`, `send`, `watch` as above; `pictures`: whether they are drawn, which takes half
-            of a small run's time; `limits`: {"AS": bytes beyond those there are, "FSIZE": bytes}, as of `ulimit`.
+          args: flags of the experiment, or [folder, options] of the function.
+          job: `kill_after`, `kill_at`, `send`, `watch` as above; `pictures`: whether to draw plots, which takes half of
+            a small run's time; `limits`: {"AS": bytes beyond current use, "FSIZE": bytes}, as in `ulimit`.
         """
         self._process.stdin.write(json.dumps({"what": what, "args": args, **job}, default=str) + "\n")
         self._process.stdin.flush()
@@ -89,7 +90,7 @@ class Forks:
 
 
 def fill_cache(output):
-    """Has a data set decoded, or finds it in the cache; writes what came."""
+    """Loads a data set through the cache and writes the sums of its arrays."""
     pieces = [{"image": np.arange(i, i + 1000), "label": np.full(1000, i)} for i in range(3)]
     arrays = cache.load("entry", lambda: iter(pieces))
     output.write_text(str({name: int(array.sum()) for name, array in arrays.items()}))
@@ -121,7 +122,7 @@ def _child(job):
     output = os.open("output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    signal.alarm(_SECONDS)
+    signal.alarm(_TIMEOUT)
     if not job.get("pictures"):
         loop.Loop.draw = lambda _: None
     _limit(job.get("limits", {}))
@@ -145,8 +146,8 @@ def _child(job):
     os._exit(code)
 
 
-def _hurt(child, job, over):
-    """Sends the signal when its time has come, unless the run is over."""
+def _send_signal(child, job, over):
+    """Sends the signal at its time, unless the run is over."""
     number, path = job.get("send") or (signal.SIGKILL, "")
     if path:
         while not over.is_set() and not os.path.exists(path):
@@ -158,7 +159,7 @@ def _hurt(child, job, over):
 
 
 def _serve():
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup pytest` has its children ignore it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored under `nohup pytest`
     for name in _IMPORTED:
         importlib.import_module(name)
     for line in sys.stdin:
@@ -171,7 +172,7 @@ def _serve():
             finally:
                 os._exit(1)
         if job.get("kill_after") is not None or job.get("send"):
-            threading.Thread(target=_hurt, args=(child, job, over)).start()
+            threading.Thread(target=_send_signal, args=(child, job, over)).start()
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         over.set()
         print(json.dumps([code, time.monotonic() - began, int(Path("operations").read_text())]), flush=True)

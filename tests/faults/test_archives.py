@@ -1,6 +1,6 @@
-"""Archives that somebody made to do harm, or that are odd: refused in a line, nothing written, no memory eaten.
+"""Malicious and malformed archives: refused with one line, without writing files or exhausting memory.
 
-Damaged archives, pickles that name functions, wrong labels and shapes are in tests/data.
+Damaged archives, unsafe pickles, wrong labels and wrong shapes are tested in tests/data.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ NAMES = [f"{name}.bin" for names in archives._CIFAR10_BATCHES.values() for name 
 
 
 def _tar(path, members):
-    """Members: (name, type, content or the link's target)."""
+    """Writes a tar file of members (name, type, content or link target)."""
     with tarfile.open(path, "w:gz", compresslevel=1) as tar:
         for name, kind, content in members:
             member = tarfile.TarInfo(name)
@@ -44,8 +44,8 @@ def _refused(read, *paths):
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
-def test_links_and_devices_are_no_files(kind, tmp_path):
-    """Even where they lead to a file that would do."""
+def test_links_and_devices_are_not_read(kind, tmp_path):
+    """Even if a link leads to a valid file."""
     (tmp_path / "outside").write_bytes(bytes(3073))
     _tar(tmp_path / "x.tar.gz", [(name, kind, str(tmp_path / "outside")) for name in NAMES])
     assert "is missing" in _refused(archives.cifar10_binary, tmp_path / "x.tar.gz")
@@ -64,7 +64,7 @@ def _zip_bomb(path):
         archive.writestr("x_train.npy", bytes(2**23))
 
 
-def _endless_shape(path):
+def _huge_shape(path):
     """A header that promises 100 TiB."""
     with zipfile.ZipFile(path, "w") as archive:
         header = str({"descr": "|u1", "fortran_order": False, "shape": (10**14,)}).encode()
@@ -77,10 +77,10 @@ def _endless_shape(path):
         (_tar_bomb, archives.cifar10_binary, "unpacks to"),
         (_gzip_bomb, lambda path: archives.mnist_idx(path, path, path, path), "unpacks to"),
         (_zip_bomb, archives.mnist_npz, "unpacks to"),
-        (_endless_shape, archives.mnist_npz, ""),
+        (_huge_shape, archives.mnist_npz, ""),
     ],
 )
-def test_what_unpacks_without_end_is_refused(write, read, words, tmp_path, monkeypatch):
+def test_decompression_bombs_are_refused(write, read, words, tmp_path, monkeypatch):
     monkeypatch.setattr(archives, "_LARGEST", 2**22)
     write(tmp_path / "bomb")
     assert (tmp_path / "bomb").stat().st_size < 2**16
@@ -93,13 +93,13 @@ names = st.sampled_from([*NAMES, "../evil", "/tmp/evil", "a/../../evil", ".", ""
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(names, kinds, st.binary(max_size=9)), max_size=8), st.integers(0, 2))
-def test_archives_of_anything(tmp_path, members, more):
+def test_archives_of_arbitrary_members(tmp_path, members, more):
     path = tmp_path / "x.tar.gz"
-    odd = [(n, k, c if k == tarfile.REGTYPE else c.decode("latin1")) for n, k, c in members]
+    malformed = [(n, k, c if k == tarfile.REGTYPE else c.decode("latin1")) for n, k, c in members]
     whole = [(name, tarfile.REGTYPE, bytes(3073 * more)) for name in NAMES] if more else []
     try:
-        _tar(path, [*odd, *whole])
-    except (ValueError, UnicodeError):  # a name that tar cannot hold
+        _tar(path, [*malformed, *whole])
+    except (ValueError, UnicodeError):  # a name that tar cannot represent
         return
     with contextlib.suppress(UserError):
         splits = prepare._read(archives.cifar10_binary, [path])

@@ -1,6 +1,6 @@
-"""Checkpoints damaged on disk, by the command: named in one line, and never a silent new start.
+"""Checkpoints damaged on disk: the command names them in one line and never silently starts over.
 
-What each file's damage does is in test_checkpoint.py.
+Damage to each single file is tested in test_checkpoint.py.
 """
 
 import shutil
@@ -15,9 +15,9 @@ ARGS = [*DIGITS, "--config.checkpoint_every_steps=5", "--config.log_every_steps=
 
 @pytest.fixture(scope="module")
 def trained(forks):
-    """A finished run of 14 steps with the checkpoints 10 and 14; its summary is taken away, so that it may go on."""
+    """A finished run of 14 steps with checkpoints 10 and 14, without its summary so that it can be resumed."""
     workdir = forks.folder / "trained"
-    ended = forks.run("experiments.cifar_cnn", [*ARGS, f"--workdir={workdir}"])
+    ended = forks.run("linear", [*ARGS, f"--workdir={workdir}"])
     assert ended.code == 0, ended.output
     (workdir / "summary.json").unlink()
     return workdir
@@ -41,11 +41,11 @@ def _flipped(step):
 
 
 @pytest.mark.parametrize("damage", [_half_deleted, _emptied, _flipped])
-def test_the_one_before_is_used(damage, trained, forks, tmp_path):
+def test_the_previous_checkpoint_is_restored(damage, trained, forks, tmp_path):
     lines = (trained / "metrics.jsonl").read_text()
     shutil.copytree(trained, tmp_path / "x")
     damage(tmp_path / "x/checkpoints/14")
-    ended = forks.run("experiments.cifar_cnn", [f"--workdir={tmp_path / 'x'}"])
+    ended = forks.run("linear", [f"--workdir={tmp_path / 'x'}"])
     assert ended.code == 0, ended.output
     (line,) = [line for line in ended.output.splitlines() if line.startswith("WARNING")]
     assert line.startswith("WARNING: checkpoint 14 is damaged (")
@@ -53,29 +53,29 @@ def test_the_one_before_is_used(damage, trained, forks, tmp_path):
     assert (tmp_path / "x/metrics.jsonl").read_text() == lines
 
 
-def test_with_all_of_them_damaged_no_start_is_a_new_one(trained, forks, tmp_path):
-    """Neither the first start after it, nor the second."""
+def test_without_an_intact_checkpoint_the_command_refuses_to_start_over(trained, forks, tmp_path):
+    """On the first start and on the next."""
     shutil.copytree(trained, tmp_path / "x")
     for step in (tmp_path / "x/checkpoints").iterdir():
         _flipped(step)
         (step / "record/metadata").unlink()
     for _ in range(2):
-        ended = forks.run("experiments.cifar_cnn", [f"--workdir={tmp_path / 'x'}"])
+        ended = forks.run("linear", [f"--workdir={tmp_path / 'x'}"])
         assert ended.code == 2, ended.output
         (line,) = [line for line in ended.output.splitlines() if line.startswith("error: ")]
         assert "no checkpoint in " in line
         assert "give another --workdir" in line
 
 
-def test_without_its_config_or_its_checkpoints(trained, forks, tmp_path):
+def test_a_workdir_without_its_config_or_its_checkpoints(trained, forks, tmp_path):
     shutil.copytree(trained, tmp_path / "x")
     (tmp_path / "x/config.json").unlink()
     (tmp_path / "x/metrics.jsonl").unlink()
     args = [*ARGS, f"--workdir={tmp_path / 'x'}"]
-    refused = forks.run("experiments.cifar_cnn", args)
+    refused = forks.run("linear", args)
     assert (refused.code, "but no config.json" in refused.output) == (2, True)
     shutil.copytree(trained, tmp_path / "y")
     shutil.rmtree(tmp_path / "y/checkpoints")
-    ended = forks.run("experiments.cifar_cnn", [f"--workdir={tmp_path / 'y'}"])
+    ended = forks.run("linear", [f"--workdir={tmp_path / 'y'}"])
     assert ended.code == 0, ended.output
     assert "WARNING: metrics.jsonl has steps, but there is no checkpoint: training from the start" in ended.output

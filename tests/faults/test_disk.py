@@ -1,4 +1,4 @@
-"""A disk that is full, read-only, out of inodes or beyond a limit: one line, and the last checkpoint as it was."""
+"""Disks that are full, read-only, out of inodes or over quota: one error line, and the last checkpoint intact."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.faults
 
 @pytest.fixture
 def disk(tmp_path):
-    """Remounts a file system in memory of its own, as a size or as `ro`."""
+    """A folder with its own tmpfs, and a function that remounts it with other options."""
     folder = tmp_path / "disk"
     folder.mkdir()
 
@@ -32,7 +32,7 @@ def disk(tmp_path):
 
 @pytest.fixture
 def quota(tmp_path):
-    """A subvolume of a Btrfs file system, in a file, and what sets its quota: root too must keep to it."""
+    """A Btrfs subvolume and a function that sets its quota, which applies to root too."""
     image, top = tmp_path / "image", tmp_path / "btrfs"
     if not shutil.which("mkfs.btrfs"):
         pytest.skip("mkfs.btrfs is missing: apt-get install btrfs-progs")
@@ -49,8 +49,8 @@ def quota(tmp_path):
 
     try:
         btrfs("quota", "enable", top)
-        btrfs("subvolume", "create", top / "mine")
-        yield top / "mine", lambda limit: btrfs("qgroup", "limit", limit, top / "mine")
+        btrfs("subvolume", "create", top / "limited")
+        yield top / "limited", lambda limit: btrfs("qgroup", "limit", limit, top / "limited")
     finally:
         subprocess.run(["umount", top], check=True)
 
@@ -65,11 +65,11 @@ def _stops_with_one_line(ended, reason):
     assert f"could not be written ({reason}): the last good checkpoint is intact; once mended, the same" in line
 
 
-def test_a_full_disk_ends_a_run_that_goes_on_when_there_is_room(disk, forks):
+def test_a_run_stopped_by_a_full_disk_resumes_once_there_is_room(disk, forks):
     folder, remount = disk
 
     def train(workdir, *args, **job):
-        return forks.run("experiments.cifar_cnn", [*args, f"--workdir={folder / workdir}"], **job)
+        return forks.run("linear", [*args, f"--workdir={folder / workdir}"], **job)
 
     _stops_with_one_line(train("x", *ARGS, "--config.num_epochs=4"), "No space left on device")
     assert not (folder / "x/summary.json").exists()
@@ -80,7 +80,7 @@ def test_a_full_disk_ends_a_run_that_goes_on_when_there_is_room(disk, forks):
         assert (refused.code, "cannot be written: Read-only file system" in refused.output) == (2, True)
 
     inodes = os.statvfs(folder)
-    remount(f"rw,size=64m,nr_inodes={inodes.f_files - inodes.f_ffree + 8}")  # room, but for a few files more only
+    remount(f"rw,size=64m,nr_inodes={inodes.f_files - inodes.f_ffree + 8}")  # enough space, but only a few inodes
     _stops_with_one_line(train("x"), "No space left on device")
 
     remount("nr_inodes=10000")
@@ -91,32 +91,32 @@ def test_a_full_disk_ends_a_run_that_goes_on_when_there_is_room(disk, forks):
     assert read_summary(folder / "x")["num_epochs"] == 4
 
 
-def test_a_quota_that_is_reached_ends_a_run_that_goes_on_when_there_is_more(quota, forks):
+def test_a_run_stopped_by_a_quota_resumes_once_it_is_raised(quota, forks):
     folder, limit = quota
     workdir = f"--workdir={folder / 'x'}"
-    first = forks.run("experiments.cifar_cnn", [*ARGS, "--config.num_epochs=1", workdir])
+    first = forks.run("linear", [*ARGS, "--config.num_epochs=1", workdir])
     assert first.code == 0, first.output
     limit("400k")
-    _stops_with_one_line(forks.run("experiments.cifar_cnn", ["--config.num_epochs=8", workdir]), "Disk quota exceeded")
+    _stops_with_one_line(forks.run("linear", ["--config.num_epochs=8", workdir]), "Disk quota exceeded")
     assert read_summary(folder / "x")["num_epochs"] == 1
     limit("none")
-    resumed = forks.run("experiments.cifar_cnn", ["--config.num_epochs=8", workdir])
+    resumed = forks.run("linear", ["--config.num_epochs=8", workdir])
     assert resumed.code == 0, resumed.output
     assert "resumed at step " in resumed.output
     assert "damaged" not in resumed.output
 
 
-def test_a_file_that_reaches_its_limit_ends_a_run(forks, tmp_path):
-    """As `ulimit -f` has it."""
+def test_the_file_size_limit_stops_a_run(forks, tmp_path):
+    """As set by `ulimit -f`."""
     args = [*ARGS, "--config.log_every_steps=1", f"--workdir={tmp_path / 'x'}"]
-    _stops_with_one_line(forks.run("experiments.cifar_cnn", args, limits={"FSIZE": 3000}), "File too large")
+    _stops_with_one_line(forks.run("linear", args, limits={"FSIZE": 3000}), "File too large")
     assert (tmp_path / "x/config.json").exists()
     assert not (tmp_path / "x/summary.json").exists()
 
 
-def test_a_picture_that_cannot_be_written_is_a_warning(forks, tmp_path):
+def test_a_plot_that_cannot_be_written_is_a_warning(forks, tmp_path):
     (tmp_path / "x/curves.png/in the way").mkdir(parents=True)
-    ended = forks.run("drawn:run", [tmp_path / "x", {}], pictures=True)
+    ended = forks.run("drawn:run", [tmp_path / "x", {"pictures": True}], pictures=True)
     assert ended.code == 0, ended.output
     assert "WARNING: curves.png was not drawn: " in ended.output
     assert {path.name for path in (tmp_path / "x").glob("*.png")} == {"curves.png", "confusion.png", "examples.png"}

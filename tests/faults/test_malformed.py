@@ -1,6 +1,6 @@
-"""Malformed flags, configs and artifacts, as hypothesis makes them up: a line, no traceback, nothing written elsewhere.
+"""Malformed flags, configs and artifacts by hypothesis: one error line, no traceback, no stray files.
 
-100 examples each in every change, 1,000 in the soak (`pytest -m soak`).
+100 examples each by default, 1,000 with `pytest -m soak`.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_artifact import _edit  # a manifest, changed, with the checksum of its new text
+from test_artifact import _edit  # changes a manifest and updates its checksum
 
 from experiments import char_rnn, cifar_cnn, mnist_vae
 from launch import export, job, predict
@@ -41,7 +41,7 @@ values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.di
 
 @st.composite
 def flags(draw, experiment, others=()):
-    """Real names, misspelt ones, real values and odd ones."""
+    """Flags with correct and misspelled names, valid and invalid values."""
     known = [f"config.{path}" for path, _, _ in config_lib.walk(experiment.default_config)]
     names = st.sampled_from([*known, "config", "mode", "workdir", "reproduce", *others]) | texts
     name = draw(names)
@@ -53,7 +53,7 @@ def flags(draw, experiment, others=()):
 
 
 def _quietly(call):
-    """What it prints; `UserError` and `SystemExit` are how it may end."""
+    """Returns what a call prints; it may raise only `UserError` and `SystemExit`."""
     printed = io.StringIO()
     silent = contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed)
     with silent[0], silent[1], contextlib.suppress(UserError, SystemExit):
@@ -101,7 +101,7 @@ def test_search_spaces(count, tmp_path, monkeypatch):
 
 
 def _places(value, path=()):
-    """The path of every value within JSON."""
+    """Yields the path of every value within JSON."""
     yield path
     parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for name, part in parts:
@@ -110,7 +110,7 @@ def _places(value, path=()):
 
 @st.composite
 def changed(draw, value):
-    """The same JSON, in one to three places something else, or nothing."""
+    """JSON with one to three values replaced or deleted."""
     value = json.loads(json.dumps(value))
     for _ in range(draw(st.integers(1, 3))):
         path = draw(st.sampled_from(sorted(_places(value), key=str)))
@@ -145,7 +145,7 @@ def test_configs(count, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory):
-    """An artifact that works, and an image for it."""
+    """A folder with a valid artifact and an image for it."""
     folder = tmp_path_factory.mktemp("classifier")
     function = Function(
         lambda _, inputs: {"logits": inputs["image"].astype("float32").sum((1, 2))},
@@ -166,7 +166,7 @@ def classifier(tmp_path_factory):
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_artifacts_whose_checksums_are_right(count, classifier, tmp_path, monkeypatch):
+def test_malformed_manifests_with_valid_checksums(count, classifier, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     whole = json.loads((classifier / "a/manifest.json").read_text())
     kept = ("format", "format_version", "files")
@@ -189,8 +189,8 @@ def test_artifacts_whose_checksums_are_right(count, classifier, tmp_path, monkey
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_artifacts_of_any_bytes(count, classifier, tmp_path):
-    """Weights and a manifest's files that hold anything, with checksums that are right."""
+def test_malformed_weights_with_valid_checksums(count, classifier, tmp_path):
+    """A weights file with arbitrary bytes replaced, or cut off."""
     shutil.copytree(classifier / "a", tmp_path / "a")
     weights = (tmp_path / "a/weights.npz").read_bytes()
 

@@ -1,4 +1,4 @@
-"""NaN and infinity: the step and the quantity are named, and what may be left out is."""
+"""NaN and infinity: named errors, skipped steps, and rewinds to a checkpoint."""
 
 import dataclasses
 import re
@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.faults, pytest.mark.filterwarnings("ignore:overflow en
 
 @dataclasses.dataclass(frozen=True)
 class Spoilt(Classification):
-    """An example that, seen in some epochs, has a loss that is NaN, or one whose gradient is infinite."""
+    """Gives one example, in some epochs, a loss of NaN or an infinite gradient."""
 
     example: int = 0
     epochs: tuple[int, ...] = (0,)
@@ -35,16 +35,16 @@ class Spoilt(Classification):
         values = super().evaluate(model, batch, key=key, train=train)
         if not train:
             return values
-        odd = (batch["index"] == self.example) & jnp.isin(batch["epoch"], jnp.array(self.epochs))
+        is_bad = (batch["index"] == self.example) & jnp.isin(batch["epoch"], jnp.array(self.epochs))
         if self.what == "loss":
-            spoilt = values["loss"] * jnp.where(odd, jnp.nan, 1.0)
-        else:  # the slope of the square root at 0
-            spoilt = values["loss"] + jnp.sqrt(jnp.where(odd, 0.0 * values["loss"], 1.0)) - 1.0
+            spoilt = values["loss"] * jnp.where(is_bad, jnp.nan, 1.0)
+        else:  # the derivative of the square root at 0
+            spoilt = values["loss"] + jnp.sqrt(jnp.where(is_bad, 0.0 * values["loss"], 1.0)) - 1.0
         return values | {"loss": spoilt}
 
 
 def _run(workdir, devices=1, axes=None, signals=None, epochs=(0,), what="loss", step=5, **fields):
-    """As `drawn.run`, with the example spoilt that comes in a step of the first epoch."""
+    """Runs like `drawn.run`, with a bad example in step `step` of the first epoch."""
     config = cifar_cnn.CifarConfig(**{"num_epochs": 2, "batch_size": 8, "log_every_steps": 1, **fields})
     config.dataset, config.mesh = DatasetConfig(), MeshConfig(**axes or {})
     config.optimizer = OptimizerConfig(name="sgd", learning_rate=0.1, schedule="linear")
@@ -57,7 +57,7 @@ def _run(workdir, devices=1, axes=None, signals=None, epochs=(0,), what="loss", 
 
 
 def _by_hand(initial, without=(), order=None):
-    """NumPy, float64: the parameters after 22 steps of SGD, of which some change nothing, the schedule neither."""
+    """The parameters after 22 steps of SGD in NumPy float64; steps in `without` are skipped, also by the schedule."""
     kernel, bias = (np.float64(x) for x in initial)
     updates = 0
     for number in range(22):
@@ -83,7 +83,7 @@ def _no_pictures(monkeypatch):
 
 @pytest.fixture(scope="module")
 def initial():
-    """The parameters before the first step."""
+    """The initial parameters."""
     model = Linear(nnx.Rngs(randomness.key(Stream.INITIALIZATION)))
     return np.asarray(model.linear.kernel[...]), np.asarray(model.linear.bias[...])
 
@@ -113,8 +113,8 @@ def test_the_step_and_the_quantity_are_named(what, words, steps_per_dispatch, tm
         ("gradient", 4, {"data": 2, "model": 2}),
     ],
 )
-def test_a_step_that_is_skipped_changes_nothing(what, devices, axes, initial, tmp_path, capsys):
-    """Against NumPy, on any mesh."""
+def test_a_skipped_step_changes_nothing(what, devices, axes, initial, tmp_path, capsys):
+    """Against NumPy, on several meshes."""
     state, summary = _run(tmp_path, devices, axes, what=what, max_skipped_steps=1)
     _close(state, _by_hand(initial, without=(5,)))
     assert state.step == 22
@@ -122,10 +122,10 @@ def test_a_step_that_is_skipped_changes_nothing(what, devices, axes, initial, tm
     lines = read_lines(tmp_path)
     assert [line["step"] for line in lines] == list(range(1, 23))
     assert [line["step"] for line in lines if line["skipped"]] == [5]
-    # The rate of an update is what the schedule had after those before it.
+    # The schedule counts updates, not steps.
     np.testing.assert_allclose([x["learning_rate"] for x in lines[3:7]], 0.1 * (1 - np.array([3, 4, 4, 5]) / 22), 1e-5)
-    made = [line["loss"] for line in lines[:11] if line["step"] != 5]
-    assert lines[10]["train_loss"] == pytest.approx(np.mean(made), rel=1e-6)
+    applied = [line["loss"] for line in lines[:11] if line["step"] != 5]
+    assert lines[10]["train_loss"] == pytest.approx(np.mean(applied), rel=1e-6)
     assert "WARNING: 1 of the steps " in capsys.readouterr().err
 
 
@@ -144,15 +144,15 @@ def two_in_a_row(monkeypatch):
 
 
 @pytest.mark.parametrize("steps_per_dispatch", [1, 11])
-def test_one_more_in_a_row_than_may_be_is_an_error(two_in_a_row, steps_per_dispatch, tmp_path):
+def test_too_many_skipped_steps_in_a_row_are_an_error(two_in_a_row, steps_per_dispatch, tmp_path):
     options = {"epochs": (), "steps_per_dispatch": steps_per_dispatch}
     with pytest.raises(NonFiniteLossError, match="at step 6: "):
         _run(tmp_path / "one", max_skipped_steps=1, **options)
     assert _run(tmp_path / "two", max_skipped_steps=2, **options)[1]["skipped_steps"] == 2
 
 
-def test_it_goes_back_to_a_checkpoint_and_takes_other_data(initial, tmp_path, capsys):
-    """Steps 4 to 7 get what 8 to 11 would have had, and so on: the batches 4 (from 0) to 6 are never taken."""
+def test_it_rewinds_to_a_checkpoint_and_takes_other_data(initial, tmp_path, capsys):
+    """After the rewind step n takes batch n + 3 (from 0): batches 4 to 6 are never taken again."""
     options = {"step": 7, "checkpoint_every_steps": 4, "max_rewinds": 1}
     state, summary = _run(tmp_path / "x", **options)
     _close(state, _by_hand(initial, order=lambda number: number if number < 4 else number + 3))
@@ -162,12 +162,12 @@ def test_it_goes_back_to_a_checkpoint_and_takes_other_data(initial, tmp_path, ca
     assert "the training loss became nan at step 7: back at the checkpoint of step 4, leaving out 3 batches" in line
 
 
-def test_it_goes_back_to_the_start_and_no_more_often_than_it_may(initial, tmp_path):
+def test_it_rewinds_to_the_start_and_at_most_max_rewinds_times(initial, tmp_path):
     state, _ = _run(tmp_path / "x", max_rewinds=1)
     _close(state, _by_hand(initial, order=lambda number: number + 5))
     with pytest.raises(NonFiniteLossError, match="at step 5: "):
         _run(tmp_path / "y")
-    _run(tmp_path / "y", max_rewinds=1)  # a run that has stopped may be given another try
+    _run(tmp_path / "y", max_rewinds=1)  # a failed run may be resumed with more rewinds
     with pytest.raises(NonFiniteLossError):
         _run(tmp_path / "z", max_rewinds=1, epochs=(0, 1))
 
@@ -181,8 +181,8 @@ def test_stopped_and_resumed_after_a_rewind_it_ends_the_same(stop, tmp_path):
     assert read_lines(tmp_path / "x") == read_lines(tmp_path / "whole")
 
 
-def test_no_checkpoint_holds_what_is_not_finite(tmp_path):
-    """A rate that overflows: the loss of the step is still finite, the parameters after it are not."""
+def test_no_checkpoint_holds_non_finite_parameters(tmp_path):
+    """The learning rate overflows: the loss of the step is finite, the parameters after it are not."""
     with pytest.raises(NonFiniteLossError, match="a parameter became NaN or infinite at step 1: "):
         run(tmp_path, rate=1e39, checkpoint_every_steps=1)
     assert not [path for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
@@ -199,7 +199,7 @@ SMALL = {
 @pytest.mark.soak
 @pytest.mark.parametrize("name", SMALL)
 def test_every_experiment_counts_what_it_skips(name, env, capsys):
-    """A first update that overflows spoils every step after it."""
+    """The first update overflows, so every later step is skipped."""
     module, args = SMALL[name]
     small = ["--config.model.width=4", "--config.optimizer.learning_rate=1e39", "--config.max_skipped_steps=2"]
     with pytest.raises(SystemExit) as exit_:
@@ -210,7 +210,7 @@ def test_every_experiment_counts_what_it_skips(name, env, capsys):
     assert "Traceback" not in errors
 
 
-def test_a_speedrun_has_nothing_to_go_back_to(tmp_path):
+def test_a_speedrun_refuses_max_rewinds(tmp_path):
     args = ["--config.max_rewinds=1", f"--workdir={tmp_path / 'x'}"]
     with pytest.raises(UserError, match=r"--config\.max_rewinds: a speedrun leaves nothing"):
         cifar_speedrun.run(cifar_speedrun.EXPERIMENT, args, Signals())

@@ -1,16 +1,18 @@
-"""Ctrl-C, and a terminal that is closed: a checkpoint within a dispatch, the exit code, no traceback.
+"""Ctrl-C and a closed terminal: a checkpoint after the current dispatch, the exit code, no traceback.
 
-SIGTERM is in test_resume.py, several processes in test_distributed.py.
+SIGTERM is tested in test_resume.py, several processes in test_distributed.py.
 """
 
 import os
 import pty
 import re
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
-from command import COMMAND, DIGITS
+from command import DIGITS
 
 from research.process.signals import Signals
 
@@ -20,7 +22,7 @@ ARGS = [*DIGITS, "--config.num_epochs=10000", "--config.log_every_steps=1", "--c
 
 
 def _stopped_in_time(workdir, text, name):
-    """The checkpoint is that of the last step made: not one more dispatch, let alone an epoch."""
+    """Asserts that the run stopped after the current dispatch, with a checkpoint of its last step."""
     (step,) = re.findall(rf"error: stopped by {name} at step (\d+) with a checkpoint", text)
     assert (workdir / "checkpoints" / step).is_dir()
     assert len((workdir / "metrics.jsonl").read_text().splitlines()) in (int(step), int(step) - 1)
@@ -30,7 +32,7 @@ def _stopped_in_time(workdir, text, name):
 
 def test_ctrl_c(forks, tmp_path):
     args = [*ARGS, f"--workdir={tmp_path / 'x'}"]
-    ended = forks.run("experiments.cifar_cnn", args, send=[signal.SIGINT, tmp_path / "x/checkpoints/14"])
+    ended = forks.run("linear", args, send=[signal.SIGINT, tmp_path / "x/checkpoints/14"])
     assert ended.code == 130, ended.output
     _stopped_in_time(tmp_path / "x", ended.output, "SIGINT")
 
@@ -38,24 +40,32 @@ def test_ctrl_c(forks, tmp_path):
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129)])
 def test_before_training_it_stops_at_once(name, code, forks, tmp_path):
     send = [getattr(signal, name), tmp_path / "x/.lock"]
-    ended = forks.run("experiments.cifar_cnn", [*ARGS, f"--workdir={tmp_path / 'x'}"], send=send)
+    ended = forks.run("linear", [*ARGS, f"--workdir={tmp_path / 'x'}"], send=send)
     assert ended.code == code, ended.output
     assert ended.output.splitlines()[-1] == f"error: stopped by {name}"
 
 
-def test_a_terminal_that_is_closed(env, tmp_path):
-    """A real one: the kernel sends SIGHUP, and there is nowhere to print to any more."""
-    process, terminal = pty.fork()
-    if not process:
-        os.chdir(tmp_path)
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which `nohup pytest` has it ignore
-        os.execve(COMMAND[0], [*COMMAND, *ARGS, "--workdir=x"], env)
+# Makes stdin the controlling terminal, then runs its arguments. `pty.fork` would fork the tests' multithreaded process.
+IN_TERMINAL = """
+import fcntl, os, signal, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored under `nohup pytest`
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+def test_a_closed_terminal_stops_the_run_with_a_checkpoint(env, tmp_path):
+    """With a real terminal: the kernel sends SIGHUP, and printing fails from then on."""
+    terminal, slave = pty.openpty()
+    command = [sys.executable, "-c", IN_TERMINAL, sys.executable, "-m", "linear", *ARGS, "--workdir=x"]
+    process = subprocess.Popen(command, env=env, stdin=slave, stdout=slave, stderr=slave, start_new_session=True)
+    os.close(slave)
     deadline = time.monotonic() + 240
     while not (tmp_path / "x/checkpoints/14").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
     os.close(terminal)
-    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 129
+    assert process.wait(timeout=240) == 129
     steps = [int(path.name) for path in (tmp_path / "x/checkpoints").iterdir() if path.name.isdigit()]
     assert max(steps) == len((tmp_path / "x/metrics.jsonl").read_text().splitlines())
 

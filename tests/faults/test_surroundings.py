@@ -1,10 +1,11 @@
-"""No memory, no home, an odd clock or locale: it works, or a line says what does not.
+"""No memory, no home folder, an unusual clock or locale: the run works, or one line says what does not.
 
-What a terminal can be is in test_terminal.py: a closed stdout, `| head -1`, TERM=dumb, 40 columns.
+Terminals are tested in test_terminal.py: a closed stdout, `| head -1`, TERM=dumb, 40 columns.
 """
 
 import os
 import subprocess
+import sys
 import time
 
 import pytest
@@ -21,15 +22,16 @@ SECRETS = {"GOOGLE_APPLICATION_TOKEN": "s3cr3t-1", "AWS_SECRET_ACCESS_KEY": "s3c
 
 @pytest.fixture
 def bare(env):
-    """No home folder, and a locale of ASCII that Python is not let to mend."""
+    """An environment without a home folder, in an ASCII locale that Python may not replace by UTF-8."""
     names = ("PATH", "PYTHONPATH", "MESHWORK_CACHE_DIR", "JAX_COMPILATION_CACHE_DIR", "HTTPS_PROXY")
     odd = {"HOME": "/nonexistent", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     return {name: env[name] for name in names} | odd
 
 
-def test_without_a_home_and_without_utf_8_and_with_secrets_that_nothing_shows(bare, tmp_path):
+def test_without_a_home_folder_or_utf_8_and_without_leaking_secrets(bare, tmp_path):
     args = [*DIGITS, "--config.batch_size=512", "--workdir=x"]
-    done = subprocess.run([*COMMAND, *args], env=bare | SECRETS, cwd=tmp_path, capture_output=True, timeout=240)
+    command = [sys.executable, "-m", "linear", *args]
+    done = subprocess.run(command, env=bare | SECRETS, cwd=tmp_path, capture_output=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert read_summary(tmp_path / "x")["num_epochs"] == 1
     written = [path.read_bytes() for path in (tmp_path / "x").rglob("*") if path.is_file()]
@@ -37,18 +39,18 @@ def test_without_a_home_and_without_utf_8_and_with_secrets_that_nothing_shows(ba
     assert not any(b"s3cr3t" in text for text in (*written, done.stdout, done.stderr))
 
 
-def test_a_folder_whose_name_the_locale_has_not(bare, tmp_path):
+def test_a_workdir_name_outside_the_locale_is_an_error(bare, tmp_path):
     args = [*DIGITS, "--workdir=ordner-\u00fc"]
     done = subprocess.run([*COMMAND, *args], env=bare, cwd=tmp_path, capture_output=True, text=True, timeout=240)
     complains(done, "set LC_ALL=C.UTF-8")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_clock_that_jumps_back_a_day_at_every_look(stop, tmp_path, monkeypatch):
+def test_a_clock_that_jumps_back_a_day_at_every_reading(stop, tmp_path, monkeypatch):
     whole, _ = run(tmp_path / "whole")
-    looks = iter(range(10**9))
+    readings = iter(range(10**9))
     now = time.time
-    monkeypatch.setattr(time, "time", lambda: now() - 86400 * next(looks))
+    monkeypatch.setattr(time, "time", lambda: now() - 86400 * next(readings))
     stop(15, lambda signals: run(tmp_path / "x", signals=signals, steps_per_dispatch=1))
     _, summary = run(tmp_path / "x")
     assert read_lines(tmp_path / "x") == read_lines(tmp_path / "whole")
@@ -56,8 +58,8 @@ def test_a_clock_that_jumps_back_a_day_at_every_look(stop, tmp_path, monkeypatch
     assert whole.step == 22
 
 
-def test_out_of_memory_names_what_to_lower(forks, tmp_path):
-    """A limit on the address space, and a batch beyond it: the allocation fails in XLA, not in Python."""
+def test_out_of_memory_names_the_fields_to_lower(forks, tmp_path):
+    """With a limit on the address space: the allocation fails in XLA, not in Python."""
     args = ["--config.dataset.name=digits", "--config.num_epochs=1", "--config.samples=500"]
     args += ["--config.batch_size=1024", f"--workdir={tmp_path / 'x'}"]
     ended = forks.run("experiments.mnist_vae", args, limits={"AS": 1_500_000_000})
@@ -77,7 +79,7 @@ def test_out_of_memory_names_what_to_lower(forks, tmp_path):
         RuntimeError("INTERNAL: Error dispatching computation: Out of memory allocating 46592929092 bytes."),
     ],
 )
-def test_what_means_that_there_is_no_memory(error):
+def test_errors_that_mean_out_of_memory(error):
     found = of_memory(error)
     assert isinstance(found, OutOfMemoryError)
     assert found.exit_code == 5

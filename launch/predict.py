@@ -130,7 +130,7 @@ def _in_batches(runtime: "Runtime", function: str, inputs: dict[str, np.ndarray]
 
 def _report(runtime: "Runtime", what: str, unit: str, count: int, seconds: float, compiled: float) -> None:
     speed = f"{count / seconds:,.0f} {unit}/s"
-    print(f"{what} {unit}, {speed} ({runtime.name}; compiling apart: {compiled:.2f} s)", file=sys.stderr)
+    print(f"{what} {unit}, {speed} ({runtime.name}; compilation excluded: {compiled:.2f} s)", file=sys.stderr)
 
 
 def _classify(artifact: Artifact, options: argparse.Namespace) -> None:

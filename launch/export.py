@@ -101,10 +101,7 @@ def contents(experiment: str, training: "Training") -> tuple[dict[str, Any], dic
     import jax
     from flax import nnx
 
-    from launch.artifacts.runtimes import described
     from research.network import merge_network
-    from research.training import loop
-    from research.training.state import num_params
 
     state, task, dataset = training.state, training.task, training.dataset
     model = merge_network(training.graphdef, state.eval_params, state.eval_model_state)
@@ -124,14 +121,29 @@ def contents(experiment: str, training: "Training") -> tuple[dict[str, Any], dic
         return merge_network(training.graphdef, tree["params"], tree["model_state"])
 
     exported = {name: _export(name, function, network, weights) for name, function in functions.items()}
-    manifest = {
+    manifest = _manifest(experiment, training, weights, functions, exported)
+    return manifest, weights, {name: bytes(e.serialize()) for name, e in exported.items()}
+
+
+def _manifest(
+    experiment: str,
+    training: "Training",
+    weights: Mapping[str, Any],
+    functions: Mapping[str, "Function"],
+    exported: Mapping[str, "Exported"],
+) -> dict[str, Any]:
+    from launch.artifacts.runtimes import described
+    from research.training import loop
+    from research.training.state import num_params
+
+    return {
         "experiment": experiment,
-        "dataset": dataset.name,
+        "dataset": training.dataset.name,
         "step": training.progress.step,
-        "num_params": num_params(state),
+        "num_params": num_params(training.state),
         "results": training.progress.results,
         "config": dataclasses.asdict(training.config),
-        "classes": list(dataset.label_names),
+        "classes": list(training.dataset.label_names),
         "platforms": list(PLATFORMS),
         "functions": {
             name: described(exported[name]) | {"preprocessing": function.preprocessing}
@@ -141,7 +153,6 @@ def contents(experiment: str, training: "Training") -> tuple[dict[str, Any], dic
         "versions": loop.versions()
         | {"calling_convention": max(e.calling_convention_version for e in exported.values())},
     }
-    return manifest, weights, {name: bytes(e.serialize()) for name, e in exported.items()}
 
 
 def _export(name: str, function: "Function", network: Any, weights: Mapping[str, Any]) -> "Exported":

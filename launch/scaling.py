@@ -17,7 +17,7 @@ import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
@@ -182,6 +182,14 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
+def _print_commands(rounds: int, commands: Mapping[int, Mapping[bool, list[str]]]) -> None:
+    for count, kinds in commands.items():
+        for communicate, command in kinds.items():
+            how = "connected" if communicate else "independent"
+            print(f"# {rounds} times, {count} processes at once, {how}:")
+            print(*_shell(command, count, communicate=communicate), sep="\n")
+
+
 def run(argv: Sequence[str]) -> int:
     """Measures all numbers of devices; returns the exit code.
 
@@ -200,11 +208,7 @@ def run(argv: Sequence[str]) -> int:
         for count in devices
     }
     if options.dry_run:
-        for count, kinds in commands.items():
-            for communicate, command in kinds.items():
-                how = "connected" if communicate else "independent"
-                print(f"# {options.rounds} times, {count} processes at once, {how}:")
-                print(*_shell(command, count, communicate=communicate), sep="\n")
+        _print_commands(options.rounds, commands)
         return 0
     workdir = job_lib.make_folder(job.workdir)
     rows = []

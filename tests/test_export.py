@@ -288,5 +288,5 @@ def test_a_network_that_counts_its_batch_is_told_what_to_write(checkpoint):
 
 def test_a_task_without_functions_cannot_be_exported(checkpoint, monkeypatch):
     monkeypatch.setattr(Classification, "functions", Task.functions)
-    with pytest.raises(UserError, match="Classification defines no `functions`"):
+    with pytest.raises(UserError, match="Classification does not define `functions`"):
         export.contents("cifar_cnn", checkpoint)

@@ -1,1 +1,1 @@
-"""Commands that run an experiment somewhere else, many times, or ahead of time; one file each."""
+"""Commands that launch, sweep, plan, measure or export experiments: one file per command."""

@@ -1,11 +1,11 @@
-"""A trained network as an artifact that runs without this project: programs, weights, and what they mean.
+"""Exports a trained network as an artifact that runs without this repository: StableHLO programs and weights.
 
 python -m launch.export experiments.cifar_cnn --workdir=DIR --out=DIR [flags of the experiment]
 
-`--workdir` is that of a run; its newest checkpoint is exported, with the averaged parameters where training kept an
-average, as evaluation uses them. `launch.predict` runs the artifact. Its programs are StableHLO for CPUs, CUDA and ROCm
-GPUs and TPUs, for any number of examples at once. Where `research.layers` has another form for a CPU than elsewhere,
-the program has both, and the device that it is compiled for decides (`jax.lax.platform_dependent`).
+`--workdir` is the folder of a run. Its newest checkpoint is exported, with the averaged parameters if training kept an
+average, as in evaluation. `launch.predict` runs the artifact. The programs are StableHLO for CPUs, CUDA and ROCm GPUs
+and TPUs, for any batch size. Where a layer of `research.layers` has a separate CPU form, the program contains both, and
+the platform selects one when it is compiled (`jax.lax.platform_dependent`).
 """
 
 import contextlib
@@ -33,37 +33,37 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 @dataclasses.dataclass
 class ExportOptions:
-    """What `launch.export` can be told."""
+    """The flags of `launch.export`."""
 
-    workdir: str = option("", "folder of the run to export; it must be given")
-    out: str = option("", "folder of the artifact, a new one or empty; it must be given")
+    workdir: str = option("", "required: folder of the run to export")
+    out: str = option("", "required: folder for the artifact, new or empty")
 
 
 def run(argv: Sequence[str]) -> int:
-    """Exports what the command line says.
+    """Exports the newest checkpoint of a run.
 
     Raises:
       UserError: bad input, or a network that cannot be exported; nothing is written.
-      RecordError: the artifact could not be written; nothing is left.
+      RecordError: the artifact could not be written; nothing is left behind.
     """
     job = job_lib.parse("export", str(__doc__), ExportOptions(), argv)
     out = _out(job)
     if not job.options.workdir:
-        raise UserError("--workdir=DIR must name the folder of the run to export")
+        raise UserError("give --workdir=DIR, the folder of the run to export")
     if not (open_path(job.workdir) / "config.json").exists():
-        raise UserError(f"--workdir={job.workdir} holds no run: name the folder of the run to export")
-    asked = flags.parse(job.experiment, [f"--workdir={job.workdir}", *job.args, "--mode=eval"])
-    mesh = app.start(asked.config)
+        raise UserError(f"--workdir={job.workdir} does not hold a run: give the folder of the run to export")
+    command = flags.parse(job.experiment, [f"--workdir={job.workdir}", *job.args, "--mode=eval"])
+    mesh = app.start(command.config)
     import jax
 
     if jax.process_count() > 1:
-        raise UserError("launch.export is for one process: start it without a launcher")
-    training = app.restored(job.experiment, asked, mesh)
+        raise UserError("launch.export runs in one process: start it without a launcher")
+    training = app.restored(job.experiment, command, mesh)
     manifest, weights, programs = contents(job.experiment.name, training)
     try:
         checksum = artifact.write(out, manifest, weights, programs)
     except OSError as error:
-        raise RecordError(f"--out={out} could not be written ({error.strerror}): nothing is left there") from None
+        raise RecordError(f"--out={out} could not be written ({error.strerror}): nothing was left behind") from None
     mebibytes = sum(file.stat().st_size for file in out.iterdir()) / 2**20
     print(
         f"{job.experiment.name}, step {training.progress.step:,}: {', '.join(programs)} for {', '.join(PLATFORMS)}\n"
@@ -75,11 +75,11 @@ def run(argv: Sequence[str]) -> int:
 def _out(job: job_lib.Job) -> Path:
     for name in ("mode", "reproduce"):
         if name in job.given:
-            raise UserError(f"--{name} is for the experiment itself: leave it out")
+            raise UserError(f"--{name} does not apply to launch.export: leave it out")
     if not job.options.out:
-        raise UserError("--out=DIR must say where the artifact goes")
+        raise UserError("give --out=DIR, the folder for the artifact")
     if "://" in job.options.out:
-        raise UserError(f"--out={job.options.out} is not on this machine: export to a local folder, and copy that")
+        raise UserError(f"--out={job.options.out} is not on this machine: export to a local folder and copy it")
     out = Path(job.options.out)
     try:
         artifact.check_free(out)
@@ -89,11 +89,11 @@ def _out(job: job_lib.Job) -> Path:
 
 
 def contents(experiment: str, training: "Training") -> tuple[dict[str, Any], dict[str, Any], dict[str, bytes]]:
-    """What `artifact.write` is given: the manifest, the weights by name, and the programs.
+    """The arguments of `artifact.write`: the manifest, the weights by name, and the programs by function.
 
     Args:
-      experiment: its name.
-      training: at the checkpoint.
+      experiment: the experiment's name.
+      training: the training, restored from the checkpoint.
 
     Raises:
       UserError: the task or the network cannot be exported.
@@ -101,16 +101,13 @@ def contents(experiment: str, training: "Training") -> tuple[dict[str, Any], dic
     import jax
     from flax import nnx
 
-    from launch.artifacts.runtimes import described
     from research.network import merge_network
-    from research.training import summary
-    from research.training.state import num_params
 
     state, task, dataset = training.state, training.task, training.dataset
     model = merge_network(training.graphdef, state.eval_params, state.eval_model_state)
     functions = task.functions(model, dataset)
     if not functions:
-        raise UserError(f"{experiment} cannot be exported: {type(task).__name__} defines no `functions`")
+        raise UserError(f"{experiment} cannot be exported: {type(task).__name__} does not define `functions`")
     leaves, structure = jax.tree_util.tree_flatten_with_path(
         {"params": state.eval_params, "model_state": state.eval_model_state}
     )
@@ -124,14 +121,29 @@ def contents(experiment: str, training: "Training") -> tuple[dict[str, Any], dic
         return merge_network(training.graphdef, tree["params"], tree["model_state"])
 
     exported = {name: _export(name, function, network, weights) for name, function in functions.items()}
-    manifest = {
+    manifest = _manifest(experiment, training, weights, functions, exported)
+    return manifest, weights, {name: bytes(e.serialize()) for name, e in exported.items()}
+
+
+def _manifest(
+    experiment: str,
+    training: "Training",
+    weights: Mapping[str, Any],
+    functions: Mapping[str, "Function"],
+    exported: Mapping[str, "Exported"],
+) -> dict[str, Any]:
+    from launch.artifacts.runtimes import described
+    from research.training import summary
+    from research.training.state import num_params
+
+    return {
         "experiment": experiment,
-        "dataset": dataset.name,
+        "dataset": training.dataset.name,
         "step": training.progress.step,
-        "num_params": num_params(state),
+        "num_params": num_params(training.state),
         "results": training.progress.results,
         "config": dataclasses.asdict(training.config),
-        "classes": list(dataset.label_names),
+        "classes": list(training.dataset.label_names),
         "platforms": list(PLATFORMS),
         "functions": {
             name: described(exported[name]) | {"preprocessing": function.preprocessing}
@@ -141,7 +153,6 @@ def contents(experiment: str, training: "Training") -> tuple[dict[str, Any], dic
         "versions": summary.versions()
         | {"calling_convention": max(e.calling_convention_version for e in exported.values())},
     }
-    return manifest, weights, {name: bytes(e.serialize()) for name, e in exported.items()}
 
 
 def _export(name: str, function: "Function", network: Any, weights: Mapping[str, Any]) -> "Exported":
@@ -165,7 +176,7 @@ def _export(name: str, function: "Function", network: Any, weights: Mapping[str,
 
 @contextlib.contextmanager
 def _without_source_lines() -> Iterator[None]:
-    """Programs traced in it do not name source files: they are the same whoever exports, and show nobody's folders."""
+    """A context in which traced programs do not contain source paths, so that they do not depend on the machine."""
     import jax
 
     name = "jax_traceback_in_locations_limit"
@@ -179,7 +190,7 @@ def _without_source_lines() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _for_any_batch_size(name: str) -> Iterator[None]:
-    """What JAX says where a network asks for its batch size as a number, in the words of whoever wrote the network."""
+    """A context that explains JAX's errors about a symbolic batch size to the author of the network."""
     from jax.errors import InconclusiveDimensionOperation
 
     try:
@@ -189,8 +200,8 @@ def _for_any_batch_size(name: str) -> Iterator[None]:
             raise
         first = str(error).strip().splitlines()[0]
         raise UserError(
-            f"{name} cannot be exported for any number of examples ({first}): the network must write x.shape[0] where "
-            "it has len(x), and decide nothing by it"
+            f"{name} cannot be exported for any batch size ({first}): the network must use x.shape[0] instead of "
+            "len(x), and must not branch on it"
         ) from error
 
 

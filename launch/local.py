@@ -1,10 +1,10 @@
-"""Several processes on this machine as one run, through `jax.distributed`.
+"""Runs an experiment as several processes on this machine, connected by `jax.distributed`.
 
 python -m launch.local experiments.cifar_cnn --processes=2 [--max_restarts=3] [flags of the experiment]
 
-Each process is given one GPU where there are GPUs, else the CPU. Output is prefixed by the process's number. The first
-process that fails ends all of them, and its exit code is the launcher's; with restarts, all begin again at the newest
-checkpoint. Ctrl-C, SIGTERM and a terminal that is closed ask for a checkpoint at one agreed step, and then end all.
+Each process uses one GPU if the machine has GPUs, else the CPU. Output lines are prefixed with the process's index. If
+a process fails, all are stopped, and the launcher exits with its code or, with --max_restarts, restarts all of them
+from the newest checkpoint. After Ctrl-C, SIGTERM or SIGHUP all processes save a checkpoint at the same step and exit.
 """
 
 import dataclasses
@@ -23,25 +23,25 @@ from launch import job as job_lib
 from launch.job import Job
 from research.config import option
 
-_SECONDS_TO_END = 60.0  # from a wish to stop until a process that has not is killed
-_SECONDS_AFTER_A_FAILURE = 5.0
+_SECONDS_TO_STOP = 60.0  # after a stop signal, until the remaining processes are killed
+_SECONDS_AFTER_FAILURE = 5.0  # likewise, after one process has failed
 
 
 @dataclasses.dataclass
 class LocalOptions:
-    """What `launch.local` can be told."""
+    """The flags of `launch.local`."""
 
-    processes: int = option(2, "processes", minimum=1)
-    max_restarts: int = option(0, "times that all are started again where one was lost", minimum=0)
-    dry_run: bool = option(False, "print the commands and start nothing")
+    processes: int = option(2, "number of processes", minimum=1)
+    max_restarts: int = option(0, "how many times to restart all processes after one was lost", minimum=0)
+    dry_run: bool = option(False, "print the commands without running them")
 
 
 class _Processes:
-    """The processes of one try, and their output.
+    """The processes of one attempt, whose output is copied to this process's.
 
     Args:
-      job: what each runs.
-      environments: what each has in its environment beside this one's.
+      job: the job that every process runs.
+      environments: the environment variables that each process has in addition to this one's.
     """
 
     def __init__(self, job: Job, environments: Sequence[dict[str, str]]):
@@ -55,20 +55,20 @@ class _Processes:
             reader.start()
 
     def signal(self, number: int) -> None:
-        """Sends a signal to those that still run."""
+        """Sends a signal to the processes that still run."""
         for process in self._processes:
             if process.poll() is None:
                 process.send_signal(number)
 
     def failed(self) -> tuple[int, int] | None:
-        """(number, exit code) of a process that failed; one that a signal ended took the others with it."""
+        """(index, exit code) of the process that failed first, if any has."""
         return first_failed([process.poll() for process in self._processes])
 
     def running(self) -> bool:
         return any(process.poll() is None for process in self._processes)
 
     def end(self, seconds: float) -> list[int]:
-        """Waits for all, and kills those that are still there after some seconds; returns their numbers."""
+        """Waits for all processes, and kills those that still run after some seconds; returns their indices."""
         deadline = time.monotonic() + seconds
         while self.running() and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -82,9 +82,9 @@ class _Processes:
 
 
 def first_failed(codes: Sequence[int | None]) -> tuple[int, int] | None:
-    """(index, exit code) of the process that failed and took others with it, of those that have failed by now.
+    """(index, exit code) of the process that caused the failure of the others; None if none has failed.
 
-    jax ends by SIGABRT what has lost another process.
+    `jax.distributed` aborts (SIGABRT) the processes that have lost another one, so these are blamed last.
     """
     failed = [(code == -signal.SIGABRT, code, index) for index, code in enumerate(codes) if code]
     if not failed:
@@ -94,7 +94,7 @@ def first_failed(codes: Sequence[int | None]) -> tuple[int, int] | None:
 
 
 def _start(command: list[str], environment: dict[str, str]) -> subprocess.Popen:
-    # In a session of their own, so that a terminal's Ctrl-C reaches the launcher alone.
+    # A new session, so that Ctrl-C reaches only the launcher, which then signals every process once.
     return subprocess.Popen(
         command,
         env=os.environ | {"PYTHONUNBUFFERED": "1"} | environment,
@@ -112,14 +112,14 @@ def _copy(stream: IO[bytes], target: IO[str], prefix: str) -> None:
 
 
 def environments(count: int, port: int) -> list[dict[str, str]]:
-    """What tells each process its place (`research.process.distributed`), and its GPU."""
+    """The variables that tell each process its index (`research.process.distributed`) and its GPU."""
     address = f"127.0.0.1:{port}"
     return [
         {
             "JAX_COORDINATOR_ADDRESS": address,
             "JAX_NUM_PROCESSES": str(count),
             "JAX_PROCESS_ID": str(index),
-            "JAX_LOCAL_DEVICE_IDS": str(index),  # of the GPUs; the CPU is not counted by it
+            "JAX_LOCAL_DEVICE_IDS": str(index),  # of the GPUs; ignored on the CPU
         }
         for index in range(count)
     ]
@@ -131,34 +131,39 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def _run_once(job: Job, asked: list[int]) -> int:
-    """Runs all processes to their end; returns the exit code, negative for a signal. `asked` are signals that came."""
+def _run_once(job: Job, received: list[int]) -> int:
+    """Runs all processes until they end; returns the exit code, negative for a signal.
+
+    Args:
+      job: the job.
+      received: the stop signals received so far, to which signal handlers append.
+    """
     processes = _Processes(job, environments(job.options.processes, free_port()))
     try:
-        while not (failed := processes.failed()) and processes.running() and not asked:
+        while not (failed := processes.failed()) and processes.running() and not received:
             time.sleep(0.1)
-        if asked:
+        if received:
             processes.signal(signal.SIGTERM)
-            processes.end(_SECONDS_TO_END)
-            return 128 + asked[0]
-        failed = failed or processes.failed()  # one may have ended between the two questions
+            processes.end(_SECONDS_TO_STOP)
+            return 128 + received[0]
+        failed = failed or processes.failed()  # it may have failed between the two checks above
         if not failed:
             return 0
-        late = processes.end(_SECONDS_AFTER_A_FAILURE)
+        late = processes.end(_SECONDS_AFTER_FAILURE)
         number, code = failed
-        what = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        if code == -signal.SIGABRT and late:  # how jax ends a process when another is silent
-            number, what = late[0], "gave no sign of life (stopped, or cut off from the others) and was ended"
-        again = "; --max_restarts=1 would start all again at the newest checkpoint"
-        cure = "" if job.options.max_restarts or code in job_lib.NON_RETRYABLE_EXIT_CODES else again
-        print(f"error: process {number} {what}, and the others with it{cure}", file=sys.stderr)
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        if code == -signal.SIGABRT and late:  # jax aborts the others when one stops responding
+            number, how = late[0], "gave no sign of life (stopped, or cut off from the others) and was ended"
+        could_restart = not job.options.max_restarts and code not in job_lib.NON_RETRYABLE_EXIT_CODES
+        advice = "; --max_restarts=1 would restart all from the newest checkpoint" if could_restart else ""
+        print(f"error: process {number} {how}, and the others with it{advice}", file=sys.stderr)
         return code
     finally:
         processes.end(0)
 
 
 def run(argv: Sequence[str]) -> int:
-    """Runs what the command line says; returns the exit code.
+    """Runs the processes; returns the exit code.
 
     Raises:
       UserError: bad input, found before a process is started.
@@ -169,12 +174,12 @@ def run(argv: Sequence[str]) -> int:
         for environment in environments(options.processes, free_port()):
             print(" ".join(f"{name}={value}" for name, value in environment.items()), shlex.join(job.command))
         return 0
-    asked: list[int] = []
+    received: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda received, _: asked.append(received))
+        signal.signal(number, lambda number, _: received.append(number))
     for restart in range(options.max_restarts + 1):
-        code = _run_once(job, asked)
-        if code == 0 or asked or code in job_lib.NON_RETRYABLE_EXIT_CODES or restart == options.max_restarts:
+        code = _run_once(job, received)
+        if code == 0 or received or code in job_lib.NON_RETRYABLE_EXIT_CODES or restart == options.max_restarts:
             break
         print(f"restart {restart + 1} of {options.max_restarts}, from the newest checkpoint", file=sys.stderr)
     return 128 - code if code < 0 else code

@@ -1,4 +1,4 @@
-"""One process of `launch.scaling`: trains an experiment without a record, and prints its speed as JSON.
+"""One process of `launch.scaling`: trains an experiment without a record and prints its speed as JSON.
 
 python -m launch.measure experiments.cifar_cnn --dispatches=6 [flags of the experiment]
 """
@@ -19,19 +19,21 @@ from research import app
 from research.config import option
 from research.process.exit import own_exit_code
 
-# The partitioner's names, and those of what the code itself asks for.
+# Names of collectives inserted by the partitioner, then of those in shard_map code.
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "psum", "all_gather")
 
 
 @dataclasses.dataclass
 class MeasureOptions:
-    """What `launch.measure` can be told."""
+    """The flags of `launch.measure`."""
 
-    dispatches: int = option(6, "calls of the compiled program that are timed, after a first that is not", minimum=1)
+    dispatches: int = option(
+        6, "how many calls of the compiled program to time, after one that is not timed", minimum=1
+    )
 
 
 def training(job: Job) -> Any:
-    """The experiment's run, not begun; joins the other processes."""
+    """Joins the other processes and builds the experiment's training, without starting it."""
     import jax
 
     from research.training.run import Training
@@ -43,7 +45,7 @@ def training(job: Job) -> Any:
 
 
 def step_seconds(run: Any, count: int) -> float:
-    """Trains for a dispatch and then some more: the seconds of a step, in the median over those."""
+    """Trains for 1 + `count` dispatches; returns the median seconds per step, without the first."""
     seconds, last = [], time.monotonic()
     steps = run.steps_per_dispatch
     for _ in run.dispatches(steps * (count + 1)):
@@ -54,7 +56,7 @@ def step_seconds(run: Any, count: int) -> float:
 
 @contextmanager
 def _collective_seconds() -> Iterator[list[float]]:
-    """Within it this process is profiled; the list then holds the seconds that its devices spent in collectives."""
+    """A context that profiles this process; afterwards the list holds the seconds of each collective."""
     import jax
     from jax.profiler import ProfileData
 
@@ -69,7 +71,7 @@ def _collective_seconds() -> Iterator[list[float]]:
 
 
 def measure(job: Job) -> dict[str, Any]:
-    """The seconds of a step (median over the dispatches), those in collectives, and the batch size."""
+    """Seconds per step (median over dispatches), of these the seconds in collectives, and the batch size."""
     import jax
 
     run = training(job)
@@ -89,10 +91,10 @@ def measure(job: Job) -> dict[str, Any]:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Measures what the command line says.
+    """Measures the experiment and prints the result.
 
     Raises:
-      UserError: it cannot be run; or there was no memory.
+      UserError: bad input, or out of memory.
     """
     job = job_lib.parse("measure", str(__doc__), MeasureOptions(), argv)
     with own_exit_code():

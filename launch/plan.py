@@ -1,15 +1,15 @@
-"""What an experiment would need and do on hardware that is not here, by the vendor's compiler.
+"""Plans a run on hardware that is not available here: memory, FLOPs, collectives and an estimate of the step time.
 
 python -m launch.plan experiments.cifar_cnn --topology=v5e:16x16 [--price_per_chip_hour=1.2] [flags of the experiment]
 python -m launch.plan experiments.cifar_cnn --topology=v5e-256,v5p-512,v6e-256
-python -m launch.plan experiments.cifar_cnn --topology=v4-4096 --sweep_topology     from one chip to all of these
+python -m launch.plan experiments.cifar_cnn --topology=v4-4096 --sweep_topology     from one chip to the topology
 python -m launch.plan experiments.cifar_cnn --topology=v5e:4x4 --search             the fastest mesh that fits
 
 The train step is compiled ahead of time, on any machine: for TPUs by libtpu (extra "tpu"), for GPUs by JAX's CUDA
-plugin (extra "cuda12" or "cuda13"), and without that by XLA's CPU compiler for as many devices. Memory, FLOPs and
-collectives are read from the compiled program; times are estimates from the vendors' figures (`plans/chips.py`). In a
-sweep `batch_size` and `microbatch_size` are a device's, and so is a preset's batch that the devices cannot share.
-`plan.json`, and `plan.png` where there are several, go to the workdir.
+plugin (extra "cuda12" or "cuda13") or, without the plugin, by XLA:CPU for the same number of devices. Memory, FLOPs and
+collectives are read from the compiled program. Times are estimates from the vendors' specifications
+(`plans/chips.py`). With --sweep_topology, `batch_size` and `microbatch_size` are per device. So is the default batch
+size if it cannot be split evenly over the devices. The workdir gets `plan.json`, and `plan.png` for several plans.
 """
 
 import copy
@@ -31,20 +31,22 @@ from research.record import storage
 
 @dataclasses.dataclass
 class PlanOptions:
-    """What `launch.plan` can be told."""
+    """The flags of `launch.plan`."""
 
     topology: str = option(
-        "", "slices or machines, by name or shape, separated by commas: v5e:16x16, v5p-2048, h100-64"
+        "", "TPU slices or GPUs, by name or shape, separated by commas: v5e:16x16, v5p-2048, h100-64"
     )
-    slices: int = option(1, "slices of each, joined by the slower network", minimum=1)
-    sweep_topology: bool = option(False, "from one chip to the topology, by data parallelism and by fsdp")
-    search: bool = option(False, "try microbatch and mesh shapes, and name the fastest that fits")
-    price_per_chip_hour: float = option(0.0, "to be shown as the cost of an epoch and of the training", minimum=0)
+    slices: int = option(1, "number of slices of each topology, connected by the data center network", minimum=1)
+    sweep_topology: bool = option(
+        False, "plan sizes from one chip to the topology, with data parallelism and with FSDP"
+    )
+    search: bool = option(False, "plan several meshes and microbatch sizes, and report the fastest that fits")
+    price_per_chip_hour: float = option(0.0, "if given, print the cost of an epoch and of the training", minimum=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """One program to be compiled: an experiment's config, its batch and mesh filled in, on a topology."""
+    """One program to compile: a topology, and the experiment's config with the batch and mesh sizes for it."""
 
     topology: Topology
     config: Any
@@ -52,7 +54,7 @@ class Candidate:
 
 
 def _with(config: Any, mesh: MeshConfig, factor: int = 1, microbatch_size: int | None = None) -> Any:
-    """The config with a mesh of known sizes, and its batch times a factor."""
+    """A copy of the config with this mesh, and its batch and microbatch sizes times a factor."""
     changed = copy.deepcopy(config)
     changed.mesh = mesh
     changed.batch_size *= factor
@@ -61,23 +63,23 @@ def _with(config: Any, mesh: MeshConfig, factor: int = 1, microbatch_size: int |
 
 
 def candidates(job: Job) -> list[Candidate]:
-    """What the command line asks for.
+    """The programs to compile.
 
     Raises:
-      UserError: a topology is not known, or the mesh or the batch does not suit it.
+      UserError: a topology is unknown, or the mesh or the batch size does not fit it.
     """
     from research import sharding
 
     options, config = job.options, job.config
     if not options.topology:
-        raise UserError(f"give --topology=NAME; known are {topologies.known()}")
+        raise UserError(f"give --topology=NAME, one of {topologies.known()}")
     found = [topologies.parse(name, options.slices) for name in options.topology.split(",")]
     if options.sweep_topology and options.search:
-        raise UserError("--sweep_topology and --search: give one of them")
+        raise UserError("--sweep_topology and --search exclude each other: give one of them")
     if options.sweep_topology or options.search:
         flag = "--sweep_topology" if options.sweep_topology else "--search"
         if len(found) > 1:
-            raise UserError(f"{flag}: give one topology")
+            raise UserError(f"{flag} takes one --topology, not several")
         if config.mesh != MeshConfig():
             raise UserError(f"{flag} chooses the mesh: leave --config.mesh out")
     if options.sweep_topology:
@@ -92,7 +94,7 @@ def candidates(job: Job) -> list[Candidate]:
 
 
 def _factor(job: Job, mesh: MeshConfig) -> int:
-    """By how much the batch is to grow: a preset's that the devices cannot share becomes each one's."""
+    """The factor for the batch size: a default that cannot be split over the devices is taken to be per device."""
     shards = mesh.data * mesh.fsdp
     return 1 if "config.batch_size" in job.given or job.config.batch_size % shards == 0 else shards
 
@@ -117,32 +119,32 @@ def _search(topology: Topology, config: Any) -> Iterator[Candidate]:
                 yield Candidate(topology, _with(config, mesh, 1, config.batch_size // parts if parts > 1 else 0))
     if config.batch_size % count:
         raise UserError(
-            f"--config.batch_size={config.batch_size} cannot be shared by {count} devices: use a multiple of {count}"
+            f"--config.batch_size={config.batch_size} cannot be split over {count} devices: use a multiple of {count}"
         )
 
 
 def answer(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The row that plan.json begins with: of those that fit and have the most chips, the fastest."""
+    """The row at the top level of plan.json: the fastest of those that fit on the most chips."""
     fitting = [row for row in rows if row["fits"]] or rows[-1:]
     most = [row for row in fitting if row["num_chips"] == max(row["num_chips"] for row in fitting)]
     return min(most, key=lambda row: row["step_seconds"] or 0.0)
 
 
 def _possible(wanted: Sequence[Candidate], num_examples: int) -> list[Candidate]:
-    """Those whose steps take no more examples than there are, which a run would refuse."""
+    """Drops the candidates whose batch size exceeds the training set, which a run would reject."""
     found = [one for one in wanted if one.config.batch_size <= num_examples]
     if not found:
         least = min(one.config.batch_size for one in wanted)
         raise UserError(
-            f"--config.batch_size: steps of {least:,} examples, and the training set has {num_examples:,}; lower it"
+            f"--config.batch_size: a batch of {least:,} exceeds the training set of {num_examples:,} examples; lower it"
         )
     if left_out := len(wanted) - len(found):
-        print(f"left out: {left_out} of {len(wanted)}, whose steps take more than the {num_examples:,} examples")
+        print(f"skipped {left_out} of {len(wanted)} plans, whose batch exceeds the {num_examples:,} training examples")
     return found
 
 
 def _write(workdir: Path, rows: Sequence[dict[str, Any]], options: PlanOptions) -> dict[str, Any]:
-    """Leaves plan.json and plan.png; returns the row that answers the question."""
+    """Writes plan.json and plan.png; returns the row chosen by `answer`."""
     chosen = answer(rows)
     record = chosen | ({"plans": list(rows)} if len(rows) > 1 else {})
     storage.replace(workdir / "plan.json", (json.dumps(record, indent=2) + "\n").encode())
@@ -154,11 +156,10 @@ def _write(workdir: Path, rows: Sequence[dict[str, Any]], options: PlanOptions) 
 
 
 def run(argv: Sequence[str]) -> int:
-    """Plans what the command line says.
+    """Compiles and reports the plans; returns the exit code.
 
     Raises:
-      UserError: bad input, found before anything is compiled; or nothing that was asked for fits its memory, which
-        plan.json says too.
+      UserError: bad input, found before anything is compiled; or no plan fits in memory, which plan.json records too.
     """
     job = job_lib.parse("plan", str(__doc__), PlanOptions(), argv)
     options, wanted = job.options, candidates(job)
@@ -173,7 +174,9 @@ def run(argv: Sequence[str]) -> int:
     workdir = job_lib.make_folder(job.workdir)
     print(report.first_line(job.experiment.name, planner.workload, len(wanted)), flush=True)
     if not options.sweep_topology and any(one.config.batch_size != job.config.batch_size for one in wanted):
-        print(f"batch_size={job.config.batch_size} is each device's here; --config.batch_size=N is for all of them")
+        print(
+            f"batch_size={job.config.batch_size} is per device here; give --config.batch_size=N for a global batch size"
+        )
     rows = []
     if len(wanted) > 1:
         print(report.table_head(), flush=True)
@@ -186,7 +189,7 @@ def run(argv: Sequence[str]) -> int:
     if not chosen["fits"]:
         raise UserError(f"{report.too_large(chosen)} (record: {workdir})")
     if options.search:
-        print(f"the fastest that fits, of {len(rows)}: {report.flags(chosen)}")
+        print(f"fastest of {len(rows)} plans that fits: {report.flags(chosen)}")
     print(report.report(chosen))
     print(f"{time.monotonic() - began:.0f} s; record: {workdir}")
     return 0

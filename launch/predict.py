@@ -1,12 +1,12 @@
-"""Runs an artifact that `launch.export` wrote, with nothing of `research` imported.
+"""Runs an artifact written by `launch.export`, without importing `research`.
 
-python -m launch.predict --artifact=DIR image.png ...                  a classifier: the likeliest classes of each image
-python -m launch.predict --artifact=DIR --prompt="ROMEO:"              a language model: a text that goes on from there
-python -m launch.predict --artifact=DIR --out=DIR image.png ...        an autoencoder: what it makes of each image
-python -m launch.predict --artifact=DIR --out=DIR --num_samples=16     and images that it draws
+python -m launch.predict --artifact=DIR image.png ...                  classifier: the most likely classes of each image
+python -m launch.predict --artifact=DIR --prompt="ROMEO:"              language model: a continuation of the prompt
+python -m launch.predict --artifact=DIR --out=DIR image.png ...        autoencoder: reconstructions of the images
+python -m launch.predict --artifact=DIR --out=DIR --num_samples=16     autoencoder: sampled images
 
---runtime=iree compiles the same programs with IREE and runs them outside JAX. Answers go to stdout, and the speed to
-stderr: that of the network alone, compiling and reading files apart. Every file of the artifact is checked first.
+--runtime=iree compiles the same programs with IREE and runs them outside JAX. Predictions go to stdout, the speed to
+stderr (of the network alone, without compilation and reading files). All files of the artifact are checked first.
 """
 
 import argparse
@@ -26,8 +26,8 @@ from launch.artifacts.artifact import Artifact, ArtifactError
 if TYPE_CHECKING:
     from launch.artifacts.runtimes import Runtime
 
-_AT_ONCE = 64  # examples; on a CPU, 256 halve the speed of the paper's CNN
-_SHOWN = 3  # classes
+_BATCH_SIZE = 64  # on a CPU, 256 halves the speed of the tutorial CNN
+_NUM_SHOWN = 3  # classes
 
 
 class _Parser(argparse.ArgumentParser):
@@ -36,24 +36,26 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The options; one that is not given is None, so that one that does not apply can be refused.
+    """Parses the options. Those that were not given are None, so that options that do not apply can be rejected.
 
     Raises:
-      ArtifactError: there is no such option, or a value is impossible.
+      ArtifactError: an option is unknown, or a value is invalid.
       SystemExit: after `--help`.
     """
     parser = _Parser("launch.predict", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.allow_abbrev = False
-    parser.add_argument("images", nargs="*", help="PNG, JPEG, BMP or WebP files of the network's size")
-    parser.add_argument("--artifact", required=True, type=Path, help="folder that launch.export wrote")
-    parser.add_argument("--runtime", default="jax", choices=("jax", "iree"), help="what compiles and runs it")
-    parser.add_argument("--out", type=Path, help="folder of the images made, a new one or empty")
-    parser.add_argument("--prompt", help="text that is gone on from (default: a new line)")
-    parser.add_argument("--length", type=_number(int, 1), help="characters after the prompt (default: 500)")
-    parser.add_argument("--num_samples", type=_number(int, 1), help="texts (default: 1) or images")
-    parser.add_argument("--temperature", type=_number(float, 0), help="divides the logits (default: 0.8); 0: likeliest")
-    parser.add_argument("--top_p", type=_number(float, 0, 1), help="as of `experiments.char_rnn` (default: 1)")
-    parser.add_argument("--sample_seed", type=_number(int, 0, 2**32 - 1), help="seed of the draws (default: 0)")
+    parser.add_argument("images", nargs="*", help="PNG, JPEG, BMP or WebP files of the network's input size")
+    parser.add_argument("--artifact", required=True, type=Path, help="folder written by launch.export")
+    parser.add_argument("--runtime", default="jax", choices=("jax", "iree"), help="compiles and runs the programs")
+    parser.add_argument("--out", type=Path, help="folder for the output images, new or empty")
+    parser.add_argument("--prompt", help="text to continue (default: a newline)")
+    parser.add_argument("--length", type=_number(int, 1), help="number of characters to generate (default: 500)")
+    parser.add_argument("--num_samples", type=_number(int, 1), help="number of texts (default: 1) or images")
+    parser.add_argument("--temperature", type=_number(float, 0), help="divides the logits (default: 0.8); 0: greedy")
+    parser.add_argument(
+        "--top_p", type=_number(float, 0, 1), help="nucleus sampling, as in `experiments.char_rnn` (default: 1)"
+    )
+    parser.add_argument("--sample_seed", type=_number(int, 0, 2**32 - 1), help="random seed (default: 0)")
     return parser.parse_args(argv)
 
 
@@ -72,7 +74,7 @@ def _number(kind: Any, least: float, most: float = float("inf")) -> Callable[[st
 
 
 def run(argv: Sequence[str]) -> None:
-    """Does what the arguments say; prints the answers.
+    """Runs the artifact and prints its predictions.
 
     Raises:
       ArtifactError: bad input, found before anything is compiled or written.
@@ -80,19 +82,19 @@ def run(argv: Sequence[str]) -> None:
     options = parse(argv)
     artifact = artifact_lib.read(options.artifact)
     functions = artifact.manifest["functions"].keys()
-    for needed, applies, answer in _KINDS:
+    for needed, applies, predict in _KINDS:
         if needed <= functions:
             _refuse_others(options, applies, ", ".join(sorted(functions)))
             try:
                 signatures.check(artifact.manifest, needed)
             except ValueError as error:
                 raise ArtifactError(
-                    f"--artifact={options.artifact} is not put together right: {error}; export it again"
+                    f"--artifact={options.artifact} is inconsistent: {error}; export it again"
                 ) from None
-            return answer(artifact, options)
+            return predict(artifact, options)
     raise ArtifactError(
-        f"--artifact={options.artifact} has {', '.join(functions)}, which launch.predict has no use for: call it from "
-        "Python, by launch.artifacts.runtimes"
+        f"--artifact={options.artifact} has the functions {', '.join(functions)}, which launch.predict does not "
+        "support: call them from Python with launch.artifacts.runtimes"
     )
 
 
@@ -100,20 +102,22 @@ def _refuse_others(options: argparse.Namespace, applies: Sequence[str], function
     for name, value in vars(options).items():
         if name not in ("artifact", "runtime", *applies) and value not in (None, []):
             shown = "images" if name == "images" else f"--{name}"
-            raise ArtifactError(f"{shown}: of no use to this artifact, which has {functions}; leave them out")
+            raise ArtifactError(
+                f"{shown} does not apply to this artifact, whose functions are {functions}; leave it out"
+            )
 
 
 def _runtime(artifact: Artifact, options: argparse.Namespace) -> "Runtime":
-    # Imported here, as jax takes a while, so that bad input is answered at once.
+    # Imported late, since importing jax takes seconds: bad input is reported before.
     from launch.artifacts.runtimes import RUNTIMES
 
     return RUNTIMES[options.runtime](artifact)
 
 
 def _in_batches(runtime: "Runtime", function: str, inputs: dict[str, np.ndarray], unit: str) -> dict[str, np.ndarray]:
-    """The outputs for any number of examples, and their speed on stderr; scalar inputs are every batch's."""
+    """Runs a function batch by batch, and reports its speed on stderr; scalar inputs are passed to every batch."""
     count = max(len(x) for x in inputs.values() if x.ndim)
-    size = min(_AT_ONCE, count)
+    size = min(_BATCH_SIZE, count)
     parts, began = [], time.monotonic()
     before = runtime.compile_seconds
     for start in range(0, count, size):
@@ -126,7 +130,7 @@ def _in_batches(runtime: "Runtime", function: str, inputs: dict[str, np.ndarray]
 
 def _report(runtime: "Runtime", what: str, unit: str, count: int, seconds: float, compiled: float) -> None:
     speed = f"{count / seconds:,.0f} {unit}/s"
-    print(f"{what} {unit}, {speed} ({runtime.name}; compiling apart: {compiled:.2f} s)", file=sys.stderr)
+    print(f"{what} {unit}, {speed} ({runtime.name}; compilation excluded: {compiled:.2f} s)", file=sys.stderr)
 
 
 def _classify(artifact: Artifact, options: argparse.Namespace) -> None:
@@ -137,8 +141,8 @@ def _classify(artifact: Artifact, options: argparse.Namespace) -> None:
     classes = artifact.manifest["classes"]
     logits = _in_batches(_runtime(artifact, options), "classify", {"image": images}, "images")["logits"]
     for path, row in zip(options.images, _softmax(logits)):
-        likeliest = np.argsort(-row, kind="stable")[:_SHOWN]
-        shown = os.fsencode(path).decode(errors="replace")  # a name may be any bytes
+        likeliest = np.argsort(-row, kind="stable")[:_NUM_SHOWN]
+        shown = os.fsencode(path).decode(errors="replace")  # a file name may not be UTF-8
         print(f"{shown}  " + "  ".join(f"{classes[i]} {row[i]:.3f}" for i in likeliest))
 
 
@@ -150,11 +154,11 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
 
 def _reconstruct_or_draw(artifact: Artifact, options: argparse.Namespace) -> None:
     if bool(options.images) == bool(options.num_samples):
-        raise ArtifactError("give either images to reconstruct, or --num_samples of images to draw")
+        raise ArtifactError("give either images to reconstruct, or --num_samples=N to sample images")
     if options.images and options.sample_seed is not None:
-        raise ArtifactError("--sample_seed is for --num_samples: reconstructions draw nothing; leave it out")
+        raise ArtifactError("--sample_seed is for --num_samples: reconstruction is deterministic; leave it out")
     if not options.out:
-        raise ArtifactError("--out=DIR must say where the images go")
+        raise ArtifactError("give --out=DIR, the folder for the images")
     artifact_lib.check_free(options.out)
     if options.images:
         shape = artifact.manifest["functions"]["encode"]["inputs"]["image"]["shape"][1:]
@@ -162,15 +166,15 @@ def _reconstruct_or_draw(artifact: Artifact, options: argparse.Namespace) -> Non
         _make_folder(options.out)
         runtime = _runtime(artifact, options)
         latents = _in_batches(runtime, "encode", inputs, "images")["mean"]
-        made = _in_batches(runtime, "decode", {"latents": latents}, "images")["image"]
+        decoded = _in_batches(runtime, "decode", {"latents": latents}, "images")["image"]
         names = [f"{i:04}-{Path(path).stem}.png" for i, path in enumerate(options.images)]
     else:
         inputs = {"seed": np.array(options.sample_seed or 0, np.uint32), "index": _index(options.num_samples)}
         _make_folder(options.out)
-        made = _in_batches(_runtime(artifact, options), "sample", inputs, "images")["image"]
-        names = [f"{i:04}.png" for i in range(len(made))]
+        decoded = _in_batches(_runtime(artifact, options), "sample", inputs, "images")["image"]
+        names = [f"{i:04}.png" for i in range(len(decoded))]
     try:
-        for name, image in zip(names, made):
+        for name, image in zip(names, decoded):
             image_files.write(options.out / name, image)
             print(options.out / name)
     except OSError as error:
@@ -178,11 +182,11 @@ def _reconstruct_or_draw(artifact: Artifact, options: argparse.Namespace) -> Non
 
 
 def _make_folder(out: Path) -> None:
-    """Before the network runs, so that one that cannot be made costs nothing."""
+    """Creates the folder, before the network runs."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ArtifactError(f"--out={out} could not be made: {error.strerror}; give another folder") from None
+        raise ArtifactError(f"--out={out} cannot be created: {error.strerror}; give another folder") from None
 
 
 def _index(count: int) -> np.ndarray:
@@ -214,11 +218,11 @@ def _continue_text(artifact: Artifact, options: argparse.Namespace) -> None:
 
 
 def _tokens(prompt: str, classes: Sequence[str]) -> list[int]:
-    """The number of each byte of the prompt, UTF-8, among the classes."""
+    """The token of each byte of the prompt, in UTF-8."""
     numbers = {ord(name): number for number, name in enumerate(classes)}
     for character in prompt:
         if not numbers.keys() >= set(character.encode("utf-8", "surrogateescape")):
-            raise ArtifactError(f"--prompt: the network has never seen the character {character!r}: leave it out")
+            raise ArtifactError(f"--prompt: the network was not trained on the character {character!r}: leave it out")
     return [numbers[byte] for byte in prompt.encode("utf-8", "surrogateescape")]
 
 
@@ -227,9 +231,9 @@ def draw(logits: np.ndarray, rng: np.random.Generator, temperature: float, top_p
 
     Args:
       logits: float [n, characters].
-      rng: draws one number a row.
-      temperature: divides the logits, before `top_p` looks at them; 0 takes the likeliest character.
-      top_p: the draw is from the fewest likeliest characters whose probabilities sum to this or more.
+      rng: draws one number per row.
+      temperature: divides the logits, before `top_p` is applied; 0 is greedy decoding.
+      top_p: samples from the smallest set of most likely characters whose probabilities sum to this or more.
 
     Returns:
       int32 [n].
@@ -240,7 +244,7 @@ def draw(logits: np.ndarray, rng: np.random.Generator, temperature: float, top_p
     probabilities = _softmax(np.take_along_axis(logits, order, -1) / temperature)
     sums = np.cumsum(probabilities, -1)
     outside = sums - probabilities >= top_p
-    outside[:, 0] = False  # the likeliest stays, whatever top_p is
+    outside[:, 0] = False  # the most likely one stays, even if top_p is 0
     sums = np.cumsum(np.where(outside, 0, probabilities), -1)
     rank = (sums <= rng.random((len(logits), 1)) * sums[:, -1:]).sum(-1)
     return np.take_along_axis(order, rank[:, None], -1)[:, 0].astype(np.int32)
@@ -254,11 +258,11 @@ _KINDS: list[tuple[set[str], tuple[str, ...], Callable[[Artifact, argparse.Names
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The whole command: says in one line what was wrong, and exits with 2 then."""
+    """Runs the command. After bad input it prints one line and exits with code 2."""
     try:
         run(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
-    except BrokenPipeError:  # nobody reads the answers any more
+    except BrokenPipeError:  # stdout was closed, as by `| head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1,11 +1,11 @@
-"""A run on a Slurm cluster: writes a batch script, submits it, and follows its log.
+"""Runs an experiment on a Slurm cluster: writes a batch script, submits it and follows its log.
 
-python -m launch.slurm experiments.cifar_cnn --nodes=2 --gpus_per_node=8 --partition=gpu --time=12:00:00 [flags of it]
-python -m launch.slurm experiments.cifar_cnn --nodes=2 --dry_run        prints the script
+python -m launch.slurm experiments.cifar_cnn --nodes=2 --gpus_per_node=8 --partition=gpu --time=12:00:00 [its flags]
+python -m launch.slurm experiments.cifar_cnn --nodes=2 --dry_run        only prints the script
 
-The script is `job.sh` in the workdir, which all nodes must see, as they must see this folder and this Python. There is
-one process for each GPU, or for each node without. Before the time is up, and where the job is preempted, every process
-gets SIGTERM, saves a checkpoint, and the job goes back into the queue; it then goes on from there.
+The script is `job.sh` in the workdir. All nodes must see the workdir, this folder and this Python. One process runs per
+GPU, or per node without GPUs. Shortly before the time limit, and when the job is preempted, every process gets SIGTERM
+and saves a checkpoint; the job is requeued and resumes from it.
 """
 
 import dataclasses
@@ -24,31 +24,33 @@ from research.config import option
 from research.errors import UserError
 from research.record import storage
 
-_SECONDS_BETWEEN_LOOKS = 2.0
-_FORGOTTEN = "Invalid job id"  # what Slurm says of a job that has ended long ago
+_POLL_SECONDS = 2.0
+_FORGOTTEN = "Invalid job id"  # Slurm's error for a job that ended long ago
 
 
 @dataclasses.dataclass
 class SlurmOptions:
-    """What `launch.slurm` can be told."""
+    """The flags of `launch.slurm`."""
 
-    nodes: int = option(1, "machines", minimum=1)
-    gpus_per_node: int = option(0, "GPUs of each machine; 0: the CPU", minimum=0)
-    cpus_per_process: int = option(0, "CPU cores of each process; 0: the cluster's default", minimum=0)
+    nodes: int = option(1, "number of nodes", minimum=1)
+    gpus_per_node: int = option(0, "GPUs per node; 0: train on the CPU", minimum=0)
+    cpus_per_process: int = option(0, "CPU cores per process; 0: the cluster's default", minimum=0)
     partition: str = option("", "partition; empty: the cluster's default")
-    time: str = option("", "time limit, as sbatch has it; empty: the partition's")
-    account: str = option("", "account that is charged; empty: the user's default")
-    seconds_to_stop: int = option(120, "seconds before the time limit at which to save and requeue", minimum=1)
+    time: str = option("", "time limit, in sbatch's format (12:00:00); empty: the partition's")
+    account: str = option("", "account to charge; empty: the user's default")
+    seconds_to_stop: int = option(
+        120, "how many seconds before the time limit to save a checkpoint and requeue", minimum=1
+    )
     follow: bool = option(True, "show the log until the job ends")
-    dry_run: bool = option(False, "print the script and submit nothing")
+    dry_run: bool = option(False, "print the script without submitting it")
 
 
 def script(job: Job, folder: Path) -> str:
-    """The batch script that runs a job.
+    """The batch script for a job.
 
     Args:
-      job: its options are `SlurmOptions`.
-      folder: the one to run in.
+      job: a job whose options are `SlurmOptions`.
+      folder: the working directory.
     """
     options, workdir = job.options, Path(job.workdir).absolute()
     directives = {
@@ -70,26 +72,26 @@ def script(job: Job, folder: Path) -> str:
 #SBATCH --requeue
 set -uo pipefail
 cd {shlex.quote(str(folder))}
-# Process 0 is on this node, the first; the port differs from job to job.
+# Process 0 runs on the first node, which is this one. The port depends on the job, since jobs may share a node.
 export JAX_COORDINATOR_ADDRESS="$(hostname):$((61440 + SLURM_JOB_ID % 4096))"
 srun --kill-on-bad-exit=1 {shlex.join(job.command)}
 code=$?
-# 143: told to stop, with a checkpoint. A job that was cancelled cannot be put back.
+# 143: stopped by SIGTERM, with a checkpoint. For a cancelled job, requeue fails.
 if [ "$code" -eq 143 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit "$code"
 """
 
 
 def _submit(path: Path) -> str:
-    """The number of the job."""
+    """Submits a script; returns the job's id."""
     done = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"sbatch refused {path}: {done.stderr.strip()}")
+        raise UserError(f"sbatch rejected {path}: {done.stderr.strip()}")
     return done.stdout.strip().partition(";")[0]
 
 
 def _state(number: str) -> str:
-    """Of a job, as squeue has it: "PENDING", "RUNNING"; empty: it has ended; "unknown (why)": Slurm cannot say."""
+    """A job's state: "PENDING", "RUNNING" and so on; "" after its end; "unknown (ERROR)" if squeue fails."""
     done = subprocess.run(["squeue", "-h", "-j", number, "-o", "%T"], capture_output=True, text=True)
     if done.returncode and _FORGOTTEN not in done.stderr:
         return f"unknown ({done.stderr.strip()})"
@@ -97,9 +99,9 @@ def _state(number: str) -> str:
 
 
 def _exit_code(number: str) -> int | None:
-    """Of a job that has ended: its own, or 143 where it was cancelled, or 1 where Slurm no longer knows.
+    """The exit code of a job that has ended: 143 if it was cancelled, 1 if Slurm has forgotten it.
 
-    None where Slurm cannot say.
+    None if scontrol fails, which it may do on a busy cluster.
     """
     done = subprocess.run(["scontrol", "show", "job", number], capture_output=True, text=True)
     if done.returncode:
@@ -111,7 +113,7 @@ def _exit_code(number: str) -> int | None:
 
 
 def _follow(number: str, log: Path) -> int:
-    """Prints the log as it grows, until the job has ended; returns its exit code."""
+    """Prints the log as it grows, until the job ends; returns its exit code."""
     position, state = 0, ""
     while True:
         now = _state(number)
@@ -127,14 +129,14 @@ def _follow(number: str, log: Path) -> int:
             sys.stdout.flush()
         if not state and (code := _exit_code(number)) is not None:
             return code
-        time.sleep(_SECONDS_BETWEEN_LOOKS)
+        time.sleep(_POLL_SECONDS)
 
 
 def run(argv: Sequence[str]) -> int:
-    """Submits what the command line says; returns the job's exit code, 0 where it is not followed.
+    """Submits the job; returns its exit code, or 0 with --nofollow.
 
     Raises:
-      UserError: bad input, found before anything is written; or sbatch refused the script.
+      UserError: bad input, found before anything is written; or sbatch rejected the script.
     """
     job = job_lib.parse("slurm", str(__doc__), SlurmOptions(), argv)
     job_lib.check_local(job.workdir)
@@ -143,7 +145,7 @@ def run(argv: Sequence[str]) -> int:
         print(text, end="")
         return 0
     if not shutil.which("sbatch"):
-        raise UserError("there is no sbatch on this machine: run it on a login node, or look at --dry_run")
+        raise UserError("sbatch is not installed on this machine: use a login node, or --dry_run")
     workdir = job_lib.make_folder(job.workdir).absolute()
     path = workdir / "job.sh"
     storage.replace(path, text.encode())
@@ -155,7 +157,7 @@ def run(argv: Sequence[str]) -> int:
     try:
         return _follow(number, log)
     except KeyboardInterrupt:
-        print(f"job {number} goes on; `scancel {number}` ends it", file=sys.stderr)
+        print(f"job {number} keeps running; `scancel {number}` cancels it", file=sys.stderr)
         return 130
 
 

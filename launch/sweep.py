@@ -67,8 +67,8 @@ def run(argv: Sequence[str]) -> int:
 
 def _run(job: Job, argv: Sequence[str], signals: Signals) -> int:
     options, workdir = job.options, Path(job.workdir)
-    from launch.sweeps import best, processes, report
-    from launch.sweeps.report import Display, summary
+    from launch.sweeps import best
+    from launch.sweeps.report import summary
     from launch.sweeps.study import Study, open_storage
 
     sweep, points = _sweep(job)
@@ -91,23 +91,7 @@ def _run(job: Job, argv: Sequence[str], signals: Signals) -> int:
     print(
         f"{name}: {sweep.trials} trials of {sweep.metric}, {sweep.size} runs at a time on {_devices(sweep)}", flush=True
     )
-    with Display(study, sweep).shown() as display:
-        try:
-            if options.processes > 1:
-                processes.run(options.processes, [*argv, f"--workdir={workdir}"], display.update)
-            _work(sweep, study, signals, display)
-            while options.processes and study.others_run():
-                time.sleep(_POLL_SECONDS)
-                display.update()
-                _work(sweep, study, signals, display)
-        except StoppedError as error:
-            if options.processes:
-                raise StoppedError(f"{error} with --workdir={workdir}", error.exit_code - 128) from None
-            raise
-        except UserError:
-            if options.processes:
-                report.write(workdir, study, sweep, {})
-            raise
+    _train(job, argv, sweep, study, signals)
     if options.processes:
         best.finish(workdir, command, options.fit, sweep, study, signals)
     else:
@@ -116,6 +100,31 @@ def _run(job: Job, argv: Sequence[str], signals: Signals) -> int:
             "without --processes=0"
         )
     return 0
+
+
+def _train(job: Job, argv: Sequence[str], sweep: "Sweep", study: "Study", signals: Signals) -> None:
+    """Trains until no trial is left, here and in other workers; shows the progress."""
+    from launch.sweeps import processes, report
+
+    count, workdir = job.options.processes, Path(job.workdir)
+    with report.Display(study, sweep).shown() as display:
+        try:
+            if count > 1:
+                processes.run(count, [*argv, f"--workdir={workdir}"], display.update)
+            _work(sweep, study, signals, display)
+            # The trials of another worker come back to this one if that worker is lost.
+            while count and study.others_run():
+                time.sleep(_POLL_SECONDS)
+                display.update()
+                _work(sweep, study, signals, display)
+        except StoppedError as error:
+            if count:
+                raise StoppedError(f"{error} with --workdir={workdir}", error.exit_code - 128) from None
+            raise
+        except UserError:
+            if count:
+                report.write(workdir, study, sweep, {})
+            raise
 
 
 def _work(sweep: "Sweep", study: "Study", signals: Signals, display: Any) -> None:

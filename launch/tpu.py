@@ -1,12 +1,13 @@
-"""A run on Cloud TPU VMs, by gcloud: v4, v5e, v5p and v6e, of one host or many.
+"""Runs an experiment on a Cloud TPU VM (v4, v5e, v5p or v6e; one host or many), with gcloud.
 
 python -m launch.tpu up experiments.cifar_cnn --name=NAME --zone=ZONE --accelerator=v6e-8 --spot --workdir=gs://B/DIR
 python -m launch.tpu create|setup|run|status|logs|stop|delete --name=NAME --zone=ZONE ...
 
-`up` is create, setup and run, again from the newest checkpoint where the TPU is preempted at any time of these, and
-delete at the end, which a signal may be. `setup` copies this repository, as git sees it, to every host and installs it;
-`run` shows what the hosts print, and keeps it in `runs/tpu/<what>/<date-time>/log.txt`; `stop` asks what `run` started
-for a checkpoint and an end. The workdir must be one that all hosts see: gs://.
+`up` creates the TPU, sets it up and runs the experiment. If the TPU is preempted, `up` replaces it and resumes from the
+newest checkpoint. At the end, or after a signal, it deletes the TPU. `setup` copies the files that git tracks, and
+untracked ones, to every host and installs them. `run` shows the hosts' output and saves it as
+`runs/tpu/<experiment>/<date-time>/log.txt`. `stop` makes the run save a checkpoint and exit. The workdir must be one
+that all hosts can access: gs://.
 """
 
 import shlex
@@ -27,55 +28,60 @@ from launch.job import Job
 from research.errors import UserError
 from research.process.signals import Signals
 
-_SECONDS_BETWEEN_LOOKS = 10.0
-_NO_RESTART = (0, *job_lib.NON_RETRYABLE_EXIT_CODES)  # done, or an end that another TPU would not change
+_POLL_SECONDS = 10.0
+_FINAL_EXIT_CODES = (0, *job_lib.NON_RETRYABLE_EXIT_CODES)  # another TPU would not change the outcome
 
 
 class _LostError(UserError):
-    """The TPU was taken away: another one may do. The exit code is that of a run that was terminated."""
+    """The TPU was preempted or deleted, and may be replaced. The exit code is that of a terminated run (SIGTERM)."""
 
     exit_code = 143
 
 
 def _lost(state: str) -> _LostError:
-    return _LostError(f"the TPU was {state.lower() if state in gcloud.LOST else 'lost'}")
+    return _LostError(f"the TPU was {state.lower() if state in gcloud.LOST_STATES else 'lost'}")
 
 
-def _check_there(tpu: Tpu) -> None:
-    if (state := gcloud.state(tpu)) not in gcloud.THERE:
+def _check_ready(tpu: Tpu) -> None:
+    """Raises `_LostError` if the TPU was preempted or deleted."""
+    if (state := gcloud.state(tpu)) not in gcloud.READY_STATES:
         raise _lost(state)
 
 
 def _wait(tpu: Tpu) -> None:
-    """Returns when the TPU is there.
+    """Waits until the TPU is ready.
 
     Raises:
-      _LostError: it was taken away before it was ready.
-      UserError: there will be none.
+      _LostError: it was preempted or deleted before it was ready.
+      UserError: its creation failed.
     """
     state = None
-    while (now := gcloud.state(tpu)) not in gcloud.THERE:
-        if now in (*gcloud.LOST, gcloud.NOT_FOUND):
+    while (now := gcloud.state(tpu)) not in gcloud.READY_STATES:
+        if now in (*gcloud.LOST_STATES, gcloud.NOT_FOUND):
             raise _lost(now)
         if now == gcloud.FAILED:
             gcloud.call(tpu.describe())
-            raise UserError("the queued resource failed, for the reason that stands above: mend that and start again")
+            raise UserError(
+                "the queued resource failed for the reason shown above: fix that, then run the command again"
+            )
         if now != state:
-            print(f"TPU: {now.lower() or 'gcloud cannot say, and `launch.tpu status` shows why'}", file=sys.stderr)
+            print(f"TPU: {now.lower() or 'unknown (`launch.tpu status` shows why)'}", file=sys.stderr)
         state = now
-        time.sleep(_SECONDS_BETWEEN_LOOKS)
+        time.sleep(_POLL_SECONDS)
 
 
 def archive(folder: Path, to: Path) -> None:
-    """Packs the files of a git checkout, the changed and new ones too, without what git ignores.
+    """Packs the tracked and untracked files of a git checkout, without the ignored ones.
 
     Raises:
-      UserError: the folder is no checkout.
+      UserError: the folder is not a git checkout.
     """
     command = ["git", "-C", str(folder), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"{folder} is no git checkout, by which `setup` knows what to copy: {done.stderr.strip()}")
+        raise UserError(
+            f"{folder} is not a git checkout, from which `setup` takes the files to copy: {done.stderr.strip()}"
+        )
     with tarfile.open(to, "w:gz") as tar:
         for name in filter(None, done.stdout.split("\0")):
             if (folder / name).exists():
@@ -84,7 +90,7 @@ def archive(folder: Path, to: Path) -> None:
 
 @contextmanager
 def _archived() -> Iterator[Path]:
-    """Within it there is an archive of this folder."""
+    """A context with the path of an archive of the working directory."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "meshwork.tar.gz"
         archive(Path.cwd(), path)
@@ -97,7 +103,7 @@ def _setup(tpu: Tpu, path: Path) -> None:
 
 
 def _run(tpu: Tpu, job: Job) -> int:
-    """Shows and keeps what all hosts print; returns the exit code."""
+    """Runs the job, with the hosts' output shown and logged; returns the exit code."""
     log = Path(f"runs/tpu/{job.experiment.name}/{time.strftime('%Y-%m-%d-%H%M%S')}/log.txt")
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
@@ -111,59 +117,59 @@ def _run(tpu: Tpu, job: Job) -> int:
                 sys.stdout.flush()
             code = process.wait()
         finally:
-            process.kill()  # where a signal came: it would go on
+            process.kill()  # if a signal interrupted the loop, ssh would keep running
     print(f"log: {log}", file=sys.stderr)
     return code
 
 
 def _train(tpu: Tpu, job: Job, path: Path) -> int:
-    """Everything from the TPU's creation to the run's end; returns the run's exit code.
+    """Creates the TPU, sets it up and runs the job; returns the run's exit code.
 
     Raises:
-      _LostError: the TPU was taken away meanwhile.
+      _LostError: the TPU was preempted or deleted meanwhile.
       UserError: gcloud failed.
     """
     try:
         gcloud.create(tpu)
     except GcloudError:
-        if gcloud.state(tpu) not in gcloud.LOST:  # as it may be before it was ready, or not be deleted yet
+        if gcloud.state(tpu) not in gcloud.LOST_STATES:  # it may be preempted before it is ready
             raise
     _wait(tpu)
     try:
         _setup(tpu, path)
     except GcloudError:
-        _check_there(tpu)
+        _check_ready(tpu)
         raise
     code = _run(tpu, job)
-    if code not in _NO_RESTART:
-        _check_there(tpu)
+    if code not in _FINAL_EXIT_CODES:
+        _check_ready(tpu)
     return code
 
 
 def _delete(tpu: Tpu) -> None:
     command = tpu.delete()
     if subprocess.run(command).returncode and gcloud.state(tpu) != gcloud.NOT_FOUND:
-        print(f"the TPU may still be there, and cost: `{shlex.join(command)}` deletes it", file=sys.stderr)
+        print(f"the TPU may still exist and incur costs: `{shlex.join(command)}` deletes it", file=sys.stderr)
 
 
-def _make_room(tpu: Tpu, name: str) -> None:
-    """Deletes what is left of a TPU of this name; one that somebody may be using is refused."""
+def _delete_leftover(tpu: Tpu, name: str) -> None:
+    """Deletes a preempted or failed TPU of this name; raises `UserError` if one exists that may be in use."""
     state = gcloud.state(tpu)
     if not state:
-        raise UserError(f"gcloud cannot say whether there is a TPU of this name: see `{shlex.join(tpu.describe())}`")
-    if state in (*gcloud.GONE, gcloud.FAILED):
+        raise UserError(f"gcloud cannot tell whether a TPU with this name exists: see `{shlex.join(tpu.describe())}`")
+    if state in gcloud.DELETABLE_STATES:
         _delete(tpu)
     elif state != gcloud.NOT_FOUND:
         raise UserError(
-            f"--name={name}: there is such a TPU already ({state.lower()}); `run` uses it, `delete` ends it, or give "
-            "another name"
+            f"--name={name}: this TPU exists already ({state.lower()}): use it with `run`, delete it with `delete`, or "
+            "give another name"
         )
 
 
 def _up(tpu: Tpu, job: Job) -> int:
-    restarts, lost, ends = job.options.max_restarts, None, not job.options.keep
-    with _archived() as path:  # which may be impossible, before anything is created
-        _make_room(tpu, job.options.name)
+    restarts, lost, delete = job.options.max_restarts, None, not job.options.keep
+    with _archived() as path:  # first, since it may fail
+        _delete_leftover(tpu, job.options.name)
         try:
             for restart in range(restarts + 1):
                 if lost:
@@ -174,14 +180,14 @@ def _up(tpu: Tpu, job: Job) -> int:
                 except _LostError as error:
                     lost = error
             raise _LostError(
-                f"{lost}, and --max_restarts={restarts} allows no other: the same command goes on from the newest "
+                f"{lost}, and --max_restarts={restarts} allows no more: the same command resumes from the newest "
                 "checkpoint"
             )
-        except gcloud.TakenError:
-            ends = False
+        except gcloud.NameTakenError:
+            delete = False  # it is not ours
             raise
         finally:
-            if ends:
+            if delete:
                 _delete(tpu)
 
 
@@ -222,11 +228,11 @@ def _do(verb: str, tpu: Tpu, job: Job | None) -> int:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Does what the command line says; returns the exit code.
+    """Runs the verb of the command line; returns the exit code.
 
     Raises:
-      UserError: bad input, found before anything is created; gcloud failed; or `up` lost more TPUs than it may.
-      StoppedError: a signal came.
+      UserError: bad input, found before anything is created; gcloud failed; or `up` ran out of restarts.
+      StoppedError: a stop signal was received.
     """
     options, job = TpuOptions(), None
     argv = argv or ["--help"]
@@ -245,8 +251,8 @@ def run(argv: Sequence[str]) -> int:
             print(shlex.join(command))
         return 0
     if not shutil.which("gcloud"):
-        raise UserError("there is no gcloud on this machine: install the Google Cloud CLI, or look at --dry_run")
-    with Signals().handled():  # or a TPU would outlive the `up` that made it
+        raise UserError("gcloud is not installed on this machine: install the Google Cloud CLI, or use --dry_run")
+    with Signals().handled():  # so that `up` still deletes its TPU after a signal
         return _do(verb, tpu, job)
 
 

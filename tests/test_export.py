@@ -239,13 +239,13 @@ def test_bad_flags_are_named_before_anything_is_restored(run, tmp_path):
     full.mkdir()
     (full / "file").touch()
     for args, words in (
-        ([workdir], "--out=DIR must say"),
-        ([f"--out={tmp_path / 'x'}"], "--workdir=DIR must name the folder of the run"),
+        ([workdir], "give --out=DIR"),
+        ([f"--out={tmp_path / 'x'}"], "give --workdir=DIR, the folder of the run"),
         ([workdir, f"--out={full}"], "full exists and is not an empty folder"),
         ([workdir, f"--out={full / 'file'}"], "exists and is not an empty folder"),
         ([workdir, "--out=gs://bucket/x"], "is not on this machine"),
-        ([f"--workdir={full}", f"--out={tmp_path / 'x'}"], "full holds no run"),
-        ([workdir, f"--out={tmp_path / 'x'}", "--mode=eval"], "--mode is for the experiment itself"),
+        ([f"--workdir={full}", f"--out={tmp_path / 'x'}"], "full does not hold a run"),
+        ([workdir, f"--out={tmp_path / 'x'}", "--mode=eval"], "--mode does not apply to launch.export"),
         ([workdir, f"--out={tmp_path / 'x'}", "--reproduce=x"], "--reproduce"),
         (
             [workdir, f"--out={tmp_path / 'x'}", "--config.model.pool=average"],
@@ -280,11 +280,11 @@ class _Counts(nnx.Module):
 def test_a_network_that_counts_its_batch_is_told_what_to_write(checkpoint):
     task = Classification(_Counts, checkpoint.task.mean, checkpoint.task.std)
     function = task.functions(_Counts(nnx.Rngs(0)), checkpoint.dataset)["classify"]
-    with pytest.raises(UserError, match=r"x.shape\[0\] where it has len\(x\)"):
+    with pytest.raises(UserError, match=r"x.shape\[0\] instead of len\(x\)"):
         export._export("classify", function, lambda _: _Counts(nnx.Rngs(0)), {})
 
 
 def test_a_task_without_functions_cannot_be_exported(checkpoint, monkeypatch):
     monkeypatch.setattr(Classification, "functions", Task.functions)
-    with pytest.raises(UserError, match="Classification defines no `functions`"):
+    with pytest.raises(UserError, match="Classification does not define `functions`"):
         export.contents("cifar_cnn", checkpoint)

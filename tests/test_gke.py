@@ -48,7 +48,7 @@ def test_a_tpu_slice_has_its_nodes_and_chips(tpu, label, nodes, chips, capsys):
 def test_gpu_nodes_find_each_other_and_options_are_there(capsys):
     more = ["--name=t", "--nodes=2", "--gpus_per_node=4", "--spot", "--service_account=sa", "--max_restarts=3"]
     spec, _, job, pod = _rendered(capsys, "--gpu=nvidia-h100-80gb", "--namespace=ns", *more)
-    rule = {"name": "lasting", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+    rule = {"name": "nonRetryable", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
     assert spec["failurePolicy"] == {"maxRestarts": 3, "rules": [rule]}
     assert spec["network"] == {"enableDNSHostnames": True, "subdomain": "t"}
     assert (job["parallelism"], pod["serviceAccountName"]) == (2, "sa")
@@ -68,8 +68,8 @@ def test_what_another_try_would_not_change_fails_the_job(capsys):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        ([], "give --tpu=TYPE:TOPOLOGY or --gpu=TYPE"),
-        (["--tpu=v6e:4x4", "--gpu=x"], "one of them"),
+        ([], "give either --tpu=TYPE:TOPOLOGY or --gpu=TYPE"),
+        (["--tpu=v6e:4x4", "--gpu=x"], "give either --tpu"),
         (["--tpu=v9:4x4"], "--tpu=v9:4x4: give one of v4, v5e"),
         (["--tpu=v6e-16"], "as in v6e:4x4"),
         (["--tpu=v6e:0x4"], "--tpu=v6e:0x4: a slice of v6e has 2 dimensions"),
@@ -78,12 +78,12 @@ def test_what_another_try_would_not_change_fails_the_job(capsys):
         (["--tpu=v5e:5x5"], "one chip or a multiple of 4"),
         (["--tpu=v6e:1x3"], "one chip or a multiple of 4"),
         (["--tpu=v6e:64x64"], "a multiple of 4, at most 256"),
-        (["--gpu=x", "--slices=2"], "--slices=2 means nothing with --gpu, where --nodes"),
-        (["--tpu=v6e:4x4", "--nodes=2"], "--nodes=2 means nothing with --tpu, where the topology and --slices"),
-        (["--tpu=v6e:4x4", "--gpus_per_node=4"], "--gpus_per_node=4 means nothing with --tpu"),
-        (["--tpu=v6e:4x4", "--name=No_Name"], "at most 40 of a-z"),
-        (["--tpu=v6e:4x4", f"--name={'n' * 41}"], "at most 40 of a-z"),
-        (["--tpu=v6e:4x4", "--image="], "name the container image"),
+        (["--gpu=x", "--slices=2"], "--slices=2 does not apply to --gpu, where --nodes"),
+        (["--tpu=v6e:4x4", "--nodes=2"], "--nodes=2 does not apply to --tpu, where the topology and --slices"),
+        (["--tpu=v6e:4x4", "--gpus_per_node=4"], "--gpus_per_node=4 does not apply to --tpu"),
+        (["--tpu=v6e:4x4", "--name=No_Name"], "at most 40 characters of a-z"),
+        (["--tpu=v6e:4x4", f"--name={'n' * 41}"], "at most 40 characters of a-z"),
+        (["--tpu=v6e:4x4", "--image="], "the container image"),
         (["--tpu=v6e:4x4", "--workdir=here"], "give gs://BUCKET/FOLDER"),
     ],
 )
@@ -93,7 +93,7 @@ def test_bad_input_is_named(args, words):
 
 
 def test_a_sweep_without_a_storage_is_named():
-    with pytest.raises(UserError, match="need nothing but the --storage: give it a URL that they reach"):
+    with pytest.raises(UserError, match="need only the --storage: give it a URL that they can reach"):
         gke.run(["launch.sweep", *ARGS, "--tpu=v6e:4x4"])
 
 
@@ -108,4 +108,4 @@ def test_it_is_created_by_kubectl(monkeypatch, tmp_path, capfd):
     assert yaml.safe_load(rest)["kind"] == "JobSet"
     monkeypatch.setenv("THERE", "yes")
     assert gke.run([*ARGS, "--tpu=v6e:4x4", "--name=n"]) == 1
-    assert "`kubectl delete jobset n --namespace=default` makes room" in capfd.readouterr().err
+    assert "delete it with `kubectl delete jobset n --namespace=default`" in capfd.readouterr().err

@@ -20,9 +20,9 @@ RATE = "--search=optimizer.learning_rate=log(1e-3,1)"
     ("launcher", "args", "said"),
     [
         (plan, ["--help"], "--workdir=DIR  folder for the record (default: runs/plan/<experiment>/<date-time>)"),
-        (export, ["--help"], "folder of the run to export; it must be given"),
-        (gke, ["--help"], "folder of the record that all machines see, gs://BUCKET/FOLDER; it must be given"),
-        (tpu, ["up", "--help"], "folder of the record that all hosts see, gs://BUCKET/FOLDER; `up` and `run` need it"),
+        (export, ["--help"], "required: folder of the run to export"),
+        (gke, ["--help"], "required: folder for the record that all machines can access, gs://BUCKET/FOLDER"),
+        (tpu, ["up", "--help"], "required for `up` and `run`: folder for the record that all hosts can access"),
     ],
 )
 def test_help_names_a_workdir_of_its_own_only_where_there_is_one(launcher, args, said, capsys):

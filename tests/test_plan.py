@@ -124,7 +124,7 @@ def test_a_plan_says_what_the_step_is_made_of(sweep):
     assert 0 <= row["optimizer_bytes_per_chip"] - 4 * _num_params(512) < 64  # the momentum, and some scalars
     # Forward and twice backward, but for the gradient of the pixels.
     products = 64 * (6 * sum(_kernels(512)) - 2 * PIXELS * 512)
-    assert products < row["flops_per_chip"] < 1.2 * products  # the rest: draws, norms, the optimiser
+    assert products < row["flops_per_chip"] < 1.2 * products  # the rest: draws, norms, the optimizer
     assert {(c["kind"], c["axis"], c["devices"], c["count"]) for c in row["collectives"]} == {
         ("all-reduce", "data", 2, 1)  # for both microbatches
     }
@@ -204,7 +204,7 @@ def test_only_a_presets_batch_that_cannot_be_shared_is_each_devices(args, batch)
 def test_what_does_not_fit_is_said_in_one_line_and_recorded(tmp_path, monkeypatch):
     small = dataclasses.replace(chips.CHIPS["h100"], memory_bytes=100_000)
     monkeypatch.setitem(chips.CHIPS, "h100", small)
-    with pytest.raises(UserError, match=r"wants .* MiB .* h100:1, which has 97.66 KiB: try a smaller --config.micro"):
+    with pytest.raises(UserError, match=r"needs .* MiB .* h100:1, which has 97.66 KiB: try a smaller --config.micro"):
         _plan(tmp_path, "--topology=h100-1", "--config.model.width=16", "--config.batch_size=32")
     assert json.loads((tmp_path / "plan.json").read_text())["fits"] is False
 
@@ -212,13 +212,13 @@ def test_what_does_not_fit_is_said_in_one_line_and_recorded(tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        ([], "give --topology=NAME; known are"),
+        ([], "give --topology=NAME, one of"),
         (["--topology=h100-99999992"], "or a multiple up to 131,072"),
-        (["--topology=h100-4096"], "at most 2,048 do"),
+        (["--topology=h100-4096"], "at most 2,048"),
         (["--topology=h100-8", "--config.batch_size=12"], "batch_size=12 cannot be split evenly over 8 devices"),
         (["--topology=h100-8", "--config.mesh.fsdp=3"], "must multiply to the 8 devices"),
-        (["--topology=h100-8,h100-4", "--search"], "--search: give one topology"),
-        (["--topology=h100-8", "--sweep_topology", "--search"], "give one of them"),
+        (["--topology=h100-8,h100-4", "--search"], "--search takes one --topology"),
+        (["--topology=h100-8", "--sweep_topology", "--search"], "exclude each other"),
         (["--topology=h100-8", "--sweep_topology", "--config.mesh.fsdp=2"], "leave --config.mesh out"),
         (["--topology=h100-8", "--search", "--config.batch_size=12"], "use a multiple of 8"),
         (["--topology=h100-64", "--config.batch_size=64"], "only 8 CPU devices"),
@@ -320,7 +320,7 @@ def test_libtpu_gathers_and_scatters_for_fsdp(tpu):
 def test_libtpu_says_what_a_program_wanted_and_nothing_else(tpu):
     done = tpu[1]
     errors = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
-    assert "wants" in errors[0]
+    assert "needs" in errors[0]
     assert "GiB of memory on each chip of v5e:2x2, which has 16.00 GiB" in errors[0]
     assert "libtpu knows no topology v5e:3x5" in errors[1]
     assert not done.stderr
@@ -354,8 +354,8 @@ def test_a_run_compiles_what_was_planned():
 
 
 def test_a_batch_larger_than_the_training_set_is_not_planned(tmp_path, capsys):
-    with pytest.raises(UserError, match=r"steps of \d,\d+ examples, and the training set has 1,437; lower it"):
+    with pytest.raises(UserError, match=r"a batch of \d,\d+ exceeds the training set of 1,437 examples; lower it"):
         _plan(tmp_path, "--topology=h100-6")
     rows = _plan(tmp_path, "--topology=h100-4", "--sweep_topology", "--config.batch_size=512")["plans"]
     assert {row["batch_size"] for row in rows} == {512}
-    assert "left out: 2 of 4, whose steps take more than the 1,437 examples" in capsys.readouterr().out
+    assert "skipped 2 of 4 plans, whose batch exceeds the 1,437 training examples" in capsys.readouterr().out

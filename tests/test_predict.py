@@ -79,12 +79,12 @@ def autoencoder(tmp_path_factory):
         return {"mean": inputs["image"].astype("float32").mean((1, 2, 3))[:, None] / 255 + 0 * inputs["index"][:, None]}
 
     def decode(_, inputs):
-        grey = inputs["latents"][:, :, None, None]
-        return {"image": jax.numpy.broadcast_to(grey, (grey.shape[0], 4, 6, 1))}
+        gray = inputs["latents"][:, :, None, None]
+        return {"image": jax.numpy.broadcast_to(gray, (gray.shape[0], 4, 6, 1))}
 
     def sample(_, inputs):
-        grey = (inputs["seed"].astype("float32") + inputs["index"]) / 255
-        return {"image": jax.numpy.broadcast_to(grey[:, None, None, None], (*grey.shape, 4, 6, 1))}
+        gray = (inputs["seed"].astype("float32") + inputs["index"]) / 255
+        return {"image": jax.numpy.broadcast_to(gray[:, None, None, None], (*gray.shape, 4, 6, 1))}
 
     functions = {
         "encode": Function(encode, {"image": ("b, 4, 6, 1", "uint8"), "index": ("b", "int32")}, ""),
@@ -99,7 +99,7 @@ def _save(path, array, **options):
     return str(path)
 
 
-def _colours(tmp_path, count=3):
+def _colors(tmp_path, count=3):
     """Files that are red, green, blue, and so on."""
     return [
         _save(tmp_path / f"{i}.png", np.full(SHAPE, np.uint8(80)) + np.eye(3, dtype="u1")[i % 3] * 100)
@@ -112,16 +112,16 @@ def test_nothing_of_research_is_imported(classifier, tmp_path, env):
         "import sys; sys.modules |= dict.fromkeys(('research', 'experiments', 'flax', 'optax')); "
         "from launch import predict; predict.main(sys.argv[1:])"
     )
-    args = [sys.executable, "-c", code, f"--artifact={classifier}", *_colours(tmp_path)]
+    args = [sys.executable, "-c", code, f"--artifact={classifier}", *_colors(tmp_path)]
     done = subprocess.run(args, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert [line.split("  ")[1].split(" ")[0] for line in done.stdout.splitlines()] == ["red", "green", "blue"]
     assert "3 images" in done.stderr
 
 
-@pytest.mark.parametrize("count", [1, predict._AT_ONCE + 1])
+@pytest.mark.parametrize("count", [1, predict._BATCH_SIZE + 1])
 def test_classes_and_their_probabilities(classifier, tmp_path, capsys, count):
-    paths = _colours(tmp_path, count)
+    paths = _colors(tmp_path, count)
     predict.run([f"--artifact={classifier}", *paths])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == count
@@ -135,7 +135,7 @@ def test_classes_and_their_probabilities(classifier, tmp_path, capsys, count):
 def test_one_odd_image_of_several_ends_it_before_anything_is_said(classifier, tmp_path, capsys):
     (tmp_path / "odd.png").write_text("no image")
     with pytest.raises(SystemExit) as exit_:
-        predict.main([f"--artifact={classifier}", *_colours(tmp_path), str(tmp_path / "odd.png")])
+        predict.main([f"--artifact={classifier}", *_colors(tmp_path), str(tmp_path / "odd.png")])
     output = capsys.readouterr()
     assert (exit_.value.code, output.out) == (2, "")
     (line,) = output.err.splitlines()
@@ -181,8 +181,8 @@ def test_an_autoencoder_writes_what_it_makes(autoencoder, tmp_path, capsys):
     assert printed == [str(tmp_path / "o" / f"000{i}-x.png") for i in range(2)]
     np.testing.assert_array_equal(np.asarray(Image.open(printed[1])), np.full((4, 6), 100))
     predict.run([f"--artifact={autoencoder}", f"--out={tmp_path / 's'}", "--num_samples=3", "--sample_seed=7"])
-    greys = [int(np.asarray(Image.open(path))[0, 0]) for path in capsys.readouterr().out.splitlines()]
-    assert greys == [7, 8, 9]
+    grays = [int(np.asarray(Image.open(path))[0, 0]) for path in capsys.readouterr().out.splitlines()]
+    assert grays == [7, 8, 9]
 
 
 def _changed(classifier, folder, change):
@@ -208,15 +208,18 @@ def _no_program(manifest, folder):
             lambda m, _: m["files"]["weights.safetensors"].update(sha256="0"),
             "weights.safetensors does not match its checksum",
         ),
-        (lambda m, _: m.update(functions={"f": m["functions"]["classify"]}), "has f, which launch.predict has no use"),
-        (lambda m, _: m.update(platforms=["tpu"]), "is for tpu, and jax runs on cpu here"),
+        (
+            lambda m, _: m.update(functions={"f": m["functions"]["classify"]}),
+            "has the functions f, which launch.predict does not support",
+        ),
+        (lambda m, _: m.update(platforms=["tpu"]), "is for tpu, but jax runs on cpu here"),
         (_no_program, "programs cannot be read by jax"),
     ],
 )
 def test_an_artifact_that_is_not_right_gets_one_line(classifier, tmp_path, capsys, change, words):
     _changed(classifier, tmp_path / "a", change)
     with pytest.raises(SystemExit) as exit_:
-        predict.main([f"--artifact={tmp_path / 'a'}", *_colours(tmp_path, 1)])
+        predict.main([f"--artifact={tmp_path / 'a'}", *_colors(tmp_path, 1)])
     output = capsys.readouterr()
     assert (exit_.value.code, output.out) == (2, "")
     (line,) = output.err.splitlines()
@@ -228,21 +231,21 @@ def test_an_artifact_that_is_not_right_gets_one_line(classifier, tmp_path, capsy
     ("kind", "args", "words"),
     [
         ("classifier", [], "give images to classify"),
-        ("classifier", ["--prompt=a"], "--prompt: of no use to this artifact, which has classify"),
+        ("classifier", ["--prompt=a"], "--prompt does not apply to this artifact, whose functions are classify"),
         ("classifier", ["--runtme=jax"], "unrecognized arguments: --runtme=jax"),
         ("classifier", ["--runtime=tvm"], "invalid choice: 'tvm'"),
         ("classifier", ["--num_samples=0"], "'0' is not a number of 1 or more"),
-        ("language_model", ["x.png"], "images: of no use to this artifact, which has step"),
-        ("language_model", ["--prompt=aZ"], "has never seen the character 'Z'"),
-        ("language_model", ["--prompt=a\udce9"], r"has never seen the character '\udce9'"),
+        ("language_model", ["x.png"], "images does not apply to this artifact, whose functions are step"),
+        ("language_model", ["--prompt=aZ"], "was not trained on the character 'Z'"),
+        ("language_model", ["--prompt=a\udce9"], r"was not trained on the character '\udce9'"),
         ("language_model", ["--top_p=2"], "'2' is not a number of 0 to 1"),
         ("language_model", ["--temperature=nan"], "'nan' is not a number of 0 or more"),
         ("language_model", ["--length=x"], "'x' is not a number of 1 or more"),
         ("autoencoder", ["--out=o"], "give either images to reconstruct, or --num_samples"),
-        ("autoencoder", ["--num_samples=2"], "--out=DIR must say where the images go"),
+        ("autoencoder", ["--num_samples=2"], "give --out=DIR"),
         ("autoencoder", ["--out=o", "--sample_seed=1", "x.png"], "--sample_seed is for --num_samples"),
         ("autoencoder", ["--out=.", "--num_samples=2"], "--out=. exists and is not an empty folder"),
-        ("autoencoder", ["--out=file/o", "--num_samples=2"], "--out=file/o could not be made: Not a directory"),
+        ("autoencoder", ["--out=file/o", "--num_samples=2"], "--out=file/o cannot be created: Not a directory"),
     ],
 )
 def test_options_that_do_not_apply_are_refused(request, tmp_path, monkeypatch, kind, args, words):
@@ -261,7 +264,7 @@ def test_a_prompt_may_be_bytes_that_the_network_knows():
 
 
 def test_a_file_name_may_be_any_bytes(classifier, tmp_path, capsys):
-    (image,) = _colours(tmp_path, 1)
+    (image,) = _colors(tmp_path, 1)
     odd = str(tmp_path / "caf\udce9.png")
     shutil.copy(image, odd)
     predict.run([f"--artifact={classifier}", odd])

@@ -43,7 +43,7 @@ def test_a_batch_that_cannot_be_shared_is_named(env):
     args = ["--mode=strong", "--devices=1,5"]
     done = subprocess.run([*SCALING, *args], env=env, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "--config.batch_size=96 cannot be shared by 5 devices" in done.stderr
+    assert "--config.batch_size=96 cannot be split over 5 devices" in done.stderr
 
 
 def test_a_process_has_one_device_whatever_this_one_was_told(monkeypatch):
@@ -54,7 +54,7 @@ def test_a_process_has_one_device_whatever_this_one_was_told(monkeypatch):
 
 
 def test_processes_that_shall_not_meet_are_refused():
-    with pytest.raises(UserError, match="the processes are to communicate; leave it out"):
+    with pytest.raises(UserError, match="the processes must communicate; leave it out"):
         scaling.run(["experiments.cifar_cnn", *DIGITS, "--config.distributed.start=never"])
 
 
@@ -126,7 +126,7 @@ def test_a_signal_ends_the_processes_too(started, tmp_path, monkeypatch):
     [
         ("print('error: no memory'); print('W0101 noise'); sys.exit(5)", 5, "process 0 of 1 failed: error: no memory"),
         ("raise ValueError('a defect')", 1, "process 0 of 1 failed: ValueError: a defect"),
-        ("os.kill(os.getpid(), 9)", 137, "process 0 of 1 was ended by SIGKILL: in silence"),
+        ("os.kill(os.getpid(), 9)", 137, "process 0 of 1 was killed by SIGKILL: it printed nothing"),
     ],
 )
 def test_the_exit_code_is_that_of_the_process_that_failed(ends, code, said, tmp_path, monkeypatch, capsys):

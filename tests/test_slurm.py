@@ -155,7 +155,7 @@ def test_the_script_says_what_was_asked(env, tmp_path):
 def test_without_slurm_it_says_so(env, tmp_path):
     done = subprocess.run([*SLURM, *DIGITS], env=env | {"PATH": str(tmp_path)}, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "there is no sbatch on this machine" in done.stderr
+    assert "sbatch is not installed on this machine" in done.stderr
     assert not (tmp_path / "runs").exists()
 
 
@@ -181,7 +181,7 @@ def test_a_controller_that_does_not_answer_is_asked_again(last, code, tmp_path, 
         script.write_text(f"#!/bin/sh\n{fails}\n{known}{answer}\n")
         script.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    monkeypatch.setattr(slurm_launcher, "_SECONDS_BETWEEN_LOOKS", 0.01)
+    monkeypatch.setattr(slurm_launcher, "_POLL_SECONDS", 0.01)
     assert slurm_launcher._follow("77", tmp_path / "log") == code
     assert "job 77: unknown (timed out)\n" in capsys.readouterr().err
 

@@ -161,7 +161,7 @@ def test_the_runtime_is_the_accelerators(accelerator, runtime):
     [
         (["fly"], "unexpected 'fly': the first argument is one of up, run, create"),
         (["create", "--accelerator=tpu7x-8"], "use launch.gke"),
-        (["create", "--accelerator=v9-8"], "another needs --runtime"),
+        (["create", "--accelerator=v9-8"], "for another one give --runtime"),
         (["create", "--zoen=x"], "unexpected '--zoen=x'"),
         (["run", "experiments.cifar_cnn", "--workdir=here"], "give gs://BUCKET/FOLDER"),
         (["run", "experiments.nothing", "--workdir=gs://b/x"], "cannot import experiments.nothing"),

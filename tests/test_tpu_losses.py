@@ -63,7 +63,7 @@ def up(tmp_path, monkeypatch, capfd):
     (root / "gcloud").write_text(GCLOUD.format(python=sys.executable, root=root))
     (root / "gcloud").chmod(0o755)
     monkeypatch.setenv("PATH", f"{root}:{os.environ['PATH']}")
-    monkeypatch.setattr(tpu, "_SECONDS_BETWEEN_LOOKS", 0.01)
+    monkeypatch.setattr(tpu, "_POLL_SECONDS", 0.01)
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
     monkeypatch.chdir(tmp_path)
 
@@ -111,20 +111,20 @@ def test_there_are_no_more_replacements_than_allowed(up, fate):
     code, called, errors = up("--max_restarts=2", fates=[fate] * 9)
     assert (code, called.count("create"), called.count("delete")) == (143, 3, 3)
     assert errors.count(": restart ") == 2
-    assert "error: the TPU was preempted, and --max_restarts=2 allows no other: the same command goes on" in errors
+    assert "error: the TPU was preempted, and --max_restarts=2 allows no more: the same command resumes" in errors
 
 
 @pytest.mark.parametrize("fate", ["create CREATING", "scp READY", "ssh READY"])
 def test_a_setup_that_fails_by_itself_is_not_tried_again(up, fate):
     code, called, errors = up(fates=[fate])
     assert (code, called.count("create"), called[-1]) == (2, 1, "delete")
-    assert "failed with exit code 1: what it said stands above" in errors
+    assert "failed with exit code 1: see its output above" in errors
 
 
 def test_a_queued_resource_that_failed_says_why_and_ends(up):
     code, called, errors = up("--queued", fates=["describe FAILED"])
     assert (code, called.count("create"), called[-1]) == (2, 1, "delete")
-    assert "the queued resource failed, for the reason that stands above" in errors
+    assert "the queued resource failed for the reason shown above" in errors
 
 
 def test_what_is_left_of_a_lost_one_makes_room(up):
@@ -137,14 +137,14 @@ def test_what_is_left_of_a_lost_one_makes_room(up):
 def test_one_that_somebody_may_use_is_left_alone(up, state):
     code, called, errors = up(state=state)
     assert (code, called) == (2, ["describe"])
-    assert f"--name=t: there is such a TPU already ({state.lower()}); `run` uses it" in errors
+    assert f"--name=t: this TPU exists already ({state.lower()}): use it with `run`" in errors
 
 
 def test_one_that_somebody_made_meanwhile_is_left_alone(up):
     code, called, errors = up(fates=["taken"])
     assert (code, called) == (2, ["describe", "create", "describe"])
     assert "ALREADY_EXISTS" in errors
-    assert "failed with exit code 1: what it said stands above" in errors
+    assert "failed with exit code 1: see its output above" in errors
 
 
 def test_one_that_could_not_be_deleted_at_once_is_deleted_before_the_next(up):
@@ -158,7 +158,7 @@ def test_one_that_could_not_be_deleted_at_once_is_deleted_before_the_next(up):
 def test_nothing_is_created_where_gcloud_cannot_say_what_there_is(up):
     code, called, errors = up(state="UNKNOWN")
     assert (code, called) == (2, ["describe"])
-    assert "gcloud cannot say whether there is a TPU of this name" in errors
+    assert "gcloud cannot tell whether a TPU with this name exists" in errors
 
 
 def test_a_signal_deletes_it(up):
@@ -170,19 +170,19 @@ def test_a_signal_deletes_it(up):
 def test_one_that_cannot_be_deleted_is_named(up):
     code, called, errors = up("--max_restarts=0", fates=["scp STUCK"])
     assert (code, called[-2:]) == (143, ["delete", "describe"])
-    assert "the TPU may still be there, and cost: `gcloud compute tpus tpu-vm delete t --quiet` deletes it" in errors
+    assert "the TPU may still exist and incur costs: `gcloud compute tpus tpu-vm delete t --quiet` deletes it" in errors
 
 
 def test_what_cannot_be_packed_creates_nothing(up, tmp_path, monkeypatch):
     monkeypatch.setenv("GIT_DIR", str(tmp_path / "none"))
     code, called, errors = up()
     assert (code, called) == (2, [])
-    assert "is no git checkout, by which `setup` knows what to copy" in errors
+    assert "is not a git checkout, from which `setup` takes the files to copy" in errors
 
 
 def test_without_gcloud_it_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match="there is no gcloud on this machine"):
+    with pytest.raises(UserError, match="gcloud is not installed on this machine"):
         tpu.run(["status"])
 
 
@@ -230,5 +230,5 @@ def test_stop_ends_what_run_started_once_it_has_saved(args, tmp_path):
     assert run.communicate(timeout=30)[0] == "saved\n"
     assert run.returncode == 143
     nothing = host(commands.stop())
-    assert nothing.communicate(timeout=30)[1].startswith("nothing runs on ")
+    assert nothing.communicate(timeout=30)[1].startswith("no process to stop on ")
     assert nothing.returncode == 1

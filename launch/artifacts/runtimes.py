@@ -1,4 +1,4 @@
-"""The programs of an artifact, compiled and run by JAX or by IREE: `runtime(function, inputs)` gives its outputs."""
+"""Compiles and runs the programs of an artifact with JAX or IREE: `outputs = runtime(function, inputs)`."""
 
 import time
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ Arrays = dict[str, np.ndarray]
 
 
 def described(exported: export.Exported) -> dict[str, Any]:
-    """The inputs and outputs of a program, each with its shape, in which "b" is any number of examples, and dtype."""
+    """Shapes and dtypes of a program's inputs and outputs; the size "b" is the batch size, which may be any."""
     _, inputs = jax.tree.unflatten(exported.in_tree, exported.in_avals)[0]
     outputs = jax.tree.unflatten(exported.out_tree, exported.out_avals)
     return {kind: _shapes(avals) for kind, avals in (("inputs", inputs), ("outputs", outputs))}
@@ -29,22 +29,22 @@ def _shapes(avals: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _agrees(exported: export.Exported, function: Mapping[str, Any], manifest: Mapping[str, Any]) -> bool:
-    """Whether a program is what the manifest says of it."""
-    said = {kind: function[kind] for kind in ("inputs", "outputs")}
+    """Whether a program has the inputs, outputs, weights and platforms that the manifest lists."""
+    listed = {kind: function[kind] for kind in ("inputs", "outputs")}
     weights = jax.tree.unflatten(exported.in_tree, exported.in_avals)[0][0]
-    return (described(exported), _shapes(weights)) == (said, manifest["weights"]) and (
+    return (described(exported), _shapes(weights)) == (listed, manifest["weights"]) and (
         set(manifest["platforms"]) <= set(exported.platforms)
     )
 
 
 class Runtime:
-    """What the runtimes share. A function is compiled for each batch size, once; `compile_seconds` is their sum.
+    """Base class. Each function is compiled once per batch size; `compile_seconds` is the total.
 
     Args:
-      artifact: as `artifact.read` gave it.
+      artifact: the artifact, from `artifact.read`.
 
     Raises:
-      ArtifactError: this jax cannot read its programs, or cannot run them on this machine's devices.
+      ArtifactError: this version of jax cannot read the programs, or they do not run on this machine's devices.
     """
 
     name = ""
@@ -52,26 +52,26 @@ class Runtime:
     def __init__(self, artifact: Artifact):
         try:
             self._exported = {n: export.deserialize(bytearray(p)) for n, p in artifact.programs.items()}
-        except Exception as error:  # whatever its parser meets
-            made = artifact.manifest.get("versions")
+        except Exception as error:  # the parser may raise anything
+            versions = artifact.manifest.get("versions")
             raise ArtifactError(
                 f"the artifact's programs cannot be read by jax {jax.__version__} ({type(error).__name__}): it was "
-                f"written with {made}; use no older jax"
+                f"written with {versions}; use the same or a newer jax"
             ) from None
         functions = artifact.manifest["functions"]
         for name, exported in self._exported.items():
             if not _agrees(exported, functions[name], artifact.manifest):
-                raise ArtifactError(f"the artifact was changed: {name} is not what its manifest says; export it again")
+                raise ArtifactError(f"the artifact was changed: {name} does not match its manifest; export it again")
         self._weights = artifact.weights
         self._compiled: dict[Any, Any] = {}
         self.compile_seconds = 0.0
 
     def __call__(self, function: str, inputs: Arrays) -> Arrays:
-        """The outputs of a function, by name.
+        """Runs a function; returns its outputs by name.
 
         Args:
-          function: one of the manifest's.
-          inputs: by name, of the manifest's shapes and dtypes; all that have a batch size, the same.
+          function: the name of a function in the manifest.
+          inputs: arrays by name, with the manifest's shapes and dtypes, and one batch size.
         """
         key = function, tuple(sorted((name, x.shape) for name, x in inputs.items()))
         if key not in self._compiled:
@@ -80,7 +80,7 @@ class Runtime:
                 self._compiled[key] = self._compile(self._exported[function], inputs)
             except ArtifactError:
                 raise
-            except Exception as error:  # a compiler's own
+            except Exception as error:  # compilers raise many types
                 reason = " ".join(str(error).split())[:200]
                 raise ArtifactError(
                     f"{function} cannot be compiled by {self.name} ({reason}): export it again"
@@ -96,16 +96,16 @@ class Runtime:
 
 
 class JaxRuntime(Runtime):
-    """Runs on the devices that this machine's jax has."""
+    """Runs on JAX's default device."""
 
     def __init__(self, artifact: Artifact):
         super().__init__(artifact)
         platform = jax.default_backend()
         self.name = f"jax on {platform}"
-        able = {platform} | ({"cuda", "rocm"} if platform == "gpu" else set())
-        if not able & set(artifact.manifest["platforms"]):
+        platforms = {platform} | ({"cuda", "rocm"} if platform == "gpu" else set())
+        if not platforms & set(artifact.manifest["platforms"]):
             raise ArtifactError(
-                f"the artifact is for {', '.join(artifact.manifest['platforms'])}, and jax runs on {platform} here: "
+                f"the artifact is for {', '.join(artifact.manifest['platforms'])}, but jax runs on {platform} here: "
                 "set JAX_PLATFORMS=cpu, or use --runtime=iree"
             )
         self._weights = jax.device_put(artifact.weights)
@@ -120,7 +120,7 @@ class JaxRuntime(Runtime):
 class IreeRuntime(Runtime):
     """Compiles the same StableHLO with IREE for this machine's CPU, and runs it outside JAX.
 
-    JAX reads the program and, as IREE compiles loops best of known shapes, writes the batch size into it; no more.
+    JAX only parses the program and substitutes the batch size, since IREE optimizes loops better with static shapes.
     """
 
     name = "iree on llvm-cpu"
@@ -134,12 +134,12 @@ class IreeRuntime(Runtime):
             raise ArtifactError('--runtime=iree needs IREE: pip install "meshwork[iree]"') from None
         self._compiler, self._runtime = tools, runtime
         self._config = runtime.Config("local-task")
-        flat = jax.tree.leaves(artifact.weights)  # in the order of their names, as the programs take them
+        flat = jax.tree.leaves(artifact.weights)  # sorted by name, the order in which the programs take them
         self._flat = [runtime.asdevicearray(self._config.device, x) for x in flat]
 
     def _compile(self, exported: export.Exported, inputs: Arrays) -> Any:
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (self._weights, inputs))
-        # For the platform "cpu": of what has two forms, IREE gets the one for CPUs.
+        # For the platform "cpu", so that layers with a separate CPU form use it.
         fixed = export.export(jax.jit(exported.call), platforms=["cpu"])(*shapes)
         module = mlir.refine_polymorphic_shapes(fixed.mlir_module().encode(), enable_shardy=True)
         try:

@@ -1,10 +1,10 @@
-"""What `launch.predict` asks of an artifact's functions: one that is put together wrongly is refused in words."""
+"""The functions that `launch.predict` calls, with the inputs and outputs that it expects of them."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-# By function: its inputs and outputs, each with its shape and how the name of its dtype begins. "b" is any number of
-# examples, "classes" how many of them the manifest has, 0 any number.
+# For each function the (inputs, outputs), each with its shape and a prefix of its dtype's name. Sizes: "b" is the batch
+# size, "classes" the number of classes in the manifest, 0 any size.
 _IMAGE = ("b", 0, 0, 0)
 _SIGNATURES: dict[str, tuple[dict[str, tuple[tuple, str]], dict[str, tuple[tuple, str]]]] = {
     "classify": ({"image": (_IMAGE, "uint8")}, {"logits": (("b", "classes"), "float")}),
@@ -16,19 +16,19 @@ _SIGNATURES: dict[str, tuple[dict[str, tuple[tuple, str]], dict[str, tuple[tuple
 
 
 def check(manifest: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Raises `ValueError` where one of these functions is not what `launch.predict` calls.
+    """Raises `ValueError` if a function does not have the signature that `launch.predict` expects.
 
     Args:
-      manifest: of the form that `artifact.read` has checked.
-      names: of some of its functions.
+      manifest: an artifact's manifest.
+      names: the functions to check.
     """
     functions = {name: manifest["functions"][name] for name in names}
     for name, function in functions.items():
         inputs, outputs = _SIGNATURES[name]
-        if name == "step":  # and its memory, which it gives back as it took it
-            memory = {n: x for n, x in function["inputs"].items() if n not in inputs}
-            if any(function["outputs"].get(n) != x or x["shape"][:1] != ["b"] for n, x in memory.items()):
-                raise ValueError("step does not give its memory back as it took it")
+        if name == "step":  # its other inputs are the recurrent state, which it must return with the same shapes
+            state = {n: x for n, x in function["inputs"].items() if n not in inputs}
+            if any(function["outputs"].get(n) != x or x["shape"][:1] != ["b"] for n, x in state.items()):
+                raise ValueError("step does not return its state with the shapes of its inputs")
             if not all(len(c) == 1 and ord(c) < 256 for c in manifest["classes"]):
                 raise ValueError("the classes of a language model are not bytes")
         elif function["inputs"].keys() != inputs.keys():
@@ -39,7 +39,7 @@ def check(manifest: Mapping[str, Any], names: Iterable[str]) -> None:
                 if not _fits(has, shape, dtype, len(manifest["classes"])):
                     raise ValueError(f"{name} has for {part} {has['dtype']} {has['shape']}")
     if "encode" in functions and functions["encode"]["outputs"]["mean"] != functions["decode"]["inputs"]["latents"]:
-        raise ValueError("decode does not take what encode gives")
+        raise ValueError("decode does not take what encode returns")
 
 
 def _fits(has: Mapping[str, Any], shape: tuple, dtype: str, classes: int) -> bool:

@@ -1,1 +1,1 @@
-"""The engine of `launch.plan`: the train step compiled ahead of time for devices that are not here."""
+"""The engine of `launch.plan`: compiles the train step ahead of time for hardware that is not available here."""

@@ -1,7 +1,7 @@
-"""GPUs as XLA's CUDA compiler wants them described where there are none: the text of a `GpuTargetConfigProto`.
+"""Descriptions of GPUs for compiling with XLA:GPU on a machine without one: `GpuTargetConfigProto` in text format.
 
-The figures are the driver's own for these GPUs, as NVIDIA's white papers of the A100 and the H100 have them; the field
-names are of https://github.com/openxla/xla/blob/main/xla/stream_executor/device_description.proto.
+The values are those that the driver reports for these GPUs, as in NVIDIA's white papers on the A100 and the H100. The
+field names are those of https://github.com/openxla/xla/blob/main/xla/stream_executor/device_description.proto.
 """
 
 _TARGET = """

@@ -1,7 +1,8 @@
-"""What a step of a compiled program does, read from its HLO text: collectives, and costs with the loops counted.
+"""Reads the collectives and the cost of one train step from the HLO text of a compiled program.
 
-XLA's own cost analysis counts a loop's body once, whatever its number of turns. The program of `Steps.train_steps` is a
-loop over steps whose number is an input: its body is the step, and what is done once before it is no part of it.
+XLA's own cost analysis counts the body of a loop once, whatever its trip count; here every iteration counts. The
+program of `Steps.train_steps` is a loop over steps whose trip count is an argument: its body is the step. Work outside
+of this loop is not part of a step.
 """
 
 import collections
@@ -30,15 +31,15 @@ _SHAPE = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """An exchange between devices.
+    """A collective operation.
 
     Attributes:
-      kind: as XLA calls it, "all-reduce" and so on.
-      bytes: of the whole array that is reduced, gathered or scattered; of a permute what each device sends; between
-        slices what each device has of the array there.
-      group: the first of the groups of devices that exchange, by their number in the mesh; () between slices.
-      count: how often a step does it.
-      slices: between how many slices of TPUs, through their hosts; 0: it is within them.
+      kind: XLA's name, "all-reduce" and so on.
+      bytes: size of the whole array that is reduced, gathered or scattered; for a permute, the bytes that each device
+        sends; between slices, each device's part of the array.
+      group: the first of its device groups, as indices in the mesh; () between slices.
+      count: how many times a step executes it.
+      slices: the number of TPU slices that it spans, through their hosts; 0: it stays within a slice.
     """
 
     kind: str
@@ -49,10 +50,10 @@ class Collective:
 
 
 class Program:
-    """A compiled program, and the step that it repeats.
+    """A compiled program, and the train step in it.
 
     Args:
-      text: its optimised HLO, as `compiled.as_text()` gives it.
+      text: the optimized HLO, from `compiled.as_text()`.
     """
 
     def __init__(self, text: str):
@@ -72,10 +73,10 @@ class Program:
         partitions = re.search(r"num_partitions=(\d+)", text.partition("\n")[0])
         self._num_devices = int(partitions[1]) if partitions else 1
         self._root = self._step()
-        self._turns = self._count_turns()
+        self._executions = self._count_executions()
 
     def _loops(self) -> Iterator[tuple[str, str, int | None]]:
-        """(computation it is in, its body, its turns) of each loop."""
+        """(enclosing computation, body, trip count) of each loop; a trip count of None is an argument."""
         for name, lines in self._bodies.items():
             for line in lines:
                 body = re.search(r" while\(.*body=%?([\w.\-]+)", line)
@@ -83,50 +84,50 @@ class Program:
                     yield name, body[1], self._trips(line)
 
     def _step(self) -> str:
-        """The computation that is one step: the body of the loop whose turns are an input, or the program."""
-        # The outermost comes last; there may be others within it, as in drawing random numbers.
+        """The computation of one step: the body of the loop whose trip count is an argument, or else the entry."""
+        # The outermost such loop comes last. Loops inside it, as in random number generation, come before.
         return [self._entry, *(body for _, body, trips in self._loops() if trips is None)][-1]
 
     def _calls(self, name: str) -> Iterator[tuple[str, int]]:
-        """(computation, times) that a computation calls at each of its own turns."""
+        """(computation, times) that one execution of a computation calls."""
         for line in self._bodies[name]:
             if re.search(r"-(done|update)\(", line):
-                continue  # of what its -start has called
+                continue  # its -start has been counted
             times = (self._trips(line) or 1) if " while(" in line else 1
-            for one, several in _CALLED.findall(line):
-                for called in [one] if one else re.findall(r"[\w.\-]+", several):
+            for single, branches in _CALLED.findall(line):
+                for called in [single] if single else re.findall(r"[\w.\-]+", branches):
                     yield called, times
 
     def _trips(self, line: str) -> int | None:
-        """Turns of a loop: as the compiler notes them, else the constant that its condition has; None: an input."""
-        noted = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-        if noted:
-            return int(noted[1])
+        """A loop's trip count: as annotated by the compiler, else the constant in its condition; None: an argument."""
+        annotated = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+        if annotated:
+            return int(annotated[1])
         condition = re.search(r"condition=%?([\w.\-]+)", line)
         lines = self._bodies[condition[1]] if condition else []
         constants = [int(n) for line in lines for n in re.findall(r" = [su]\d+\[\]\S* constant\((\d+)\)", line)]
         return max(constants, default=None)
 
-    def _count_turns(self) -> collections.Counter[str]:
-        """How often each computation runs in a step."""
-        turns = collections.Counter({self._root: 1})
-        # HLO text has what is called before what calls it.
+    def _count_executions(self) -> collections.Counter[str]:
+        """How many times each computation is executed in a step."""
+        executions = collections.Counter({self._root: 1})
+        # In HLO text a computation comes before its callers, so this order visits callers first.
         for name in reversed(self._bodies):
             for called, times in self._calls(name):
-                turns[called] += turns[name] * times
-        return turns
+                executions[called] += executions[name] * times
+        return executions
 
     def cost(self) -> dict[str, float]:
-        """{"flops", "bytes accessed"} of a step of one device, by XLA's analysis, each turn of each loop counted."""
-        total = {key: value + self._library[key] for key, value in self._analysed(self._root).items()}
+        """{"flops", "bytes accessed"} of one step on one device: XLA's cost analysis, every iteration counted."""
+        total = {key: value + self._library_cost[key] for key, value in self._analyze(self._root).items()}
         for name, body, trips in self._loops():
-            if more := self._turns[name] * ((trips or 1) - 1):
-                total = {key: value + more * self._analysed(body)[key] for key, value in total.items()}
+            if more := self._executions[name] * ((trips or 1) - 1):
+                total = {key: value + more * self._analyze(body)[key] for key, value in total.items()}
         return total
 
     @functools.cached_property
-    def _library(self) -> dict[str, float]:
-        """What the convolutions and products that XLA:GPU leaves to cuDNN and cuBLAS cost: its analysis passes over."""
+    def _library_cost(self) -> dict[str, float]:
+        """The cost of calls to cuDNN and cuBLAS, which XLA's analysis ignores."""
         flops = moved = 0.0
         for name, lines in self._bodies.items():
             defined = [re.match(r"\s*(?:ROOT )?%?(\S+) = (\S+)", line) for line in lines]
@@ -136,18 +137,20 @@ class Program:
                 if found:
                     arrays = [found[1], *(shapes[one] for one in re.findall(r"%([\w.\-]+)", found[2]))]
                     work = _convolution if found.re is _CUDNN else _product
-                    flops += self._turns[name] * work(arrays, *found.groups()[2:])
-                    moved += self._turns[name] * sum(_bytes(one, "", started=False) for one in arrays)
+                    flops += self._executions[name] * work(arrays, *found.groups()[2:])
+                    moved += self._executions[name] * sum(_bytes(one, "", started=False) for one in arrays)
         return {"flops": flops, "bytes accessed": moved}
 
-    def _analysed(self, name: str) -> dict[str, float]:
-        """XLA's analysis of one computation, as if it were the whole program."""
+    def _analyze(self, name: str) -> dict[str, float]:
+        """XLA's cost analysis of one computation, as if it were the entry."""
         if name in self._costs:
             return self._costs[name]
         import jax
         from jaxlib import _hlo, _jax  # pyright: ignore[reportAttributeAccessIssue]
 
-        text = "HloModule one\n" + self._text.partition("\n")[2]  # the first line has the entry's layout
+        text = (
+            "HloModule one\n" + self._text.partition("\n")[2]
+        )  # without the first line, which has the old entry's layout
         text = text.replace("\nENTRY %", "\n%").replace(f"\n%{name} (", f"\nENTRY %{name} (")
         module = _hlo.hlo_module_from_text(text)
         found = _jax.hlo_module_cost_analysis(jax.devices("cpu")[0].client, module)
@@ -155,21 +158,23 @@ class Program:
         return self._costs[name]
 
     def collectives(self) -> list[Collective]:
-        """Those of a step, the largest first; equal ones are one entry."""
+        """The collectives of a step, largest first; equal ones are merged."""
         counts: collections.Counter[tuple[str, int, tuple[int, ...], int]] = collections.Counter()
         chains = set()
         for name, lines in self._bodies.items():
             for line in lines:
-                if not self._turns[name]:
+                if not self._executions[name]:
                     continue
                 between = _BETWEEN_SLICES.search(line)
                 if between:
                     size = _bytes(between[1], "send", started=False)
-                    counts[between[3].lower().replace("_", "-"), size, (), _length(between[2])] += self._turns[name]
+                    counts[between[3].lower().replace("_", "-"), size, (), _length(between[2])] += self._executions[
+                        name
+                    ]
                 found = _COLLECTIVE.search(line)
                 if not found:
                     continue
-                # libtpu spreads one over several fusions, each of which has it.
+                # libtpu splits a collective over several fusions, each of which lists it.
                 chain = re.search(r'chain_id="(\d+)"', line)
                 if chain and (chain[1], found[2]) in chains:
                     continue
@@ -180,28 +185,28 @@ class Program:
                 kind, size = found[2], _bytes(found[1], found[2], started=bool(found[3]))
                 if kind == "reduce-scatter":
                     size *= len(group)
-                if name.startswith("all-reduce-scatter"):  # what libtpu makes a reduce-scatter of
+                if name.startswith("all-reduce-scatter"):  # libtpu's form of a reduce-scatter
                     kind = "reduce-scatter"
-                counts[kind, size, group, 0] += self._turns[name]
+                counts[kind, size, group, 0] += self._executions[name]
         rows = [Collective(kind, size, group, n, slices) for (kind, size, group, slices), n in counts.items()]
         return sorted(rows, key=lambda row: -row.bytes * row.count)
 
 
 def _convolution(arrays: list[str], labels: str, kind: str) -> float:
-    """Operations of a convolution of cuDNN: its result and operands, the kernel's axes, which of its gradients."""
+    """FLOPs of a cuDNN convolution, from its result and operands, the kernel's axis labels, and its direction."""
     output, kernel = {"Forward": (0, 2), "BackwardInput": (1, 2), "BackwardFilter": (2, 0)}[kind]
     features = _dims(arrays[kernel])[labels.index("o")]
     return 2 * math.prod(_dims(arrays[output])) * math.prod(_dims(arrays[kernel])) / features
 
 
 def _product(arrays: list[str], contracted: str) -> float:
-    """Operations of a product of cuBLAS: its result and operands, the axes of the first that it sums over."""
+    """FLOPs of a cuBLAS product, from its result and operands, and the contracted axes of the first."""
     sides = _dims(arrays[1])
     return 2 * math.prod(_dims(arrays[0])) * math.prod(sides[int(axis)] for axis in re.findall(r"\d+", contracted))
 
 
 def _bytes(shapes: str, kind: str, *, started: bool) -> int:
-    """Of a collective's result; where it is started it has its operands, and some flags, beside its results."""
+    """Size of a collective's result; the tuple of a -start operation also contains its operands and some flags."""
     sizes = [
         math.prod(map(int, filter(None, dims.split(",")))) * int(bits or 8) // 8
         for _, bits, dims in _SHAPE.findall(shapes)
@@ -219,13 +224,13 @@ def _dims(shape: str) -> list[int]:
 
 
 def _length(numbers: str) -> int:
-    """How many numbers there are in a list of numbers and ranges, as in 1,2 or 1:4."""
+    """The length of a list of numbers and ranges, as in 1,2 or 1:4."""
     ends = [list(map(int, part.split(":"))) for part in numbers.split(",")]
     return sum(part[-1] - part[0] + 1 for part in ends)
 
 
 def _group(line: str) -> tuple[int, ...]:
-    """The first group of devices, in any of the ways that HLO writes groups; () for all devices."""
+    """The first device group, in any of HLO's notations; () means all devices."""
     pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}(?:,\{(\d+),(\d+)\})?", line)
     if pairs:
         numbers = [int(n) for n in re.findall(r"\d+", re.search(r"source_target_pairs=\{(.*?)\}\}", line)[1])]  # pyright: ignore[reportOptionalSubscript]
@@ -245,7 +250,7 @@ def _group(line: str) -> tuple[int, ...]:
 
 
 def _named_group(found: re.Match[str]) -> tuple[int, ...]:
-    """The first group along some axes of a mesh, each whole or in part: 'a', or 'a':(before)size."""
+    """The first group along mesh axes, in HLO's notation 'axis' or, for a part of an axis, 'axis':(before)size."""
     axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
     numbers = np.arange(math.prod(axes.values()))
     if found[2]:

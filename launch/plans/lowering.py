@@ -1,4 +1,4 @@
-"""The train steps of an experiment, lowered for devices that need not be there."""
+"""Lowers an experiment's train step for devices that need not exist on this machine."""
 
 import copy
 import dataclasses
@@ -22,12 +22,12 @@ from research.training.steps import Steps
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """What is planned.
+    """An experiment to plan.
 
     Attributes:
-      config: resolved.
-      dataset: as the experiment prepares it.
-      task: what is learned.
+      config: the resolved config.
+      dataset: the data set, prepared by the experiment.
+      task: the training task.
     """
 
     config: Any
@@ -40,7 +40,7 @@ class Workload:
 
     @functools.cached_property
     def num_train_steps(self) -> int:
-        """Of the config as it was given."""
+        """Steps of the whole training, with the batch size of `config`."""
         return epoch_ends(self.num_examples, self.config.batch_size, self.config.num_epochs)[-1]
 
     @property
@@ -49,16 +49,21 @@ class Workload:
 
     @property
     def evaluation_bytes(self) -> int:
-        """Of the held-out splits, where each device holds all data."""
+        """Bytes of the held-out splits on each device, which holds them if the data set is resident."""
         splits = (self.dataset.validation, self.dataset.test) if self.resident else ()
         return sum(array.nbytes for split in splits if split for array in split.values())
 
 
 def load(experiment: Experiment, config: Config, mesh: MeshConfig) -> Workload:
-    """Loads the experiment's data set and builds its task, for a mesh whose sizes are all known.
+    """Loads the experiment's data set and builds its task.
+
+    Args:
+      experiment: the experiment.
+      config: its config.
+      mesh: replaces the config's mesh; without -1.
 
     Raises:
-      UserError: there is no such data, or the config contradicts it or itself.
+      UserError: the data set is not available, or the config contradicts it or itself.
     """
     config = copy.deepcopy(config)
     config.mesh = mesh
@@ -66,16 +71,16 @@ def load(experiment: Experiment, config: Config, mesh: MeshConfig) -> Workload:
 
 
 def lower(workload: Workload, config: Config, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Lowered, TrainState]:
-    """The program of the train steps on a mesh, not compiled yet, and the shapes of its state.
+    """Lowers the train step on a mesh; returns it and the shapes and shardings of its state.
 
     Args:
       workload: the experiment.
-      config: its own, with the batch and the mesh of this step.
-      mesh: over devices of any kind.
+      config: the workload's config, with the batch and mesh sizes of this plan.
+      mesh: a mesh over devices of any kind.
     """
-    given = hyperparams.inputs(config, workload.num_train_steps)
+    hparams = hyperparams.inputs(config, workload.num_train_steps)
     graphdef, _, state = abstract_state(
-        workload.task, hyperparams.make_optimizer(config, given, workload.task.widths), config, mesh
+        workload.task, hyperparams.make_optimizer(config, hparams, workload.task.widths), config, mesh
     )
     steps = Steps(workload.task, graphdef, config, mesh)
     longest = longest_epoch(epoch_ends(workload.num_examples, config.batch_size, config.num_epochs))
@@ -85,14 +90,14 @@ def lower(workload: Workload, config: Config, mesh: jax.sharding.Mesh) -> tuple[
     )
     shape = capacity, config.batch_size // size, size
 
-    def placed(dims: tuple[int, ...], dtype: Any, where: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(dims, dtype, sharding=where)
+    def struct(dims: tuple[int, ...], dtype: Any, placement: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=placement)
 
-    whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh, 2)
+    replicated, sharded = sharding.replicated(mesh), sharding.batch_sharding(mesh, 2)
     arrays = workload.dataset.train
-    resident = {n: placed(x.shape, x.dtype, whole) for n, x in arrays.items() if workload.resident}
-    streamed = {n: placed((*shape, *x.shape[1:]), x.dtype, rows) for n, x in arrays.items() if not workload.resident}
-    inputs = {name: placed(shape, np.int32, rows) for name in ("index", "epoch")} | streamed
-    scalars = placed((), np.int32, whole), jax.tree.map(lambda x: placed(x.shape, x.dtype, whole), given)
+    resident = {n: struct(x.shape, x.dtype, replicated) for n, x in arrays.items() if workload.resident}
+    streamed = {n: struct((*shape, *x.shape[1:]), x.dtype, sharded) for n, x in arrays.items() if not workload.resident}
+    inputs = {name: struct(shape, np.int32, sharded) for name in ("index", "epoch")} | streamed
+    scalars = struct((), np.int32, replicated), jax.tree.map(lambda x: struct(x.shape, x.dtype, replicated), hparams)
     with jax.set_mesh(mesh):
         return steps.jit_train(state).lower(state, resident, inputs, *scalars), state

@@ -1,4 +1,4 @@
-"""Plans: the train step compiled for each topology, and what its program says."""
+"""Compiles the train step for each topology, and derives the plan from the compiled program."""
 
 import contextlib
 import copy
@@ -24,13 +24,13 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """One program for one device of a topology.
+    """A compiled train step.
 
     Attributes:
-      state: its shapes, and where they lie.
-      program: what was compiled; None where it does not fit the memory.
-      bytes_per_device: that the program takes, or would.
-      seconds: that compiling took.
+      state: shapes and shardings of the train state.
+      program: the compiled program; None if it does not fit in memory.
+      bytes_per_device: peak memory of the program, or an estimate if it does not fit.
+      seconds: the compilation time.
     """
 
     state: TrainState
@@ -40,42 +40,42 @@ class Compiled:
 
 
 class Planner:
-    """Compiles the train step of one experiment for topologies.
+    """Compiles the train step of one experiment for several topologies.
 
     Args:
-      experiment: what is planned.
-      config: as its flags have it.
-      wanted: the topologies, and the experiment's config with the batch and the mesh for each.
+      experiment: the experiment.
+      config: its unresolved config.
+      wanted: the topologies, each with the experiment's config for it (batch and mesh sizes).
 
     Raises:
-      UserError: libtpu is missing, a mesh or batch does not suit its topology, or the experiment's data cannot be had.
+      UserError: libtpu is missing, a mesh or batch does not fit its topology, or the data set is not available.
     """
 
     def __init__(self, experiment: Experiment, config: Config, wanted: Sequence[tuple[Topology, Any]]):
         self._devices: dict[Topology, Sequence[Any]] = {}
-        # The CPU devices that stand in for GPUs are made once, so the most of them first.
+        # The number of CPU devices that stand in for GPUs can be set only once, so the largest topology comes first.
         for topology, own_config in sorted(wanted, key=lambda pair: (pair[0].is_tpu, -pair[0].num_devices)):
-            sharding.make_mesh(own_config, self._of(topology))
-        one = len({str(config.mesh) for _, config in wanted}) == 1
-        self.workload = lowering.load(experiment, config, wanted[0][1].mesh if one else MeshConfig(data=1))
+            sharding.make_mesh(own_config, self._devices_of(topology))
+        same_mesh = len({str(config.mesh) for _, config in wanted}) == 1
+        self.workload = lowering.load(experiment, config, wanted[0][1].mesh if same_mesh else MeshConfig(data=1))
         self._programs: dict[Any, Compiled] = {}
 
-    def _of(self, topology: Topology) -> Sequence[Any]:
+    def _devices_of(self, topology: Topology) -> Sequence[Any]:
         if topology not in self._devices:
             self._devices[topology] = topologies.devices(topology)
         return self._devices[topology]
 
     def row(self, topology: Topology, config: Any) -> dict[str, Any]:
-        """What plan.json says of one program."""
+        """The entry of one program in plan.json."""
         config = self._resolved(config)
-        mesh = sharding.make_mesh(config, self._of(topology))
+        mesh = sharding.make_mesh(config, self._devices_of(topology))
         compiled = self._compile(topology, config, mesh)
         chip = topology.chip
-        held = {
+        state_bytes = {
             f"{name}_bytes_per_chip": sharding.bytes_per_device(tree) * chip.devices
             for name, tree in (("parameter", compiled.state.params), ("optimizer", compiled.state.opt_state))
         }
-        needed = (compiled.bytes_per_device + self.workload.evaluation_bytes) * chip.devices
+        bytes_per_chip = (compiled.bytes_per_device + self.workload.evaluation_bytes) * chip.devices
         row = {
             "topology": topology.name,
             "num_chips": topology.num_chips,
@@ -83,9 +83,9 @@ class Planner:
             "batch_size": config.batch_size,
             "microbatch_size": config.microbatch_size,
             "num_params": num_params(compiled.state),
-            **held,
-            "fits": compiled.program is not None and needed <= chip.memory_bytes,
-            "bytes_per_chip": needed,
+            **state_bytes,
+            "fits": compiled.program is not None and bytes_per_chip <= chip.memory_bytes,
+            "bytes_per_chip": bytes_per_chip,
             "chip_memory_bytes": chip.memory_bytes,
             "compiler": _compiler(mesh),
             "compile_seconds": compiled.seconds,
@@ -96,7 +96,7 @@ class Planner:
     def _estimates(
         self, topology: Topology, config: Any, mesh: jax.sharding.Mesh, program: hlo.Program | None
     ) -> dict[str, Any]:
-        """Costs, collectives and times; None each where there is no program."""
+        """Costs, collectives and times; all None if the program does not fit in memory."""
         names = (
             "flops_per_chip bytes_accessed_per_chip collectives compute_seconds memory_seconds interconnect_seconds "
             "step_seconds examples_per_second scaling_efficiency epoch_seconds"
@@ -133,18 +133,18 @@ class Planner:
         return roofline(topology, dtype, flops, moved, found, list(mesh.devices.flat)), flops, moved, found
 
     def _baseline(self, topology: Topology, config: Any, mesh: jax.sharding.Mesh) -> Roofline | None:
-        """One device at its share of the batch, with nobody to talk to; None: it does not fit."""
+        """The roofline of a single device with its share of the batch; None if that does not fit in memory."""
         shards = mesh.shape["data"] * mesh.shape["fsdp"]
-        alone = copy.deepcopy(config)
-        alone.mesh = MeshConfig(data=1)
-        alone.batch_size, alone.microbatch_size = config.batch_size // shards, config.microbatch_size // shards
-        one = Topology(topology.chip, (1,) * len(topology.shape))
-        single = sharding.make_mesh(alone, self._of(one)[:1])
-        program = self._compile(one, alone, single).program
-        return self._times(one, alone, single, program)[0] if program else None
+        share = copy.deepcopy(config)
+        share.mesh = MeshConfig(data=1)
+        share.batch_size, share.microbatch_size = config.batch_size // shards, config.microbatch_size // shards
+        one_chip = Topology(topology.chip, (1,) * len(topology.shape))
+        one_device = sharding.make_mesh(share, self._devices_of(one_chip)[:1])
+        program = self._compile(one_chip, share, one_device).program
+        return self._times(one_chip, share, one_device, program)[0] if program else None
 
     def _resolved(self, config: Any) -> Any:
-        """With what the experiment's task has filled in."""
+        """The workload's resolved config with the batch and mesh sizes of `config`."""
         resolved = copy.deepcopy(self.workload.config)
         resolved.mesh, resolved.batch_size = config.mesh, config.batch_size
         resolved.microbatch_size = config.microbatch_size
@@ -153,10 +153,10 @@ class Planner:
     def _compile(self, topology: Topology, config: Any, mesh: jax.sharding.Mesh) -> Compiled:
         key = topology, *mesh.shape.values(), config.batch_size, config.microbatch_size
         if key not in self._programs:
-            self._programs[key] = self._compile_anew(config, mesh)
+            self._programs[key] = self._compile_uncached(config, mesh)
         return self._programs[key]
 
-    def _compile_anew(self, config: Any, mesh: jax.sharding.Mesh) -> Compiled:
+    def _compile_uncached(self, config: Any, mesh: jax.sharding.Mesh) -> Compiled:
         lowered, state = lowering.lower(self.workload, config, mesh)
         began = time.monotonic()
         quiet = contextlib.nullcontext() if mesh.devices.flat[0].platform == "cpu" else topologies.quiet()
@@ -167,8 +167,10 @@ class Planner:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             found = re.search(r"(?:temporaries \(|Used )([\d.]+)([KMGT]?)", str(error))
-            wanted = float(found[1]) * _UNITS[found[2]] if found else 0.0
-            return Compiled(state, None, round(wanted) + sharding.bytes_per_device(state), time.monotonic() - began)
+            temporaries = float(found[1]) * _UNITS[found[2]] if found else 0.0
+            return Compiled(
+                state, None, round(temporaries) + sharding.bytes_per_device(state), time.monotonic() - began
+            )
         seconds = time.monotonic() - began
         memory: Any = compiled.memory_analysis()
         size = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes

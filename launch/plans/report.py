@@ -1,14 +1,14 @@
-"""How `launch.plan` says what it found."""
+"""The output of `launch.plan` in words and as a Markdown table."""
 
 from typing import Any
 
 from launch.plans.lowering import Workload
 
-_HEAD = "topology|mesh|batch|microbatch|GiB a chip|compute ms|memory ms|interconnect ms|step ms|examples/s|efficiency"
+_HEAD = "topology|mesh|batch|microbatch|GiB/chip|compute ms|memory ms|interconnect ms|step ms|examples/s|efficiency"
 
 
 def _bytes(count: float) -> str:
-    """As in 1.5 MiB."""
+    """Formats bytes, as in 1.50 MiB."""
     for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
         if count >= 1024**power:
             return f"{count / 1024**power:,.2f} {unit}"
@@ -16,7 +16,7 @@ def _bytes(count: float) -> str:
 
 
 def _seconds(seconds: float) -> str:
-    """As in 1.5 ms."""
+    """Formats a time, as in 1.50 ms."""
     for factor, unit in ((1, "s"), (1e3, "ms")):
         if seconds * factor >= 1:
             return f"{seconds * factor:,.2f} {unit}"
@@ -24,7 +24,7 @@ def _seconds(seconds: float) -> str:
 
 
 def _count(number: float) -> str:
-    """As in 1.5 G."""
+    """Formats a count with a unit prefix, as in 1.50 G."""
     for factor, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
         if number >= factor:
             return f"{number / factor:,.2f} {unit}"
@@ -36,12 +36,13 @@ def _mesh(row: dict[str, Any]) -> str:
 
 
 def flags(row: dict[str, Any]) -> str:
-    """The experiment's flags that give this program."""
+    """The experiment's flags that reproduce this plan."""
     mesh = " ".join(f"--config.mesh.{axis}={size}" for axis, size in row["mesh"].items())
     return f"{mesh} --config.microbatch_size={row['microbatch_size']}"
 
 
 def first_line(experiment: str, workload: Workload, count: int) -> str:
+    """Announces what is compiled."""
     programs = "the train step" if count == 1 else f"{count} train steps"
     return (
         f"{experiment}: {workload.dataset.name} ({workload.num_examples:,} train); compiling {programs} ahead of time"
@@ -49,12 +50,13 @@ def first_line(experiment: str, workload: Workload, count: int) -> str:
 
 
 def table_head() -> str:
+    """The header of the Markdown table."""
     names = _HEAD.split("|")
     return f"| {' | '.join(names)} |\n| {' | '.join('---' for _ in names)} |"
 
 
 def table_row(row: dict[str, Any]) -> str:
-    """One program as Markdown."""
+    """A plan as a row of the Markdown table."""
     gib = f"{row['bytes_per_chip'] / 2**30:,.2f}" + ("" if row["fits"] else ": too large")
     cells = [row["topology"], _mesh(row), f"{row['batch_size']:,}", f"{row['microbatch_size'] or '-'}", gib]
     if row["step_seconds"] is None:
@@ -66,7 +68,7 @@ def table_row(row: dict[str, Any]) -> str:
 
 
 def price(row: dict[str, Any], per_chip_hour: float, num_epochs: int) -> dict[str, float]:
-    """What an epoch and the training cost, by the estimate; nothing without a price."""
+    """The estimated cost of an epoch and of the training; {} without a price."""
     if not per_chip_hour or row["epoch_seconds"] is None:
         return {}
     epoch = row["epoch_seconds"] / 3600 * row["num_chips"] * per_chip_hour
@@ -74,63 +76,65 @@ def price(row: dict[str, Any], per_chip_hour: float, num_epochs: int) -> dict[st
 
 
 def too_large(row: dict[str, Any]) -> str:
-    """One line: what it wanted, and what would help."""
-    wanted = f"{_bytes(row['bytes_per_chip'])} of memory" if row["bytes_per_chip"] else "more memory"
+    """One line for a plan that does not fit: the memory that it needs, and remedies."""
+    needed = f"{_bytes(row['bytes_per_chip'])} of memory" if row["bytes_per_chip"] else "more memory"
     return (
-        f"the train step wants {wanted} on each chip of {row['topology']}, which has "
+        f"the train step needs {needed} on each chip of {row['topology']}, which has "
         f"{_bytes(row['chip_memory_bytes'])}: try a smaller --config.microbatch_size, "
         "--config.mesh.fsdp above 1, or a smaller --config.batch_size"
     )
 
 
 def report(row: dict[str, Any]) -> str:
-    """One program at length: what is known, then what is estimated."""
+    """A plan in detail: facts from the compiled program, then estimates."""
     return "\n".join([*_facts(row), *_estimates(row)])
 
 
 def _facts(row: dict[str, Any]) -> list[str]:
     chips = row["num_chips"]
     spare = row["chip_memory_bytes"] - row["bytes_per_chip"]
-    stand_in = "; for CPU devices that stand in for the GPUs" if row["compiler"].startswith("XLA:CPU") else ""
+    stand_in = ", for CPU devices that stand in for the GPUs" if row["compiler"].startswith("XLA:CPU") else ""
     lines = [
         f"{row['topology']}: {chips:,} chips, {_mesh(row)}, batch {row['batch_size']:,}",
-        f"compiled by {row['compiler']} in {row['compile_seconds']:.1f} s, so a fact{stand_in}:",
-        f"  parameters       {row['num_params']:,}: {_bytes(row['parameter_bytes_per_chip'])} a chip",
-        f"  optimizer state  {_bytes(row['optimizer_bytes_per_chip'])} a chip",
-        f"  peak memory      {_bytes(row['bytes_per_chip'])} of {_bytes(row['chip_memory_bytes'])} a chip, data "
-        f"included: fits, {_bytes(spare)} to spare",
-        f"  FLOPs a step     {_count(row['flops_per_chip'])}FLOP a chip, "
-        f"{_count(row['flops_per_chip'] * chips)}FLOP in all",
-        f"  bytes a step     {_bytes(row['bytes_accessed_per_chip'])} a chip, "
-        f"{_bytes(row['bytes_accessed_per_chip'] * chips)} in all",
+        f"from the program compiled by {row['compiler']} in {row['compile_seconds']:.1f} s{stand_in}:",
+        f"  parameters       {row['num_params']:,}: {_bytes(row['parameter_bytes_per_chip'])} per chip",
+        f"  optimizer state  {_bytes(row['optimizer_bytes_per_chip'])} per chip",
+        f"  peak memory      {_bytes(row['bytes_per_chip'])} of {_bytes(row['chip_memory_bytes'])} per chip, data "
+        f"included: fits, {_bytes(spare)} free",
+        f"  FLOPs per step   {_count(row['flops_per_chip'])}FLOP per chip, "
+        f"{_count(row['flops_per_chip'] * chips)}FLOP in total",
+        f"  bytes per step   {_bytes(row['bytes_accessed_per_chip'])} per chip, "
+        f"{_bytes(row['bytes_accessed_per_chip'] * chips)} in total",
     ]
     for found in row["collectives"] or [None]:
-        what = "no collectives"
+        text = "none"
         if found:
             times = f", {found['count']:,} times" if found["count"] > 1 else ""
             over = f"{found['axis']} ({found['devices']:,})"
-            what = f"{found['kind']} of {_bytes(found['bytes'])} over {over}{times}"
-        lines.append(f"  collective       {what}")
+            text = f"{found['kind']} of {_bytes(found['bytes'])} over {over}{times}"
+        lines.append(f"  collective       {text}")
     return lines
 
 
 def _estimates(row: dict[str, Any]) -> list[str]:
     efficiency = row["scaling_efficiency"]
     known = (
-        "unknown, as one chip cannot hold its share" if efficiency is None else f"{efficiency:.3f} of one chip's speed"
+        "unknown: one chip cannot hold its share"
+        if efficiency is None
+        else f"{efficiency:.3f} of linear scaling from one chip"
     )
     lines = [
-        f"estimated, not measured: the chip's published speeds ({row['chip_source']}), nothing overlapping:",
+        f"estimated, not measured, from the published specifications ({row['chip_source']}), without overlap:",
         f"  compute          {_seconds(row['compute_seconds'])}",
-        f"  memory           {_seconds(row['memory_seconds'])} if all arrays lie in it; the larger of these two",
+        f"  memory           {_seconds(row['memory_seconds'])} if all arrays are in HBM",
         f"  interconnect     {_seconds(row['interconnect_seconds'])}",
         f"  step             {_seconds(row['step_seconds'])}: {row['examples_per_second']:,.0f} examples/s, "
-        f"{_seconds(row['epoch_seconds'])} an epoch",
-        f"  efficiency       {known}, chip for chip",
+        f"{_seconds(row['epoch_seconds'])} per epoch",
+        f"  efficiency       {known}",
     ]
     if "epoch_cost" in row:
         lines.append(
-            f"  cost             {row['epoch_cost']:,.4f} an epoch, {row['training_cost']:,.2f} the training, at "
-            f"{row['price_per_chip_hour']} a chip and hour"
+            f"  cost             {row['epoch_cost']:,.4f} per epoch, {row['training_cost']:,.2f} for the training, at "
+            f"{row['price_per_chip_hour']} per chip-hour"
         )
     return lines

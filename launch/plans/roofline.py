@@ -1,8 +1,7 @@
-"""How long a step takes at best: work over speed, by the vendors' figures.
+"""A roofline estimate of the step time, from the vendors' specifications.
 
-Each term is a lower bound of its own, and nothing is taken to overlap with communication. The time of a collective over
-a torus is that of https://jax-ml.github.io/scaling-book/sharding: the larger of volume over bandwidth and hops times
-latency.
+Each term is a lower bound, and communication is assumed not to overlap with computation. The time of a collective over
+a torus follows https://jax-ml.github.io/scaling-book/sharding: the larger of volume / bandwidth and hops * latency.
 """
 
 import dataclasses
@@ -13,13 +12,14 @@ from launch.plans.chips import HOP_SECONDS
 from launch.plans.hlo import Collective
 from launch.plans.topologies import Topology, spanned
 
-# What goes through each device's links, in parts of the whole array; of an all-to-all chunks go half round a ring.
+# Traffic through each device's links, as a fraction of the whole array. In an all-to-all, chunks travel at most half
+# way around a ring.
 _VOLUMES = {"all-reduce": 2.0, "all-gather": 1.0, "reduce-scatter": 1.0, "all-to-all": 0.25}
 
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """The terms of a step, in seconds."""
+    """The terms of the step time, in seconds."""
 
     compute: float
     memory: float
@@ -38,14 +38,14 @@ def roofline(
     collectives: Sequence[Collective],
     devices: Sequence[Any],
 ) -> Roofline:
-    """The terms of one step.
+    """Estimates the terms of one step.
 
     Args:
-      topology: of the chips.
-      dtype: of the products, "float32" or "bfloat16".
-      flops_per_chip, bytes_per_chip: of a step: operations, and bytes to and from the memory.
-      collectives: of a step.
-      devices: of the mesh, in its order.
+      topology: the chips.
+      dtype: of the matrix products, "float32" or "bfloat16".
+      flops_per_chip, bytes_per_chip: FLOPs and bytes accessed in a step.
+      collectives: the collectives of a step.
+      devices: the devices of the mesh, in its order.
     """
     chip = topology.chip
     interconnect = sum(row.count * collective_seconds(row, topology, devices) for row in collectives)
@@ -53,7 +53,7 @@ def roofline(
 
 
 def collective_seconds(row: Collective, topology: Topology, devices: Sequence[Any]) -> float:
-    """One collective: within the slices, and what is left of it between them."""
+    """The time of one collective: first within the slices, then between them."""
     chip = topology.chip
     if row.slices:
         bandwidth = chip.network_bandwidth / chip.devices
@@ -61,7 +61,7 @@ def collective_seconds(row: Collective, topology: Topology, devices: Sequence[An
     slices, chips, extents = spanned([topology.place(devices[number]) for number in row.group])
     volume = _VOLUMES.get(row.kind, 1.0) * row.bytes
     if row.kind.startswith("collective-"):
-        # One neighbour's link, or the network.
+        # A permute goes over one link to a neighbor, or over the network.
         return row.bytes / (chip.link_bandwidth if slices == 1 else chip.network_bandwidth) + HOP_SECONDS
     seconds = 0.0
     if chips > 1:

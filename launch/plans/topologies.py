@@ -1,7 +1,8 @@
-"""Names of TPU slices and GPU machines -> devices to compile for, which need not be there.
+"""Topologies: names of TPU slices and GPU machines, and devices to compile for that need not exist on this machine.
 
-A topology is a slice by its name (v5e-256, v5p-2048; as Google counts: chips of v5e and v6e, TensorCores, two a chip,
-of the others) or by its shape in chips (v5e:16x16, v4:8x16x16). GPUs: h100-8 is a machine, h100-64 is eight.
+A TPU slice is named as Google does (v5e-256, v5p-2048; the number counts chips for v5e and v6e, and TensorCores, two
+per chip, for the others) or by its shape in chips (v5e:16x16, v4:8x16x16). For GPUs, h100-8 is one machine and h100-64
+is eight.
 """
 
 import contextlib
@@ -19,20 +20,20 @@ from launch.plans.gpu_targets import TARGETS
 from research.errors import UserError
 
 LARGEST_SLICE = {"v4": 4096, "v5e": 256, "v5p": 6144, "v6e": 256, "tpu7x": 9216}  # chips, by the pages in CHIPS
-_GPUS_OF_A_MACHINE = 8
-_MOST_GPUS = 131_072
-_MOST_STAND_INS = 2048  # XLA:CPU takes further devices for another process's
-_CORES_COUNT = ("v4", "v5p", "tpu7x")  # in the names of whose slices
+_GPUS_PER_MACHINE = 8
+_MAX_GPUS = 131_072
+_MAX_STAND_INS = 2048  # XLA:CPU assigns further devices to another process
+_NAMED_BY_CORES = ("v4", "v5p", "tpu7x")  # slice names of these count TensorCores
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Chips, and how they are joined.
+    """Chips, and how they are connected.
 
     Attributes:
-      chip: of which all are.
-      shape: chips along each dimension of a slice; of GPUs those of a machine.
-      slices: how many of these, joined by the slower network.
+      chip: the kind of chip.
+      shape: chips along each dimension of a slice; for GPUs, (GPUs per machine,).
+      slices: number of slices or machines, connected by the data center network.
     """
 
     chip: Chip
@@ -41,7 +42,7 @@ class Topology:
 
     @property
     def name(self) -> str:
-        """By its shape, as in v5e:16x16, or 2 x v5e:16x16."""
+        """The name by shape, as in v5e:16x16 or 2 x v5e:16x16."""
         slices = f"{self.slices} x " if self.slices > 1 else ""
         return f"{slices}{self.chip.name}:{'x'.join(map(str, self.shape))}"
 
@@ -51,7 +52,7 @@ class Topology:
 
     @property
     def num_devices(self) -> int:
-        """As JAX counts."""
+        """The number of JAX devices."""
         return self.num_chips * self.chip.devices
 
     @property
@@ -65,7 +66,7 @@ class Topology:
         return device.id // self.shape[0], (device.id % self.shape[0],)
 
     def smaller(self) -> "list[Topology]":
-        """From one chip up to this one, each at most four times the one before, or twice where they are slices."""
+        """Topologies from one chip up to this one, in steps of at most 4x within a slice, then 2x in slices."""
         ones = (1,) * len(self.shape)
         count = math.prod(self.shape)
         sizes = [4**i for i in range(1, 20) if 4**i < count]
@@ -76,25 +77,25 @@ class Topology:
 
 
 def _shape(chip: Chip, count: int) -> tuple[int, ...]:
-    """How Google arranges a power of two of chips: 4x8, 2x2x1, 8x16x16."""
+    """The shape of Google's slice with `count` chips, a power of two: 4x8, 2x2x1, 8x16x16."""
     exponent = count.bit_length() - 1
     sizes = [2 ** ((exponent + i) // chip.dimensions) for i in range(chip.dimensions)]
     return tuple(sorted(sizes, key=lambda size: (size == 1, size)))
 
 
 def _slice_names(chip: Chip) -> dict[str, tuple[int, ...]]:
-    """Of the slices that are a power of two of chips."""
-    cores = 2 if chip.name in _CORES_COUNT else 1
+    """Names and shapes of the slices whose number of chips is a power of two."""
+    cores = 2 if chip.name in _NAMED_BY_CORES else 1
     counts = [2**i for i in range(20) if 2**i <= LARGEST_SLICE[chip.name] and i != 1]
     return {f"{chip.name}-{count * cores}": _shape(chip, count) for count in counts}
 
 
 def known() -> str:
-    """What can be named, for an error."""
+    """The known names, for error messages."""
     lines = []
     for chip in CHIPS.values():
         if chip.dimensions == 1:
-            lines.append(f"{chip.name}-1 to -{_GPUS_OF_A_MACHINE} and its multiples")
+            lines.append(f"{chip.name}-1 to -{_GPUS_PER_MACHINE} and its multiples")
         else:
             numbers = [name.rpartition("-")[2] for name in _slice_names(chip)]
             lines.append(f"{chip.name}-{'|'.join(numbers)}")
@@ -102,10 +103,10 @@ def known() -> str:
 
 
 def parse(name: str, slices: int = 1) -> Topology:
-    """The topology of that name.
+    """Parses the name of a topology.
 
     Raises:
-      UserError: there is none; the known ones are named.
+      UserError: it is unknown; the message lists the known ones.
     """
     found = re.fullmatch(r"(\w+)(?:-(\d+)|:(\d+(?:x\d+)*))", name.strip())
     chip = CHIPS.get(found[1]) if found else None
@@ -115,7 +116,7 @@ def parse(name: str, slices: int = 1) -> Topology:
         return _gpus(name, chip, int(found[2] or found[3]) if "x" not in (found[3] or "") else 0, slices)
     shape = tuple(map(int, found[3].split("x"))) if found[3] else _slice_names(chip).get(name.strip())
     if shape is None:
-        raise UserError(f"--topology={name} is no slice of {chip.name}; known are {known()}")
+        raise UserError(f"--topology={name} is not a slice of {chip.name}; known are {known()}")
     largest = LARGEST_SLICE[chip.name]
     if len(shape) != chip.dimensions or 0 in shape or math.prod(shape) > largest:
         raise UserError(
@@ -125,28 +126,29 @@ def parse(name: str, slices: int = 1) -> Topology:
 
 
 def _gpus(name: str, chip: Chip, count: int, slices: int) -> Topology:
-    machine = min(count, _GPUS_OF_A_MACHINE)
-    if not count or count % machine or count > _MOST_GPUS:
+    machine = min(count, _GPUS_PER_MACHINE)
+    if not count or count % machine or count > _MAX_GPUS:
         raise UserError(
-            f"--topology={name}: give 1 to {_GPUS_OF_A_MACHINE} GPUs, or a multiple up to {_MOST_GPUS:,}, as in "
+            f"--topology={name}: give 1 to {_GPUS_PER_MACHINE} GPUs, or a multiple up to {_MAX_GPUS:,}, as in "
             f"{chip.name}-64"
         )
     return Topology(chip, (machine,), slices * (count // machine))
 
 
 def devices(topology: Topology) -> Sequence[Any]:
-    """Devices to compile for: libtpu's descriptions of TPUs, and of GPUs those of JAX's CUDA plugin.
+    """Devices to compile for: described by libtpu for TPUs, and by JAX's CUDA plugin for GPUs.
 
-    Where the plugin is not installed as many CPU devices stand in for the GPUs.
+    Without the plugin, the same number of CPU devices stand in for the GPUs.
 
     Raises:
-      UserError: libtpu is not installed, or knows no such shape.
+      UserError: libtpu is not installed, or does not support the shape.
     """
     if not topology.is_tpu:
         return _gpu_devices(topology) if has_cuda_plugin() else _stand_ins(topology)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError('libtpu, which compiles for TPUs, is not installed: pip install -e ".[tpu]"')
-    # Before libtpu is loaded: it is to look for no TPU here, and not to mind another process that has loaded it.
+    # Must be set before libtpu is loaded: do not search for a TPU on this machine, and do not fail if another process
+    # has loaded libtpu.
     os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="true")
     import jax
     from jax.experimental import topologies
@@ -155,18 +157,20 @@ def devices(topology: Topology) -> Sequence[Any]:
     if math.prod(topology.shape) == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
     if topology.chip.name == "v4":
-        options["chip_config_name"] = "megacore"  # one device a chip, as a v4 has; libtpu's default is two
+        options["chip_config_name"] = "megacore"  # one device per chip, as on a real v4; libtpu's default is two
     name = f"{topology.chip.name}:{'x'.join(map(str, topology.shape))}"
     try:
         with quiet():
             found = topologies.get_topology_desc(name, platform="tpu", **options).devices
     except jax.errors.JaxRuntimeError as error:
-        raise UserError(f"libtpu knows no topology {name}: {str(error).partition(': ')[2] or error}") from None
+        raise UserError(
+            f"libtpu does not support the topology {name}: {str(error).partition(': ')[2] or error}"
+        ) from None
     return found
 
 
 def has_cuda_plugin() -> bool:
-    """Whether GPUs can be compiled for (extras cuda12 and cuda13)."""
+    """Whether JAX's CUDA plugin is installed (extras cuda12 and cuda13)."""
     return any(importlib.util.find_spec(f"jax_cuda{number}_plugin") for number in (12, 13))
 
 
@@ -185,26 +189,26 @@ def _stand_ins(topology: Topology) -> Sequence[Any]:
     import jax
 
     count = topology.num_devices
-    if count > _MOST_STAND_INS:
+    if count > _MAX_STAND_INS:
         raise UserError(
-            f"for {count:,} GPUs no CPU devices can stand in, at most {_MOST_STAND_INS:,} do: install JAX's CUDA "
+            f"{count:,} GPUs are too many for stand-in CPU devices (at most {_MAX_STAND_INS:,}): install JAX's CUDA "
             'plugin, pip install -e ".[cuda12]"'
         )
     if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        with contextlib.suppress(RuntimeError):  # JAX has started; there may be enough
+        with contextlib.suppress(RuntimeError):  # JAX is initialized already, perhaps with enough devices
             jax.config.update("jax_num_cpu_devices", count)
     found = jax.devices("cpu")
     if len(found) < count:
         raise UserError(
-            f"for the {count} GPUs of {topology.name} only {len(found)} CPU devices can stand in: leave "
-            "--xla_force_host_platform_device_count out of XLA_FLAGS"
+            f"only {len(found)} CPU devices are available to stand in for the {count} GPUs of {topology.name}: remove "
+            "--xla_force_host_platform_device_count from XLA_FLAGS"
         )
     return found[:count]
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Within it nothing that the compilers write to stderr is shown: it is all of hardware that is not here."""
+    """A context that hides what the compilers write to stderr: warnings about hardware that is not present."""
     kept, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(sink, 2)
@@ -216,7 +220,7 @@ def quiet() -> Iterator[None]:
 
 
 def spanned(places: Sequence[tuple[int, tuple[int, ...]]]) -> tuple[int, int, list[int]]:
-    """What a group of places covers: (slices, chips in a slice, extent along each dimension of a slice)."""
+    """(number of slices, chips per slice, extent along each dimension of a slice) that a group of places covers."""
     slices = len({number for number, _ in places})
     chips = {coordinates for _, coordinates in places}
     extents = [len(set(values)) for values in itertools.zip_longest(*chips)]

@@ -80,7 +80,10 @@ def finish(workdir: Path, command: Sequence[str], fit_by: str, sweep: Sweep, stu
     if fit_by:  # after the record is written, since the fit may fail
         extra["fit"] = _fit(fit_by, sweep, ranked, workdir)
         report.write_summary(workdir, study, sweep, extra)
-    found = report.summary(study, sweep)
+    _print_summary(report.summary(study, sweep), workdir)
+
+
+def _print_summary(found: dict[str, Any], workdir: Path) -> None:
     print(
         f"{found['num_trials']} trials ({found['num_pruned']} pruned, {found['num_failed']} failed), "
         f"{found['num_compilations']} compilations, {found['wall_seconds']:.1f} s, "

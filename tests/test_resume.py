@@ -10,7 +10,7 @@ import time
 
 import jax
 import pytest
-from command import COMMAND, DIGITS, complains, read_summary, run_command, run_here
+from command import COMMAND, DIGITS, complains, read_summary, run_here
 from drawn import DATASET, read_lines, run, same, split
 
 from experiments import cifar_cnn
@@ -33,17 +33,23 @@ def stop_at(stop):
     return lambda workdir, step, **options: stop(step, lambda signals: run(workdir, signals=signals, **options))
 
 
+@pytest.fixture(scope="module", params=[1, 5])
+def whole_run(request, tmp_path_factory):
+    """A run that was never stopped: its options, workdir, state and summary."""
+    options = {"dataset": dataclasses.replace(DATASET, validation=split(2, 20)), "log_every_steps": request.param}
+    workdir = tmp_path_factory.mktemp("whole")
+    return options, workdir, *run(workdir, **options)
+
+
 @pytest.mark.parametrize("step", [1, 7, 11, 12, 21])
-@pytest.mark.parametrize("every", [1, 5])
-def test_a_run_stopped_at_any_step_resumes_to_the_same_result(step, every, stop_at, tmp_path):
+def test_a_run_stopped_at_any_step_resumes_to_the_same_result(step, whole_run, stop_at, tmp_path):
     """Bit-identical parameters and metrics; every line once and in order."""
-    options = {"dataset": dataclasses.replace(DATASET, validation=split(2, 20)), "log_every_steps": every}
-    state, summary = run(tmp_path / "whole", **options)
+    options, workdir, state, summary = whole_run
     assert f"at step {step} " in stop_at(tmp_path / "stopped", step, steps_per_dispatch=1, **options)
     resumed, other = run(tmp_path / "stopped", steps_per_dispatch=3, **options)
     same(resumed, state)
     assert _without_times(other) == _without_times(summary)
-    assert read_lines(tmp_path / "stopped") == read_lines(tmp_path / "whole")
+    assert read_lines(tmp_path / "stopped") == read_lines(workdir)
 
 
 def _saved_progress(workdir, step):
@@ -100,6 +106,12 @@ def test_the_best_step_is_in_the_summary(tmp_path):
     assert summary["best_validation_loss"] == min(losses.values())
 
 
+def _output(args, capsys):
+    """Runs the command in this process on one device; returns its stdout."""
+    app.run(cifar_cnn.EXPERIMENT, args, devices=jax.devices()[:1])
+    return capsys.readouterr().out
+
+
 def _start(env, *args):
     return subprocess.Popen([*COMMAND, *args], env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
@@ -116,20 +128,13 @@ def test_a_running_workdir_is_locked_evaluated_and_stopped_by_sigterm(env, tmp_p
     _wait_for_checkpoint(tmp_path / "x", process)
     locked = run_here(["--workdir=x"], capsys)
     complains(locked, "--workdir=x is in use by", f"process {process.pid} on {os.uname().nodename}")
-    evaluated = run_command(env, "--mode=eval", "--workdir=x")
-    assert "cifar_cnn on digits, step " in evaluated.stdout, evaluated.stderr
+    assert "cifar_cnn on digits, step " in _output(["--mode=eval", "--workdir=x"], capsys)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 143
     assert err.splitlines()[-1].startswith("error: stopped by SIGTERM at step ")
     complains(run_here(["--workdir=x", "--config.model.width=5"], capsys), "model.width 4 there, 5 here")
     complains(run_here(["--workdir=x", "--config.num_epochs=3"], capsys), "10000 epochs")
-
-
-def _output(args, capsys):
-    """Runs the command in this process on one device; returns its stdout."""
-    app.run(cifar_cnn.EXPERIMENT, args, devices=jax.devices()[:1])
-    return capsys.readouterr().out
 
 
 def test_a_finished_run_is_only_evaluated_and_can_be_reproduced(env, tmp_path, capsys):

@@ -171,7 +171,7 @@ def _given(experiment: Experiment, args: Sequence[str]) -> frozenset[str]:
     """The names of the experiment's flags that are set."""
     values = flags.define_flags(experiment)
     _parse_flags(values, args)
-    return frozenset(name for name in values if values[name].present)
+    return flags.given_flags(values)
 
 
 def _check_sweep(where: str, experiment: Experiment, options: Any, config: Any) -> None:

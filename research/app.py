@@ -43,7 +43,7 @@ def run(
     mesh = start(config, devices)
     if signals:
         signals.spreads = jax.process_count() > 1
-    if jax.process_count() > 1 and not command.workdir_given:
+    if jax.process_count() > 1 and "workdir" not in command.given:
         raise UserError("several processes make one record: give all of them the same --workdir")
     if command.mode == "eval":
         return _evaluate(experiment, command, mesh)

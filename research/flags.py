@@ -29,7 +29,7 @@ class Command:
     Attributes:
       config: checked, not yet resolved.
       workdir: the folder of the record.
-      workdir_given: whether it was named, not made up of the time.
+      given: the names of the flags that were given, as in "config.seed".
       mode: "train", "eval" or "sample".
       options: of the mode "sample".
       earlier: the config of the run that `workdir` holds, or None.
@@ -38,7 +38,7 @@ class Command:
 
     config: Config
     workdir: Path
-    workdir_given: bool
+    given: frozenset[str]
     mode: str
     options: Any
     earlier: Config | None
@@ -74,6 +74,11 @@ def _groups(experiment: Experiment) -> list[tuple[str, Any]]:
     """The dataclasses whose fields are flags, each with the prefix of its flags' names."""
     options = experiment.sample_options
     return [*([("", options())] if options else []), ("config.", experiment.default_config)]
+
+
+def given_flags(values: absl_flags.FlagValues) -> frozenset[str]:
+    """The names of the flags that the parsed arguments contained."""
+    return frozenset(name for name in values if values[name].present)
 
 
 def help_text(experiment: Experiment) -> str:
@@ -133,7 +138,7 @@ def parse(experiment: Experiment, argv: Sequence[str], launcher: Sequence[str] =
         rest = values([experiment.name, *argv])[1:]
     except absl_flags.UnrecognizedFlagError as error:
         raise UserError(_unknown(error.flagname, [*launcher, *values])) from None
-    except absl_flags.Error as error:
+    except (absl_flags.Error, ValueError) as error:  # ValueError: --noFLAG=VALUE
         raise UserError(str(error)) from None
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}: flags are written --name=value")
@@ -168,8 +173,8 @@ def parse(experiment: Experiment, argv: Sequence[str], launcher: Sequence[str] =
                 )
             config_lib.assign(config, path, flag.value)
     config_lib.check(config)
-    given = bool(values["workdir"].value)
-    return Command(config, workdir, given, mode, _sample_options(experiment, values, mode), earlier, reproduces)
+    options = _sample_options(experiment, values, mode)
+    return Command(config, workdir, given_flags(values), mode, options, earlier, reproduces)
 
 
 def _sample_options(experiment: Experiment, values: absl_flags.FlagValues, mode: str) -> Any:

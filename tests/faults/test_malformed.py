@@ -192,15 +192,15 @@ def test_malformed_manifests_with_valid_checksums(count, classifier, tmp_path, m
 def test_malformed_weights_with_valid_checksums(count, classifier, tmp_path):
     """A weights file with arbitrary bytes replaced, or cut off."""
     shutil.copytree(classifier / "a", tmp_path / "a")
-    weights = (tmp_path / "a/weights.npz").read_bytes()
+    weights = (tmp_path / "a/weights.safetensors").read_bytes()
 
     @_examples(count)
     @given(st.integers(0, len(weights) - 1), st.binary(min_size=1, max_size=8), st.integers(0, len(weights)))
     def read(place, patch, end):
         data = (weights[:place] + patch + weights[place + len(patch) :])[: end or None]
-        (tmp_path / "a/weights.npz").write_bytes(data)
+        (tmp_path / "a/weights.safetensors").write_bytes(data)
         entry = {"bytes": len(data), "sha256": artifact.hashlib.sha256(data).hexdigest()}
-        _edit(tmp_path / "a", lambda manifest: manifest["files"].update({"weights.npz": entry}))
+        _edit(tmp_path / "a", lambda manifest: manifest["files"].update({"weights.safetensors": entry}))
         with contextlib.suppress(artifact.ArtifactError):
             artifact.read(tmp_path / "a")
 

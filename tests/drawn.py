@@ -51,8 +51,8 @@ def run(workdir, devices=1, dataset=DATASET, rate=0.1, max_device_gib=2.0, signa
     mesh = sharding.make_mesh(config, jax.devices()[:devices])
     task = Classification(Linear, (0.5,), (0.25,), AugmentConfig(), 0.1)
     workdir.mkdir(exist_ok=True)
-    draw = loop._draw if pictures else lambda *_: None
-    with mock.patch.object(loop, "_draw", draw):
+    draw = loop.Loop.draw if pictures else lambda _: None
+    with mock.patch.object(loop.Loop, "draw", draw):
         return loop.train_and_evaluate("drawn_linear", config, task, dataset, mesh, workdir, signals)
 
 

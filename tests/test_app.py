@@ -252,8 +252,7 @@ def _all_inputs_on(name):
     for path in _step_inputs(experiment):
         value = operator.attrgetter(path)(config)
         config_lib.assign(config, path, 0.1 if value == 0 and path != "seed" else value)
-    optimizers.resolve(config.optimizer)
-    dataset, task = app.load(experiment, config)
+    config, dataset, task = app.load(experiment, config)
     run = Training(config, task, dataset, sharding.make_mesh(config, jax.devices()[:1]))
     run.compile(train=True)
     return config, run

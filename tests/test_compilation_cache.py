@@ -5,7 +5,7 @@ import sys
 
 PROGRAM = """
 import jax
-from research import compilation_cache
+from research.process import compilation_cache
 hits = []
 jax.monitoring.register_event_listener(lambda event, **_: hits.append(event.endswith("cache_hits")))
 compilation_cache._SHORTEST_SECONDS = 0.0

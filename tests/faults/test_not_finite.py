@@ -212,5 +212,5 @@ def test_every_experiment_counts_what_it_skips(name, env, capsys):
 
 def test_a_speedrun_refuses_max_rewinds(tmp_path):
     args = ["--config.max_rewinds=1", f"--workdir={tmp_path / 'x'}"]
-    with pytest.raises(UserError, match=r"--config\.max_rewinds: a speedrun leaves nothing"):
+    with pytest.raises(UserError, match=r"--config\.max_rewinds: a speedrun records nothing"):
         cifar_speedrun.run(cifar_speedrun.EXPERIMENT, args, Signals())

@@ -1,4 +1,4 @@
-"""What an experiment calls: its command line -> data, mesh -> `train_and_evaluate` -> the summary on the terminal."""
+"""The command of an experiment: flags -> mesh, data, task -> `train_and_evaluate` -> a summary on the terminal."""
 
 import contextlib
 import sys
@@ -30,13 +30,13 @@ __all__ = ["Experiment", "load", "main", "parse", "restored", "run", "start"]
 def run(
     experiment: Experiment, argv: Sequence[str], signals: Signals | None = None, devices: Sequence[Any] | None = None
 ) -> dict[str, Any]:
-    """Runs the experiment as the arguments say, on `devices` (default: all).
+    """Runs an experiment's command on `devices` (default: all).
 
     Returns:
-      What summary.json holds; of an evaluation alone, its results.
+      The contents of summary.json; with --mode=eval, the results.
 
     Raises:
-      UserError: bad input, found before training starts; no folder is left behind.
+      UserError: invalid input, found before training starts; no folder is left behind.
     """
     command = parse(experiment, argv)
     config, workdir = command.config, command.workdir
@@ -44,7 +44,7 @@ def run(
     if signals:
         signals.spreads = jax.process_count() > 1
     if jax.process_count() > 1 and "workdir" not in command.given:
-        raise UserError("several processes make one record: give all of them the same --workdir")
+        raise UserError("several processes write one record: give all of them the same --workdir")
     if command.mode == "eval":
         return _evaluate(experiment, command, mesh)
     if command.mode == "sample":
@@ -85,7 +85,7 @@ def _remains(workdir: Path) -> str:
 
 
 def start(config: Config, devices: Sequence[Any] | None = None) -> Any:
-    """What comes before the data: finds the cache of compiled programs, and the run's other processes.
+    """Sets up the process before the data is loaded: the compilation cache, other processes, the mesh.
 
     Args:
       config: checked, not yet resolved.
@@ -104,13 +104,13 @@ def start(config: Config, devices: Sequence[Any] | None = None) -> Any:
 
 
 def _say(text: str) -> None:
-    """Prints it, once however many processes there are."""
+    """Prints the text in the first process."""
     if jax.process_index() == 0:
         print(text, flush=True)
 
 
 def load(experiment: Experiment, config: Any) -> tuple[Any, sources.Dataset, Task]:
-    """(resolved config, data set as the experiment prepares it, task).
+    """Loads the data and builds the task; returns (resolved config, prepared data set, task).
 
     Raises:
       UserError: the data set is not available, or does not suit the config or the experiment.
@@ -121,7 +121,7 @@ def load(experiment: Experiment, config: Any) -> tuple[Any, sources.Dataset, Tas
 
 
 def restored(experiment: Experiment, command: Command, mesh: Any) -> Training:
-    """The run in the workdir, at its newest checkpoint.
+    """Restores the run in the workdir from its newest checkpoint.
 
     Raises:
       UserError: the command's config is not that of the run, or there is no checkpoint.
@@ -193,9 +193,9 @@ def _noise(summary: dict[str, Any]) -> str:
 
 
 def main(experiment: Experiment, argv: Sequence[str] | None = None) -> None:
-    """The whole command: runs the experiment and exits with one of the codes of `research.errors`.
+    """The entry point: runs the experiment, and exits with one of the codes in `research.errors`.
 
-    Where nobody reads its output any more it goes on in silence: the record is what a run is for.
+    If stdout is closed, it keeps training: the record is complete without it.
     """
     signals = Signals()
     try:

@@ -1,4 +1,4 @@
-"""What an experiment's file defines: its configs, its task, and what its command can do."""
+"""The definition of an experiment: its configs, its task, and what its command can do."""
 
 import copy
 import dataclasses
@@ -16,20 +16,20 @@ from research.tasks.task import Task
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """What an experiment's file defines.
+    """An experiment: every file in `experiments/` defines one.
 
     Attributes:
-      name: as in `python -m experiments.<name>`, and the folder of its runs.
-      doc: its docstring, which `--help` shows.
-      presets: functions that make its configs, by name; the first is the default.
+      name: as in `python -m experiments.<name>`; also the name of the folder of its runs.
+      doc: the docstring that `--help` shows.
+      presets: functions that return a config, by name; the first is the default.
       make_task: builds the task from the resolved config and the data set, whatever the seed. It is pure.
       prepare: turns the data set into what the task learns from; may raise `UserError`.
-      complete: the config with what it leaves open and other fields or the data set decide. It is pure; may raise
-        `UserError`.
-      sample: what `--mode=sample` does with a trained network, given the options, of type `sample_options`, and the
-        workdir; may raise `UserError`.
-      sample_options: a dataclass of `research.config.option` fields, each of them a flag.
-      run: what the whole command does in the place of `app.run`; None: that. Sweeps refuse an experiment that has one.
+      complete: returns the config with the fields filled in that other fields or the data set decide. It is pure; may
+        raise `UserError`.
+      sample: implements `--mode=sample`; called with a predictor, the config, the data set, the options (of type
+        `sample_options`) and the workdir; may raise `UserError`.
+      sample_options: a dataclass of `research.config.option` fields, each of which is a flag.
+      run: replaces `app.run` as the whole command; None: `app.run`. Sweeps refuse an experiment that has one.
     """
 
     name: str
@@ -44,12 +44,12 @@ class Experiment:
 
     @property
     def modes(self) -> dict[str, str]:
-        """What `--mode` may be, and what that does."""
-        modes = {"train": "train, or resume the run in --workdir", "eval": "evaluate its newest checkpoint"}
-        return modes | ({"sample": "show samples of what it has learned"} if self.sample else {})
+        """The values of `--mode`, and what each does."""
+        modes = {"train": "train, or resume the run in --workdir", "eval": "evaluate the newest checkpoint"}
+        return modes | ({"sample": "draw samples from the trained network"} if self.sample else {})
 
     def resolve(self, config: Any, dataset: sources.Dataset) -> Any:
-        """A config in which nothing is left open, so that the record says what was run; `config` stays as it is.
+        """Returns the config with all defaults filled in, so that the record says what was run; pure.
 
         Args:
           config: checked.

@@ -1,4 +1,4 @@
-"""Declared fields of dataclasses: meaning, bounds and properties in one place, and the checks that read them."""
+"""Fields of config dataclasses: each is declared with its help text, bounds and properties, which the checks read."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -27,21 +27,21 @@ def option(
     decides_others: bool = False,
     record_only: bool = False,
 ) -> Any:
-    """A dataclass field, and everything that the code needs to know about it: there is no other list of field names.
+    """Declares a dataclass field with everything that the code needs to know about it; no other list names fields.
 
     Args:
       default: the default value.
-      help: the meaning, for `--help`.
+      help: the help text.
       choices: the values that a string may have; empty: any.
       minimum, above, maximum, below: bounds; `minimum` and `maximum` are themselves allowed.
       step_input: the number is a traced argument of the train step, not a compile-time constant, unless it is 0
         (`training/hyperparams.py`).
-      signature: whether a value that is no `step_input` changes the compiled program.
-      may_change: when a recorded run may be continued with another value: "never", on "evaluation" only, or on "resume"
-        (and on evaluation).
+      signature: whether another value needs another compiled program, if it is not a `step_input`.
+      may_change: whether the value may differ from that of the recorded run: "never", on "evaluation", or on "resume"
+        (and evaluation).
       not_searchable: why a sweep cannot vary the field; empty: it can.
       decides_others: defaults of other fields follow from it, so `--reproduce` refuses another value.
-      record_only: it only affects what is recorded and when, not the trained parameters.
+      record_only: whether it only affects the record, not the trained parameters.
     """
     assert may_change in ("never", "evaluation", "resume")
     metadata = {
@@ -61,8 +61,13 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def is_on(value: Any) -> bool:
+    """Whether a number that turns something off at 0 is not 0; a traced one never is (`training/hyperparams.py`)."""
+    return not isinstance(value, (int, float)) or value != 0
+
+
 def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
-    """Yields (path, field, value) of every leaf field, e.g. ("optimizer.name", Field, "adam")."""
+    """Yields (path, field, value) of every leaf field, as in ("optimizer.name", Field, "adam")."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
@@ -80,7 +85,7 @@ def assign(config: Any, path: str, value: Any) -> None:
 
 
 def check_fields(options: Any, prefix: str) -> None:
-    """Raises `UserError` for the first field of a dataclass out of its bounds; its flag is `prefix` and its path."""
+    """Raises `UserError` for the first field of a dataclass that is out of bounds; its flag is `prefix` + its path."""
     for path, field, value in walk(options, prefix):
         if value is not None:
             _check_field(path, field.metadata, value)

@@ -24,16 +24,16 @@ from research.record.workdir import read_json
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """What a command line asks for.
+    """A parsed command line.
 
     Attributes:
       config: checked, not yet resolved.
       workdir: the folder of the record.
       given: the names of the flags that were given, as in "config.seed".
       mode: "train", "eval" or "sample".
-      options: of the mode "sample".
-      earlier: the config of the run that `workdir` holds, or None.
-      reproduces: the summary of the run to be run again, or None.
+      options: the options of the mode "sample".
+      earlier: the config of the run in `workdir`, or None.
+      reproduces: the summary of the run to reproduce, or None.
     """
 
     config: Config
@@ -56,7 +56,7 @@ DEFINE: dict[Any, Callable[..., Any]] = {
 
 
 def define_flags(experiment: Experiment) -> absl_flags.FlagValues:
-    """The flags of an experiment, in a set of their own."""
+    """Defines the flags of an experiment, in a new set."""
     values = absl_flags.FlagValues()
     absl_flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
     absl_flags.DEFINE_string("workdir", None, "folder of the run's record", flag_values=values)
@@ -71,7 +71,7 @@ def define_flags(experiment: Experiment) -> absl_flags.FlagValues:
 
 
 def _groups(experiment: Experiment) -> list[tuple[str, Any]]:
-    """The dataclasses whose fields are flags, each with the prefix of its flags' names."""
+    """The dataclasses whose fields are flags, each with the prefix of the flags."""
     options = experiment.sample_options
     return [*([("", options())] if options else []), ("config.", experiment.default_config)]
 
@@ -82,7 +82,7 @@ def given_flags(values: absl_flags.FlagValues) -> frozenset[str]:
 
 
 def help_text(experiment: Experiment) -> str:
-    """The docstring, and every flag with its type, default and meaning."""
+    """The text of `--help`: the docstring, and every flag with its type, default and help."""
     lines = [
         experiment.doc.strip(),
         "",
@@ -99,7 +99,7 @@ def help_text(experiment: Experiment) -> str:
 
 
 def field_help(path: str, field: dataclasses.Field, value: Any, when: str = "") -> list[str]:
-    """The lines of `--help` for one flag: its type, default, meaning and choices, and `when` it is read."""
+    """The lines of `--help` for one flag: type, default, help and choices; `when` says in which mode it is used."""
     kind = getattr(field.type, "__name__", "float")
     default = {"": "empty", None: "see below"}.get(value, value)
     choices = " | ".join(c or "''" for c in field.metadata["choices"])
@@ -108,7 +108,7 @@ def field_help(path: str, field: dataclasses.Field, value: Any, when: str = "") 
 
 
 def nearest(name: str, known: Sequence[str]) -> list[str]:
-    """The nearest right names of flags or fields: the same field of another group, else one spelt alike."""
+    """The known names closest to a misspelled one: the same field of another group, or else a similar spelling."""
     last = {flag: flag.rpartition(".")[2] for flag in known}
     word = name.rpartition(".")[2]
     near = [flag for flag in known if last[flag] == word]
@@ -124,13 +124,18 @@ def _unknown(name: str, known: Sequence[str]) -> str:
 
 
 def parse(experiment: Experiment, argv: Sequence[str], launcher: Sequence[str] = ()) -> Command:
-    """What the arguments ask for, checked; `launcher` are other flags that may have been meant by an unknown one.
+    """Parses and checks the arguments.
 
-    The config starts from the preset where one is named, else from that of the run to be reproduced, else from that of
-    the run in --workdir, else from the first preset; the flags given change it.
+    The config starts from the preset if one is given, else from the config of the run to reproduce, else from that of
+    the run in --workdir, else from the first preset; then the given flags are applied.
+
+    Args:
+      experiment: whose command line it is.
+      argv: the arguments.
+      launcher: names of other flags that may have been meant by an unknown one.
 
     Raises:
-      UserError: an unknown flag (the nearest right one is named), an ill-typed or impossible value.
+      UserError: an unknown flag (with the nearest known one), or a value of the wrong type or out of bounds.
       SystemExit: after `--help`.
     """
     values = define_flags(experiment)

@@ -42,6 +42,10 @@ from research.randomness import Stream
 Batch = dict[str, jax.Array]
 
 
+# What a batch holds besides the data set's features.
+_BOOKKEEPING = {"index", "epoch", "step", "mask"}
+
+
 @functools.lru_cache(maxsize=2)
 def _order(seed: int | None, epoch: int, num_examples: int) -> np.ndarray:
     if seed is None:
@@ -100,9 +104,17 @@ class _Split:
     """A split's arrays, resident on the devices or streamed from the host, and the transfer of batches.
 
     `data` holds the resident arrays, replicated; it is empty for a streamed split.
+
+    Raises:
+      UserError: a feature has the name of a bookkeeping value, which would overwrite it.
     """
 
     def __init__(self, arrays: Arrays, mesh: Mesh, *, resident: bool, data: dict[str, jax.Array] | None = None):
+        if taken := _BOOKKEEPING & arrays.keys():
+            raise UserError(
+                f"the data set has a feature named {min(taken)}, which batches use for their own: rename it in the "
+                "experiment's `prepare`"
+            )
         self.num_examples = len(next(iter(arrays.values())))
         self._mesh = mesh
         self._streamed = {} if resident else arrays

@@ -1,5 +1,7 @@
 """Each example is seen once an epoch, for any batch size, mesh and number of processes."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -60,6 +62,15 @@ def test_what_fits_is_resident(limit, resident):
     config = Config(dataset=DatasetConfig(max_device_gib=limit))
     split = {"image": np.zeros((100, 5), np.uint8)}
     assert pipeline.is_resident(config, split, split, None) is resident
+
+
+@pytest.mark.parametrize("name", ["index", "epoch", "step", "mask"])
+def test_a_feature_does_not_overwrite_what_a_batch_keeps_for_itself(name):
+    arrays = {"image": np.zeros((8, 2)), name: np.zeros(8, np.int32)}
+    mesh = sharding.make_mesh(Config(batch_size=8), jax.devices()[:1])
+    for batches in (pipeline.EvalBatches, functools.partial(pipeline.TrainBatches, capacity=1)):
+        with pytest.raises(UserError, match=f"a feature named {name}"):
+            batches(arrays, Config(batch_size=8), mesh, resident=True)
 
 
 def test_devices_of_one_cpu_share_what_is_resident():

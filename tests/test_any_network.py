@@ -56,16 +56,16 @@ def _trained(config, devices, task=None):
     """Returns the losses of four steps, the state, and the sums of an evaluation."""
     task = task or outsider.make_task(config, DATASET)
     mesh = sharding.make_mesh(config, jax.devices()[:devices])
-    given = hyperparams.inputs(config, 4)
-    graphdef, state = create_state(task, hyperparams.make_optimizer(config, given, task.widths), config, mesh)
+    hparams = hyperparams.inputs(config, 4)
+    graphdef, state = create_state(task, hyperparams.make_optimizer(config, hparams, task.widths), config, mesh)
     steps = Steps(task, graphdef, config, mesh)
     batches = TrainBatches(DATASET.train, config, mesh, resident=True, capacity=4)
     inputs = batches.take(4)
     if steps.num_replicas > 1:
-        steps.check_per_device(state, batches.data, inputs, given)
-    state, metrics = steps.jit_train(state)(state, batches.data, inputs, np.int32(4), given)
+        steps.check_per_device(state, batches.data, inputs, hparams)
+    state, metrics = steps.jit_train(state)(state, batches.data, inputs, np.int32(4), hparams)
     if state.ema_model_state is not None:
-        state, _ = steps.jit_estimate(state)(state, batches.data, batches.inputs_of_step(3), np.int32(0), given)
+        state, _ = steps.jit_estimate(state)(state, batches.data, batches.inputs_of_step(3), np.int32(0), hparams)
     evals = EvalBatches(DATASET.test, config, mesh, resident=True)
     arrays = state.eval_params, state.eval_model_state, {}, evals.data, next(iter(evals))
     return np.asarray(metrics["loss"]), state, jax.device_get(steps.jit_eval(state)(*arrays)[1])

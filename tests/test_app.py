@@ -266,9 +266,9 @@ def _four_steps(name, path=None, factor=1.0):
     if path:
         value = operator.attrgetter(path)(config)
         config_lib.assign(config, path, value + 1 if path == "seed" else value * factor)
-    given = hyperparams.inputs(config, 4)
+    hparams = hyperparams.inputs(config, 4)
     state = jax.tree.map(jnp.copy, run.state)  # the program donates it
-    return run.train_program(state, run._train_batches.data, run._train_batches.sample(), np.int32(4), given)
+    return run.train_program(state, run._train_batches.data, run._train_batches.sample(), np.int32(4), hparams)
 
 
 @pytest.mark.parametrize(

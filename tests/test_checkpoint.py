@@ -196,7 +196,7 @@ def test_damage_seen_by_one_of_several_processes_ends_all(tmp_path, monkeypatch)
 
     with monkeypatch.context() as several, Checkpoints(tmp_path, keep=2, message=lambda _: several.undo()) as saved:
         several.setattr(Checkpoints, "_restore", damaged)
-        with pytest.raises(UserError, match=r"checkpoint 2 in .* was set aside: the same command goes on") as raised:
+        with pytest.raises(UserError, match=r"checkpoint 2 in .* was set aside: the same command resumes") as raised:
             saved.restore(_state())
     assert raised.value.exit_code == 143
     (restored, _), warnings = _restore(tmp_path, _state())
@@ -212,7 +212,7 @@ def test_damage_seen_by_one_of_several_read_only_processes_changes_nothing(tmp_p
 
     with Checkpoints(tmp_path, keep=2, message=print, read_only=True) as saved:
         monkeypatch.setattr(Checkpoints, "_restore", damaged)
-        with pytest.raises(UserError, match="look at it with one process, which takes the one before") as raised:
+        with pytest.raises(UserError, match="use a single process, which falls back to the previous") as raised:
             saved.restore(_state())
         monkeypatch.undo()
     assert raised.value.exit_code == 2
@@ -259,12 +259,14 @@ def test_another_dtype_or_shape_is_an_error(tmp_path):
     _save(tmp_path, _state(1))
     like = _state()
     like.params["kernel"] = like.params["kernel"].astype(jnp.bfloat16)
-    with pytest.raises(UserError, match=r"params.kernel: it holds float32\[8, 6\] where .* bfloat16\[8, 6\]"):
+    with pytest.raises(
+        UserError, match=r"params.kernel: the checkpoint has float32\[8, 6\], this program bfloat16\[8, 6\]"
+    ):
         _restore(tmp_path, like, read_only=True)
     del like.params["kernel"]
-    with pytest.raises(UserError, match=r"params.kernel: it holds float32\[8, 6\] where this program has nothing"):
+    with pytest.raises(UserError, match=r"params.kernel: the checkpoint has float32\[8, 6\], this program nothing"):
         _restore(tmp_path, like, read_only=True)
-    with pytest.raises(UserError, match="another network's or version's"):
+    with pytest.raises(UserError, match="another network or version"):
         _restore(tmp_path, like)
     (restored, _), warnings = _restore(tmp_path, _state())  # intact, and still there
     same(restored, _state(1))
@@ -296,5 +298,5 @@ def test_a_checkpoint_of_another_randomness_version_is_refused(tmp_path, monkeyp
     """Its validation split, example order and random draws would change within the run."""
     _save(tmp_path, _state(3))
     monkeypatch.setattr(randomness, "VERSION", randomness.VERSION + 1)
-    with pytest.raises(UserError, match=r"checkpoint 3 .* held out other examples and drew other random numbers"):
+    with pytest.raises(UserError, match=r"checkpoint 3 .* other held-out examples and random numbers"):
         _restore(tmp_path, _state())

@@ -61,13 +61,13 @@ class KeysTask(Task):
 def test_steps_do_not_draw_what_initialization_drew():
     config = Config(batch_size=8)
     config.optimizer = optimizers.resolve(config.optimizer)
-    mesh, given = sharding.make_mesh(config, jax.devices()[:1]), hyperparams.inputs(config, 4)
-    graphdef, state = create_state(KeysTask(), hyperparams.make_optimizer(config, given, None), config, mesh)
+    mesh, hparams = sharding.make_mesh(config, jax.devices()[:1]), hyperparams.inputs(config, 4)
+    graphdef, state = create_state(KeysTask(), hyperparams.make_optimizer(config, hparams, None), config, mesh)
     batches = TrainBatches(DATASET.train, config, mesh, resident=True, capacity=1)
     train = Steps(KeysTask(), graphdef, config, mesh).jit_train(state)
     seen = [tuple(np.asarray(state.model_state["initial"][...]).tolist())]
     for _ in range(4):
-        state, _ = train(state, batches.data, batches.take(1), np.int32(1), given)
+        state, _ = train(state, batches.data, batches.take(1), np.int32(1), hparams)
         seen.append(tuple(np.asarray(state.model_state["newest"][...]).tolist()))
     assert len(set(seen)) == 5
 

@@ -50,8 +50,10 @@ class Build:
     def __init__(self, config, devices, task):
         dataset = _dataset()
         mesh = sharding.make_mesh(config, jax.devices()[:devices])
-        self.given = hyperparams.inputs(config, 10)
-        graphdef, state = create_state(task, hyperparams.make_optimizer(config, self.given, task.widths), config, mesh)
+        self.hparams = hyperparams.inputs(config, 10)
+        graphdef, state = create_state(
+            task, hyperparams.make_optimizer(config, self.hparams, task.widths), config, mesh
+        )
         self.initial = jax.tree.map(np.array, state), jax.tree.map(lambda x: x.sharding, state)
         steps = Steps(task, graphdef, config, mesh)
         self.train, self.eval = steps.jit_train(state), steps.jit_eval(state)
@@ -73,13 +75,13 @@ class Run:
         self.state = jax.jit(lambda x: x, out_shardings=build.initial[1])(build.initial[0])
         self.train, self.eval, self.evals = build.train, build.eval, build.eval_batches
         self.batches = build.train_batches()
-        self.given = build.given
+        self.hparams = build.hparams
 
     def steps(self, *counts):
         losses = []
         for count in counts:
             self.state, metrics = self.train(
-                self.state, self.batches.data, self.batches.take(count), np.int32(count), self.given
+                self.state, self.batches.data, self.batches.take(count), np.int32(count), self.hparams
             )
             jax.block_until_ready(self.state)  # several programs in flight on few cores starve each other
             losses.extend(np.asarray(metrics["loss"])[:count])
@@ -186,7 +188,7 @@ def test_steps_per_dispatch_changes_no_bit():
 def test_the_seed_is_a_traced_argument_that_decides_all_randomness():
     config = _config(model=CNNConfig(width=4, dropout=0.2), **RANDOM)
     runs = [Run(config) for _ in range(3)]
-    runs[2].given = runs[2].given | {"seed": np.uint32(1)}
+    runs[2].hparams = runs[2].hparams | {"seed": np.uint32(1)}
     first, same, other = (run.steps(2) for run in runs)
     np.testing.assert_array_equal(first, same)
     assert not np.allclose(first, other)
@@ -195,7 +197,7 @@ def test_the_seed_is_a_traced_argument_that_decides_all_randomness():
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
     run, exact = (Run(_config(model=CNNConfig(width=8, dtype=dtype))) for dtype in ("bfloat16", "float32"))
     assert (
-        "bf16" in run.train.lower(run.state, run.batches.data, run.batches.sample(), np.int32(1), run.given).as_text()
+        "bf16" in run.train.lower(run.state, run.batches.data, run.batches.sample(), np.int32(1), run.hparams).as_text()
     )
     losses, expected = run.steps(5), exact.steps(5)
     assert {leaf.dtype for leaf in run.leaves()} == {np.dtype(np.float32)}
@@ -260,7 +262,7 @@ def test_the_gradient_norm_is_recorded_before_clipping():
     norms = []
     for run in (clipped, plain):
         before = run.leaves()
-        run.state, metrics = run.train(run.state, run.batches.data, run.batches.take(1), np.int32(1), run.given)
+        run.state, metrics = run.train(run.state, run.batches.data, run.batches.take(1), np.int32(1), run.hparams)
         moved = optax.tree.norm([a - b for a, b in zip(run.leaves(), before, strict=True)]) / 0.05
         norms.append((float(metrics["grad_norm"][0]), float(moved)))
     assert norms[0][0] == norms[1][0]

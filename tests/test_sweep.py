@@ -32,7 +32,7 @@ class _Fake:
 
     made = []  # noqa: RUF012
 
-    def __init__(self, config, task, dataset, devices, size, beside=None):
+    def __init__(self, config, task, dataset, devices, size, share_data_with=None):
         self.signature, self.members, self.size, self.most = hyperparams.signature(config), {}, size, 0
         self.num_compilations = 0
         _Fake.made.append(self)

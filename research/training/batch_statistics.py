@@ -1,8 +1,8 @@
-"""Batch statistics for averaged parameters, which the running statistics of the newest parameters do not describe.
+"""Batch statistics for averaged (EMA) parameters, which the running statistics of the newest parameters do not fit.
 
-Before an evaluation they are computed anew, as means over the newest training batches (Izmailov et al. 2018,
-arXiv 1803.05407, section 3.2). Test loss and accuracy of the tutorial CNN with batch norm and an average of decay
-0.998 on the digits, means of 3 seeds:
+Before an evaluation they are recomputed, as means over the newest training batches (Izmailov et al. 2018,
+arXiv 1803.05407, section 3.2). Test loss and accuracy of the tutorial CNN with batch norm on the digits, with
+an EMA decay of 0.998, means of 3 seeds:
 
 | epoch | running statistics of the newest parameters | means over the newest batches |
 | --- | --- | --- |
@@ -20,43 +20,44 @@ import jax.numpy as jnp
 
 from research import randomness
 from research.randomness import Stream
-from research.training.hyperparams import SEED, Inputs
+from research.training.hyperparams import SEED, HParams
 from research.training.state import TrainState, is_finite
 
-NUM_STEPS = 32  # whose batches the means are over
+NUM_STEPS = 32  # how many of the newest steps' batches the means are over
 
 
 def estimate(
-    model_state_after: Callable[..., Any], state: TrainState, inputs: Any, count: jax.Array, given: Inputs
+    model_state_after: Callable[..., Any], state: TrainState, batch_index: Any, count: jax.Array, hparams: HParams
 ) -> tuple[TrainState, jax.Array]:
     """Includes the batch of one training step in the batch statistics of the averaged parameters.
 
-    A microbatch whose statistics are not finite, which training has skipped or left out as well, changes nothing.
+    A microbatch whose statistics are not finite changes nothing: training skipped it or left it out, too.
 
     Args:
-      model_state_after: `(params, model_state, carry, microbatch's inputs, key, momentum)` to the model_state after it,
-        where every batch norm has this momentum.
-      state: of a network with batch statistics.
-      inputs: of one training step, leaves [m, b, ...].
-      count: int32 scalar, of how many microbatches the statistics are means already; 0 starts from the newest
-        parameters' model_state, and -1 changes nothing.
-      given: the step's hyperparameters.
+      model_state_after: (params, model_state, carry, microbatch_index, key, momentum) -> the model_state after this
+        microbatch, with this momentum in every batch norm.
+      state: the train state of a network with batch statistics.
+      batch_index: the batch of one training step, leaves [m, b, ...].
+      count: int32 scalar, the number of microbatches that the means cover so far; 0 starts from the newest parameters'
+        model_state, and -1 changes nothing.
+      hparams: the traced hyperparameters of the step.
 
     Returns:
       The state, and the new count.
     """
     carry = jax.tree.map(lambda x: x[0], state.carry)
-    key = randomness.key(Stream.STATISTICS, given[SEED])
+    key = randomness.key(Stream.STATISTICS, hparams[SEED])
     start = jax.tree.map(lambda x, own: jnp.where(count == 0, x, own), state.model_state, state.ema_model_state)
 
     def body(i: jax.Array, carried: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
         model_state, count = carried
-        microbatch = jax.tree.map(lambda x: x[i], inputs)
-        arrays = state.ema_params, model_state, carry, microbatch, jax.random.fold_in(key, count)
+        microbatch_index = jax.tree.map(lambda x: x[i], batch_index)
+        arrays = state.ema_params, model_state, carry, microbatch_index, jax.random.fold_in(key, count)
+        # With momentum count / (count + 1) the running statistics are the mean over all microbatches.
         after = model_state_after(*arrays, count / (count + 1))
         finite = is_finite(after)
         return jax.tree.map(lambda x, before: jnp.where(finite, x, before), after, model_state), count + finite
 
-    moved, new_count = jax.lax.fori_loop(0, inputs["index"].shape[0], body, (start, jnp.maximum(count, 0)))
+    moved, new_count = jax.lax.fori_loop(0, batch_index["index"].shape[0], body, (start, jnp.maximum(count, 0)))
     kept = jax.tree.map(lambda x, own: jnp.where(count < 0, own, x), moved, state.ema_model_state)
     return dataclasses.replace(state, ema_model_state=kept), jnp.where(count < 0, count, new_count)

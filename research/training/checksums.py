@@ -1,8 +1,8 @@
-"""Checksums of sharded arrays, computed where the shards are: the same for any sharding, and equal on all replicas.
+"""Checksums of sharded arrays, computed on the devices: the same for any sharding; replicas are compared.
 
-Every device sums the bits of its own shard. A checkpoint keeps the sums of whole arrays. Devices that hold the same
-shard must have the same sum: a difference means that a device computed wrongly (silent data corruption), or that the
-step is not the same on all devices.
+Every device sums the bits of its own shard, and the sums of an array's shards add up to its checksum. Devices that hold
+the same shard must have the same sum: a difference means that a device computed wrongly (silent data corruption), or
+that the step is not the same on all devices.
 """
 
 import functools
@@ -20,10 +20,10 @@ _FACTOR = 2654435761
 
 
 def checksums(arrays: dict[str, jax.Array]) -> dict[str, int]:
-    """The checksum of every array: 32 bits that see any single flipped bit, whatever the mesh.
+    """Returns the 32-bit checksum of every array, which any single flipped bit changes.
 
     Args:
-      arrays: each with a `NamedSharding` on one mesh, no axis of which is split unevenly.
+      arrays: arrays with `NamedSharding`s on one mesh, whose axes are split evenly.
 
     Raises:
       ReplicaError: devices that hold the same shard of an array have different bits.
@@ -44,15 +44,16 @@ def _device_sums(mesh: Mesh, specs: tuple[P, ...]) -> jax.stages.Wrapped:
     def sums(arrays: tuple[jax.Array, ...]) -> jax.Array:
         return jnp.stack([_shard_sum(x, spec, mesh) for x, spec in zip(arrays, specs, strict=True)])[None]
 
-    # Replicas are read as they are, so their types cannot vouch for them.
+    # check_vma=False: replicas are compared by their actual values, which may differ although their types say "equal".
     mapped = jax.shard_map(sums, mesh=mesh, in_specs=(specs,), out_specs=P(mesh.axis_names), check_vma=False)
     return jax.jit(mapped, out_shardings=NamedSharding(mesh, P()))
 
 
 def _shard_sum(shard: jax.Array, spec: P, mesh: Mesh) -> jax.Array:
-    """Uint32 scalar: the sum of the elements' bits, each times an odd number of its position in the whole array.
+    """Returns the sum of the elements' bits, each times an odd factor from its position in the whole array, uint32.
 
-    An odd factor loses no bit, so no single flipped bit goes unseen; sums modulo 2^32 do not depend on their order.
+    An odd factor is invertible modulo 2^32, so any single flipped bit changes the sum; and sums modulo 2^32 do not
+    depend on their order.
     """
     bits = shard.astype(jnp.uint8) if shard.dtype == bool else shard
     bits = jax.lax.bitcast_convert_type(bits, f"uint{8 * bits.dtype.itemsize}").astype(jnp.uint32)
@@ -68,26 +69,26 @@ def _shard_sum(shard: jax.Array, spec: P, mesh: Mesh) -> jax.Array:
 
 
 def _combine_shards(name: str, sums: np.ndarray, mesh: Mesh, spec: P) -> int:
-    """The whole array's checksum, from those of each device, uint32 [devices] in the mesh's order."""
+    """Returns the whole array's checksum; `sums` are those of each device, uint32 [devices] in the mesh's order."""
     used = {axis for split in spec if split for axis in (split if isinstance(split, tuple) else (split,))}
     axes = sorted(range(len(mesh.axis_names)), key=lambda i: mesh.axis_names[i] not in used)  # stable: split ones first
     shards = int(np.prod([mesh.shape[axis] for axis in used]))
     by_shard = sums.reshape(mesh.devices.shape).transpose(axes).reshape(shards, -1)
     differs = (by_shard != by_shard[:, :1]).any(1)
     if differs.any():
-        row = int(differs.argmax())
-        devices = mesh.devices.transpose(axes).reshape(shards, -1)[row]
-        which = _differing(devices, by_shard[row])
+        shard = int(differs.argmax())
+        devices = mesh.devices.transpose(axes).reshape(shards, -1)[shard]
+        which = _describe_difference(devices, by_shard[shard])
         raise ReplicaError(
             f"{name} is not the same on all {len(devices)} devices that hold it ({which}): either a device computes "
-            "wrongly, which its vendor's diagnostics can tell, or the step is not the same on all devices; what was "
-            "saved before is intact"
+            "wrongly (run its vendor's diagnostics), or the step is not the same on all devices; earlier checkpoints "
+            "are intact"
         )
     return int(by_shard[:, 0].sum(dtype=np.uint32))
 
 
-def _differing(devices: np.ndarray, sums: np.ndarray) -> str:
-    """Says which devices have another sum than most of them."""
+def _describe_difference(devices: np.ndarray, sums: np.ndarray) -> str:
+    """Says which devices differ from the majority."""
     usual, count = Counter(sums.tolist()).most_common(1)[0]
     if 2 * count <= len(sums):
         names, verb = devices, "hold different bits, and no majority says which is right"

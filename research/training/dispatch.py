@@ -1,4 +1,4 @@
-"""How many train steps one dispatch, a call of the compiled program, makes."""
+"""How many train steps one dispatch (a call of the compiled program) makes."""
 
 import jax
 
@@ -6,12 +6,12 @@ from research.config import Config
 from research.process import distributed
 
 _SECONDS_PER_DISPATCH = 0.5
-_MAX_AGREEMENTS = 8  # dispatches after which several processes no longer adapt the size
-_MAX_STEPS = {True: 512, False: 8}  # by whether the data set is resident: streamed batches take memory
+_MAX_AGREEMENTS = 8  # with several processes, the size is adapted after this many dispatches only
+_MAX_STEPS = {True: 512, False: 8}  # key: whether the data set is resident; streamed batches take memory
 
 
 def dispatch_capacity(config: Config, *, resident: bool, longest_epoch: int) -> int:
-    """The largest number of steps of a dispatch, for which the program is compiled."""
+    """Returns the largest number of steps of a dispatch, for which the program is compiled."""
     return min(config.steps_per_dispatch or _MAX_STEPS[resident], longest_epoch)
 
 
@@ -19,8 +19,8 @@ class DispatchSizer:
     """Chooses the size of the next dispatch: as configured, or about half a second's worth of steps.
 
     Attributes:
-      capacity: the largest size.
-      num_steps: of the next dispatch.
+      capacity: the largest number of steps of a dispatch.
+      num_steps: the number of steps of the next dispatch.
     """
 
     def __init__(self, config: Config, *, resident: bool, longest_epoch: int):
@@ -30,10 +30,10 @@ class DispatchSizer:
         self.num_steps = 1 if self._adapts else self.capacity
 
     def update(self, num_steps: int, seconds: float) -> None:
-        """Adapts the size to the time that the newest dispatch took."""
+        """Adapts the size to the duration of the newest dispatch."""
         if jax.process_count() > 1:
-            # All processes must dispatch the same number of steps, so the first one's clock counts for all. To agree on
-            # it costs a collective, so after a few dispatches the size stays.
+            # All processes must dispatch the same number of steps, so they all use the first one's clock. Sharing it
+            # costs a collective, so the size is fixed after a few dispatches.
             self._adapts = self._adapts and self._agreements > 0
             self._agreements -= 1
             seconds = distributed.from_first(seconds) if self._adapts else seconds

@@ -1,8 +1,8 @@
-"""Which numbers of a Config are inputs of the train step, so that one compiled program serves all their values.
+"""Which numbers of a Config are traced arguments of the train step, so that one compiled program serves all values.
 
-A field declared with `step_input` (`research.config.option`) is one, unless it is 0: that turns something off, and what
-is off is not in the program. The seed and the schedule's end points, which follow from `optimizer.warmup`, are inputs
-too (`signature=False`). All else is part of the program: its `signature`.
+A field declared with `step_input` (`research.config.option`) is one, unless it is 0: that turns a feature off, and the
+program does not contain it. The seed and the schedule's boundaries, which follow from `optimizer.warmup`, are traced
+too (`signature=False`). All other fields are compile-time constants: the program's `signature`.
 """
 
 import dataclasses
@@ -16,19 +16,19 @@ from research import config as config_lib
 from research import optimizers
 from research.config import Config
 
-Inputs = Mapping[str, Any]
+HParams = Mapping[str, Any]
 SEED, BOUNDARIES, DROPOUT = "seed", "optimizer.boundaries", "model.dropout"
 
 
 def inputs(config: Config, num_train_steps: int) -> dict[str, Any]:
-    """The inputs by the paths of their fields.
+    """Returns the traced hyperparameters by the paths of their fields.
 
     Args:
       config: resolved.
       num_train_steps: the schedule's length.
 
     Returns:
-      "seed" uint32, "optimizer.boundaries" int32 [n] (`research.optimizers.boundaries`); all others are float32.
+      "seed" as uint32, "optimizer.boundaries" as int32 [n] (`research.optimizers.boundaries`), others as float32.
     """
     fields = {path: np.float32(value) for path, field, value in config_lib.walk(config) if _is_input(field, value)}
     boundaries = optimizers.boundaries(config.optimizer, num_train_steps)
@@ -36,7 +36,7 @@ def inputs(config: Config, num_train_steps: int) -> dict[str, Any]:
 
 
 def signature(config: Config) -> tuple[tuple[str, Any], ...]:
-    """What decides the compiled program: equal for configs that differ in inputs only."""
+    """Returns what the compiled program depends on: equal for configs that differ in traced hyperparameters only."""
     return tuple(
         (path, "input" if _is_input(field, value) else value)
         for path, field, value in config_lib.walk(config)
@@ -48,13 +48,13 @@ def _is_input(field: Any, value: Any) -> bool:
     return field.metadata.get("step_input", False) and bool(value)
 
 
-def make_optimizer(config: Config, given: Inputs, widths: Any) -> optax.GradientTransformation:
-    """The optimiser of a resolved config with the inputs in their places; they may be traced.
+def make_optimizer(config: Config, hparams: HParams, widths: Any) -> optax.GradientTransformation:
+    """Builds the optimizer of a resolved config, with `hparams`, which may be traced, instead of their fields.
 
     `widths` are those of the task (`Task.widths`).
     """
     prefix = "optimizer."
-    numbers = {path.removeprefix(prefix): value for path, value in given.items() if path.startswith(prefix)}
+    numbers = {path.removeprefix(prefix): value for path, value in hparams.items() if path.startswith(prefix)}
     boundaries = numbers.pop(BOUNDARIES.removeprefix(prefix))
     optimizer = dataclasses.replace(config.optimizer, **numbers)
     return optimizers.make_optimizer(optimizers.scaled(optimizer, config.batch_size), boundaries, widths)

@@ -1,8 +1,8 @@
-"""The gradient noise scale: up to which batch size data parallelism pays (McCandlish et al. 2018, arXiv 1812.06162).
+"""The gradient noise scale, which predicts the critical batch size (McCandlish et al. 2018, arXiv 1812.06162).
 
-The noise scale tr(S) / |G|^2, where G is the true gradient and S the covariance of one example's, predicts the batch
-size from which on twice the batch no longer saves half the steps (equations 2.8 and 2.9). Both parts come from two
-squared norms that a step has anyway: of the gradients of the batch and of its microbatches (appendix A.1).
+The noise scale is tr(S) / |G|^2, where G is the true gradient and S the covariance of the per-example gradients. At
+larger batch sizes, doubling the batch no longer halves the number of steps (equations 2.8 and 2.9). Both parts are
+estimated from the squared norms of the gradients of the batch and of its microbatches (appendix A.1).
 """
 
 from collections.abc import Mapping
@@ -16,9 +16,9 @@ def moments(small_square: jax.Array, large_square: jax.Array, small_size: int, l
     """Unbiased estimates of |G|^2 ("grad_signal", which may be negative) and tr(S) ("grad_noise"), equations A.2, A.3.
 
     Args:
-      small_square: the mean over microbatches of the squared norm of their gradients, float32 scalar.
+      small_square: the squared norm of a microbatch's gradient, mean over the microbatches, float32 scalar.
       large_square: the squared norm of the batch's gradient.
-      small_size, large_size: examples in a microbatch, and in the batch; they differ.
+      small_size, large_size: the number of examples in a microbatch and in the batch, which must differ.
     """
     signal = (large_size * large_square - small_size * small_square) / (large_size - small_size)
     noise = (small_square - large_square) / (1 / small_size - 1 / large_size)
@@ -26,9 +26,9 @@ def moments(small_square: jax.Array, large_square: jax.Array, small_size: int, l
 
 
 def critical_batch_size(means: Mapping[str, float]) -> dict[str, float]:
-    """{"critical_batch_size": the noise scale}, from the means of `moments` over many steps.
+    """Returns {"critical_batch_size": the noise scale}; `means` are those of `moments` over many steps.
 
-    Nothing where they were not measured, or where the gradient is lost in its noise.
+    Returns {} if `moments` were not measured, or if the estimate of |G|^2 is not positive.
     """
     if means.get(SIGNAL, 0.0) <= 0:
         return {}

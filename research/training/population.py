@@ -1,8 +1,8 @@
-"""A population: trials whose configs have one signature (`training/hyperparams.py`), trained together in one program.
+"""A population: trials whose configs have the same signature (`training/hyperparams.py`), trained in one program.
 
-Each slot of it holds the state of one member. What lies on the devices for all of them, the data set, lies there once.
-A member's result is that of the same config trained alone, to float tolerance: the same steps, the same order of
-examples, the same draws.
+Each slot holds the state of one member; all members share one copy of the data set on the devices. A member's result
+equals that of the same config trained by itself, to float tolerance: the steps, the order of examples and the random
+draws are the same.
 """
 
 import dataclasses
@@ -31,11 +31,11 @@ from research.training.steps import Steps
 
 @dataclasses.dataclass
 class _Member:
-    """One trial: its inputs, its examples, and how far it is."""
+    """One trial: its traced hyperparameters, its batches and its progress."""
 
-    given: dict[str, Any]
+    hparams: dict[str, Any]
     batches: TrainBatches
-    ends: list[int]
+    epoch_end_steps: list[int]
     step: int = 0
     epoch: int = 0
     diverged_at: int | None = None
@@ -43,13 +43,13 @@ class _Member:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a member did in an epoch.
+    """The result of a member's epoch.
 
     Attributes:
-      epoch: epochs finished.
-      figures: the validation split's, as `validation_<name>`; {} if it diverged.
+      epoch: the number of epochs finished.
+      figures: the metrics of the validation split, as `validation_<name>`; {} if the member diverged.
       diverged_at: the step whose loss or gradient was not finite, or after which the validation loss was not; or None.
-      finished: whether there is nothing left to train.
+      finished: whether the member has finished or diverged.
     """
 
     epoch: int
@@ -62,12 +62,12 @@ class Population:
     """Members that train together.
 
     Args:
-      config: resolved; any of the members'.
-      task: what is learned; built from that config.
-      dataset: the examples; it has a validation split.
-      devices: over which the members are spread evenly.
-      size: the number of slots, which is made a multiple of that of devices.
-      beside: a population on the same devices, whose data set is used where it is the same object.
+      config: the resolved config of any member.
+      task: the task, built from that config.
+      dataset: the data set, which must have a validation split.
+      devices: the devices, over which the members are spread evenly.
+      size: the number of slots, rounded up to a multiple of the number of devices.
+      share_data_with: a population on the same devices; if it has the same data set, both use one copy on the devices.
 
     Raises:
       UserError: the batch size is larger than the training set.
@@ -80,26 +80,26 @@ class Population:
         dataset: Dataset,
         devices: Sequence[Any],
         size: int,
-        beside: "Population | None" = None,
+        share_data_with: "Population | None" = None,
     ):
         assert dataset.validation is not None
         self.size = size + -size % len(devices)
         self._task = task
         self._dataset = dataset
-        self._mesh = population_devices.make_mesh(devices) if beside is None else beside._mesh
-        shared = beside if beside and beside._dataset is dataset else None
+        self._mesh = share_data_with._mesh if share_data_with else population_devices.make_mesh(devices)
+        shared = share_data_with if share_data_with and share_data_with._dataset is dataset else None
         self._members: dict[int, _Member] = {}
         self._num_examples = len(next(iter(dataset.train.values())))
-        ends = epoch_ends(self._num_examples, config.batch_size, config.num_epochs)
+        epoch_end_steps = epoch_ends(self._num_examples, config.batch_size, config.num_epochs)
         resident = is_resident(config, dataset.train, dataset.validation)
-        self._sizer = DispatchSizer(config, resident=resident, longest_epoch=longest_epoch(ends))
+        self._sizer = DispatchSizer(config, resident=resident, longest_epoch=longest_epoch(epoch_end_steps))
         options = {"resident": resident, "capacity": self._sizer.capacity, "shuffle": dataset.shuffle}
         data = (shared._batches.data, shared._validation.data) if shared else (None, None)
         self._batches = TrainBatches(dataset.train, config, self._mesh, **options, data=data[0])
         self._validation = EvalBatches(dataset.validation, config, self._mesh, resident=resident, data=data[1])
-        self._given = hyperparams.inputs(config, ends[-1])
-        self._zeros = jax.tree.map(np.zeros_like, self._batches.of_seed(0).take_local(1))
-        tx = hyperparams.make_optimizer(config, self._given, task.widths)
+        self._filler_hparams = hyperparams.inputs(config, epoch_end_steps[-1])
+        self._filler_index = jax.tree.map(np.zeros_like, self._batches.of_seed(0).take_local(1))
+        tx = hyperparams.make_optimizer(config, self._filler_hparams, task.widths)
         graphdef, self._init = make_init(task, tx, config, self._mesh)
         self._jit(Steps(task, graphdef, config, self._mesh), config.batch_size)
         carry = task.initial_carry(config.examples_at_once)
@@ -111,34 +111,34 @@ class Population:
         members, whole = P(AXIS), P()
 
         def spread(function: Callable[..., Any], *specs: P) -> Callable[..., Any]:
-            # Members know nothing of each other, so nothing is to be checked or communicated between devices.
+            # Members are independent: no collectives, and no replication for shard_map to check.
             options = {"mesh": self._mesh, "in_specs": specs, "out_specs": members, "check_vma": False}
             return jax.shard_map(function, **options) if self._mesh.size > 1 else function
 
-        def train(states: Any, inputs: Any, counts: Any, given: Any, data: Any) -> Any:
-            def one(state: Any, inputs: Any, count: Any, given: Any) -> Any:
-                state, metrics = steps.train_steps(state, data, inputs, count, given)
+        def train(states: Any, batch_index: Any, counts: Any, hparams: Any, data: Any) -> Any:
+            def train_member(state: Any, batch_index: Any, count: Any, hparams: Any) -> Any:
+                state, metrics = steps.train_steps(state, data, batch_index, count, hparams)
                 return state, {name: metrics[name] for name in QUANTITIES}
 
-            return population_devices.each(at_once, one)(states, inputs, counts, given)
+            return population_devices.map_members(at_once, train_member)(states, batch_index, counts, hparams)
 
-        def evaluate(params: Any, model_state: Any, carry: Any, active: Any, data: Any, inputs: Any) -> Any:
-            def one(params: Any, model_state: Any, carry: Any, active: Any) -> Any:
-                arrays = params, model_state, carry, data, inputs
+        def evaluate(params: Any, model_state: Any, carry: Any, active: Any, data: Any, batch_index: Any) -> Any:
+            def evaluate_member(params: Any, model_state: Any, carry: Any, active: Any) -> Any:
+                arrays = params, model_state, carry, data, batch_index
                 shapes = jax.eval_shape(steps.eval_steps, *arrays)
                 zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
                 return jax.lax.cond(active, lambda: steps.eval_steps(*arrays), lambda: zeros)
 
-            return population_devices.each(at_once, one)(params, model_state, carry, active)
+            return population_devices.map_members(at_once, evaluate_member)(params, model_state, carry, active)
 
         def put(states: Any, slot: Any, state: Any) -> Any:
-            return jax.tree.map(lambda all_, one: all_.at[slot].set(one), states, state)
+            return jax.tree.map(lambda all_, new: all_.at[slot].set(new), states, state)
 
-        def estimate(states: Any, inputs: Any, counts: Any, given: Any, data: Any) -> Any:
-            def one(state: Any, inputs: Any, count: Any, given: Any) -> Any:
-                return steps.estimate_statistics(state, data, inputs, count, given)
+        def estimate(states: Any, batch_index: Any, counts: Any, hparams: Any, data: Any) -> Any:
+            def estimate_member(state: Any, batch_index: Any, count: Any, hparams: Any) -> Any:
+                return steps.estimate_statistics(state, data, batch_index, count, hparams)
 
-            return population_devices.each(at_once, one)(states, inputs, counts, given)
+            return population_devices.map_members(at_once, estimate_member)(states, batch_index, counts, hparams)
 
         placed = NamedSharding(self._mesh, members)
         spread_estimate = spread(estimate, members, members, members, members, whole)
@@ -157,15 +157,15 @@ class Population:
 
     @property
     def free(self) -> list[int]:
-        """The slots without a member, in the order to fill them: on the emptiest device first."""
-        each, ranked = self.size // self._mesh.size, []
-        for first in range(0, self.size, each):
-            free = [slot for slot in range(first, first + each) if slot not in self._members]
+        """The slots without a member, in the order to fill them: first those on devices with the fewest members."""
+        per_device, ranked = self.size // self._mesh.size, []
+        for first in range(0, self.size, per_device):
+            free = [slot for slot in range(first, first + per_device) if slot not in self._members]
             ranked += zip(range(-len(free), 0), free)
         return [slot for _, slot in sorted(ranked)]
 
     def figure_names(self) -> list[str]:
-        """The names of what a report's `figures` has."""
+        """Returns the names of the metrics in a report's `figures`."""
         with jax.set_mesh(self._mesh):
             arrays = *self._eval_arrays(self._state_shapes()), next(iter(self._validation))
             shapes = jax.eval_shape(self._eval, *arrays)[1]
@@ -173,16 +173,16 @@ class Population:
         return list(self._task.figures("validation", sums))
 
     def start(self, slot: int, config: Config) -> None:
-        """Puts a new member at its first step into a slot; `config` is resolved and has the population's signature."""
-        ends = epoch_ends(self._num_examples, config.batch_size, config.num_epochs)
-        given = hyperparams.inputs(config, ends[-1])
-        self._members[slot] = _Member(given, self._batches.of_seed(config.seed), ends)
+        """Starts a new member in a slot; `config` is resolved and has the population's signature."""
+        epoch_end_steps = epoch_ends(self._num_examples, config.batch_size, config.num_epochs)
+        hparams = hyperparams.inputs(config, epoch_end_steps[-1])
+        self._members[slot] = _Member(hparams, self._batches.of_seed(config.seed), epoch_end_steps)
         with jax.set_mesh(self._mesh):
             state = self._init(np.uint32(config.seed))
             self._states = self._put(self._all_states(), np.int32(slot), state)
 
     def stop(self, slot: int) -> None:
-        """Frees a slot; without members the population takes no memory for states."""
+        """Frees a slot; a population without members holds no states in memory."""
         del self._members[slot]
         if not self._members:
             self._states = None
@@ -197,7 +197,10 @@ class Population:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct((self.size, *x.shape), x.dtype), shapes)
 
     def train_epoch(self, stops: Callable[[], bool] = lambda: False) -> dict[int, Report]:
-        """Every member's next epoch; returns what each did, by slot, or {} where `stops` said so between dispatches."""
+        """Trains the next epoch of every member, and evaluates it.
+
+        `stops` is polled between dispatches; if it returns True, this returns {}, else a report for every slot in use.
+        """
         while pending := {s: m for s, m in self._members.items() if self._left(m)}:
             if stops():
                 return {}
@@ -211,16 +214,16 @@ class Population:
             return self._reports()
 
     def _left(self, member: _Member) -> int:
-        """Steps to the end of the epoch under way."""
-        return 0 if member.diverged_at is not None else member.ends[member.epoch] - member.step
+        """Returns the number of steps to the end of the current epoch."""
+        return 0 if member.diverged_at is not None else member.epoch_end_steps[member.epoch] - member.step
 
     def _dispatch(self, counts: dict[int, int]) -> None:
         began = time.monotonic()
         taken = {slot: self._members[slot].batches.take_local(count) for slot, count in counts.items()}
-        inputs = self._stack(taken, self._zeros)
-        given = self._stack({slot: member.given for slot, member in self._members.items()}, self._given)
+        batch_index = self._stack(taken, self._filler_index)
+        hparams = self._stack({slot: member.hparams for slot, member in self._members.items()}, self._filler_hparams)
         numbers = np.array([counts.get(slot, 0) for slot in range(self.size)], np.int32)
-        self._states, metrics = self._train(self._states, inputs, numbers, given, self._batches.data)
+        self._states, metrics = self._train(self._states, batch_index, numbers, hparams, self._batches.data)
         finite = np.logical_and(*(np.isfinite(values) for values in jax.device_get(metrics).values()))
         self._sizer.update(max(counts.values()), time.monotonic() - began)
         for slot, count in counts.items():
@@ -231,23 +234,24 @@ class Population:
             member.step += count
 
     def _stack(self, values: dict[int, Any], otherwise: Any) -> Any:
+        """Stacks the values of all slots; `otherwise` fills those without one."""
         return jax.tree.map(lambda *xs: np.stack(xs), *(values.get(slot, otherwise) for slot in range(self.size)))
 
     def _estimate_statistics(self) -> None:
-        """As a run does before it evaluates."""
+        """As `Training.estimate_statistics`, for every member."""
         if self._states is None or self._states.ema_model_state is None:
             return
-        given = self._stack({slot: member.given for slot, member in self._members.items()}, self._given)
+        hparams = self._stack({slot: member.hparams for slot, member in self._members.items()}, self._filler_hparams)
         counts: Any = np.zeros(self.size, np.int32)
         for number in range(batch_statistics.NUM_STEPS):
             steps = {s: m.step - min(m.step, batch_statistics.NUM_STEPS) + number for s, m in self._members.items()}
             steps = {slot: step for slot, step in steps.items() if step < self._members[slot].step}
             taken = {slot: self._members[slot].batches.step_inputs(step) for slot, step in steps.items()}
-            taken = {slot: {name: x[None] for name, x in inputs.items()} for slot, inputs in taken.items()}
-            inputs = self._stack(taken, {name: x[:1] for name, x in self._zeros.items()})
+            taken = {slot: {name: x[None] for name, x in batch_index.items()} for slot, batch_index in taken.items()}
+            batch_index = self._stack(taken, {name: x[:1] for name, x in self._filler_index.items()})
             has_step = np.isin(np.arange(self.size), list(steps))
-            counts = np.where(has_step, counts, -1)
-            self._states, counts = self._estimate(self._states, inputs, counts, given, self._batches.data)
+            counts = np.where(has_step, counts, -1)  # -1: no change
+            self._states, counts = self._estimate(self._states, batch_index, counts, hparams, self._batches.data)
 
     def _eval_arrays(self, states: TrainState) -> tuple[Any, ...]:
         active = np.array([s in self._members and self._members[s].diverged_at is None for s in range(self.size)])
@@ -257,8 +261,8 @@ class Population:
         self._estimate_statistics()
         params, model_state, carry, active, data = self._eval_arrays(self._all_states())
         sums: dict[int, dict[str, Any]] = {slot: {} for slot in np.flatnonzero(active).tolist()}
-        for inputs in self._validation:
-            carry, part = self._eval(params, model_state, carry, active, data, inputs)
+        for batch_index in self._validation:
+            carry, part = self._eval(params, model_state, carry, active, data, batch_index)
             part = jax.device_get(part)
             for slot, summed in sums.items():
                 for name, value in part.items():
@@ -269,6 +273,6 @@ class Population:
             if slot in found and not math.isfinite(found[slot]["validation_loss"]):
                 member.diverged_at = member.step
             diverged = member.diverged_at is not None
-            finished = diverged or member.epoch == len(member.ends)
+            finished = diverged or member.epoch == len(member.epoch_end_steps)
             reports[slot] = Report(member.epoch, {} if diverged else found[slot], member.diverged_at, finished)
         return reports

@@ -1,4 +1,4 @@
-"""How far a run is, and what becomes of steps whose loss or gradient is not finite."""
+"""The progress of a run, and what happens after a loss or gradient that is not finite."""
 
 import dataclasses
 from typing import Any
@@ -12,33 +12,33 @@ Values = dict[str, np.ndarray]
 QUANTITIES = {"loss": "the training loss", "grad_norm": "the gradient's norm"}
 
 
-def non_finite(what: str, step: int) -> NonFiniteLossError:
-    """The error of a run that cannot go on."""
+def non_finite(message: str, step: int) -> NonFiniteLossError:
+    """Returns the error that ends a run at `step`; `message` says which number is not finite."""
     return NonFiniteLossError(
-        f"{what} at step {step}: updates were too large, or an example is unsuitable; try a lower "
-        "--config.optimizer.learning_rate, or --config.optimizer.clip_norm=1; --config.max_skipped_steps=10 leaves "
-        "such steps out, --config.max_rewinds=3 goes back to the checkpoint before and leaves out the data since",
+        f"{message} at step {step}: updates were too large, or an example is unsuitable; try a lower "
+        "--config.optimizer.learning_rate, or --config.optimizer.clip_norm=1; --config.max_skipped_steps=10 skips "
+        "such steps, --config.max_rewinds=3 rewinds to the last checkpoint and leaves out the data since",
         step,
     )
 
 
 @dataclasses.dataclass
 class Progress:
-    """How far a run is: what a checkpoint holds beside the state, all of it JSON.
+    """The progress of a run, which a checkpoint holds in addition to the state, as JSON values.
 
     Attributes:
-      step: steps made, those skipped among them.
-      epoch: epochs finished, evaluation included.
-      sums: of each metric over the steps of the epoch under way.
-      results: of the last finished epoch.
-      best: [the lowest validation loss, its step].
-      row: the line of metrics.jsonl under way.
-      train_seconds, wall_seconds: over all the processes that took part in the run.
-      skipped: steps whose update was left out, as their loss or gradient was not finite.
-      skipped_in_a_row: the newest of them that no other step follows.
-      rewinds: times that the run went back to a checkpoint.
-      batches_left_out: by how many batches the data are ahead of the steps, for that.
-      statistics_step: whose averaged parameters the state's `ema_model_state` belongs to.
+      step: the number of steps made, skipped ones included.
+      epoch: the number of epochs finished, evaluation included.
+      sums: the sum of each metric over the steps so far of the current epoch.
+      results: the results of the last finished epoch.
+      best: [the lowest validation loss, its step], or None.
+      row: the unfinished line of metrics.jsonl.
+      train_seconds, wall_seconds: training time and wall time of the run, earlier processes included.
+      skipped: the number of steps without an update, since their loss or gradient was not finite.
+      skipped_in_a_row: how many of the newest steps in a row were skipped.
+      rewinds: how many times the run went back to a checkpoint.
+      batches_left_out: how many batches rewinds have left out: the data is ahead of the steps by as many.
+      statistics_step: the step to whose averaged parameters the state's `ema_model_state` belongs.
     """
 
     step: int = 0
@@ -56,15 +56,15 @@ class Progress:
     statistics_step: int = 0
 
     def advance(self, values: Values, most_skipped: int) -> tuple[Values, NonFiniteLossError | None]:
-        """Goes on by the steps just made.
+        """Counts the steps just made.
 
         Args:
-          values: their metrics, [k] each.
-          most_skipped: in a row; their updates were not made (`research.training.steps`).
+          values: the metrics of these steps, [k] each.
+          most_skipped: how many steps in a row may be skipped; the train step has left out their updates.
 
         Returns:
-          The metrics of the steps up to the one that ends the run, and the error that it ends with, or None. Where
-          steps may be skipped, "skipped" is among the metrics: 1 for one that was, else 0.
+          The metrics of the steps before the one that ends the run, and its error; or all metrics, and None. If steps
+          may be skipped, the metrics include "skipped": 1 for a skipped step, else 0.
         """
         finite = {name: np.isfinite(values[name]) for name in QUANTITIES}
         skipped = ~np.logical_and(*finite.values())
@@ -83,37 +83,37 @@ class Progress:
 
     @property
     def next_batch(self) -> int:
-        """The number of the batch that the next step takes, from 0."""
+        """The index of the next step's batch, from 0."""
         return self.step + self.batches_left_out
 
     def finish_epoch(self, results: dict[str, float]) -> None:
-        """Counts the epoch, with its results."""
+        """Counts the epoch and stores its results."""
         self.results, self.sums, self.epoch = results, {}, self.epoch + 1
         loss = results.get("validation_loss")
         if loss is not None:
             self.best = min(self.best or [loss, self.step], [loss, self.step])
 
     def add(self, values: Values) -> None:
-        """Adds the metrics of steps, [k] each, to the epoch's sums, but for what was skipped."""
+        """Adds the metrics of steps, [k] each, to the epoch's sums, without those of skipped steps."""
         made = values["skipped"] == 0 if "skipped" in values else slice(None)
         for name, x in values.items():
-            # One by one: the sum must not depend on how many steps a dispatch makes.
+            # In sequence, not np.sum: float rounding must not depend on how many steps a dispatch makes.
             self.sums[name] = sum((x if name == "skipped" else x[made]).tolist(), self.sums.get(name, 0.0))
 
     def means(self, count: int) -> dict[str, float]:
-        """The means of the metrics over the epoch's `count` steps, but for those skipped.
+        """Returns the means of the metrics over the epoch's `count` steps, without skipped ones.
 
         Raises:
-          NonFiniteLossError: all of them were.
+          NonFiniteLossError: all steps were skipped.
         """
         made = count - self.sums.get("skipped", 0.0)
         if not made:
-            raise non_finite(f"every step of epoch {self.epoch + 1} was skipped, and training stands still", self.step)
+            raise non_finite(f"every step of epoch {self.epoch + 1} was skipped, so nothing was trained", self.step)
         return {name: total / made for name, total in self.sums.items() if name != "skipped"}
 
     def updates_before(self, values: Values) -> np.ndarray:
-        """How many updates had been made before each of the steps just made: where the schedule stood, int [k]."""
+        """Returns the number of updates before each of the steps just made, int [k]: the schedule's argument."""
         count = len(values["loss"])
         skipped = values.get("skipped", np.zeros(count))
-        since = np.cumsum(skipped[::-1])[::-1]  # from each step on
-        return (np.arange(self.step - count, self.step) - self.skipped + since).astype(int)
+        skipped_since = np.cumsum(skipped[::-1])[::-1]  # that step included
+        return (np.arange(self.step - count, self.step) - self.skipped + skipped_since).astype(int)

@@ -23,12 +23,12 @@ class TrainState:
     """Everything that training changes.
 
     Attributes:
-      step: int32 scalar, the number of updates made.
+      step: int32 scalar, the number of steps made.
       params: trained arrays, float32.
       model_state: the model's other arrays (batch statistics, frozen kernels).
-      carry: what each example of the newest batch left to the one that continues it, [microbatches, b, ...]; {} for a
-        task without memory.
-      opt_state: the optimiser's state.
+      carry: the recurrent state after each example of the newest batch, from which the next batch continues,
+        [microbatches, b, ...]; {} for a task without recurrent state.
+      opt_state: the optimizer's state.
       ema_params: the parameters' moving average, or None.
       ema_model_state: `model_state` with batch statistics of the averaged parameters, made by
         `Steps.estimate_statistics` before an evaluation; None without an average or batch statistics.
@@ -56,10 +56,10 @@ class TrainState:
 def abstract_state(
     task: Task, tx: optax.GradientTransformation, config: Config, mesh: jax.sharding.Mesh
 ) -> tuple[nnx.GraphDef, Callable[[Any], TrainState], TrainState]:
-    """What `create_state` makes, without an array of it: the mesh's devices need not be there.
+    """As `create_state`, but abstract: allocates no arrays, and the mesh's devices need not exist.
 
     Returns:
-      The model's static part, the function that makes the state from a seed (uint32), and the state's
+      The model's static part, the function that creates the state from a seed (uint32), and the state's
       `jax.ShapeDtypeStruct`s with their shardings.
     """
     graphdef = nnx.split(nnx.eval_shape(lambda: task.create_model(nnx.Rngs(config.seed))))[0]
@@ -93,10 +93,10 @@ def _has_batch_statistics(model_state: Any) -> bool:
 def create_state(
     task: Task, tx: optax.GradientTransformation, config: Config, mesh: jax.sharding.Mesh
 ) -> tuple[nnx.GraphDef, TrainState]:
-    """Builds the model and its optimiser's state on the mesh.
+    """Builds the model and its optimizer's state on the mesh.
 
-    No device ever holds an array whole that the mesh splits: shapes are traced first, their shardings follow from the
-    rules, and the initialisation is jitted with them.
+    No device ever holds the whole of a sharded array: the shapes are traced first, the sharding rules are applied to
+    them, and the initialization is jitted with these shardings.
 
     Returns:
       The model's static part (`merge_network` makes a module of it), and the state.
@@ -108,10 +108,10 @@ def create_state(
 def make_init(
     task: Task, tx: optax.GradientTransformation, config: Config, mesh: jax.sharding.Mesh
 ) -> tuple[nnx.GraphDef, Callable[[Any], TrainState]]:
-    """The model's static part, and what makes the state from a seed (uint32): compiled once for all seeds."""
+    """Returns the model's static part, and a jitted function that creates the state from a seed (uint32)."""
     graphdef, init, abstract = abstract_state(task, tx, config, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    # Random numbers take XLA:CPU's optimiser long to compile (seconds) for a program that runs once.
+    # XLA:CPU takes seconds to optimize random number generation, too long for a program that runs once.
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     options = {"xla_backend_optimization_level": 0} if on_cpu else None
     return graphdef, jax.jit(init, out_shardings=shardings, compiler_options=options)
@@ -124,6 +124,6 @@ def num_params(state: TrainState) -> int:
 
 @jax.jit
 def is_finite(tree: Any) -> jax.Array:
-    """Whether no float of a tree is NaN or infinite, bool scalar."""
+    """Returns whether every float of a tree is finite, bool scalar."""
     floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
     return jnp.all(jnp.stack([jnp.isfinite(x).all() for x in floats]))

@@ -1,4 +1,4 @@
-"""What a run says of itself: summary.json, and lines on the terminal."""
+"""The contents of summary.json, and a run's lines on the terminal."""
 
 from importlib.metadata import version
 from typing import Any
@@ -11,13 +11,13 @@ from research.training.state import TrainState, num_params
 
 
 def make(experiment: str, run: Training, results: dict[str, float], compile_seconds: float) -> dict[str, Any]:
-    """The contents of summary.json.
+    """Returns the contents of summary.json.
 
     Args:
-      experiment: its name.
-      run: finished.
-      results: of the last epoch, and the task's final metrics.
-      compile_seconds: of this process.
+      experiment: the experiment's name.
+      run: the finished run.
+      results: the results of the last epoch, and the task's final metrics.
+      compile_seconds: compilation time of this process.
     """
     config, progress, mesh = run.config, run.progress, run.mesh
     unit, count = run.task.unit
@@ -47,12 +47,12 @@ def make(experiment: str, run: Training, results: dict[str, float], compile_seco
 
 
 def versions() -> dict[str, str]:
-    """The versions of the packages on which a run's results depend, as summary.json has them."""
+    """Returns the versions of the packages on which a run's results depend, as they appear in summary.json."""
     return {f"{package}_version": version(package) for package in ("jax", "flax", "optax", "numpy")}
 
 
 def memory_line(state: TrainState) -> str:
-    """How much of each part of the state one device holds."""
+    """Returns a line that says how much of each part of the state one device holds."""
     parts = {"parameters": state.params, "optimizer state": state.opt_state, "average": state.ema_params}
     shown = (
         f"{sharding.bytes_per_device(tree) / 2**20:,.2f} of {sum(x.nbytes for x in leaves) / 2**20:,.2f} MiB of {name}"
@@ -63,6 +63,6 @@ def memory_line(state: TrainState) -> str:
 
 
 def epoch_line(epoch: int, num_epochs: int, results: dict[str, float]) -> str:
-    """An epoch's losses and accuracies."""
+    """Returns a line with an epoch's losses and accuracies."""
     shown = (f"{name} {value:.4f}" for name, value in results.items() if name.endswith(("_loss", "_accuracy")))
     return f"epoch {epoch}/{num_epochs}  " + "  ".join(shown)

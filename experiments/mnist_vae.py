@@ -174,6 +174,7 @@ EXPERIMENT = app.Experiment(
     str(__doc__),
     {"default": get_config, "iwae": iwae, "burda": burda, "conv": conv},
     make_task,
+    complete=complete,
     sample=sample,
     sample_options=SampleOptions,
 )

@@ -91,6 +91,6 @@ def check_losses(whole: np.ndarray, parts: np.ndarray) -> None:
     if np.isfinite(whole).all() and not error <= 0.1 * spread:  # `not <=`: also if it is NaN
         raise UserError(
             "per_device_gradients is declared, but the losses that the devices compute from their parts of the batch "
-            f"are not those of the whole batch (they differ by {error:.3g}, examples by {spread:.3g}): "
+            f"are not those of the whole batch (RMS difference {error:.3g}, spread between examples {spread:.3g}): "
             f"{_ADVICE}"
         )

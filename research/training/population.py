@@ -107,8 +107,9 @@ class Population:
         self._states: TrainState | None = None
 
     def _jit(self, steps: Steps, batch_size: int) -> None:
+        """Jits the programs that train, evaluate and update all members."""
         at_once = population_devices.at_once(self._mesh.devices.flat[0].platform, batch_size)
-        members, whole = P(AXIS), P()
+        members, replicated = P(AXIS), P()
 
         def spread(function: Callable[..., Any], *specs: P) -> Callable[..., Any]:
             # Members are independent: no collectives, and no replication for shard_map to check.
@@ -141,10 +142,10 @@ class Population:
             return population_devices.map_members(at_once, estimate_member)(states, batch_index, counts, hparams)
 
         placed = NamedSharding(self._mesh, members)
-        spread_estimate = spread(estimate, members, members, members, members, whole)
+        spread_estimate = spread(estimate, members, members, members, members, replicated)
         self._estimate = jax.jit(spread_estimate, donate_argnums=0, out_shardings=placed)
-        spread_train = spread(train, members, members, members, members, whole)
-        spread_eval = spread(evaluate, members, members, members, members, whole, whole)
+        spread_train = spread(train, members, members, members, members, replicated)
+        spread_eval = spread(evaluate, members, members, members, members, replicated, replicated)
         self._train: Any = jax.jit(spread_train, donate_argnums=0, out_shardings=placed)
         self._eval = jax.jit(spread_eval, out_shardings=placed)
         self._put = jax.jit(put, donate_argnums=0, out_shardings=placed)

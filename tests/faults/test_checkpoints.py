@@ -64,7 +64,7 @@ def test_without_an_intact_checkpoint_the_command_refuses_to_start_over(trained,
         assert ended.code == 2, ended.output
         (line,) = [line for line in ended.output.splitlines() if line.startswith("error: ")]
         assert "no checkpoint in " in line
-        assert "give another --workdir" in line
+        assert "use another --workdir" in line
 
 
 def test_a_workdir_without_its_config_or_its_checkpoints(trained, forks, tmp_path):

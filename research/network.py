@@ -1,6 +1,8 @@
-"""Splits a network (`nnx.Module`) into its static part and its arrays, and merges them."""
+"""Splits a network (`nnx.Module`) into its static part and its arrays, merges them, and replaces attributes in it."""
 
+import contextlib
 import dataclasses
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -39,3 +41,17 @@ def merge_network(graphdef: nnx.GraphDef, params: Any, model_state: Any) -> Any:
         return jax.random.wrap_key_data(x.data, impl=x.impl) if is_stored(x) else x
 
     return nnx.merge(graphdef, params, jax.tree.map(typed, model_state, is_leaf=is_stored), copy=True)
+
+
+@contextlib.contextmanager
+def replaced(
+    network: nnx.Module, selects: Callable[[nnx.Module], bool], attribute: str, value: jax.Array | None
+) -> Iterator[None]:
+    """Gives an attribute of the selected modules a value, which may be traced, until the context ends; None: none."""
+    modules = [module for _, module in nnx.iter_modules(network) if selects(module)] if value is not None else []
+    own = [getattr(module, attribute) for module in modules]
+    for module in modules:
+        setattr(module, attribute, nnx.data(value))
+    yield
+    for module, before in zip(modules, own):  # an array would become part of the network's state
+        setattr(module, attribute, nnx.static(before))

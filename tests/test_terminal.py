@@ -83,7 +83,9 @@ def test_the_time_left_counts_from_where_training_began_or_went_back_to(monkeypa
     with writer.Writer(tmp_path, 1000, active=True) as record:
         clock[0] = 3600.0  # an hour of compiling
         record.resume(0, {})
-        clock[0] += 20.0
+        clock[0] += 1.0
+        record.progress(5, 1.0, 1.0)  # too soon for a line
+        clock[0] += 19.0
         record.progress(100, 1.0, 1.0)
         record.resume(50, {})
         clock[0] += 20.0

@@ -6,13 +6,14 @@ accurate than two passes, where the second subtracts a mean rounded to float32. 
 so the shift has no gradient.
 """
 
-import contextlib
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+
+from research.network import replaced
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -45,16 +46,9 @@ class BatchNorm(nnx.BatchNorm):
         return lax.pmean(statistic, self.axis_name) if self.axis_name else statistic
 
 
-@contextlib.contextmanager
-def momentum_of(model: nnx.Module, momentum: jax.Array | None) -> Iterator[None]:
-    """A context in which all batch norms of the model, Flax's too, have this (traced) momentum; None: their own."""
-    modules = nnx.iter_modules(model) if momentum is not None else ()
-    layers = [(module, module.momentum) for _, module in modules if isinstance(module, nnx.BatchNorm)]
-    for layer, _ in layers:
-        layer.momentum = nnx.data(momentum)  # pyright: ignore[reportAttributeAccessIssue]
-    yield
-    for layer, original in layers:  # restored, as a traced array would become part of the model's state
-        layer.momentum = nnx.static(original)
+def momentum_of(model: nnx.Module, momentum: jax.Array | None) -> AbstractContextManager[None]:
+    """Within it every batch norm of the model, Flax's too, has this momentum, unless it is None; it may be traced."""
+    return replaced(model, lambda module: isinstance(module, nnx.BatchNorm), "momentum", momentum)
 
 
 def _mean(x: jax.Array) -> jax.Array:

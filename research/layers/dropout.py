@@ -1,5 +1,6 @@
 """Dropout whose masks do not depend on how many devices share the batch."""
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -8,12 +9,13 @@ from flax import nnx
 
 from research import sharding
 from research.config import is_on
+from research.network import replaced
 
 
 class Dropout(nnx.Module):
     """Sets each value to 0 with probability `rate`, and scales the others by 1 / (1 - rate) (Srivastava et al. 2014).
 
-    Each call takes its key, so no random state is stored. `batch_axis` is the axis of the examples. `set_rate` can make
+    Each call takes its key, so no random state is stored. `batch_axis` is the axis of the examples. `rate_of` can make
     the rate a traced one.
     """
 
@@ -42,8 +44,6 @@ class Dropout(nnx.Module):
         return jnp.where(draw(keys), x / (1 - self.rate), 0).astype(x.dtype)
 
 
-def set_rate(model: nnx.Module, rate: Any) -> None:
-    """Sets the rate of every `Dropout` that is not off; a traced one must be replaced before the model is split."""
-    for _, module in nnx.iter_modules(model):
-        if isinstance(module, Dropout) and not module.off:
-            module.rate = nnx.data(rate) if isinstance(rate, jax.Array) else nnx.static(rate)
+def rate_of(model: nnx.Module, rate: jax.Array | None) -> AbstractContextManager[None]:
+    """Within it every `Dropout` of the model that is not off has this rate, unless it is None; it may be traced."""
+    return replaced(model, lambda module: isinstance(module, Dropout) and not module.off, "rate", rate)

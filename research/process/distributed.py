@@ -19,7 +19,6 @@ import numpy as np
 
 from research.config import DistributedConfig
 from research.errors import UserError
-from research.process import exit
 
 _SECONDS_BETWEEN_LINES = 10.0
 _SECONDS_TO_LEAVE = 10  # how long a process that ends waits for the others to end too
@@ -60,7 +59,6 @@ def join(config: DistributedConfig) -> None:
         "heartbeat_timeout_seconds": min(config.timeout, _MOST_SECONDS_SILENT),
         "shutdown_timeout_seconds": _SECONDS_TO_LEAVE,
     }
-    exit.call_on_error(insist)
     if config.start == "never" or jax.distributed.is_initialized():
         return
     if named := place(os.environ):

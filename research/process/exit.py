@@ -1,19 +1,12 @@
-"""How a command ends: with an error's one line and its exit code."""
+"""Ends a command with an error's one line and its exit code."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
 from research.errors import UserError, of_memory
-
-_on_error: list[Callable[[int], None]] = []
-
-
-def call_on_error(callback: Callable[[int], None]) -> None:
-    """Has `callback` called with the exit code when `own_exit_code` meets an error."""
-    if callback not in _on_error:
-        _on_error.append(callback)
+from research.process import distributed
 
 
 @contextmanager
@@ -23,8 +16,7 @@ def own_exit_code() -> Iterator[None]:
         yield
     except Exception as error:
         known = error if isinstance(error, UserError) else of_memory(error)
-        for callback in _on_error:
-            callback(known.exit_code if known else 1)
+        distributed.insist(known.exit_code if known else 1)
         if known is None or known is error:
             raise
         raise known from None

@@ -112,7 +112,7 @@ class Writer:
             self._metrics.replace("".join(kept).encode())
             self._events.start(self._config, step, row.get("step", step + 1))
         # What came before, compiling or a rewound part of the run, says nothing of the time that is left.
-        self._start = time.monotonic()
+        self._start = self._last_line = time.monotonic()
         self._bar.reset()
         self._bar.initial = self._bar.n = self._first = step
 

@@ -6,7 +6,7 @@ from research.config import Config
 from research.process import distributed
 
 _SECONDS_PER_DISPATCH = 0.5
-_MAX_AGREEMENTS = 8  # with several processes, the size is adapted after this many dispatches only
+_MAX_AGREEMENTS = 8  # with several processes, the size is adapted after each of the first dispatches only
 _MAX_STEPS = {True: 512, False: 8}  # key: whether the data set is resident; streamed batches take memory
 
 

@@ -24,8 +24,8 @@ from research import optimizers, randomness, sharding
 from research.config import Config
 from research.data.pipeline import Batch
 from research.errors import UserError
-from research.layers import batch_norm
-from research.layers.dropout import set_rate
+from research.layers.batch_norm import momentum_of
+from research.layers.dropout import rate_of
 from research.network import merge_network, split_network
 from research.randomness import Stream
 from research.tasks.task import Metrics, Task
@@ -85,12 +85,8 @@ class Steps:
         """
         model = merge_network(self._graphdef, sharding.gather(params, self._mesh), model_state)
         task = self._task.with_inputs(hparams)
-        if DROPOUT in hparams:
-            set_rate(model, hparams[DROPOUT])
-        with batch_norm.momentum_of(model, momentum):
+        with rate_of(model, hparams.get(DROPOUT)), momentum_of(model, momentum):
             values, carry = task.advance(model, batch, carry, key=key, train=True)
-        if DROPOUT in hparams:
-            set_rate(model, 1.0)  # the traced rate must not become part of the model's state
         return values, split_network(model)[2], carry
 
     def _loss(

@@ -36,7 +36,7 @@ NON_RETRYABLE_EXIT_CODES = (2, 3, 4, 5, 6)
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What to launch.
+    """A job to launch.
 
     Attributes:
       module: "experiments.cifar_cnn", or "launch.sweep" for a sweep worker.

@@ -208,7 +208,7 @@ class MeshConfig:
 
 @dataclasses.dataclass
 class DistributedConfig:
-    """How the processes of a multi-host run find each other (`research.process.distributed`)."""
+    """Settings by which the processes of a multi-host run find each other (`research.process.distributed`)."""
 
     start: str = _place(
         "auto",

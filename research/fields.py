@@ -62,7 +62,7 @@ def option(
 
 
 def is_on(value: Any) -> bool:
-    """Whether a number that turns something off at 0 is not 0; a traced one never is (`training/hyperparams.py`)."""
+    """Returns whether a number is not 0, which turns a feature off; a traced one counts (`training/hyperparams.py`)."""
     return not isinstance(value, (int, float)) or value != 0
 
 

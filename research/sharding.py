@@ -103,7 +103,7 @@ def manual_batch_axes() -> tuple[str, ...] | None:
 
 
 def is_unsharded() -> bool:
-    """Whether GSPMD shards nothing here: there is one device, or `jax.shard_map` has split the arrays already."""
+    """Returns whether GSPMD shards nothing here: one device, or arrays that `jax.shard_map` has split already."""
     mesh = jax.sharding.get_abstract_mesh()
     return all(size == 1 or axis in mesh.manual_axes for axis, size in mesh.shape.items())
 

@@ -29,7 +29,7 @@ def _shapes(avals: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _agrees(exported: export.Exported, function: Mapping[str, Any], manifest: Mapping[str, Any]) -> bool:
-    """Whether a program has the inputs, outputs, weights and platforms that the manifest lists."""
+    """Returns whether a program has the inputs, outputs, weights and platforms that the manifest lists."""
     listed = {kind: function[kind] for kind in ("inputs", "outputs")}
     weights = jax.tree.unflatten(exported.in_tree, exported.in_avals)[0][0]
     return (described(exported), _shapes(weights)) == (listed, manifest["weights"]) and (

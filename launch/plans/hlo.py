@@ -109,7 +109,7 @@ class Program:
         return max(constants, default=None)
 
     def _count_executions(self) -> collections.Counter[str]:
-        """How many times each computation is executed in a step."""
+        """Counts how often each computation is executed in a step."""
         executions = collections.Counter({self._root: 1})
         # In HLO text a computation comes before its callers, so this order visits callers first.
         for name in reversed(self._bodies):

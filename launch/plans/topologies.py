@@ -170,7 +170,7 @@ def devices(topology: Topology) -> Sequence[Any]:
 
 
 def has_cuda_plugin() -> bool:
-    """Whether JAX's CUDA plugin is installed (extras cuda12 and cuda13)."""
+    """Returns whether JAX's CUDA plugin is installed (extras cuda12 and cuda13)."""
     return any(importlib.util.find_spec(f"jax_cuda{number}_plugin") for number in (12, 13))
 
 

@@ -39,7 +39,7 @@ def check_folder(workdir: Path, study: str, identity: dict[str, Any]) -> None:
 
 
 def is_recorded(workdir: Path, fit: str) -> bool:
-    """Whether `finish` has completed, this fit included ("": no fit)."""
+    """Returns whether `finish` has completed, this fit included ("": no fit)."""
     found = _read_summary(workdir)
     return _VALUE in found and (not fit or found.get("fit", {}).get("by") == fit)
 

@@ -140,11 +140,11 @@ class Study:
         return len(self._planned())
 
     def complete(self, count: int) -> bool:
-        """Whether `count` trials were planned and all of them have ended."""
+        """Returns whether `count` trials were planned and all of them have ended."""
         return self.planned() >= count and not self.attempts(*_RUNNING) and not self._left(count)
 
     def others_run(self) -> bool:
-        """Whether other workers still train trials (and may still be lost)."""
+        """Returns whether other workers still train trials (and may still be lost)."""
         return bool(self.attempts(*_RUNNING))
 
     def _left(self, count: int) -> list[FrozenTrial]:

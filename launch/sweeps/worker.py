@@ -56,7 +56,7 @@ class Sweep:
 
     @property
     def maximizes(self) -> bool:
-        """Whether larger values of the metric are better."""
+        """True if larger values of the metric are better."""
         return self.metric.endswith("accuracy")
 
     def trial_config(self, values: dict[str, Any]) -> Config:

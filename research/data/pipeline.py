@@ -87,7 +87,7 @@ def longest_epoch(epoch_end_steps: Sequence[int]) -> int:
 
 
 def is_resident(config: Config, *splits: Arrays | None) -> bool:
-    """Whether these splits together fit --config.dataset.max_device_gib, so that they can live on the devices."""
+    """Returns whether these splits together fit --config.dataset.max_device_gib, and so can live on the devices."""
     size = sum(array.nbytes for split in splits if split for array in split.values())
     return size <= config.dataset.max_device_gib * 2**30
 

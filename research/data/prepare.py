@@ -25,7 +25,7 @@ _CONNECT_TIMEOUT_SECONDS = 5
 
 @dataclasses.dataclass(frozen=True)
 class _Recipe:
-    """Where a data set comes from.
+    """The source of a data set.
 
     Attributes:
       urls: the files to download, which the first reader of `sources` reads.

@@ -25,7 +25,7 @@ class Dropout(nnx.Module):
 
     @property
     def off(self) -> bool:
-        """Whether the rate is statically 0, so that the compiled program contains no dropout."""
+        """True if the rate is statically 0, so that the compiled program contains no dropout."""
         return not is_on(self.rate)
 
     def __call__(self, x: jax.Array, *, train: bool, key: jax.Array | None) -> jax.Array:

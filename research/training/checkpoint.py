@@ -23,7 +23,7 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from research import randomness
-from research.errors import RecordError, UserError, of_memory
+from research.errors import RecordError, UserError, as_out_of_memory_error
 from research.process import distributed
 from research.record import storage
 from research.training.checksums import checksums
@@ -73,7 +73,7 @@ def _is_damage(error: Exception) -> bool:
     """Whether it says of a checkpoint's files that they are cut, changed or gone, not that they could not be read."""
     if isinstance(error, OSError):
         return isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError))
-    return not of_memory(error, "") and not str(error).startswith(_UNREAD)
+    return not as_out_of_memory_error(error, "") and not str(error).startswith(_UNREAD)
 
 
 def _flat(state: TrainState) -> dict[str, Any]:
@@ -230,7 +230,7 @@ class Checkpoints:
                     raise
                 reason = " ".join(str(error).split())[:200]
                 if not _is_damage(error):
-                    raise of_memory(error) or RecordError(
+                    raise as_out_of_memory_error(error) or RecordError(
                         f"checkpoint {step} in {self._place} could not be read ({reason}): it is as it was, and once "
                         "that is mended the same command resumes from it"
                     ) from error

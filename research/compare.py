@@ -13,7 +13,7 @@ from absl import flags
 
 from research import plots
 from research.errors import UserError
-from research.process.terminal import lasting_output
+from research.process.terminal import ignore_closed_output
 from research.record.storage import open_path
 from research.record.workdir import read_json, read_metrics
 
@@ -95,7 +95,7 @@ def run(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     try:
-        with lasting_output():
+        with ignore_closed_output():
             run(sys.argv[1:])
     except UserError as user_error:
         print(f"error: {user_error}", file=sys.stderr)

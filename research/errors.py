@@ -1,31 +1,31 @@
-"""Errors that a user can act on, and every exit code of every command.
+"""Errors that a user can act on, and the exit codes of all commands.
 
 | code | meaning |
 | --- | --- |
-| 0 | done; also where nobody reads the output any more (`| head -1`): the record is finished in silence |
-| 1 | a defect: a traceback, please report it |
+| 0 | done, even if its output was closed (`| head -1`): the command keeps running without it |
+| 1 | a bug: please report the traceback |
 | 2 | bad input: a flag, a data set, a folder; nothing was started |
 | 3 | the loss or the gradient became NaN or infinite |
-| 4 | the record could not be written or read (disk full, read-only, out of reach): the last good checkpoint is intact |
-| 5 | out of memory: a smaller microbatch may do |
+| 4 | the record could not be written or read (disk full, read-only, unreachable): the last good checkpoint is intact |
+| 5 | out of memory: a smaller microbatch may fit |
 | 6 | replicas of an array differ between devices: the last good checkpoint is intact |
 | 129 | the terminal was closed (SIGHUP); while training, a checkpoint was saved |
 | 130 | interrupted (SIGINT); while training, a checkpoint was saved |
 | 143 | terminated (SIGTERM); while training, a checkpoint was saved |
 
-143 too where `launch.tpu up` lost too many TPUs, or one of several processes met a damaged checkpoint, which it set
-aside: the same command goes on.
+143 also means that `launch.tpu up` lost too many TPUs, or that one of several processes found a damaged checkpoint and
+set it aside: the same command resumes the run.
 """
 
 
 class UserError(Exception):
-    """Bad input. Its text is one line that says what was wrong and what to do; no traceback is shown."""
+    """Bad input. The text is one line: what is wrong and what to do about it. No traceback is shown."""
 
     exit_code = 2
 
 
 class NonFiniteLossError(UserError):
-    """The loss, the gradient or a parameter became NaN or infinite at `step` (0: of several runs); the text says so."""
+    """The loss, the gradient or a parameter became NaN or infinite at `step` (0: in several runs at once)."""
 
     exit_code = 3
 
@@ -35,33 +35,33 @@ class NonFiniteLossError(UserError):
 
 
 class RecordError(UserError):
-    """A part of the record could not be written or read; the text names it. The last good checkpoint is intact."""
+    """A file of the record could not be written or read; the text names it. The last good checkpoint is intact."""
 
     exit_code = 4
 
 
 class OutOfMemoryError(UserError):
-    """A device or the host had no memory left; the text names what to lower."""
+    """A device or the host ran out of memory; the text names what to lower."""
 
     exit_code = 5
 
 
 class ReplicaError(UserError):
-    """Devices that should hold the same array do not; the text names both. The last good checkpoint is intact."""
+    """Replicas of an array differ; the text names the array and devices. The last good checkpoint is intact."""
 
     exit_code = 6
 
 
-_NO_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory allocating")  # XLA:CPU calls the second INTERNAL
-_LESS = (
-    "lower --config.microbatch_size, a divisor of --config.batch_size: how many examples are there at once (and make "
-    "one batch norm's statistics), or --config.batch_size itself"
+_OUT_OF_MEMORY_TEXTS = ("RESOURCE_EXHAUSTED", "Out of memory allocating")  # the second: XLA:CPU, with status INTERNAL
+_ADVICE = (
+    "lower --config.microbatch_size, a divisor of --config.batch_size: how many examples are in memory at once (and in "
+    "the statistics of batch norm), or --config.batch_size itself"
 )
 
 
-def of_memory(error: BaseException, advice: str = _LESS) -> OutOfMemoryError | None:
-    """What to say of an error that means that there was no memory; None: it means something else."""
+def as_out_of_memory_error(error: BaseException, advice: str = _ADVICE) -> OutOfMemoryError | None:
+    """Returns an `OutOfMemoryError` with `advice` if `error` means out of memory, else None."""
     text = " ".join(str(error).split())
-    if not isinstance(error, MemoryError) and not any(words in text for words in _NO_MEMORY):
+    if not isinstance(error, MemoryError) and not any(words in text for words in _OUT_OF_MEMORY_TEXTS):
         return None
     return OutOfMemoryError(f"out of memory ({text[:150] or 'of the host'}): {advice}")

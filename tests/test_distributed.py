@@ -53,7 +53,7 @@ def test_an_impossible_environment_is_named(changes, words):
 
 def _find_others(port, count, index, timeout, errors):
     try:
-        distributed._meet(f"127.0.0.1:{port}", count, index, timeout)
+        distributed._rendezvous(f"127.0.0.1:{port}", count, index, timeout)
     except UserError as error:
         errors[index] = str(error)
 
@@ -77,7 +77,7 @@ def test_all_processes_find_each_other():
 def test_a_missing_process_is_named(monkeypatch, capsys):
     monkeypatch.setattr(distributed, "_SECONDS_BETWEEN_LINES", 0.5)
     errors = _rendezvous_errors([0, 2], 4, 2)
-    assert errors[0].startswith("processes 1, 3 of 4 did not come within 2 s")
+    assert errors[0].startswith("processes 1, 3 of 4 did not connect within 2 s")
     assert "--config.distributed.timeout" in errors[0]
     assert "waiting for processes 1, 3 of 4: " in capsys.readouterr().err
     assert _rendezvous_errors([1], 2, 1)[1].startswith("process 0 at 127.0.0.1:")

@@ -47,7 +47,7 @@ def test_a_failure_to_write_events_is_one_warning(tmp_path, capfd):
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     warnings = [line for line in capfd.readouterr().err.splitlines() if line.startswith("WARNING")]
     assert len(warnings) == 1
-    assert "no more TensorBoard events are written: " in warnings[0]
+    assert "TensorBoard events are no longer written: " in warnings[0]
     assert (tmp_path / "curves.png").exists()
 
 

@@ -63,7 +63,7 @@ LOCAL, TPU = ["--workdir=x", "--dry_run"], ["--workdir=gs://b/x", "--storage=pos
         (slurm, [*LOCAL, "--search=nofield=[1]"], "no field nofield"),
         (local, [*LOCAL], "nothing to vary"),
         (slurm, [*LOCAL, "--search=model.width=[8,9]", "--config.max_rewinds=1"], "--config.max_rewinds"),
-        (slurm, [*LOCAL, RATE, "--storage=postgresql://u:secret@h/d"], "a URL with a password would stand in logs"),
+        (slurm, [*LOCAL, RATE, "--storage=postgresql://u:secret@h/d"], "a URL with a password would appear in logs"),
         (tpu, [*TPU, "--search=/home/me/space.py"], "give a path within it"),
         (local, [*LOCAL, "--seeds=3", "--config.seed=4294967295"], "seed"),
     ],

@@ -205,10 +205,10 @@ def test_a_signal_whose_error_was_swallowed_still_stops_the_run(tmp_path):
     signals = Signals()
     with signals.handled(), contextlib.suppress(Exception):
         signal.raise_signal(signal.SIGTERM)
-    signals.spreads = True  # as with several processes, which only stop by this error
+    signals.is_distributed = True  # as with several processes, which only stop by this error
     with pytest.raises(StoppedError, match="stopped by SIGTERM"), signals.deferred():
         pass
-    signals.spreads = False
+    signals.is_distributed = False
     with pytest.raises(StoppedError, match="stopped by SIGTERM") as stopped:
         run(tmp_path, signals=signals)
     assert stopped.value.exit_code == 143

@@ -16,7 +16,7 @@ from research import optimizers
 from research.config import Config, DatasetConfig
 from research.data import sources
 from research.data.sources import Dataset
-from research.errors import NonFiniteLossError, UserError, of_memory
+from research.errors import NonFiniteLossError, UserError, as_out_of_memory_error
 from research.experiment import Experiment
 from research.process.signals import Signals, StoppedError
 from research.training import hyperparams
@@ -120,7 +120,7 @@ class Worker:
                 self._study.retry(running.trial, reason)
             half = max(self._sweep.seeds, self._sweep.size // 2)
             advice = f"give --population={half} to continue, or search smaller networks"
-            if exhausted := of_memory(error, advice):
+            if exhausted := as_out_of_memory_error(error, advice):
                 raise exhausted from None
             raise
 

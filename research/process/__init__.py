@@ -1,1 +1,1 @@
-"""The process around a run: signals, terminal, exit codes, other processes, XLA's flags and cache."""
+"""Process-level concerns of a run: signals, terminal, exit codes, multi-host, XLA flags, compilation cache."""

@@ -1,8 +1,8 @@
-"""Compiled programs, kept on disk: a program is compiled once, and loaded in about a second from then on.
+"""Enables JAX's persistent compilation cache, so that a program is compiled once and later loaded in about a second.
 
-JAX does it (https://docs.jax.dev/en/latest/persistent_compilation_cache.html); here is only where, and from what
-compile time on. The folder may be deleted at any time. `JAX_ENABLE_COMPILATION_CACHE=false` turns it off, and
-`JAX_COMPILATION_CACHE_DIR` names another.
+This module only chooses the folder and the shortest compile time that is cached; see
+https://docs.jax.dev/en/latest/persistent_compilation_cache.html. The folder may be deleted at any time.
+`JAX_ENABLE_COMPILATION_CACHE=false` turns the cache off, and `JAX_COMPILATION_CACHE_DIR` names another folder.
 """
 
 import contextlib
@@ -15,24 +15,25 @@ import jax
 
 from research.data import cache
 
-_SHORTEST_SECONDS = 0.2  # JAX's own is a second: many of a small network's programs take less, and add up
+_SHORTEST_SECONDS = 0.2  # JAX's default is 1 s, but a small network has many faster programs, which add up
 
 
 def enable() -> None:
-    """Keeps compiled programs in the cache folder, unless it cannot be written or the user has named another to JAX."""
-    folder = cache.folder() / f"xla-{_processor()}"
-    with contextlib.suppress(OSError):  # without a cache everything works, only later
+    """Turns the cache on, unless the folder is not writable or the user has configured another one."""
+    folder = cache.folder() / f"xla-{_cpu_fingerprint()}"
+    with contextlib.suppress(OSError):  # without a cache everything works, but starts more slowly
         folder.mkdir(parents=True, exist_ok=True)
-        named = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
-        if os.access(folder, os.W_OK) and named is None:
+        configured = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+        if os.access(folder, os.W_OK) and configured is None:
             jax.config.update("jax_compilation_cache_dir", str(folder))
             jax.config.update("jax_persistent_cache_min_compile_time_secs", _SHORTEST_SECONDS)
 
 
-def _processor() -> str:
-    """Differs where instructions may be unknown: XLA compiles for the processor at hand, and a home folder travels."""
-    abilities = platform.machine()
+def _cpu_fingerprint() -> str:
+    """Returns a hash of the CPU's instruction set."""
+    # XLA:CPU compiles for the CPU it runs on, and machines with different CPUs may share a home folder.
+    features = platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        abilities += next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return hashlib.sha256(abilities.encode()).hexdigest()[:8]
+        features += next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return hashlib.sha256(features.encode()).hexdigest()[:8]

@@ -1,8 +1,9 @@
-"""Several processes as one run: they find each other, go at one pace, and stop together.
+"""Multi-process (multi-host) runs: rendezvous, barriers, a broadcast, and stopping together.
 
-A launcher names a process's place by its environment: JAX_COORDINATOR_ADDRESS (host:port of process 0),
-JAX_NUM_PROCESSES and JAX_PROCESS_ID; within Slurm and Open MPI the last two are taken from there. Where there is no
-such name, or `--config.distributed.start=always`, it is left to `jax.distributed`, which knows Cloud TPU and GKE.
+A launcher describes the process by environment variables: JAX_COORDINATOR_ADDRESS (host:port of process 0),
+JAX_NUM_PROCESSES and JAX_PROCESS_ID. Within Slurm and Open MPI the last two default to those of the job. Without
+JAX_COORDINATOR_ADDRESS this is the only process, unless `--config.distributed.start=always`: then `jax.distributed`
+detects the cluster, such as Cloud TPU or GKE.
 """
 
 import os
@@ -21,18 +22,18 @@ from research.config import DistributedConfig
 from research.errors import UserError
 
 _SECONDS_BETWEEN_LINES = 10.0
-_SECONDS_TO_LEAVE = 10  # how long a process that ends waits for the others to end too
-_MOST_SECONDS_SILENT = 100  # after which a process is taken for dead
+_SHUTDOWN_SECONDS = 10  # how long a process that ends waits for the others to end
+_HEARTBEAT_SECONDS = 100  # a process without a heartbeat for this long counts as dead
 
 _COUNTS = ("JAX_NUM_PROCESSES", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 _INDICES = ("JAX_PROCESS_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "JOB_COMPLETION_INDEX")
 
 
 def place(environment: Mapping[str, str]) -> tuple[str, int, int] | None:
-    """(coordinator address, number of processes, this one's index), or None where the environment names none.
+    """Returns (coordinator address, number of processes, process index), or None without JAX_COORDINATOR_ADDRESS.
 
     Raises:
-      UserError: it names a part of them, or an impossible index.
+      UserError: a variable is missing or malformed, or the index is out of range.
     """
     address = environment.get("JAX_COORDINATOR_ADDRESS")
     if address is None:
@@ -40,101 +41,106 @@ def place(environment: Mapping[str, str]) -> tuple[str, int, int] | None:
     found = [next((environment[n] for n in names if n in environment), "") for names in (_COUNTS, _INDICES)]
     if not all(text.isdecimal() for text in found) or not 0 <= int(found[1]) < int(found[0]):
         raise UserError(
-            f"JAX_COORDINATOR_ADDRESS={address} needs JAX_NUM_PROCESSES and, below it, JAX_PROCESS_ID; they are "
+            f"JAX_COORDINATOR_ADDRESS={address} also needs JAX_NUM_PROCESSES and a JAX_PROCESS_ID below it; they are "
             f"{found[0]!r} and {found[1]!r}"
         )
     if not address.rpartition(":")[2].isdecimal():
-        raise UserError(f"JAX_COORDINATOR_ADDRESS={address}: give host:port")
+        raise UserError(f"JAX_COORDINATOR_ADDRESS={address}: must be host:port")
     return address, int(found[0]), int(found[1])
 
 
 def join(config: DistributedConfig) -> None:
-    """Joins the run's other processes; returns at once where this is the only one. Called before jax has devices.
+    """Initializes `jax.distributed`, unless this is the only process. Call it before JAX initializes its devices.
 
     Raises:
-      UserError: not all came within `config.timeout` seconds; the text names those that are missing.
+      UserError: a process did not connect within `config.timeout` seconds; the text names those that are missing.
     """
     options: dict[str, Any] = {
         "initialization_timeout": config.timeout,
-        "heartbeat_timeout_seconds": min(config.timeout, _MOST_SECONDS_SILENT),
-        "shutdown_timeout_seconds": _SECONDS_TO_LEAVE,
+        "heartbeat_timeout_seconds": min(config.timeout, _HEARTBEAT_SECONDS),
+        "shutdown_timeout_seconds": _SHUTDOWN_SECONDS,
     }
     if config.start == "never" or jax.distributed.is_initialized():
         return
-    if named := place(os.environ):
-        address, count, index = named
+    if placement := place(os.environ):
+        address, count, index = placement
         if count > 1:
-            _meet(address, count, index, config.timeout)
+            _rendezvous(address, count, index, config.timeout)
             jax.distributed.initialize(address, count, index, **options)
     elif config.start == "always":
         try:
             jax.distributed.initialize(**options)
         except (RuntimeError, ValueError) as error:
             raise UserError(
-                f"--config.distributed.start=always: the other processes were not found ({error}); name them by "
+                f"--config.distributed.start=always: the other processes were not found ({error}): set "
                 "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
             ) from None
 
 
-def insist(code: int) -> None:
-    """Sees to it that this process, which an error ends, has its exit code: jax aborts one that the others outlast."""
+def force_exit_code(code: int) -> None:
+    """Makes a process that an error ends exit with `code`."""
+    # At exit JAX waits for the other processes, and aborts this one (SIGABRT) at the shutdown timeout if some are still
+    # running. A daemon thread exits a second before that.
     if jax.distributed.is_initialized():
-        last = threading.Timer(_SECONDS_TO_LEAVE - 1, os._exit, [code])
-        last.daemon = True
-        last.start()
+        timer = threading.Timer(_SHUTDOWN_SECONDS - 1, os._exit, [code])
+        timer.daemon = True
+        timer.start()
 
 
-def _meet(address: str, count: int, index: int, timeout: float) -> None:
-    """Returns when all processes are there, so that while one is missing the others can say which.
+def _rendezvous(address: str, count: int, index: int, timeout: float) -> None:
+    """Waits until all processes have started.
 
-    They meet at the coordinator's own port, before jax's service has it.
+    Raises:
+      UserError: a process did not connect within `timeout` seconds, or the coordinator's port is taken.
     """
+    # `jax.distributed.initialize` does not say which process is missing, so process 0 first counts them itself, on the
+    # coordinator's port, which JAX's own service binds afterwards.
     host, _, port = address.rpartition(":")
-    waiting = _Waiting(timeout)
+    deadline = _Deadline(timeout)
     if index:
-        while not _came(host.strip("[]"), int(port), index, waiting):
-            waiting.tell(f"process 0 at {address}")
+        while not _check_in(host.strip("[]"), int(port), index, deadline):
+            deadline.check(f"process 0 at {address}")
             time.sleep(0.2)
         return
-    present: dict[int, socket.socket] = {}
+    connections: dict[int, socket.socket] = {}
     with closing(_listen(int(port))) as server:
-        while missing := [str(i) for i in range(1, count) if i not in present]:
-            waiting.tell(f"process{'es' if len(missing) > 1 else ''} {', '.join(missing)} of {count}")
+        while missing := [str(i) for i in range(1, count) if i not in connections]:
+            deadline.check(f"process{'es' if len(missing) > 1 else ''} {', '.join(missing)} of {count}")
             try:
-                visitor = server.accept()[0]
-                visitor.settimeout(5)
-                number = int(visitor.recv(16))
-            except (OSError, ValueError):  # nobody came, or somebody else did
+                connection = server.accept()[0]
+                connection.settimeout(5)
+                sender = int(connection.recv(16))
+            except (OSError, ValueError):  # nobody connected, or it was not one of our processes
                 continue
-            present[number] = visitor
-        for visitor in present.values():
-            with visitor:
-                visitor.sendall(b"go")
+            connections[sender] = connection
+        for connection in connections.values():
+            with connection:
+                connection.sendall(b"go")
 
 
 def _listen(port: int) -> socket.socket:
     try:
         server = socket.create_server(("", port))
     except OSError as error:
-        text = f"JAX_COORDINATOR_ADDRESS: port {port} cannot be had ({error.strerror}): take another"
+        text = f"JAX_COORDINATOR_ADDRESS: port {port} is not available ({error.strerror}): choose another"
         raise UserError(text) from None
     server.settimeout(0.5)
     return server
 
 
-def _came(host: str, port: int, index: int, waiting: "_Waiting") -> bool:
-    """Tells process 0 that this one is there; whether all were, before process 0 or its machine went away."""
+def _check_in(host: str, port: int, index: int, deadline: "_Deadline") -> bool:
+    """Sends this process's index to process 0; returns whether process 0 answered that all processes are there."""
     try:
         with socket.create_connection((host, port), timeout=5) as connection:
             connection.sendall(f"{index}".encode())
-            connection.settimeout(waiting.seconds_left())
+            connection.settimeout(deadline.seconds_left())
             return connection.recv(2) == b"go"
     except OSError:
         return False
 
 
-class _Waiting:
-    """Says now and then what is being waited for, and not for ever."""
+class _Deadline:
+    """A timeout that prints from time to time what the process is waiting for."""
 
     def __init__(self, timeout: float):
         self._timeout = timeout
@@ -143,20 +149,21 @@ class _Waiting:
     def seconds_left(self) -> float:
         return max(self._timeout - (time.monotonic() - self._start), 0.1)
 
-    def tell(self, what: str) -> None:
+    def check(self, missing: str) -> None:
+        """Raises `UserError` once the time is up."""
         now = time.monotonic()
         if now - self._start > self._timeout:
             raise UserError(
-                f"{what} did not come within {self._timeout:g} s: look why, or give a longer "
+                f"{missing} did not connect within {self._timeout:g} s: look in its log, or raise "
                 "--config.distributed.timeout"
             )
         if now - self._last > _SECONDS_BETWEEN_LINES:
             self._last = now
-            print(f"waiting for {what}: {now - self._start:.0f} s", file=sys.stderr, flush=True)
+            print(f"waiting for {missing}: {now - self._start:.0f} s", file=sys.stderr, flush=True)
 
 
 def wait(name: str) -> None:
-    """Returns when all processes have come here."""
+    """A barrier for all processes; `name` must be the same in each."""
     if jax.process_count() > 1:
         from orbax.checkpoint import multihost  # slow to import
 
@@ -165,7 +172,7 @@ def wait(name: str) -> None:
 
 @contextmanager
 def first_process_first(name: str) -> Iterator[None]:
-    """The others enter when process 0 has left: what it prepared on disk is there for them."""
+    """Runs the block in process 0 first, then in the others, which find on disk what process 0 prepared."""
     if jax.process_index():
         wait(name)
     yield
@@ -174,7 +181,7 @@ def first_process_first(name: str) -> Iterator[None]:
 
 
 def from_first(value: float) -> float:
-    """Process 0's value, in all of them."""
+    """Broadcasts process 0's value, as float32, to all processes."""
     if jax.process_count() == 1:
         return value
     from jax.experimental import multihost_utils
@@ -183,10 +190,11 @@ def from_first(value: float) -> float:
 
 
 def asked_to_stop(call: int) -> bool:
-    """Whether all processes stop here, one of them having got SIGTERM.
+    """Whether all processes must stop at this call, because one of them received SIGTERM.
 
-    Each calls it with 1, 2, 3, ... at the same places. jax spreads the notice, and agrees on a call that none of the
-    processes has reached yet.
+    Args:
+      call: 1, 2, 3, ...; all processes call this at the same places. JAX makes them agree on a call that none of them
+        has reached yet.
     """
     if jax.process_count() == 1:
         return False

@@ -1,28 +1,28 @@
-"""Ends a command with an error's one line and its exit code."""
+"""Ends a command with a one-line error and its exit code."""
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-from research.errors import UserError, of_memory
+from research.errors import UserError, as_out_of_memory_error
 from research.process import distributed
 
 
 @contextmanager
 def own_exit_code() -> Iterator[None]:
-    """Turns an error that means out of memory into one that says so, and has this process exit with an error's code."""
+    """Makes an error in the block end the process with its own exit code, also where it means out of memory."""
     try:
         yield
     except Exception as error:
-        known = error if isinstance(error, UserError) else of_memory(error)
-        distributed.insist(known.exit_code if known else 1)
+        known = error if isinstance(error, UserError) else as_out_of_memory_error(error)
+        distributed.force_exit_code(known.exit_code if known else 1)
         if known is None or known is error:
             raise
         raise known from None
 
 
 def exit_with(error: UserError) -> NoReturn:
-    """Ends the process with the error's one line and its exit code."""
+    """Prints the error as one line on stderr and exits with its exit code."""
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     sys.exit(error.exit_code)

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT, SIGHUP: a run stops between two dispatches, with a checkpoint; before training it stops at once."""
+"""Stop signals (SIGTERM, SIGINT, SIGHUP): training stops after the current dispatch and saves a checkpoint."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from research.errors import UserError
 
 
 class StoppedError(UserError):
-    """A signal ended the run; the exit code is 128 + the signal's number, as a shell has it."""
+    """A signal ended the run; the exit code is 128 + the signal's number, as in a shell."""
 
     def __init__(self, text: str, number: int):
         super().__init__(text)
@@ -18,35 +18,35 @@ class StoppedError(UserError):
 
 
 class Signals:
-    """What the process was asked. Used from the main thread.
+    """Handles stop signals: at once by default, between dispatches within `deferred`. For the main thread only.
 
     Attributes:
-      received: the first signal that came while `deferred`, or one that raised `StoppedError`; else None.
-      spreads: whether this is one of several processes, which stop together: while deferred a signal becomes SIGTERM,
-        for which jax itself then listens.
+      received: the first signal within `deferred`, or the one that raised `StoppedError`; None before any.
+      is_distributed: whether this is one of several processes, which must stop at the same step. A deferred signal is
+        then sent on as SIGTERM, for which JAX's preemption service listens; see `distributed.asked_to_stop`.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        self.spreads = False
-        self._defers = False
+        self.is_distributed = False
+        self._is_deferring = False
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         name = signal.Signals(number)
-        if not self._defers or self.received:  # a second signal: somebody is in a hurry
+        if not self._is_deferring or self.received:  # a second signal means stop now
             self.received = name
             raise StoppedError(f"stopped by {name.name}", number)
-        if self.spreads:
-            self._defers = False
+        if self.is_distributed:
+            self._is_deferring = False
             os.kill(os.getpid(), signal.SIGTERM)
         else:
             self.received = name
 
     @contextmanager
     def handled(self) -> Iterator["Signals"]:
-        """Within it a signal raises `StoppedError`; afterwards things are as before."""
+        """Installs the handlers: within it a signal raises `StoppedError`. Restores the earlier handlers afterwards."""
         numbers = [signal.SIGTERM, signal.SIGINT]
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # by nohup
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
             numbers.append(signal.SIGHUP)
         before = {number: signal.signal(number, self._receive) for number in numbers}
         try:
@@ -57,15 +57,13 @@ class Signals:
 
     @contextmanager
     def deferred(self) -> Iterator["Signals"]:
-        """Within it the first signal is only noted in `received`; the second raises `StoppedError`.
-
-        So does one of before, whose own error some `except Exception` took for another's, where processes stop together
-        and could not by `received`.
-        """
-        if self.spreads and self.received:
+        """Within it the first signal only sets `received`; the second raises `StoppedError`."""
+        # An earlier signal's StoppedError may have been swallowed by some library's `except Exception`. One process
+        # then still stops by `received`; several, which stop only by agreement, would go on, so raise it again.
+        if self.is_distributed and self.received:
             raise StoppedError(f"stopped by {self.received.name}", self.received)
-        self._defers = True
+        self._is_deferring = True
         try:
             yield self
         finally:
-            self._defers = False
+            self._is_deferring = False

@@ -1,4 +1,4 @@
-"""Output to a terminal or pipe that may go away."""
+"""Keeps a command running when its terminal or pipe is closed."""
 
 import contextlib
 import os
@@ -8,41 +8,42 @@ from typing import Any, TextIO, cast
 
 
 @contextlib.contextmanager
-def lasting_output() -> Iterator[None]:
-    """Within it, what is printed to a terminal or pipe that is gone goes nowhere: `| head -1` ends no run."""
+def ignore_closed_output() -> Iterator[None]:
+    """Within it, output to a closed terminal or pipe is discarded, so that `| head -1` does not end a run."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (cast(TextIO, _Lasting(stream)) for stream in before)
+    sys.stdout, sys.stderr = (cast(TextIO, _ClosableStream(stream)) for stream in before)
     try:
         yield
     finally:
         for stream in (sys.stdout, sys.stderr):
-            stream.flush()  # while an error of it can still be met
+            stream.flush()  # while its errors are still ignored
         sys.stdout, sys.stderr = before
 
 
-class _Lasting:
-    """A text stream that turns to the null device when it cannot be written."""
+class _ClosableStream:
+    """A text stream that switches to the null device once it cannot be written."""
 
     def __init__(self, stream: TextIO | None):
-        self._stream = stream or open(os.devnull, "w")  # noqa: SIM115  None: closed before Python started
+        self._stream = stream or open(os.devnull, "w")  # noqa: SIM115  None if closed before Python started
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        with self._lasting():
+        with self._discard_if_closed():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with self._lasting():
+        with self._discard_if_closed():
             self._stream.flush()
 
     @contextlib.contextmanager
-    def _lasting(self) -> Iterator[None]:
+    def _discard_if_closed(self) -> Iterator[None]:
         try:
             yield
         except OSError:
+            # Replaces the descriptor, not the stream object: Python flushes the stream's buffer to it at exit.
             null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, self._stream.fileno())  # the descriptor, for what is buffered goes there at exit
+            os.dup2(null, self._stream.fileno())
             os.close(null)

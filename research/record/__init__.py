@@ -1,1 +1,1 @@
-"""The record of a run: its workdir, config.json, metrics and events, on any storage."""
+"""The record of a run: its workdir with config.json, metrics and TensorBoard events; local, gs:// or s3://."""

@@ -1,4 +1,4 @@
-"""A run's config as its record has it: read back, and compared with that of a command that resumes the run."""
+"""Reads a run's config.json, and compares it with the config of a command that resumes or evaluates the run."""
 
 import dataclasses
 from typing import Any
@@ -8,15 +8,15 @@ from research.errors import UserError
 
 
 def load(config: Config, values: dict[str, Any], source: str) -> Config:
-    """Sets every field of `config`, in place, to what config.json has.
+    """Sets every field of `config`, in place, from the values in config.json, and returns it.
 
     Args:
-      config: of the experiment's type.
-      values: what `dataclasses.asdict` gave.
-      source: the file, for the error.
+      config: a config of the experiment's type.
+      values: the parsed config.json, which `dataclasses.asdict` wrote.
+      source: the file's name, for the error.
 
     Raises:
-      UserError: other fields, or types, than this version's.
+      UserError: `values` has other fields or types than `config`.
     """
     for path, field, _ in walk(config):
         value: Any = values
@@ -24,10 +24,10 @@ def load(config: Config, values: dict[str, Any], source: str) -> Config:
             value = value.get(name, dataclasses.MISSING) if isinstance(value, dict) else dataclasses.MISSING
         kind: Any = field.type
         if not isinstance(value, (kind, int) if kind in (float, float | None) else kind):
-            raise UserError(f"{source} is not of this experiment and version: {path} is missing or of another type")
+            raise UserError(f"{source} is of another experiment or version: {path} is missing or has another type")
         assign(config, path, value)
     if dataclasses.asdict(config) != values:
-        raise UserError(f"{source} is not of this experiment and version: it has fields that are not known here")
+        raise UserError(f"{source} is of another experiment or version: it has unknown fields")
     return config
 
 
@@ -41,20 +41,20 @@ def _check_same(config: Config, earlier: Config, workdir: str, allowed: tuple[st
     if differing:
         raise UserError(
             f"--workdir={workdir} holds a run with another config: {'; '.join(differing)}. Give another --workdir, or "
-            "leave these flags out"
+            "omit these flags"
         )
 
 
 def check_evaluates(config: Config, earlier: Config, workdir: str) -> None:
-    """Raises `UserError` naming the fields by which `config` would evaluate another run than `workdir` holds."""
+    """Raises `UserError` if `config` differs from the run's in fields that an evaluation may not change."""
     _check_same(config, earlier, workdir, ("evaluation", "resume"))
 
 
 def check_resumes(config: Config, earlier: Config, workdir: str) -> None:
-    """Raises `UserError` naming the fields by which `config` is not that of the run that `workdir` holds."""
+    """Raises `UserError` if `config` differs from the run's in fields that a resumed run may not change."""
     _check_same(config, earlier, workdir, ("resume",))
     if config.num_epochs < earlier.num_epochs:
         raise UserError(
             f"--config.num_epochs={config.num_epochs}: the run in --workdir={workdir} has {earlier.num_epochs} epochs, "
-            "and a resumed run can only have more"
+            "which a resumed run can only increase"
         )

@@ -1,6 +1,6 @@
-"""TensorBoard events of a run, without TensorFlow: `tensorboard --logdir=<workdir>` shows them.
+"""Writes TensorBoard events without TensorFlow: `tensorboard --logdir=<workdir>` shows them.
 
-The file is TFRecord: each event's length and its checksum, the event, its checksum.
+The file is a TFRecord: for each event its length, the length's checksum, the event, and the event's checksum.
 """
 
 import importlib
@@ -18,26 +18,27 @@ _CONFIG = "config"
 
 
 def _tensorboardx(module: str) -> Any:
-    """A module of tensorboardX, imported where it is wanted: it imports PyTorch where there is one, for seconds and in
-    vain, unless it is kept from finding it."""
-    blocks = "torch" not in sys.modules and f"tensorboardX.{module}" not in sys.modules
-    if blocks:
+    """Imports a module of tensorboardX."""
+    # tensorboardX imports PyTorch if it is installed, which takes seconds and is of no use here, so hide it meanwhile.
+    hides_torch = "torch" not in sys.modules and f"tensorboardX.{module}" not in sys.modules
+    if hides_torch:
         sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
     try:
         return importlib.import_module(f"tensorboardX.{module}")
     finally:
-        if blocks:
+        if hides_torch:
             del sys.modules["torch"]
 
 
 def _frame(data: bytes) -> bytes:
+    """Encodes an event as a TFRecord entry."""
     masked_crc32c = _tensorboardx("record_writer").masked_crc32c
     header = struct.pack("<Q", len(data))
     return header + struct.pack("<I", masked_crc32c(header)) + data + struct.pack("<I", masked_crc32c(data))
 
 
 def _frames(data: bytes) -> Iterator[bytes]:
-    """The events in a file, up to one that its writer has not finished."""
+    """Yields the events in a file, without an unfinished last one."""
     start = 0
     while start + 12 <= len(data):
         end = start + 12 + struct.unpack_from("<Q", data, start)[0]
@@ -48,11 +49,11 @@ def _frames(data: bytes) -> Iterator[bytes]:
 
 
 class Events:
-    """Writes `tensorboard/events.out.tfevents.run`. Where that fails, for any reason, it warns once and writes no more.
+    """Writes `tensorboard/events.out.tfevents.run`. After any failure it warns once and writes no more events.
 
     Args:
       workdir: an existing folder.
-      warning: gets the line.
+      warning: called with the text of the warning.
     """
 
     def __init__(self, workdir: Path, warning: Callable[[str], None]):
@@ -61,12 +62,12 @@ class Events:
         self._log: Log | None = None
 
     def start(self, config: str, step: int, before: int) -> None:
-        """Takes the file back to what it was at a step, or starts it.
+        """Starts the file, or truncates it to the state at a step from which the run resumes.
 
         Args:
-          config: the run's, as text.
-          step: the last whose images are kept.
-          before: the first whose scalars are not.
+          config: the run's config, as Markdown.
+          step: images of later steps are dropped.
+          before: scalars of this and later steps are dropped.
         """
 
         def restart(log: Log) -> None:
@@ -86,17 +87,17 @@ class Events:
         self._try(restart)
 
     def scalars(self, row: dict[str, Any]) -> None:
-        """Adds a line of metrics.jsonl."""
+        """Adds the numbers of a line of metrics.jsonl, each under its name, at the line's step."""
         self._add(row["step"], [{"tag": name, "simple_value": x} for name, x in row.items() if name != "step"])
 
     def image(self, name: str, png: bytes, step: int) -> None:
-        """Adds a picture; its width and height stand in bytes 16 to 24 of a PNG."""
-        width, height = struct.unpack_from(">II", png, 16)
-        image = {"encoded_image_string": png, "width": width, "height": height, "colorspace": 4}
+        """Adds a PNG image."""
+        width, height = struct.unpack_from(">II", png, 16)  # from the PNG's header
+        image = {"encoded_image_string": png, "width": width, "height": height, "colorspace": 4}  # 4: RGBA
         self._add(step, [{"tag": name, "image": image}])
 
     def sync(self) -> None:
-        """Returns when all that was added is in the file."""
+        """Returns once everything that was added is in the file."""
         self._try(Log.sync)
 
     def _add(self, step: int, values: list[dict[str, Any]]) -> None:
@@ -113,4 +114,4 @@ class Events:
             action(self._log)
         except Exception as error:
             self._log = None
-            self._warning(f"no more TensorBoard events are written: {error.__cause__ or error}")
+            self._warning(f"TensorBoard events are no longer written: {error.__cause__ or error}")

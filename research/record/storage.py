@@ -1,7 +1,7 @@
-"""Files of a record: a local path, gs:// or s3://.
+"""Reads and writes a record's files, on a local disk, gs:// or s3://.
 
-A path is a `pathlib.Path`, or a `UPath` that does the same on an object store. Object stores have no append and no
-rename: there a file is always written as a whole, which readers see as a whole.
+A path is a `pathlib.Path`, or a `UPath` with the same methods for an object store. Object stores can neither append nor
+rename, but they write a file atomically, so there every write replaces the whole file.
 """
 
 import os
@@ -19,18 +19,18 @@ _EXTRAS = {"gs": "gcs", "s3": "s3"}  # the object stores to which Orbax can writ
 
 
 def open_path(text: str) -> Path:
-    """The path that the text names.
+    """Parses a local path or a URL.
 
     Raises:
-      UserError: it is not local, gs:// or s3://, its package is not installed, or the text holds a password, or
-        characters that the locale does not have.
+      UserError: the scheme is not gs:// or s3://, its package is not installed, the storage cannot be reached, the URL
+        contains a password, or the text contains characters outside the locale's encoding.
     """
     try:
         text.encode()
-    except UnicodeEncodeError:  # half a character: Python could not decode the command line
+    except UnicodeEncodeError:  # surrogates: Python could not decode the command line in this locale
         raise UserError(
-            f"{text!a}: this locale is not of its characters, and libraries cannot open it: set LC_ALL=C.UTF-8, "
-            "or give a name in ASCII"
+            f"{text!a}: this name contains characters outside the locale's encoding: set LC_ALL=C.UTF-8, or use an "
+            "ASCII name"
         ) from None
     if "://" not in text:
         return Path(text)
@@ -39,51 +39,52 @@ def open_path(text: str) -> Path:
     if scheme == "file":
         return Path(place)
     if scheme not in _EXTRAS:
-        raise UserError(f"{text}: records are on a local disk, gs:// or s3://; copy it from or to {scheme}:// yourself")
+        raise UserError(f"{text}: {scheme}:// is not supported: use a local folder, gs:// or s3://, and copy the files")
     try:
         path = UPath(text)
-        _ = path.fs  # only now is the file system's package imported
+        _ = path.fs  # imports the file system's package
     except ImportError:
         raise UserError(
-            f'{text}: the package that opens {scheme}:// is not installed: pip install "meshwork[{_EXTRAS[scheme]}]"'
+            f'{text}: the package for {scheme}:// is not installed: pip install "meshwork[{_EXTRAS[scheme]}]"'
         ) from None
-    except Exception as error:  # each file system raises its own, for want of an account, say
+    except Exception as error:  # each file system raises its own types, such as for missing credentials
         raise UserError(f"{text} cannot be opened: {error}") from None
-    # A UPath is no pathlib.Path to a type checker; it has the same methods.
+    # To a type checker a UPath is not a pathlib.Path, but it has the same methods.
     return cast(Path, path)
 
 
 def check_no_password(text: str) -> None:
-    """Raises `UserError`, which does not repeat it, where a URL holds a password: records and logs name the workdir."""
+    """Raises `UserError`, which does not quote it, if a URL contains a password: logs and records contain the URL."""
     before, at, _ = text.partition("://")[2].partition("/")[0].rpartition("@")
     if at and ":" in before:
         raise UserError(
-            f"{text.partition('://')[0]}://...: a URL with a password would stand in logs and records: leave the "
-            "password out, and give it by the environment or a file of its own (fsspec.json, ~/.pgpass)"
+            f"{text.partition('://')[0]}://...: a URL with a password would appear in logs and records: remove the "
+            "password from it, and set it in the environment or a credentials file (fsspec.json, ~/.pgpass)"
         )
 
 
 def is_local(path: Path) -> bool:
-    """Whether the operating system opens it: only such files can be appended to, renamed and locked."""
+    """Whether the path is on a file system, where files can be appended to, renamed and locked."""
     return "://" not in str(path)
 
 
 @contextmanager
 def writing(what: Any) -> Iterator[None]:
-    """Raises `RecordError` where `what` could not be written: full, read-only, out of reach."""
+    """Turns any error of the block but a `UserError` into a `RecordError`: `what` could not be written, and why."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # not OSError alone: fsspec's file systems raise their libraries' own
+    except Exception as error:  # not only OSError: fsspec's file systems raise their libraries' types
         raise RecordError(
-            f"{what} could not be written ({_reason(error)}): the last good checkpoint is intact; fix that, and "
-            "the same --workdir resumes from it"
+            f"{what} could not be written ({_reason(error)}): the last good checkpoint is intact; once that "
+            "is fixed, the same --workdir resumes from it"
         ) from error
 
 
 def _reason(error: Exception) -> str:
-    """In the operating system's words where they are known; TensorStore has its error number in the text."""
+    """Returns the operating system's message if there is one, else the error's text, shortened."""
+    # TensorStore, which Orbax writes with, gives the error number only in its text.
     number = re.search(r"os_error_code='(\d+)'", str(error))
     if number:
         return os.strerror(int(number[1]))
@@ -91,10 +92,10 @@ def _reason(error: Exception) -> str:
 
 
 def replace(path: Path, data: bytes) -> None:
-    """Writes a file so that whoever reads it, at any moment, gets the old one or the new one whole.
+    """Writes a file atomically: a reader sees the whole old or the whole new content.
 
     Raises:
-      RecordError: it could not be written; the old one stays.
+      RecordError: it could not be written; the old file stays.
     """
     with writing(path):
         if is_local(path):
@@ -103,31 +104,33 @@ def replace(path: Path, data: bytes) -> None:
                 new.write_bytes(data)
                 os.replace(new, path)
             except OSError:
-                new.unlink(missing_ok=True)  # on a full disk, half a file is in the way
+                new.unlink(missing_ok=True)  # frees the space of a partial file on a full disk
                 raise
         else:
             path.write_bytes(data)
 
 
 class Log:
-    """A file that grows. Local: every append is written at once; elsewhere: `sync` writes what was appended since.
+    """A file that is appended to. A local append is written at once; on an object store, at the next `sync`.
+
+    The methods raise `RecordError` if the file cannot be written.
 
     Args:
-      path: of the file, in an existing folder.
+      path: the file, in an existing folder.
     """
 
     def __init__(self, path: Path):
         self._path = path
-        self._data = bytearray()  # the whole file, where it is not local
+        self._data = bytearray()  # the whole file, if it is on an object store
         self._synced = True
 
     def replace(self, data: bytes) -> None:
-        """Starts it anew. Raises `RecordError` as the others do."""
+        """Replaces the file's content."""
         replace(self._path, data)
         self._data, self._synced = bytearray(data), True
 
     def append(self, data: bytes) -> None:
-        """Adds to its end."""
+        """Appends to the file."""
         if not is_local(self._path):
             self._data += data
             self._synced = False
@@ -136,7 +139,7 @@ class Log:
             file.write(data)
 
     def sync(self) -> None:
-        """Returns when all that was appended is in the file."""
+        """Returns once everything that was appended is in the file."""
         if not self._synced:
             replace(self._path, bytes(self._data))
             self._synced = True

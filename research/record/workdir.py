@@ -1,4 +1,4 @@
-"""The folder of one run's record: made, claimed against a second run, left as found if the run never starts."""
+"""Creates and locks a run's workdir, and reads the files in it."""
 
 import contextlib
 import fcntl
@@ -15,20 +15,20 @@ from research.record.storage import is_local
 
 
 class Workdir:
-    """The folder, claimed while the context lasts.
+    """A context that creates a run's workdir and locks it against a second run.
 
-    The claim is a lock on `.lock`, which the operating system frees when its process ends, however it ends; the file
-    names that process. A folder that the context made is removed again where the run left no config.json in it.
+    The lock is an `flock` on `.lock`, which names the process that holds it; the operating system releases it however
+    the process ends. Folders that the context created are removed on exit if the run wrote no config.json.
 
-    Object stores have no locks: there nothing keeps a second run away.
+    Object stores have no locks, so there a second run is not detected.
 
     Raises:
-      UserError: on entry: it cannot be written, or another run has it.
+      UserError: on entry, if the folder cannot be written or another run has locked it.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        self._made: list[Path] = []
+        self._created: list[Path] = []
         self._lock = -1
 
     def __enter__(self) -> "Workdir":
@@ -36,7 +36,7 @@ class Workdir:
         if not is_local(self.path):
             return self
         try:
-            self._made = [path for path in (lock, self.path, *self.path.parents) if not path.exists()]
+            self._created = [path for path in (lock, self.path, *self.path.parents) if not path.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -45,7 +45,7 @@ class Workdir:
         except BlockingIOError:
             owner = os.pread(self._lock, 200, 0).decode(errors="replace") or "another process"
             os.close(self._lock)
-            raise UserError(f"--workdir={self.path} is in use by {owner}: give a folder of its own") from None
+            raise UserError(f"--workdir={self.path} is in use by {owner}: give another --workdir") from None
         except OSError as error:
             self._discard()
             raise UserError(f"--workdir={self.path} cannot be written: {error.strerror}") from None
@@ -61,7 +61,7 @@ class Workdir:
         os.close(self._lock)
 
     def _discard(self) -> None:
-        for path in self._made:
+        for path in self._created:
             with contextlib.suppress(OSError):
                 path.unlink() if path.name == ".lock" else path.rmdir()
 
@@ -74,15 +74,15 @@ def _owner() -> str:
 def _reading(path: Path) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # not OSError alone: fsspec's file systems raise their libraries' own
+    except Exception as error:  # not only OSError: fsspec's file systems raise their libraries' types
         raise UserError(f"{path} cannot be read ({error}): give another --workdir, or repair it") from None
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file of a record; None: there is no such file.
+    """Returns the JSON object in a file, or None if the file does not exist.
 
     Raises:
-      UserError: it cannot be read.
+      UserError: it cannot be read, or is not a JSON object.
     """
     with _reading(path):
         try:
@@ -90,12 +90,12 @@ def read_json(path: Path) -> dict[str, Any] | None:
         except (FileNotFoundError, NotADirectoryError):
             return None
     if not isinstance(value, dict):
-        raise UserError(f"{path} is not the JSON object that a run writes: give another --workdir, or repair it")
+        raise UserError(f"{path} does not hold a JSON object, as a run writes it: give another --workdir, or repair it")
     return value
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; one that its writer has not finished is left out.
+    """Returns the lines of metrics.jsonl, without an unfinished last one.
 
     Raises:
       UserError: it cannot be read.

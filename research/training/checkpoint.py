@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from research import randomness
-from research.errors import RecordError, UserError, of_memory
+from research.errors import RecordError, UserError, as_out_of_memory_error
 from research.process import distributed
 from research.record import storage
 from research.training.checksums import checksums
@@ -52,7 +52,7 @@ def _is_damage(error: Exception) -> bool:
     """Whether the error means that files are truncated, changed or missing, not that they could not be read."""
     if isinstance(error, OSError):
         return isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError))
-    return not of_memory(error, "") and not str(error).startswith(_READ_FAILURES)
+    return not as_out_of_memory_error(error, "") and not str(error).startswith(_READ_FAILURES)
 
 
 def _flat(state: TrainState) -> dict[str, Any]:
@@ -194,7 +194,7 @@ class Checkpoints:
                     raise
                 reason = " ".join(str(error).split())[:200]
                 if not _is_damage(error):
-                    raise of_memory(error) or RecordError(
+                    raise as_out_of_memory_error(error) or RecordError(
                         f"checkpoint {step} in {self._place} could not be read ({reason}); it is unchanged: "
                         "fix the cause, and the same command resumes from it"
                     ) from error

@@ -12,7 +12,7 @@ import pytest
 from command import COMMAND, DIGITS, complains, read_summary
 from drawn import read_lines, run
 
-from research.errors import OutOfMemoryError, of_memory
+from research.errors import OutOfMemoryError, as_out_of_memory_error
 
 pytestmark = pytest.mark.faults
 
@@ -80,10 +80,10 @@ def test_out_of_memory_names_the_fields_to_lower(forks, tmp_path):
     ],
 )
 def test_errors_that_mean_out_of_memory(error):
-    found = of_memory(error)
+    found = as_out_of_memory_error(error)
     assert isinstance(found, OutOfMemoryError)
     assert found.exit_code == 5
-    assert of_memory(RuntimeError("INTERNAL: something else")) is None
+    assert as_out_of_memory_error(RuntimeError("INTERNAL: something else")) is None
 
 
 def test_doctor_shows_no_token(monkeypatch, capsys):

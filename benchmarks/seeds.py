@@ -30,7 +30,7 @@ def main() -> None:
         start = time.monotonic()
         reports = trials.together(members, [{"seed": first + number} for number in range(runs)])
         seconds = time.monotonic() - start
-    accuracies = [report.figures["validation_accuracy"] for report in reports]
+    accuracies = [report.metrics["validation_accuracy"] for report in reports]
     record = {
         "config": CONFIG.value,
         "device": jax.devices()[0].device_kind,

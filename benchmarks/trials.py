@@ -42,7 +42,7 @@ def train(
       test: whether to evaluate on the test split instead of validation.
     """
     reports = together(population(experiment, config, len(changes), test=test), changes)
-    return [{n.removeprefix("validation_"): value for n, value in report.figures.items()} for report in reports]
+    return [{n.removeprefix("validation_"): value for n, value in report.metrics.items()} for report in reports]
 
 
 def population(experiment: Experiment, config: Config, size: int, *, test: bool = False) -> tuple[Config, Population]:

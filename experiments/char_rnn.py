@@ -19,7 +19,7 @@ from flax import nnx
 from research import app, sharding
 from research.config import Config, DatasetConfig, OptimizerConfig, RNNConfig, option
 from research.data import text
-from research.data.pipeline import Batch
+from research.data.batch import Batch
 from research.data.sources import Dataset
 from research.errors import UserError
 from research.models import rnn

@@ -29,6 +29,7 @@ from research.process.signals import Signals, StoppedError
 from research.process.terminal import ignore_closed_output
 
 if TYPE_CHECKING:
+    from launch.sweeps.search_space import SearchSpace
     from launch.sweeps.study import Study
     from launch.sweeps.worker import Sweep
 
@@ -145,11 +146,37 @@ def _sweep(job: Job) -> tuple["Sweep", list[dict[str, Any]]]:
     Raises:
       UserError: the options contradict each other, the config or the data set.
     """
-    options, config = job.options, job.config
-    from launch.sweeps import processes
-    from launch.sweeps.worker import Sweep, load
+    options = job.options
+    space, points = _space(job)
+    split = _set_devices(options)
+    import jax
 
-    space = sweep_options.check_search(job.experiment, options, config)
+    from launch.sweeps.worker import Sweep, load
+    from research.data import sources
+    from research.training.population import Population
+    from research.training.population_devices import default_size
+
+    dataset = sources.load(job.config.dataset)
+    fraction = job.config.dataset.validation_fraction if dataset.validation else _VALIDATION_FRACTION
+    found = dataclasses.replace(job.config.dataset, name=dataset.name, validation_fraction=fraction)
+    config = dataclasses.replace(job.config, dataset=found)
+    dataset = job.experiment.prepare(config, load(config.dataset))
+    resolved = job.experiment.resolve(config, dataset)
+    devices = jax.local_devices()[: options.population or None]  # not jax.devices(): it includes those of other hosts
+    single_run_devices = devices[:1] if split and devices[0].platform == "cpu" else None
+    population = Population(resolved, job.experiment.make_task(resolved, dataset), dataset, devices, len(devices))
+    metric = _metric(options.metric, population.metric_names(), job.experiment.name)
+    size = options.population or max(default_size(devices), options.seeds)
+    trials = len(points) or options.trials or _DEFAULT_TRIALS
+    return Sweep(
+        job.experiment, config, space, metric, trials, options.seeds, size, devices, single_run_devices
+    ), points
+
+
+def _space(job: Job) -> tuple["SearchSpace", list[dict[str, Any]]]:
+    """Returns the search space, and the points of its grid ([] without one)."""
+    options = job.options
+    space = sweep_options.check_search(job.experiment, options, job.config)
     if options.fit and not space.function:
         from launch.sweeps import fit
 
@@ -158,36 +185,28 @@ def _sweep(job: Job) -> tuple["Sweep", list[dict[str, Any]]]:
     points = space.grid() if grid else []
     if grid and options.trials not in (0, len(points)):
         raise UserError(f"--trials={options.trials}: the grid has {len(points)} points; leave --trials out")
+    return space, points
+
+
+def _set_devices(options: Any) -> bool:
+    """Sets which devices JAX sees, before it starts; returns whether each CPU core is one."""
+    from launch.sweeps import processes
+
     os.environ.update(processes.gpu_of_worker(os.environ))
     if options.processes > 1:  # leaves the accelerators' memory to the workers
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-    import jax
-
-    from research.data import sources
     from research.process import compilation_cache
-    from research.training.population import Population
-    from research.training.population_devices import default_size, split_cpu
+    from research.training.population_devices import split_cpu
 
     compilation_cache.enable()
-    split = split_cpu(options.population)
-    dataset = sources.load(config.dataset)
-    fraction = config.dataset.validation_fraction if dataset.validation else _VALIDATION_FRACTION
-    found = dataclasses.replace(config.dataset, name=dataset.name, validation_fraction=fraction)
-    config = dataclasses.replace(config, dataset=found)
-    dataset = job.experiment.prepare(config, load(config.dataset))
-    resolved = job.experiment.resolve(config, dataset)
-    devices = jax.local_devices()[: options.population or None]  # not jax.devices(): it includes those of other hosts
-    single_run_devices = devices[:1] if split and devices[0].platform == "cpu" else None
-    population = Population(resolved, job.experiment.make_task(resolved, dataset), dataset, devices, len(devices))
-    names = population.figure_names()
-    metric = options.metric or ("validation_accuracy" if "validation_accuracy" in names else "validation_loss")
+    return split_cpu(options.population)
+
+
+def _metric(given: str, names: list[str], experiment: str) -> str:
+    metric = given or ("validation_accuracy" if "validation_accuracy" in names else "validation_loss")
     if metric not in names:
-        raise UserError(f"--metric={metric}: {job.experiment.name} only has {', '.join(names)}; use validation_loss")
-    size = options.population or max(default_size(devices), options.seeds)
-    trials = len(points) or options.trials or _DEFAULT_TRIALS
-    return Sweep(
-        job.experiment, config, space, metric, trials, options.seeds, size, devices, single_run_devices
-    ), points
+        raise UserError(f"--metric={metric}: {experiment} only has {', '.join(names)}; use validation_loss")
+    return metric
 
 
 def _identity(job: Job, sweep: "Sweep") -> dict[str, Any]:

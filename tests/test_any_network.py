@@ -56,7 +56,7 @@ def _trained(config, devices, task=None):
     """Returns the losses of four steps, the state, and the sums of an evaluation."""
     task = task or outsider.make_task(config, DATASET)
     mesh = sharding.make_mesh(config, jax.devices()[:devices])
-    hparams = hyperparams.inputs(config, 4)
+    hparams = hyperparams.traced(config, 4)
     graphdef, state = create_state(task, hyperparams.make_optimizer(config, hparams, task.widths), config, mesh)
     steps = Steps(task, graphdef, config, mesh)
     batches = TrainBatches(DATASET.train, config, mesh, resident=True, capacity=4)
@@ -65,7 +65,7 @@ def _trained(config, devices, task=None):
         steps.check_per_device(state, batches.data, inputs, hparams)
     state, metrics = steps.jit_train(state)(state, batches.data, inputs, np.int32(4), hparams)
     if state.ema_model_state is not None:
-        state, _ = steps.jit_estimate(state)(state, batches.data, batches.inputs_of_step(3), np.int32(0), hparams)
+        state, _ = steps.jit_estimate(state)(state, batches.data, batches.batch(3), np.int32(0), hparams)
     evals = EvalBatches(DATASET.test, config, mesh, resident=True)
     arrays = state.eval_params, state.eval_model_state, {}, evals.data, next(iter(evals))
     return np.asarray(metrics["loss"]), state, jax.device_get(steps.jit_eval(state)(*arrays)[1])
@@ -128,7 +128,7 @@ def _saved(workdir):
     config.optimizer = optimizers.resolve(config.optimizer)
     digits = Dataset("digits", tuple("0123456789"), {"image": np.zeros((1437, 32, 32, 1), np.uint8)}, None, {})
     task = outsider.make_task(config, digits)
-    tx = hyperparams.make_optimizer(config, hyperparams.inputs(config, 14), None)
+    tx = hyperparams.make_optimizer(config, hyperparams.traced(config, 14), None)
     _, state = create_state(task, tx, config, sharding.make_mesh(config, jax.devices()[:1]))
     with Checkpoints(workdir, keep=2, message=print, read_only=True) as saved:
         state, _ = saved.restore(state)

@@ -201,7 +201,7 @@ def _before_training(config, devices):
         patch.setattr(Training, "check_per_device", lambda _: None)  # compiles and runs another program
         run = Training(config, EXPERIMENT.make_task(config, dataset), dataset, mesh)
         run.compile(train=True)
-    arrays = jax.tree.leaves(jax.tree.map(np.asarray, (run.state, run._train_batches.sample())))
+    arrays = jax.tree.leaves(jax.tree.map(np.asarray, (run.state, run._train_batches.example())))
     return texts, [array.tobytes() for array in arrays], run.epoch_end_steps, run._sizer.capacity
 
 
@@ -266,9 +266,9 @@ def _four_steps(name, path=None, factor=1.0):
     if path:
         value = operator.attrgetter(path)(config)
         config_lib.assign(config, path, value + 1 if path == "seed" else value * factor)
-    hparams = hyperparams.inputs(config, 4)
+    hparams = hyperparams.traced(config, 4)
     state = jax.tree.map(jnp.copy, run.state)  # the program donates it
-    return run.train_program(state, run._train_batches.data, run._train_batches.sample(), np.int32(4), hparams)
+    return run.train_program(state, run._train_batches.data, run._train_batches.example(), np.int32(4), hparams)
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def test_they_are_means_over_the_newest_batches():
     batches = TrainBatches(DATASET.train, training.config, training.mesh, resident=True, capacity=1)
     mean, var = [], []
     for step in range(steps):
-        images = DATASET.train["image"][batches.step_inputs(step)["index"][0]]
+        images = DATASET.train["image"][batches.local_batch(step).index[0]]
         x = ((images / 255 - task.mean[0]) / task.std[0]).reshape(8, -1) @ kernel + bias
         mean.append(x.mean(0))
         var.append(x.var(0))
@@ -69,7 +69,7 @@ def test_training_does_not_use_them_and_a_checkpoint_holds_them(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, evaluated.state.params, plain.state.params)
     jax.tree.map(np.testing.assert_array_equal, evaluated.state.model_state, plain.state.model_state)
     with Writer(tmp_path, 1, active=True) as writer, Checkpoints(tmp_path, keep=1, message=print) as saved:
-        plain.progress.sums = {"loss": 1.0, "accuracy": 0.5}
+        plain.progress.sums = {"loss": [1.0, 1], "accuracy": [0.5, 1]}
         loop.Loop("outsider", plain, writer, saved).finish_epoch()
         saved.wait()
         again = _training(_config())
@@ -133,4 +133,4 @@ def test_population_members_have_them_too(devices, network):
     reports = members.train_epoch()
     for slot, config in enumerate(configs):
         expected = _train(_training(config, dataset)).evaluate()
-        assert reports[slot].figures["validation_loss"] == pytest.approx(expected["validation_loss"], rel=1e-4)
+        assert reports[slot].metrics["validation_loss"] == pytest.approx(expected["validation_loss"], rel=1e-4)

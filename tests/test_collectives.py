@@ -27,7 +27,7 @@ def _compiled(name, microbatch_size=0):
     """Returns the state and the step's collectives: (kind, sizes of its results, number of enclosing loops)."""
     config = _config(mesh=MESHES[name], model=CNNConfig(width=16), microbatch_size=microbatch_size)
     run = Run(config, devices=1 if name == "one" else 8)
-    lowered = run.train.lower(run.state, run.batches.data, run.batches.sample(), np.int32(1), run.hparams)
+    lowered = run.train.lower(run.state, run.batches.data, run.batches.example(), np.int32(1), run.hparams)
     found = re.findall(rf' = (.*?) ({KINDS})(?:-start)?\(.*?op_name="(.*?)"', lowered.compile().as_text())
     return run.state, [
         (
@@ -62,7 +62,7 @@ def test_evaluation_has_one_all_reduce_per_dispatch():
     arrays = run.state.eval_params, run.state.eval_model_state, {}, run.evals.data, next(iter(run.evals))
     text = run.eval.lower(*arrays).compile().as_text()
     ((shape, name),) = re.findall(rf' = (.*?) (?:{KINDS})(?:-start)?\(.*?op_name="(.*?)"', text)
-    batches = len(arrays[-1]["mask"])
+    batches = len(arrays[-1].mask)
     assert re.findall(r"\[([\d,]+)\]", shape) == [str(3 * batches)]  # loss, accuracy, weight
     assert "while/body" not in name
 
@@ -70,7 +70,7 @@ def test_evaluation_has_one_all_reduce_per_dispatch():
 def test_reduce_dtype_is_the_dtype_of_the_all_reduce():
     mesh = MeshConfig(reduce_dtype="bfloat16")
     run = Run(_config(mesh=mesh, model=CNNConfig(width=16)), devices=8)
-    lowered = run.train.lower(run.state, run.batches.data, run.batches.sample(), np.int32(1), run.hparams)
+    lowered = run.train.lower(run.state, run.batches.data, run.batches.example(), np.int32(1), run.hparams)
     count = sum(x.size for x in jax.tree.leaves(run.state.params))
     reduced = re.findall(r"stablehlo.all_reduce.*?\(tensor<(.*?)>\)", lowered.as_text(), re.DOTALL)
     assert sorted(reduced) == sorted([f"{count}xbf16", "3xf32"])

@@ -12,6 +12,7 @@ from research.config import Config, OptimizerConfig
 from research.data.sources import Dataset
 from research.tasks.task import Task
 from research.training import loop, noise_scale
+from research.training.progress import Progress
 
 
 class Point(nnx.Module):
@@ -66,6 +67,17 @@ def test_the_estimates_have_no_bias():
         noises.append(estimates[noise_scale.NOISE])
     assert np.mean(signals) == pytest.approx(1.0, abs=0.1)
     assert np.mean(noises) == pytest.approx(5.0, abs=0.1)
+
+
+def test_an_epoch_that_measured_it_in_some_steps_reports_their_mean():
+    """As after resuming on one device a run of several: only the first half of the epoch has moments."""
+    progress = Progress()
+    steps = {"loss": np.array([1.0, 2.0]), "grad_norm": np.ones(2)}
+    progress.add(steps | {noise_scale.SIGNAL: np.array([2.0, 4.0]), noise_scale.NOISE: np.array([30.0, 60.0])})
+    progress.add(steps)
+    means = progress.means()
+    assert means == {"loss": 1.5, "grad_norm": 1.0, noise_scale.SIGNAL: 3.0, noise_scale.NOISE: 45.0}
+    assert noise_scale.critical_batch_size(means) == {"critical_batch_size": 15.0}
 
 
 def test_of_one_gradient_there_is_none(tmp_path):

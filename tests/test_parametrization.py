@@ -14,6 +14,7 @@ from experiments import char_rnn, cifar_cnn, mnist_vae
 from research import config as config_lib
 from research import optimizers
 from research.config import CNNConfig, OptimizerConfig, RNNConfig, VAEConfig
+from research.data.batch import Batch
 from research.data.sources import Dataset
 from research.errors import UserError
 from research.parametrization import Widths
@@ -28,14 +29,14 @@ def _task(kind, rule="adam", **model):
     names = tuple(map(str, range(20)))
     optimizer = OptimizerConfig(name=rule, learning_rate={"adam": 1e-3, "momentum": 0.02, "muon": 0.005}[rule])
     optimizer = optimizers.resolve(optimizer)
-    index = {"index": np.arange(16), "epoch": np.zeros(16, np.int32), "step": np.int32(0)}
+    numbers = {"index": np.arange(16), "epoch": np.zeros(16, np.int32), "step": np.int32(0)}
     options = {"batch_size": 16, "num_epochs": 1, "optimizer": optimizer}
     if kind == "lstm":
         config = char_rnn.CharRNNConfig(**options, model=RNNConfig(layers=1, **model), sequence_length=12)
         dataset = Dataset("drawn", names, TEXT, None, TEXT, shuffle=False)
         tokens = TEXT["text"][:208].reshape(16, 13)
-        batch = {"tokens": tokens, "first": np.ones(16, bool), "count": np.full(16, 12)}
-        return char_rnn.make_task(config, dataset), config, index | batch
+        features = {"tokens": tokens, "first": np.ones(16, bool), "count": np.full(16, 12)}
+        return char_rnn.make_task(config, dataset), config, Batch(features, **numbers)
     experiment, make_config, make_model = {
         "cnn": (cifar_cnn, cifar_cnn.CifarConfig, CNNConfig),
         "vae": (mnist_vae, mnist_vae.MnistVAEConfig, VAEConfig),
@@ -43,7 +44,7 @@ def _task(kind, rule="adam", **model):
     config = make_config(**options, model=make_model(**model))
     dataset = Dataset("drawn", names[:4], IMAGES, None, IMAGES)
     config = experiment.EXPERIMENT.resolve(config, dataset)
-    return experiment.make_task(config, dataset), config, index | IMAGES
+    return experiment.make_task(config, dataset), config, Batch(IMAGES, **numbers)
 
 
 def _change(kind, rule, **model):

@@ -349,8 +349,8 @@ def test_a_run_compiles_what_was_planned():
     lowered, _ = lowering.lower(workload, workload.config, mesh)
     run = Training(workload.config, workload.task, workload.dataset, mesh)
     assert run.epoch_end_steps == [2, 5]
-    inputs = lowered.in_avals[0][2]["index"]
-    assert inputs.shape == run._train_batches.sample()["index"].shape == (3, 1, 512)
+    inputs = lowered.in_avals[0][2].index
+    assert inputs.shape == run._train_batches.example().index.shape == (3, 1, 512)
 
 
 def test_a_batch_larger_than_the_training_set_is_not_planned(tmp_path, capsys):

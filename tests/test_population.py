@@ -73,8 +73,8 @@ def single_runs():
 
 def _agree(report, expected):
     assert report.finished
-    assert report.figures["validation_loss"] == pytest.approx(expected["validation_loss"], rel=1e-4)
-    assert report.figures["validation_accuracy"] == pytest.approx(expected["validation_accuracy"])
+    assert report.metrics["validation_loss"] == pytest.approx(expected["validation_loss"], rel=1e-4)
+    assert report.metrics["validation_accuracy"] == pytest.approx(expected["validation_accuracy"])
 
 
 @pytest.mark.parametrize(("devices", "at_once"), [(1, 1), (2, 1), (1, 4), (1, 3)])
@@ -88,7 +88,7 @@ def test_a_member_matches_a_single_run(devices, at_once, single_runs, monkeypatc
     reports = members.train_epoch()
     for slot, expected in enumerate(single_runs):
         _agree(reports[slot], expected)
-    assert len({report.figures["validation_loss"] for report in reports.values()}) == 4
+    assert len({report.metrics["validation_loss"] for report in reports.values()}) == 4
 
 
 def test_slots_are_filled_evenly_over_the_devices():
@@ -105,7 +105,7 @@ def test_a_slot_is_refilled_without_compiling(single_runs):
         lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
     )
     members = _make()
-    assert "validation_loss" in members.figure_names()
+    assert "validation_loss" in members.metric_names()
     members.start(0, _config(0.3, 9))
     members.start(2, CONFIGS[2])
     members.train_epoch()
@@ -124,10 +124,10 @@ def test_a_slot_is_refilled_without_compiling(single_runs):
     assert members.num_compilations == 1
 
 
-def test_figure_names_allocate_no_states(monkeypatch):
+def test_metric_names_allocate_no_states(monkeypatch):
     members = _make()
     monkeypatch.delattr(Population, "_all_states")
-    assert set(members.figure_names()) >= {"validation_loss", "validation_accuracy"}
+    assert set(members.metric_names()) >= {"validation_loss", "validation_accuracy"}
 
 
 def test_a_diverged_member_does_not_affect_the_others(single_runs):
@@ -136,7 +136,7 @@ def test_a_diverged_member_does_not_affect_the_others(single_runs):
     members.start(1, _config(1e30, 1))
     first = members.train_epoch()
     assert first[1].finished
-    assert first[1].figures == {}
+    assert first[1].metrics == {}
     assert 1 < first[1].diverged_at <= 4
     assert not first[0].finished
     members.stop(1)

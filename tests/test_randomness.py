@@ -61,7 +61,7 @@ class KeysTask(Task):
 def test_steps_do_not_draw_what_initialization_drew():
     config = Config(batch_size=8)
     config.optimizer = optimizers.resolve(config.optimizer)
-    mesh, hparams = sharding.make_mesh(config, jax.devices()[:1]), hyperparams.inputs(config, 4)
+    mesh, hparams = sharding.make_mesh(config, jax.devices()[:1]), hyperparams.traced(config, 4)
     graphdef, state = create_state(KeysTask(), hyperparams.make_optimizer(config, hparams, None), config, mesh)
     batches = TrainBatches(DATASET.train, config, mesh, resident=True, capacity=1)
     train = Steps(KeysTask(), graphdef, config, mesh).jit_train(state)

@@ -50,7 +50,7 @@ class Build:
     def __init__(self, config, devices, task):
         dataset = _dataset()
         mesh = sharding.make_mesh(config, jax.devices()[:devices])
-        self.hparams = hyperparams.inputs(config, 10)
+        self.hparams = hyperparams.traced(config, 10)
         graphdef, state = create_state(
             task, hyperparams.make_optimizer(config, self.hparams, task.widths), config, mesh
         )
@@ -125,8 +125,7 @@ def test_eight_devices_learn_what_one_learns(mesh, microbatch_size, rule):
     for name in ("params", "model_state"):
         for a, b in zip(one.leaves(name), eight.leaves(name), strict=True):
             np.testing.assert_allclose(a, b, atol=2e-3)
-    for name, value in one.evaluate().items():
-        np.testing.assert_allclose(value, eight.evaluate()[name], rtol=2e-3)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-3), one.evaluate(), eight.evaluate())
     if mesh != "data":
         shards = {leaf.addressable_shards[0].data.size < leaf.size for leaf in jax.tree.leaves(eight.state.params)}
         assert True in shards
@@ -196,9 +195,8 @@ def test_the_seed_is_a_traced_argument_that_decides_all_randomness():
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
     run, exact = (Run(_config(model=CNNConfig(width=8, dtype=dtype))) for dtype in ("bfloat16", "float32"))
-    assert (
-        "bf16" in run.train.lower(run.state, run.batches.data, run.batches.sample(), np.int32(1), run.hparams).as_text()
-    )
+    arrays = run.state, run.batches.data, run.batches.example(), np.int32(1), run.hparams
+    assert "bf16" in run.train.lower(*arrays).as_text()
     losses, expected = run.steps(5), exact.steps(5)
     assert {leaf.dtype for leaf in run.leaves()} == {np.dtype(np.float32)}
     np.testing.assert_allclose(losses, expected, rtol=0.05)
@@ -224,7 +222,7 @@ def test_evaluation_uses_the_averaged_parameters_and_training_does_not():
     for ema, before, after in zip(averaged.leaves("eval_params"), initial, plain.leaves(), strict=True):
         np.testing.assert_allclose(ema, decay * before + (1 - decay) * after, atol=1e-6)
     np.testing.assert_array_equal(averaged.steps(5), plain.steps(5))
-    assert averaged.evaluate()["loss"] != plain.evaluate()["loss"]
+    assert averaged.evaluate()[0]["loss"] != plain.evaluate()[0]["loss"]
 
 
 def _views(images, mirror, translate):
@@ -241,7 +239,7 @@ def test_evaluation_is_the_mean_cross_entropy_over_all_examples(mirror, translat
     """Without the configured label smoothing and augmentation, and without padding."""
     views = {"mirror": mirror, "translate": translate}
     run = Run(_config(batch_size=16, model=CNNConfig(width=4, dropout=0.5), **views, **RANDOM))
-    sums = run.evaluate()
+    sums, weight = run.evaluate()
     test = _dataset().test
     task = make_task(_config(model=CNNConfig(width=4, dropout=0.5)), _dataset())
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: task.create_model(nnx.Rngs(0))))
@@ -251,7 +249,7 @@ def test_evaluation_is_the_mean_cross_entropy_over_all_examples(mirror, translat
     weighted = _views(images, mirror, translate)
     logits = sum(weight * np.float64(predict(jnp.asarray(view, jnp.float32))) for weight, view in weighted)
     loss = np.log(np.exp(logits).sum(1)) - logits[np.arange(30), test["label"]]
-    assert sums["weight"] == 30
+    assert weight == 30
     np.testing.assert_allclose(sums["loss"], loss.sum(), rtol=1e-4)
     assert sums["accuracy"] == (logits.argmax(1) == test["label"]).sum()
 

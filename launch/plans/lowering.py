@@ -10,6 +10,7 @@ import numpy as np
 
 from research import app, sharding
 from research.config import Config, MeshConfig
+from research.data.batch import Batch
 from research.data.pipeline import epoch_ends, is_resident, longest_epoch
 from research.data.sources import Dataset
 from research.experiment import Experiment
@@ -78,7 +79,7 @@ def lower(workload: Workload, config: Config, mesh: jax.sharding.Mesh) -> tuple[
       config: the workload's config, with the batch and mesh sizes of this plan.
       mesh: a mesh over devices of any kind.
     """
-    hparams = hyperparams.inputs(config, workload.num_train_steps)
+    hparams = hyperparams.traced(config, workload.num_train_steps)
     graphdef, _, state = abstract_state(
         workload.task, hyperparams.make_optimizer(config, hparams, workload.task.widths), config, mesh
     )
@@ -97,7 +98,8 @@ def lower(workload: Workload, config: Config, mesh: jax.sharding.Mesh) -> tuple[
     arrays = workload.dataset.train
     resident = {n: struct(x.shape, x.dtype, replicated) for n, x in arrays.items() if workload.resident}
     streamed = {n: struct((*shape, *x.shape[1:]), x.dtype, sharded) for n, x in arrays.items() if not workload.resident}
-    inputs = {name: struct(shape, np.int32, sharded) for name in ("index", "epoch")} | streamed
+    numbers = struct(shape, np.int32, sharded)
+    batches = Batch(streamed, index=numbers, epoch=numbers)
     scalars = struct((), np.int32, replicated), jax.tree.map(lambda x: struct(x.shape, x.dtype, replicated), hparams)
     with jax.set_mesh(mesh):
-        return steps.jit_train(state).lower(state, resident, inputs, *scalars), state
+        return steps.jit_train(state).lower(state, resident, batches, *scalars), state

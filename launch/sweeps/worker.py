@@ -221,7 +221,7 @@ class Worker:
             attributes = {DIVERGED_AT: min(diverged), REASON: reason}
             self._study.finish(trial, None, TrialState.PRUNED, **attributes)
             return True
-        values = [report.figures[metric] for report in reports]
+        values = [report.metrics[metric] for report in reports]
         value = sum(values) / len(values)
         try:
             trial.report(value, reports[0].epoch)
@@ -231,7 +231,7 @@ class Worker:
         if not (pruned or reports[0].finished):
             return False
         self._failures.clear()
-        attributes = {FIGURES: [report.figures for report in reports], SEED_VALUES: values}
+        attributes = {FIGURES: [report.metrics for report in reports], SEED_VALUES: values}
         state = TrialState.PRUNED if pruned else TrialState.COMPLETE
         self._study.finish(trial, None if pruned else value, state, **attributes)
         return True

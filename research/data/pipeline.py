@@ -14,10 +14,10 @@ host, ahead of the step, through grain.
 
 Indices:
   position: place in the endless sequence of examples; position // n is the epoch.
-  number: an example's row in the data set, 0..n-1 ("index" in the inputs of a step).
+  number: an example's row in the data set, 0..n-1 (`Batch.index`).
   step: train step, from 0.
 
-Leading axes of the inputs:
+Leading axes of batches:
   k: steps of one dispatch, padded to a fixed capacity (training), or batches of one dispatch (evaluation).
   m: microbatches of one step, for gradient accumulation.
   b: examples of one microbatch, sharded over the mesh. Host arrays have only the rows of this process's devices.
@@ -35,15 +35,10 @@ from jax.sharding import Mesh
 
 from research import randomness, sharding
 from research.config import Config
+from research.data.batch import Batch
 from research.data.cache import Arrays
 from research.errors import UserError
 from research.randomness import Stream
-
-Batch = dict[str, jax.Array]
-
-
-# What a batch holds besides the data set's features.
-_BOOKKEEPING = {"index", "epoch", "step", "mask"}
 
 
 @functools.lru_cache(maxsize=2)
@@ -104,17 +99,9 @@ class _Split:
     """A split's arrays, resident on the devices or streamed from the host, and the transfer of batches.
 
     `data` holds the resident arrays, replicated; it is empty for a streamed split.
-
-    Raises:
-      UserError: a feature has the name of a bookkeeping value, which would overwrite it.
     """
 
     def __init__(self, arrays: Arrays, mesh: Mesh, *, resident: bool, data: dict[str, jax.Array] | None = None):
-        if taken := _BOOKKEEPING & arrays.keys():
-            raise UserError(
-                f"the data set has a feature named {min(taken)}, which batches use for their own: rename it in the "
-                "experiment's `prepare`"
-            )
         self.num_examples = len(next(iter(arrays.values())))
         self._mesh = mesh
         self._streamed = {} if resident else arrays
@@ -132,17 +119,15 @@ class _Split:
         parts = sharding.batch_sharding(self._mesh, 0).addressable_devices_indices_map((size,)).values()
         return np.unique([np.arange(size)[part[0]] for part in parts if part])
 
-    def _with_examples(self, inputs: Arrays) -> Arrays:
-        """Adds the examples of a streamed split; a resident split's are gathered on the devices."""
-        return inputs | {name: array[inputs["index"]] for name, array in self._streamed.items()}
-
-    def _to_devices(self, inputs: Arrays, axis: int, size: int) -> dict[str, jax.Array]:
+    def _to_devices(self, batch: Batch, axis: int, size: int) -> Batch:
         """Makes global arrays of this process's rows; `axis` is the sharded one, of global length `size`."""
         sharded = sharding.batch_sharding(self._mesh, axis)
-        return {
-            name: jax.make_array_from_process_local_data(sharded, x, (*x.shape[:axis], size, *x.shape[axis + 1 :]))
-            for name, x in inputs.items()
-        }
+
+        def make_global(x: np.ndarray) -> jax.Array:
+            shape = *x.shape[:axis], size, *x.shape[axis + 1 :]
+            return jax.make_array_from_process_local_data(sharded, x, shape)
+
+        return jax.tree.map(make_global, batch)
 
 
 class TrainBatches(_Split):
@@ -176,53 +161,53 @@ class TrainBatches(_Split):
         self._batch_size = config.batch_size
         self._microbatch_size = config.examples_at_once
         self._capacity = capacity
-        self.go_to(start)
+        self.seek(start)
 
-    def go_to(self, step: int) -> None:
+    def seek(self, step: int) -> None:
         """Seeks to the batch of `step`."""
         self._steps = self._iterate(step)
 
-    def step_inputs(self, step: int) -> Arrays:
-        """This process's rows of one step: "index" and "epoch" int32 [m, b], and streamed examples [m, b, ...]."""
+    def local_batch(self, step: int) -> Batch:
+        """This process's rows of one step, host arrays [m, b, ...], with the features of a streamed split."""
         start = step * self._batch_size
-        index, epoch = example_numbers(self._seed, self.num_examples, start, start + self._batch_size)
+        numbers = example_numbers(self._seed, self.num_examples, start, start + self._batch_size)
         rows = self._local_rows(self._microbatch_size)
-        inputs = {"index": index, "epoch": epoch}
-        return self._with_examples({n: x.reshape(-1, self._microbatch_size)[:, rows] for n, x in inputs.items()})
+        index, epoch = (x.reshape(-1, self._microbatch_size)[:, rows] for x in numbers)
+        return Batch({}, index, epoch).gather(self._streamed)
 
-    def _iterate(self, start: int) -> Iterator[Arrays]:
+    def _iterate(self, start: int) -> Iterator[Batch]:
         if not self._streamed:
-            return map(self.step_inputs, iter(range(start, 2**62)))
+            return map(self.local_batch, iter(range(start, 2**62)))
         import grain  # slow to import, and most data sets are resident
 
-        steps = grain.MapDataset.range(start, 2**62).map(self.step_inputs)
+        steps = grain.MapDataset.range(start, 2**62).map(self.local_batch)
         return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=2 * self._capacity)))
 
-    def of_seed(self, seed: int) -> "TrainBatches":
+    def with_seed(self, seed: int) -> "TrainBatches":
         """Returns the batches of another seed, from the first step on, which share the resident arrays."""
         other = copy.copy(self)
         other._seed = None if self._seed is None else seed
         other._steps = other._iterate(0)
         return other
 
-    def take(self, num_steps: int) -> dict[str, jax.Array]:
-        """Returns the inputs of the next `num_steps` steps, padded with zeros to `capacity` steps: [k, m, b, ...]."""
+    def take(self, num_steps: int) -> Batch:
+        """Returns the batches of the next `num_steps` steps, padded with zeros to `capacity` steps: [k, m, b, ...]."""
         return self._to_devices(self.take_local(num_steps), 2, self._microbatch_size)
 
-    def take_local(self, num_steps: int) -> Arrays:
+    def take_local(self, num_steps: int) -> Batch:
         """Like `take`, but only this process's rows, as host arrays."""
         return self._pack([next(self._steps) for _ in range(num_steps)])
 
-    def sample(self) -> dict[str, jax.Array]:
-        """Returns example inputs, shaped as those of `take`, to compile for; does not advance."""
-        return self._to_devices(self._pack([self.step_inputs(0)]), 2, self._microbatch_size)
+    def example(self) -> Batch:
+        """Returns a value shaped as those of `take`, to compile for; does not advance."""
+        return self._to_devices(self._pack([self.local_batch(0)]), 2, self._microbatch_size)
 
-    def inputs_of_step(self, step: int) -> dict[str, jax.Array]:
-        """Returns the inputs of one step, [1, m, b, ...]; does not advance."""
-        inputs = {name: x[None] for name, x in self.step_inputs(step).items()}
-        return self._to_devices(inputs, 2, self._microbatch_size)
+    def batch(self, step: int) -> Batch:
+        """Returns the batch of one step, [1, m, b, ...]; does not advance."""
+        local = jax.tree.map(lambda x: x[None], self.local_batch(step))
+        return self._to_devices(local, 2, self._microbatch_size)
 
-    def _pack(self, steps: list[Arrays]) -> Arrays:
+    def _pack(self, steps: list[Batch]) -> Batch:
         def pack(*arrays: np.ndarray) -> np.ndarray:
             packed = np.zeros((self._capacity, *arrays[0].shape), arrays[0].dtype)
             packed[: len(arrays)] = arrays
@@ -250,12 +235,12 @@ class EvalBatches(_Split):
         self._batch_size = config.examples_at_once
         self._batches_per_dispatch = -(-self.num_examples // self._batch_size) if resident else 1
 
-    def __iter__(self) -> Iterator[dict[str, jax.Array]]:
-        """Yields the inputs of each dispatch, [k, b, ...]; "mask" (float32) is 0 for padding."""
+    def __iter__(self) -> Iterator[Batch]:
+        """Yields the batches of each dispatch, [k, b, ...]."""
         size = self._batches_per_dispatch * self._batch_size
         rows = self._local_rows(self._batch_size)
         for start in range(0, self.num_examples, size):
             numbers = np.arange(start, start + size, dtype=np.int32).reshape(-1, self._batch_size)[:, rows]
-            mask = numbers < self.num_examples
-            inputs = self._with_examples({"index": np.where(mask, numbers, 0)}) | {"mask": mask.astype(np.float32)}
-            yield self._to_devices(inputs, 1, self._batch_size)
+            is_example = numbers < self.num_examples
+            batch = Batch({}, np.where(is_example, numbers, 0), mask=is_example.astype(np.float32))
+            yield self._to_devices(batch.gather(self._streamed), 1, self._batch_size)

@@ -12,10 +12,10 @@ from flax import nnx
 from research import plots
 from research.config import AugmentConfig
 from research.data import images
-from research.data.pipeline import Batch
+from research.data.batch import Batch
 from research.data.sources import Dataset
 from research.tasks.predictor import Predictor
-from research.tasks.task import Function, Metrics, Task
+from research.tasks.task import Function, Inputs, Metrics, Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,23 +41,23 @@ class Classification(Task):
     mirror: bool = False
     translate: bool = False
 
-    def with_inputs(self, inputs: Mapping[str, Any]) -> "Classification":
-        """Returns this task with the label smoothing of the step's inputs."""
-        return dataclasses.replace(self, label_smoothing=inputs.get("label_smoothing", self.label_smoothing))
+    def with_hparams(self, hparams: Mapping[str, Any]) -> "Classification":
+        """Returns this task with the label smoothing of a step."""
+        return dataclasses.replace(self, label_smoothing=hparams.get("label_smoothing", self.label_smoothing))
 
     def evaluate(self, model: nnx.Module, batch: Batch, *, key: jax.Array, train: bool) -> Metrics:
         """Computes each example's cross-entropy in nats and accuracy; augmentation and smoothing are for training only.
 
         Args:
           model: the network.
-          batch: "image" uint8 [b, h, w, c], "label" int [b], and in training "index" and "epoch" int32 [b].
+          batch: "image" uint8 [b, h, w, c] and "label" int [b].
           key: for augmentation and dropout.
           train: whether this is training.
         """
         inputs = images.normalize(batch["image"], self.mean, self.std)
         if train:
             augment_key, key = jax.random.split(key)
-            inputs = images.augment(inputs, augment_key, self.augment, index=batch["index"], epoch=batch["epoch"])
+            inputs = images.augment(inputs, augment_key, self.augment, index=batch.index, epoch=batch.epoch)
         logits = self._logits(model, inputs, train=train, key=key)
         labels = batch["label"]
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -91,7 +91,7 @@ class Classification(Task):
 
     def probabilities(self, model: nnx.Module, batch: Batch, _: jax.Array) -> jax.Array:
         """Computes the class probabilities of "image" uint8 [b, h, w, c] as in evaluation: float32 [b, classes]."""
-        return jax.nn.softmax(self._classify(model, batch)["logits"])
+        return jax.nn.softmax(self._classify(model, batch.features)["logits"])
 
     def functions(self, model: nnx.Module, dataset: Dataset) -> dict[str, Function]:
         """Exports `classify`: "image" uint8 [b, h, w, c] to the "logits" of evaluation, float32 [b, classes]."""
@@ -102,7 +102,7 @@ class Classification(Task):
             preprocessing += f"; the logits are averaged over the image as it is and {' and '.join(views)}"
         return {"classify": Function(self._classify, {"image": (f"b, {shape}", "uint8")}, preprocessing)}
 
-    def _classify(self, model: nnx.Module, inputs: Batch) -> dict[str, jax.Array]:
+    def _classify(self, model: nnx.Module, inputs: Inputs) -> dict[str, jax.Array]:
         normalized = images.normalize(inputs["image"], self.mean, self.std)
         return {"logits": self._logits(model, normalized, train=False, key=None)}
 

@@ -10,9 +10,9 @@ import numpy as np
 import optax
 from flax import nnx
 
-from research.data.pipeline import Batch
+from research.data.batch import Batch
 from research.data.sources import Dataset
-from research.tasks.task import Function, Metrics, Task
+from research.tasks.task import Function, Inputs, Metrics, Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class LanguageModel(Task):
     def advance(
         self, model: nnx.Module, batch: Batch, carry: Any, *, key: jax.Array, train: bool
     ) -> tuple[Metrics, Any]:
-        """Computes cross-entropy in nats and accuracy, means over the characters that count; "weight" is their number.
+        """Computes cross-entropy in nats and accuracy, means over the characters that count.
 
         Args:
           model: the network.
@@ -64,8 +64,11 @@ class LanguageModel(Task):
         correct = (logits.argmax(-1) == targets).astype(jnp.float32)
         count = batch["count"][:, None]
         weights = (jnp.arange(targets.shape[1]) < count) / jnp.maximum(count, 1)
-        means = {"loss": (weights * loss).sum(1), "accuracy": (weights * correct).sum(1)}
-        return {**means, "weight": batch["count"].astype(jnp.float32)}, carry
+        return {"loss": (weights * loss).sum(1), "accuracy": (weights * correct).sum(1)}, carry
+
+    def example_weights(self, batch: Batch) -> jax.Array:
+        """The number of characters that count."""
+        return batch["count"].astype(jnp.float32)
 
     def summarize(self, means: Mapping[str, Any]) -> dict[str, float]:
         """Adds bits per character (loss / log 2) and perplexity (exp loss)."""
@@ -83,7 +86,7 @@ class LanguageModel(Task):
         leaves, structure = jax.tree.flatten(self.initial_carry(1))
         names = [f"carry.{i}" for i in range(len(leaves))]
 
-        def step(model: Any, inputs: Batch) -> dict[str, jax.Array]:
+        def step(model: Any, inputs: Inputs) -> dict[str, jax.Array]:
             carry = jax.tree.unflatten(structure, [inputs[name] for name in names])
             token = inputs["token"][:, None]
             logits, carry = model(token, carry, jnp.zeros(token.shape[0], bool), train=False)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from research import randomness, sharding
-from research.data.pipeline import Batch
+from research.data.batch import Batch
 from research.network import merge_network
 from research.randomness import Stream
 
@@ -50,7 +50,7 @@ class Predictor:
         """Computes `function(network, batch, key)` for all examples.
 
         Args:
-          function: returns a pytree of arrays [b, ...] for a batch of arrays [b, ...].
+          function: returns a pytree of arrays [b, ...] for a batch; `batch.index` counts the examples from 0.
           arrays: the examples, [n, ...] each, n at least 1; the same on all processes.
           seed: of the random keys, one for each batch.
           batch_size: overrides the predictor's; rounded up to a multiple of the devices that share a batch.
@@ -67,7 +67,8 @@ class Predictor:
         for start in _with_progress(range(0, count, size), progress):
             # The last batch is padded with the last example, so that every batch has the same shape.
             index = np.minimum(np.arange(start, start + size), count - 1)
-            batch = {name: jax.device_put(np.asarray(array[index]), batch_sharding) for name, array in arrays.items()}
+            local = Batch({}, index.astype(np.int32)).gather(arrays)
+            batch = jax.tree.map(lambda x: jax.device_put(np.asarray(x), batch_sharding), local)
             key = jax.random.fold_in(randomness.key(Stream.PREDICTION, seed), start)
             parts.append(jax.device_get(self._apply(function, *self._arrays, batch, key)))
         return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *parts)

@@ -5,9 +5,10 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from research.data.pipeline import Batch
+from research.data.batch import Batch
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from research.tasks.predictor import Predictor
 
 Metrics = dict[str, jax.Array]
+Inputs = Mapping[str, jax.Array]  # of an exported function
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Function:
       preprocessing: describes what `call` does to the inputs before the network, so that callers do not repeat it.
     """
 
-    call: Callable[[Any, Batch], dict[str, jax.Array]]
+    call: Callable[[Any, Inputs], dict[str, jax.Array]]
     inputs: Mapping[str, tuple[str, str]]
     preprocessing: str
 
@@ -65,20 +67,23 @@ class Task:
 
         Args:
           model: the network.
-          batch: the examples, [b, ...] each; "index" int32 [b], their numbers; in training also "epoch" int32 [b] and
-            "step" int32 scalar, the number of updates so far.
+          batch: the examples.
           key: the random key of this batch.
           train: whether this is training.
 
         Returns:
           Float32 [b] each. Training minimizes the mean of "loss" and reports the mean of each. In evaluation a value
-          may also be [b, ...], and "weight" [b] gives the examples' weights in the means.
+          may also be [b, ...].
         """
         raise NotImplementedError
 
-    def with_inputs(self, inputs: Mapping[str, Any]) -> "Task":
-        """Returns this task with the hyperparameters of a step (`hyperparams.py`) that it reads; they may be traced."""
-        del inputs
+    def example_weights(self, batch: Batch) -> jax.Array:
+        """Returns the weights of the examples in the means of an evaluation, float32 [b]; by default all are 1."""
+        return jnp.ones(batch.index.shape, jnp.float32)
+
+    def with_hparams(self, hparams: Mapping[str, Any]) -> "Task":
+        """Returns this task with the hyperparameters of a step that it reads, by path; they may be traced."""
+        del hparams
         return self
 
     def initial_carry(self, batch_size: int) -> Any:
@@ -96,9 +101,9 @@ class Task:
         """Computes the reported metrics from the means (NumPy) of what `evaluate` returned, over many examples."""
         return {name: float(value) for name, value in means.items()}
 
-    def figures(self, split: str, sums: Mapping[str, Any]) -> dict[str, float]:
+    def split_metrics(self, split: str, sums: Mapping[str, Any], weight: Any) -> dict[str, float]:
         """Computes a split's metrics, named `<split>_<name>`, from the sums of `Steps.eval_steps` over its batches."""
-        means = {name: value / sums["weight"] for name, value in sums.items() if name != "weight"}
+        means = {name: value / weight for name, value in sums.items()}
         return {f"{split}_{name}": value for name, value in self.summarize(means).items()}
 
     def final_metrics(self, predict: "Predictor", dataset: "Dataset") -> dict[str, float]:

@@ -12,12 +12,12 @@ from flax import nnx
 
 from research import plots, randomness, sharding
 from research.config import is_on
-from research.data.pipeline import Batch
+from research.data.batch import Batch
 from research.data.sources import Dataset
 from research.randomness import Stream
 from research.tasks import densities
 from research.tasks.predictor import Predictor
-from research.tasks.task import Function, Metrics, Task
+from research.tasks.task import Function, Inputs, Metrics, Task
 
 _ACTIVE_VARIANCE = 0.01  # Burda et al. 2016, section 5.2
 _EVAL_BATCH = 1000  # examples of a batch of the log-likelihood's estimate
@@ -62,9 +62,9 @@ class VAE(Task):
     free_bits: float = 0.0
     final_samples: int = 0
 
-    def with_inputs(self, inputs: Mapping[str, Any]) -> "VAE":
-        """Returns this task with `beta` and `free_bits` of the step's inputs."""
-        return dataclasses.replace(self, **{name: inputs[name] for name in ("beta", "free_bits") if name in inputs})
+    def with_hparams(self, hparams: Mapping[str, Any]) -> "VAE":
+        """Returns this task with the `beta` and the `free_bits` of a step."""
+        return dataclasses.replace(self, **{name: hparams[name] for name in ("beta", "free_bits") if name in hparams})
 
     def evaluate(self, model: Any, batch: Batch, *, key: jax.Array, train: bool) -> Metrics:
         """Computes each example's negative bound and its parts.
@@ -74,7 +74,7 @@ class VAE(Task):
 
         Args:
           model: the network.
-          batch: "image" uint8 [b, h, w, c], "index" int32 [b], and in training "step" int32 scalar.
+          batch: "image" uint8 [b, h, w, c].
           key: for binarization and latents in training.
           train: whether this is training.
 
@@ -85,10 +85,10 @@ class VAE(Task):
         key = key if train else randomness.key(Stream.EVALUATION)
         # A stream separate from evaluation's: otherwise training and test images of equal number share thresholds.
         fixed = train and self.binarize == "fixed"
-        targets = self.targets(batch, randomness.key(Stream.FIXED_BITS) if fixed else key)
+        targets = self.targets(batch["image"], batch.index, randomness.key(Stream.FIXED_BITS) if fixed else key)
         mean, logvar = model.encode(targets)
         shape = (self.samples if train else 1, mean.shape[-1])
-        noise = jax.vmap(lambda key: jax.random.normal(key, shape))(_keys(key, batch, _LATENTS))
+        noise = jax.vmap(lambda key: jax.random.normal(key, shape))(_keys(key, batch.index, _LATENTS))
         log_prob, log_ratio = self._log_weights(model, targets, mean, logvar, noise)
         kl = densities.kl_to_standard(mean, logvar)
         reconstruction = -log_prob.mean(1)
@@ -96,14 +96,14 @@ class VAE(Task):
         values = {"loss": loss, "reconstruction": reconstruction, "kl": kl.sum(-1), "elbo": -loss}
         if not train:
             return values | {"mean": mean, "squared_mean": jnp.square(mean)}
-        beta = self.beta * jnp.minimum(1.0, (batch["step"] + 1) / max(self.warmup_steps, 1))
+        beta = self.beta * jnp.minimum(1.0, (batch.step + 1) / max(self.warmup_steps, 1))
         if self.samples > 1:
             log_weights = log_prob + beta * log_ratio
             bound = jax.nn.logsumexp(log_weights, axis=1) - math.log(self.samples)
             if self.gradient_samples:
                 # The bound's gradient is the mean of grad log w under the normalized weights (Burda et al., equation
                 # 14). Samples drawn by these weights estimate it without bias, and only they need a backward pass.
-                keys = _keys(key, batch, _RESAMPLING)
+                keys = _keys(key, batch.index, _RESAMPLING)
                 weights = jax.lax.stop_gradient(log_weights)
                 resample = jax.vmap(lambda key, w: jax.random.categorical(key, w, shape=(self.gradient_samples,)))
                 resampled = jnp.take_along_axis(noise, resample(keys, weights)[..., None], 1)
@@ -140,18 +140,19 @@ class VAE(Task):
     def _bits_per_dim(self, nats: float) -> float:
         return nats / (math.prod(self.image_shape) * math.log(2))
 
-    def targets(self, batch: Batch, key: jax.Array) -> jax.Array:
+    def targets(self, image: jax.Array, index: jax.Array, key: jax.Array) -> jax.Array:
         """Draws the network's inputs and targets: float32 [b, h, w, c], bits or dequantized values in 0..1.
 
         Args:
-          batch: "image" uint8 [b, h, w, c] and "index" int32 [b].
+          image: uint8 [b, h, w, c].
+          index: int32 [b], the examples' numbers.
           key: the random key; each example's is folded from it and the example's number.
         """
-        keys = _keys(key, batch, _TARGETS)
+        keys = _keys(key, index, _TARGETS)
         if self.likelihood == "bernoulli":
-            return jax.vmap(_bits)(keys, batch["image"])
+            return jax.vmap(_bits)(keys, image)
         noise = jax.vmap(lambda key: jax.random.uniform(key, self.image_shape))(keys)
-        return (batch["image"] + noise) / 256
+        return (image + noise) / 256
 
     def log_prob(self, targets: jax.Array, parameters: jax.Array) -> jax.Array:
         """Computes log p(x|z): targets [..., h, w, c] and the `parameters` of `decode` to [...]."""
@@ -165,9 +166,9 @@ class VAE(Task):
         """Estimates log p(x), [b], by `final_samples` samples of q(z|x) (Burda et al., equation 8)."""
         # A loop with a running logsumexp of the weights, so memory does not grow with the number of samples.
         key = randomness.key(Stream.EVALUATION)
-        targets = self.targets(batch, key)
+        targets = self.targets(batch["image"], batch.index, key)
         mean, logvar = model.encode(targets)
-        keys = _keys(key, batch, _LATENTS)
+        keys = _keys(key, batch.index, _LATENTS)
 
         def add(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             largest, total = carry
@@ -185,12 +186,12 @@ class VAE(Task):
         if not self.final_samples:
             return {}
         options = {"batch_size": _EVAL_BATCH, "progress": "test log-likelihood"}
-        nll = -float(predict(self.log_likelihood, _with_index(dataset.test["image"]), **options).mean(dtype=np.float64))
+        nll = -float(predict(self.log_likelihood, {"image": dataset.test["image"]}, **options).mean(dtype=np.float64))
         return {"test_nll": nll, "test_nll_bits_per_dim": self._bits_per_dim(nll)}
 
     def encoded(self, model: Any, batch: Batch, _: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns the targets of evaluation, and the mean of q(z|x), [b, latents]."""
-        targets = self.targets(batch, randomness.key(Stream.EVALUATION))
+        targets = self.targets(batch["image"], batch.index, randomness.key(Stream.EVALUATION))
         return targets, model.encode(targets)[0]
 
     def decoded(self, model: Any, batch: Batch, _: jax.Array) -> jax.Array:
@@ -216,17 +217,17 @@ class VAE(Task):
         probe = jax.ShapeDtypeStruct((1, *self.image_shape), jnp.float32)
         latents = jax.eval_shape(model.encode, probe)[0].shape[1]
 
-        def encode(model: Any, inputs: Batch) -> dict[str, jax.Array]:
-            targets = self.targets(inputs, randomness.key(Stream.EVALUATION))
+        def encode(model: Any, inputs: Inputs) -> dict[str, jax.Array]:
+            targets = self.targets(inputs["image"], inputs["index"], randomness.key(Stream.EVALUATION))
             mean, logvar = model.encode(targets)
             return {"targets": targets, "mean": mean, "logvar": logvar}
 
-        def decode(model: Any, inputs: Batch) -> dict[str, jax.Array]:
+        def decode(model: Any, inputs: Inputs) -> dict[str, jax.Array]:
             parameters = model.decode(inputs["latents"])
             return {"image": self._expected(parameters), "parameters": parameters}
 
-        def sample(model: Any, inputs: Batch) -> dict[str, jax.Array]:
-            keys = _keys(jax.random.key(inputs["seed"]), inputs, _LATENTS)
+        def sample(model: Any, inputs: Inputs) -> dict[str, jax.Array]:
+            keys = _keys(jax.random.key(inputs["seed"]), inputs["index"], _LATENTS)
             drawn = jax.vmap(lambda key: jax.random.normal(key, (latents,)))(keys)
             return {"image": self._expected(model.decode(drawn))}
 
@@ -251,7 +252,7 @@ class VAE(Task):
 
     def pictures(self, predict: Predictor, dataset: Dataset) -> dict[str, Callable[[], Any]]:
         """Plots reconstructions, samples of the prior and latent traversals; if there are two latents, their means."""
-        targets, means = predict(self.encoded, _with_index(dataset.test["image"]))
+        targets, means = predict(self.encoded, {"image": dataset.test["image"]})
         count = len(targets[: 5 * _GRID_SIZE])
         pairs = np.stack([targets[:count], predict(self.decoded, {"latents": means[:count]})], 1)
         samples = self.draw_prior(predict, means.shape[1], _GRID_SIZE**2)
@@ -280,9 +281,9 @@ class VAE(Task):
         return pictures
 
 
-def _keys(key: jax.Array, batch: Batch, purpose: int) -> jax.Array:
+def _keys(key: jax.Array, index: jax.Array, purpose: int) -> jax.Array:
     """Folds each example's number into the key, [b]: its draws do not depend on the rest of the batch."""
-    return jax.vmap(lambda index: jax.random.fold_in(jax.random.fold_in(key, purpose), index))(batch["index"])
+    return jax.vmap(lambda number: jax.random.fold_in(jax.random.fold_in(key, purpose), number))(index)
 
 
 def _bits(key: jax.Array, image: jax.Array) -> jax.Array:
@@ -291,7 +292,3 @@ def _bits(key: jax.Array, image: jax.Array) -> jax.Array:
     words = jax.random.bits(key, (-(-image.size // 2),))
     halves = jnp.concatenate([words & 0xFFFF, words >> 16])[: image.size].reshape(image.shape)
     return (halves < (image.astype(jnp.uint32) * 65536 + 127) // 255).astype(jnp.float32)
-
-
-def _with_index(images: np.ndarray) -> dict[str, np.ndarray]:
-    return {"image": images, "index": np.arange(len(images), dtype=np.int32)}

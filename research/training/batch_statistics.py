@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from research import randomness
+from research.data.batch import Batch
 from research.randomness import Stream
 from research.training.hyperparams import SEED, HParams
 from research.training.state import TrainState, is_finite
@@ -27,17 +28,17 @@ NUM_STEPS = 32  # how many of the newest steps' batches the means are over
 
 
 def estimate(
-    model_state_after: Callable[..., Any], state: TrainState, batch_index: Any, count: jax.Array, hparams: HParams
+    model_state_after: Callable[..., Any], state: TrainState, batch: Batch, count: jax.Array, hparams: HParams
 ) -> tuple[TrainState, jax.Array]:
     """Includes the batch of one training step in the batch statistics of the averaged parameters.
 
     A microbatch whose statistics are not finite changes nothing: training skipped it or left it out, too.
 
     Args:
-      model_state_after: (params, model_state, carry, microbatch_index, key, momentum) -> the model_state after this
+      model_state_after: (params, model_state, carry, microbatch, key, momentum) -> the model_state after this
         microbatch, with this momentum in every batch norm.
       state: the train state of a network with batch statistics.
-      batch_index: the batch of one training step, leaves [m, b, ...].
+      batch: the batch of one training step, leaves [m, b, ...].
       count: int32 scalar, the number of microbatches that the means cover so far; 0 starts from the newest parameters'
         model_state, and -1 changes nothing.
       hparams: the traced hyperparameters of the step.
@@ -51,13 +52,13 @@ def estimate(
 
     def body(i: jax.Array, carried: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
         model_state, count = carried
-        microbatch_index = jax.tree.map(lambda x: x[i], batch_index)
-        arrays = state.ema_params, model_state, carry, microbatch_index, jax.random.fold_in(key, count)
+        microbatch = jax.tree.map(lambda x: x[i], batch)
+        arrays = state.ema_params, model_state, carry, microbatch, jax.random.fold_in(key, count)
         # With momentum count / (count + 1) the running statistics are the mean over all microbatches.
         after = model_state_after(*arrays, count / (count + 1))
         finite = is_finite(after)
         return jax.tree.map(lambda x, before: jnp.where(finite, x, before), after, model_state), count + finite
 
-    moved, new_count = jax.lax.fori_loop(0, batch_index["index"].shape[0], body, (start, jnp.maximum(count, 0)))
+    moved, new_count = jax.lax.fori_loop(0, len(batch.index), body, (start, jnp.maximum(count, 0)))
     kept = jax.tree.map(lambda x, own: jnp.where(count < 0, own, x), moved, state.ema_model_state)
     return dataclasses.replace(state, ema_model_state=kept), jnp.where(count < 0, count, new_count)

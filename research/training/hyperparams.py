@@ -3,24 +3,30 @@
 A field declared with `step_input` (`research.config.option`) is one, unless it is 0: that turns a feature off, and the
 program does not contain it. The seed and the schedule's boundaries, which follow from `optimizer.warmup`, are traced
 too (`signature=False`). All other fields are compile-time constants: the program's `signature`.
+
+The step reads them in two places, both here: `make_optimizer`, and `applied` for the task and the network.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import optax
+from flax import nnx
 
 from research import config as config_lib
 from research import optimizers
 from research.config import Config
+from research.layers.dropout import rate_of
+from research.tasks.task import Task
 
 HParams = Mapping[str, Any]
 SEED, BOUNDARIES, DROPOUT = "seed", "optimizer.boundaries", "model.dropout"
 
 
-def inputs(config: Config, num_train_steps: int) -> dict[str, Any]:
+def traced(config: Config, num_train_steps: int) -> dict[str, Any]:
     """Returns the traced hyperparameters by the paths of their fields.
 
     Args:
@@ -58,3 +64,10 @@ def make_optimizer(config: Config, hparams: HParams, widths: Any) -> optax.Gradi
     boundaries = numbers.pop(BOUNDARIES.removeprefix(prefix))
     optimizer = dataclasses.replace(config.optimizer, **numbers)
     return optimizers.make_optimizer(optimizers.scaled(optimizer, config.batch_size), boundaries, widths)
+
+
+@contextmanager
+def applied(task: Task, model: nnx.Module, hparams: HParams) -> Iterator[Task]:
+    """Yields the task with `hparams`, which may be traced; within the block the network's dropout has its rate."""
+    with rate_of(model, hparams.get(DROPOUT)):
+        yield task.with_hparams(hparams)

@@ -11,7 +11,7 @@ from research.training.state import TrainState
 
 
 def jit_update(function: Callable[..., Any], state: TrainState, mesh: Mesh) -> Any:
-    """Jits (state, data, batch_index [k, m, b, ...], int32 scalar, hparams) -> (state, replicated arrays).
+    """Jits (state, data, batches [k, m, b, ...], int32 scalar, hparams) -> (state, replicated arrays).
 
     The state keeps its shardings, and its buffers are donated.
     """
@@ -26,7 +26,7 @@ def jit_update(function: Callable[..., Any], state: TrainState, mesh: Mesh) -> A
 
 
 def jit_eval(function: Callable[..., Any], state: TrainState, mesh: Mesh) -> Any:
-    """Jits (params, model_state, carry [b, ...], data, batch_index [k, b, ...]) -> (carry, replicated arrays)."""
+    """Jits (params, model_state, carry [b, ...], data, batches [k, b, ...]) -> (carry, replicated arrays)."""
     replicated, batch = sharding.replicated(mesh), sharding.batch_sharding(mesh, 0)
     shardings = jax.tree.map(lambda x: x.sharding, (state.eval_params, state.eval_model_state))
     return jax.jit(

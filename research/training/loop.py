@@ -80,8 +80,7 @@ class Loop:
     def finish_epoch(self) -> None:
         """Evaluates, records the epoch's results, and saves a checkpoint."""
         run, progress = self._run, self._run.progress
-        epoch_start, epoch_end = [0, *run.epoch_end_steps][progress.epoch : progress.epoch + 2]
-        means = progress.means(epoch_end - epoch_start)
+        means = progress.means()
         results = {f"train_{name}": value for name, value in run.task.summarize(means).items()}
         results |= noise_scale.critical_batch_size(means) | run.evaluate()
         progress.finish_epoch(results)

@@ -7,6 +7,7 @@ draws are the same.
 
 import dataclasses
 import math
+import operator
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,8 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from research.config import Config
 from research.data.pipeline import EvalBatches, TrainBatches, epoch_ends, is_resident, longest_epoch
@@ -23,10 +22,9 @@ from research.data.sources import Dataset
 from research.tasks.task import Task
 from research.training import batch_statistics, hyperparams, population_devices
 from research.training.dispatch import DispatchSizer
-from research.training.population_devices import AXIS
-from research.training.progress import QUANTITIES
+from research.training.population_steps import PopulationSteps
 from research.training.state import TrainState, make_init
-from research.training.steps import Steps
+from research.training.steps import Steps, add_sums
 
 
 @dataclasses.dataclass
@@ -47,13 +45,13 @@ class Report:
 
     Attributes:
       epoch: the number of epochs finished.
-      figures: the metrics of the validation split, as `validation_<name>`; {} if the member diverged.
+      metrics: the metrics of the validation split, as `validation_<name>`; {} if the member diverged.
       diverged_at: the step whose loss or gradient was not finite, or after which the validation loss was not; or None.
       finished: whether the member has finished or diverged.
     """
 
     epoch: int
-    figures: dict[str, float]
+    metrics: dict[str, float]
     diverged_at: int | None
     finished: bool
 
@@ -97,64 +95,19 @@ class Population:
         data = (shared._batches.data, shared._validation.data) if shared else (None, None)
         self._batches = TrainBatches(dataset.train, config, self._mesh, **options, data=data[0])
         self._validation = EvalBatches(dataset.validation, config, self._mesh, resident=resident, data=data[1])
-        self._filler_hparams = hyperparams.inputs(config, epoch_end_steps[-1])
-        self._filler_index = jax.tree.map(np.zeros_like, self._batches.of_seed(0).take_local(1))
+        self._filler_hparams = hyperparams.traced(config, epoch_end_steps[-1])
+        self._filler_batches = jax.tree.map(np.zeros_like, self._batches.with_seed(0).take_local(1))
         tx = hyperparams.make_optimizer(config, self._filler_hparams, task.widths)
         graphdef, self._init = make_init(task, tx, config, self._mesh)
-        self._jit(Steps(task, graphdef, config, self._mesh), config.batch_size)
+        self._steps = PopulationSteps(Steps(task, graphdef, config, self._mesh), self._mesh, config.batch_size)
         carry = task.initial_carry(config.examples_at_once)
         self._carry = jax.tree.map(lambda x: np.broadcast_to(x, (self.size, *x.shape)), carry)
         self._states: TrainState | None = None
 
-    def _jit(self, steps: Steps, batch_size: int) -> None:
-        """Jits the programs that train, evaluate and update all members."""
-        at_once = population_devices.at_once(self._mesh.devices.flat[0].platform, batch_size)
-        members, replicated = P(AXIS), P()
-
-        def spread(function: Callable[..., Any], *specs: P) -> Callable[..., Any]:
-            # Members are independent: no collectives, and no replication for shard_map to check.
-            options = {"mesh": self._mesh, "in_specs": specs, "out_specs": members, "check_vma": False}
-            return jax.shard_map(function, **options) if self._mesh.size > 1 else function
-
-        def train(states: Any, batch_index: Any, counts: Any, hparams: Any, data: Any) -> Any:
-            def train_member(state: Any, batch_index: Any, count: Any, hparams: Any) -> Any:
-                state, metrics = steps.train_steps(state, data, batch_index, count, hparams)
-                return state, {name: metrics[name] for name in QUANTITIES}
-
-            return population_devices.map_members(at_once, train_member)(states, batch_index, counts, hparams)
-
-        def evaluate(params: Any, model_state: Any, carry: Any, active: Any, data: Any, batch_index: Any) -> Any:
-            def evaluate_member(params: Any, model_state: Any, carry: Any, active: Any) -> Any:
-                arrays = params, model_state, carry, data, batch_index
-                shapes = jax.eval_shape(steps.eval_steps, *arrays)
-                zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-                return jax.lax.cond(active, lambda: steps.eval_steps(*arrays), lambda: zeros)
-
-            return population_devices.map_members(at_once, evaluate_member)(params, model_state, carry, active)
-
-        def put(states: Any, slot: Any, state: Any) -> Any:
-            return jax.tree.map(lambda all_, new: all_.at[slot].set(new), states, state)
-
-        def estimate(states: Any, batch_index: Any, counts: Any, hparams: Any, data: Any) -> Any:
-            def estimate_member(state: Any, batch_index: Any, count: Any, hparams: Any) -> Any:
-                return steps.estimate_statistics(state, data, batch_index, count, hparams)
-
-            return population_devices.map_members(at_once, estimate_member)(states, batch_index, counts, hparams)
-
-        placed = NamedSharding(self._mesh, members)
-        spread_estimate = spread(estimate, members, members, members, members, replicated)
-        self._estimate = jax.jit(spread_estimate, donate_argnums=0, out_shardings=placed)
-        spread_train = spread(train, members, members, members, members, replicated)
-        spread_eval = spread(evaluate, members, members, members, members, replicated, replicated)
-        self._train: Any = jax.jit(spread_train, donate_argnums=0, out_shardings=placed)
-        self._eval = jax.jit(spread_eval, out_shardings=placed)
-        self._put = jax.jit(put, donate_argnums=0, out_shardings=placed)
-        self._placed = placed
-
     @property
     def num_compilations(self) -> int:
         """How many times the train program was compiled."""
-        return self._train._cache_size()
+        return self._steps.train._cache_size()
 
     @property
     def free(self) -> list[int]:
@@ -165,22 +118,22 @@ class Population:
             ranked += zip(range(-len(free), 0), free)
         return [slot for _, slot in sorted(ranked)]
 
-    def figure_names(self) -> list[str]:
-        """Returns the names of the metrics in a report's `figures`."""
+    def metric_names(self) -> list[str]:
+        """Returns the names of the metrics in a report."""
         with jax.set_mesh(self._mesh):
             arrays = *self._eval_arrays(self._state_shapes()), next(iter(self._validation))
-            shapes = jax.eval_shape(self._eval, *arrays)[1]
-        sums = {name: np.ones(x.shape[2:]) for name, x in shapes.items()}
-        return list(self._task.figures("validation", sums))
+            shapes = jax.eval_shape(self._steps.evaluate, *arrays)[1]
+        sums, weight = jax.tree.map(lambda x: np.ones(x.shape[2:]), shapes)
+        return list(self._task.split_metrics("validation", sums, weight))
 
     def start(self, slot: int, config: Config) -> None:
         """Starts a new member in a slot; `config` is resolved and has the population's signature."""
         epoch_end_steps = epoch_ends(self._num_examples, config.batch_size, config.num_epochs)
-        hparams = hyperparams.inputs(config, epoch_end_steps[-1])
-        self._members[slot] = _Member(hparams, self._batches.of_seed(config.seed), epoch_end_steps)
+        hparams = hyperparams.traced(config, epoch_end_steps[-1])
+        self._members[slot] = _Member(hparams, self._batches.with_seed(config.seed), epoch_end_steps)
         with jax.set_mesh(self._mesh):
             state = self._init(np.uint32(config.seed))
-            self._states = self._put(self._all_states(), np.int32(slot), state)
+            self._states = self._steps.put(self._all_states(), np.int32(slot), state)
 
     def stop(self, slot: int) -> None:
         """Frees a slot; a population without members holds no states in memory."""
@@ -191,7 +144,7 @@ class Population:
     def _all_states(self) -> TrainState:
         if self._states is not None:
             return self._states
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=self._placed), self._state_shapes())
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=self._steps.sharding), self._state_shapes())
 
     def _state_shapes(self) -> TrainState:
         shapes = jax.eval_shape(self._init, np.uint32(0))
@@ -221,10 +174,10 @@ class Population:
     def _dispatch(self, counts: dict[int, int]) -> None:
         began = time.monotonic()
         taken = {slot: self._members[slot].batches.take_local(count) for slot, count in counts.items()}
-        batch_index = self._stack(taken, self._filler_index)
+        batches = self._stack(taken, self._filler_batches)
         hparams = self._stack({slot: member.hparams for slot, member in self._members.items()}, self._filler_hparams)
         numbers = np.array([counts.get(slot, 0) for slot in range(self.size)], np.int32)
-        self._states, metrics = self._train(self._states, batch_index, numbers, hparams, self._batches.data)
+        self._states, metrics = self._steps.train(self._states, batches, numbers, hparams, self._batches.data)
         finite = np.logical_and(*(np.isfinite(values) for values in jax.device_get(metrics).values()))
         self._sizer.update(max(counts.values()), time.monotonic() - began)
         for slot, count in counts.items():
@@ -247,12 +200,12 @@ class Population:
         for number in range(batch_statistics.NUM_STEPS):
             steps = {s: m.step - min(m.step, batch_statistics.NUM_STEPS) + number for s, m in self._members.items()}
             steps = {slot: step for slot, step in steps.items() if step < self._members[slot].step}
-            taken = {slot: self._members[slot].batches.step_inputs(step) for slot, step in steps.items()}
-            taken = {slot: {name: x[None] for name, x in batch_index.items()} for slot, batch_index in taken.items()}
-            batch_index = self._stack(taken, {name: x[:1] for name, x in self._filler_index.items()})
+            taken = {slot: self._members[slot].batches.local_batch(step) for slot, step in steps.items()}
+            taken = jax.tree.map(lambda x: x[None], taken)
+            batch = self._stack(taken, jax.tree.map(lambda x: x[:1], self._filler_batches))
             has_step = np.isin(np.arange(self.size), list(steps))
             counts = np.where(has_step, counts, -1)  # -1: no change
-            self._states, counts = self._estimate(self._states, batch_index, counts, hparams, self._batches.data)
+            self._states, counts = self._steps.estimate(self._states, batch, counts, hparams, self._batches.data)
 
     def _eval_arrays(self, states: TrainState) -> tuple[Any, ...]:
         active = np.array([s in self._members and self._members[s].diverged_at is None for s in range(self.size)])
@@ -261,14 +214,14 @@ class Population:
     def _reports(self) -> dict[int, Report]:
         self._estimate_statistics()
         params, model_state, carry, active, data = self._eval_arrays(self._all_states())
-        sums: dict[int, dict[str, Any]] = {slot: {} for slot in np.flatnonzero(active).tolist()}
-        for batch_index in self._validation:
-            carry, part = self._eval(params, model_state, carry, active, data, batch_index)
-            part = jax.device_get(part)
-            for slot, summed in sums.items():
-                for name, value in part.items():
-                    summed[name] = summed.get(name, 0.0) + value[slot].sum(0, np.float64)
-        found = {slot: self._task.figures("validation", summed) for slot, summed in sums.items()}
+        total: Any = None
+        for batches in self._validation:
+            carry, part = self._steps.evaluate(params, model_state, carry, active, data, batches)
+            total = add_sums(total, jax.device_get(part), axis=1)
+        found = {}
+        for slot in np.flatnonzero(active).tolist():
+            sums, weight = jax.tree.map(operator.itemgetter(slot), total)
+            found[slot] = self._task.split_metrics("validation", sums, weight)
         reports = {}
         for slot, member in self._members.items():
             if slot in found and not math.isfinite(found[slot]["validation_loss"]):

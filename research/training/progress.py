@@ -29,7 +29,7 @@ class Progress:
     Attributes:
       step: the number of steps made, skipped ones included.
       epoch: the number of epochs finished, evaluation included.
-      sums: the sum of each metric over the steps so far of the current epoch.
+      sums: for each metric, its sum over the steps so far of the current epoch, and the number of these steps.
       results: the results of the last finished epoch.
       best: [the lowest validation loss, its step], or None.
       row: the unfinished line of metrics.jsonl.
@@ -43,7 +43,7 @@ class Progress:
 
     step: int = 0
     epoch: int = 0
-    sums: dict[str, float] = dataclasses.field(default_factory=dict)
+    sums: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
     results: dict[str, float] = dataclasses.field(default_factory=dict)
     best: list[Any] | None = None
     row: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -97,19 +97,22 @@ class Progress:
         """Adds the metrics of steps, [k] each, to the epoch's sums, without those of skipped steps."""
         made = values["skipped"] == 0 if "skipped" in values else slice(None)
         for name, x in values.items():
-            # In sequence, not np.sum: float rounding must not depend on how many steps a dispatch makes.
-            self.sums[name] = sum((x if name == "skipped" else x[made]).tolist(), self.sums.get(name, 0.0))
+            if name != "skipped":
+                total, count = self.sums.get(name, [0.0, 0])
+                # In sequence, not np.sum: float rounding must not depend on how many steps a dispatch makes.
+                self.sums[name] = [sum(x[made].tolist(), total), count + len(x[made])]
 
-    def means(self, count: int) -> dict[str, float]:
-        """Returns the means of the metrics over the epoch's `count` steps, without skipped ones.
+    def means(self) -> dict[str, float]:
+        """Returns the mean of each metric over those steps of the epoch that measured it, without skipped ones.
+
+        Not every step may have measured it: after a resume on another number of devices there may be no noise scale.
 
         Raises:
           NonFiniteLossError: all steps were skipped.
         """
-        made = count - self.sums.get("skipped", 0.0)
-        if not made:
+        if not self.sums["loss"][1]:
             raise non_finite(f"every step of epoch {self.epoch + 1} was skipped, so nothing was trained", self.step)
-        return {name: total / made for name, total in self.sums.items() if name != "skipped"}
+        return {name: total / count for name, (total, count) in self.sums.items()}
 
     def updates_before(self, values: Values) -> np.ndarray:
         """Returns the number of updates before each of the steps just made, int [k]: the schedule's argument."""

@@ -22,7 +22,7 @@ from research.training.checkpoint import Checkpoints
 from research.training.dispatch import DispatchSizer
 from research.training.progress import Progress, non_finite
 from research.training.state import create_state
-from research.training.steps import Steps
+from research.training.steps import Steps, add_sums
 
 
 class Training:
@@ -63,7 +63,7 @@ class Training:
             for name, split in (("validation", dataset.validation), ("test", dataset.test))
             if split is not None
         }
-        self._hparams = hyperparams.inputs(config, self.epoch_end_steps[-1])
+        self._hparams = hyperparams.traced(config, self.epoch_end_steps[-1])
         self.learning_rate = optimizers.learning_rate(
             optimizers.scaled(config.optimizer, config.batch_size), self.epoch_end_steps[-1]
         )
@@ -93,7 +93,7 @@ class Training:
     def train_program(self) -> Any:
         """The compiled train steps."""
         batches = self._train_batches
-        arrays = self.state, batches.data, batches.sample(), np.int32(1), self._hparams
+        arrays = self.state, batches.data, batches.example(), np.int32(1), self._hparams
         return self._steps.jit_train(self.state).lower(*arrays).compile()
 
     @functools.cached_property
@@ -122,7 +122,7 @@ class Training:
         """Raises `UserError` where `per_device_gradients` is declared, and wrong for the present parameters."""
         if self._steps.num_replicas > 1:
             batches = self._train_batches
-            self._steps.check_per_device(self.state, batches.data, batches.inputs_of_step(0), self._hparams)
+            self._steps.check_per_device(self.state, batches.data, batches.batch(0), self._hparams)
 
     def restore(self, checkpoints: Checkpoints) -> bool:
         """Goes to the newest checkpoint; False: there is none."""
@@ -143,7 +143,7 @@ class Training:
         self._began = began  # the wall time since the checkpoint counts, too
         self.progress.rewinds = rewinds + 1
         self.progress.batches_left_out = left_out + failed_step - self.progress.step
-        self._train_batches.go_to(self.progress.next_batch)
+        self._train_batches.seek(self.progress.next_batch)
 
     @property
     def wall_seconds(self) -> float:
@@ -170,8 +170,8 @@ class Training:
         while (more := issued < end and not self._is_stopping()) or pending:
             if more:
                 count = min(self._sizer.num_steps, end - issued)
-                inputs = self._train_batches.take(count)
-                arrays = self.state, self._train_batches.data, inputs, np.int32(count), self._hparams
+                batches = self._train_batches.take(count)
+                arrays = self.state, self._train_batches.data, batches, np.int32(count), self._hparams
                 self.state, metrics = self.train_program(*arrays)
                 issued += count
                 pending.append((count, metrics))
@@ -204,8 +204,8 @@ class Training:
             return
         end = progress.next_batch
         for step in range(max(end - batch_statistics.NUM_STEPS, 0), end):
-            inputs = self._train_batches.inputs_of_step(step)
-            self.state, count = self._estimate(self.state, self._train_batches.data, inputs, count, self._hparams)
+            batch = self._train_batches.batch(step)
+            self.state, count = self._estimate(self.state, self._train_batches.data, batch, count, self._hparams)
         progress.statistics_step = progress.step
 
     def evaluate(self) -> dict[str, float]:
@@ -217,15 +217,14 @@ class Training:
         self.estimate_statistics()
         results = {}
         for split, batches in self._eval_batches.items():
-            sums: dict[str, Any] = {}
+            total: Any = None
             carry = self._eval_carry()
-            for inputs in batches:
-                arrays = self.state.eval_params, self.state.eval_model_state, carry, batches.data, inputs
+            for batch in batches:
+                arrays = self.state.eval_params, self.state.eval_model_state, carry, batches.data, batch
                 carry, part = self._eval_programs[split](*arrays)
                 # Waited for, so that a streamed set is never on the devices as a whole.
-                for name, value in jax.device_get(part).items():
-                    sums[name] = sums.get(name, 0.0) + value.sum(0, np.float64)
-            results |= self.task.figures(split, sums)
+                total = add_sums(total, jax.device_get(part))
+            results |= self.task.split_metrics(split, *total)
         for name, value in results.items():
             if name.endswith("_loss") and not np.isfinite(value):
                 raise non_finite(f"{name} is {value}", self.progress.step)

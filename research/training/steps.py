@@ -1,13 +1,13 @@
 """The train step and the evaluation step, as pure functions.
 
-    train_steps: (state, data, batch_index, num_steps, hparams)  -> (state, metrics of every step)
-    eval_steps:  (params, model_state, carry, data, batch_index) -> (carry, weighted sums of each batch's metrics)
+    train_steps: (state, data, batches, num_steps, hparams)  -> (state, metrics of every step)
+    eval_steps:  (params, model_state, carry, data, batches) -> (carry, weighted sums of each batch's metrics)
 
-`data` is the device-resident data set, or {} if the data is streamed. `batch_index` holds the indices of the examples
-of each step ("index") and, if the data is streamed, the examples themselves. `hparams` are the hyperparameters that are
-traced arguments, not compile-time constants (`research.training.hyperparams`).
+`data` is the device-resident data set, or {} if the data is streamed. `batches` hold the numbers of each step's
+examples and, if the data is streamed, the examples themselves. `hparams` are the hyperparameters that are traced
+arguments, not compile-time constants (`research.training.hyperparams`).
 
-Leading axes of `batch_index`: k steps of a dispatch, m microbatches of a step, b examples of a microbatch.
+Leading axes of `batches`: k steps of a dispatch, m microbatches of a step, b examples of a microbatch.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -22,22 +23,25 @@ from jax.sharding import PartitionSpec as P
 
 from research import optimizers, randomness, sharding
 from research.config import Config
-from research.data.pipeline import Batch
+from research.data.batch import Batch
 from research.errors import UserError
 from research.layers.batch_norm import momentum_of
-from research.layers.dropout import rate_of
 from research.network import merge_network, split_network
 from research.randomness import Stream
 from research.tasks.task import Metrics, Task
 from research.training import batch_statistics, hyperparams, jit_steps, noise_scale, per_device
 from research.training.accumulation import mean_over_microbatches
-from research.training.hyperparams import DROPOUT, SEED, HParams
+from research.training.hyperparams import SEED, HParams
 from research.training.state import TrainState
 
+Data = dict[str, jax.Array]
+Sums = tuple[Metrics, jax.Array]  # of metrics weighted by example, and of the weights
 
-def fetch(data: Batch, batch_index: Batch) -> Batch:
-    """The batch of `batch_index` ({"index": int32 [b], ...}); resident examples are gathered on the device."""
-    return {**batch_index, **{name: array[batch_index["index"]] for name, array in data.items()}}
+
+def add_sums(total: Any, part: Any, axis: int = 0) -> Any:
+    """Adds the `Sums` of a dispatch's batches, on the host with k at `axis`, to `total` (None: 0), in float64."""
+    added = jax.tree.map(lambda x: x.sum(axis, np.float64), part)
+    return added if total is None else jax.tree.map(np.add, total, added)
 
 
 class Steps:
@@ -84,8 +88,7 @@ class Steps:
         `momentum` replaces the momentum of every batch norm.
         """
         model = merge_network(self._graphdef, sharding.gather(params, self._mesh), model_state)
-        task = self._task.with_inputs(hparams)
-        with rate_of(model, hparams.get(DROPOUT)), momentum_of(model, momentum):
+        with hyperparams.applied(self._task, model, hparams) as task, momentum_of(model, momentum):
             values, carry = task.advance(model, batch, carry, key=key, train=True)
         return values, split_network(model)[2], carry
 
@@ -93,15 +96,15 @@ class Steps:
         self, params: Any, model_state: Any, carry: Any, batch: Batch, hparams: HParams, key: jax.Array
     ) -> tuple[jax.Array, tuple[Any, Any, Metrics]]:
         values, model_state, carry = self._advance(params, model_state, carry, batch, hparams, key)
-        metrics = {name: jnp.mean(value) for name, value in values.items() if name != "weight"}
+        metrics = jax.tree.map(jnp.mean, values)
         return metrics["loss"], (model_state, carry, metrics)
 
     def _gradients(
-        self, state: TrainState, data: Batch, batch_index: Batch, hparams: HParams, key: jax.Array
+        self, state: TrainState, data: Data, batch: Batch, hparams: HParams, key: jax.Array
     ) -> tuple[Any, Any, tuple[Any, Metrics]]:
-        """Returns (model_state, carry, (gradient, metrics)), the last two as means over the batch."""
+        """Returns (model_state, carry, (gradient, metrics)), the last two as means over the batch, [m, b, ...]."""
         if self.num_replicas == 1:
-            return self._accumulate(state, data, batch_index, hparams, key)
+            return self._accumulate(state, data, batch, hparams, key)
         part = P(None, sharding.BATCH_AXES)
 
         def on_device(state: TrainState, *args: Any) -> tuple[Any, Any, tuple[Any, Metrics]]:
@@ -111,43 +114,44 @@ class Steps:
 
         in_specs = self._state_specs(state), P(), part, P(), P()
         mapped = per_device.on_each_device(on_device, self._mesh, in_specs, (P(), part, P()))
-        return mapped(state, data, batch_index, hparams, key)
+        return mapped(state, data, batch, hparams, key)
 
     def _accumulate(
-        self, state: TrainState, data: Batch, batch_index: Batch, hparams: HParams, key: jax.Array
+        self, state: TrainState, data: Data, batch: Batch, hparams: HParams, key: jax.Array
     ) -> tuple[Any, Any, tuple[Any, Metrics]]:
-        """As `_gradients`, for the examples of `batch_index`, [m, b, ...], only: those of one device, or all.
+        """As `_gradients`, for the examples of `batch` only: those of one device, or all.
 
         If the batch has several microbatches or replicas, the metrics include "grad_square", the mean squared norm of
         their gradients.
         """
-        count = batch_index["index"].shape[0]
+        count = len(batch.index)
 
         def microbatch_grads(
-            model_state: Any, carry: Any, microbatch_index: Batch, number: jax.Array
+            model_state: Any, carry: Any, microbatch: Batch, number: jax.Array
         ) -> tuple[Any, Any, Any]:
-            batch = {**fetch(data, microbatch_index), "step": state.step}
+            examples = dataclasses.replace(microbatch.gather(data), step=state.step)
             gradient = jax.grad(self._loss, has_aux=True)
             microbatch_key = jax.random.fold_in(key, number)
             grads, (model_state, carry, metrics) = gradient(
-                state.params, model_state, carry, batch, hparams, microbatch_key
+                state.params, model_state, carry, examples, hparams, microbatch_key
             )
             if count * self.num_replicas > 1:
                 metrics["grad_square"] = jnp.square(optimizers.global_norm(grads))
             return model_state, carry, (grads, metrics)
 
-        return mean_over_microbatches(microbatch_grads, state.model_state, state.carry, batch_index)
+        return mean_over_microbatches(microbatch_grads, state.model_state, state.carry, batch)
 
-    def check_per_device(self, state: TrainState, data: Batch, batch_index: Batch, hparams: HParams) -> None:
+    def check_per_device(self, state: TrainState, data: Data, batches: Batch, hparams: HParams) -> None:
         """Raises `UserError` if per-device losses of the first microbatch differ from those of the whole microbatch.
 
         The other arguments are those of `train_steps`.
         """
-        per_device.check_losses(*jax.device_get(self._loss_pair(state, data, batch_index, hparams)))
+        per_device.check_losses(*jax.device_get(self._loss_pair(state, data, batches, hparams)))
 
-    def _first_losses(self, state: TrainState, data: Batch, batch_index: Batch, hparams: HParams) -> jax.Array:
+    def _first_losses(self, state: TrainState, data: Data, batches: Batch, hparams: HParams) -> jax.Array:
         """Returns the losses [b] of the next step's first microbatch."""
-        batch = {**fetch(data, jax.tree.map(lambda x: x[0, 0], batch_index)), "step": state.step}
+        microbatch = jax.tree.map(lambda x: x[0, 0], batches)
+        batch = dataclasses.replace(microbatch.gather(data), step=state.step)
         carry = jax.tree.map(lambda x: x[0], state.carry)
         key = jax.random.fold_in(self._step_key(state, hparams), 0)
         return self._advance(state.params, state.model_state, carry, batch, hparams, key)[0]["loss"]
@@ -164,15 +168,13 @@ class Steps:
     def _step_key(self, state: TrainState, hparams: HParams) -> jax.Array:
         return jax.random.fold_in(randomness.key(Stream.STEP, hparams[SEED]), state.step)
 
-    def train_step(
-        self, state: TrainState, data: Batch, batch_index: Batch, hparams: HParams
-    ) -> tuple[TrainState, Metrics]:
-        """Makes one update; `batch_index` has leaves [m, b, ...], metrics are float32 scalars.
+    def train_step(self, state: TrainState, data: Data, batch: Batch, hparams: HParams) -> tuple[TrainState, Metrics]:
+        """Makes one update; `batch` has leaves [m, b, ...], metrics are float32 scalars.
 
         With `max_skipped_steps`, a step whose loss or gradient is not finite changes nothing but the step count.
         """
         key = self._step_key(state, hparams)
-        model_state, carry, (grads, metrics) = self._gradients(state, data, batch_index, hparams, key)
+        model_state, carry, (grads, metrics) = self._gradients(state, data, batch, hparams, key)
         updates, opt_state = hyperparams.make_optimizer(self._config, hparams, self._task.widths).update(
             grads, state.opt_state, state.params
         )
@@ -183,7 +185,7 @@ class Steps:
         metrics["grad_norm"] = optimizers.global_norm(grads)
         if "grad_square" in metrics:
             squares = metrics.pop("grad_square"), jnp.square(metrics["grad_norm"])
-            count, size = batch_index["index"].shape
+            count, size = batch.index.shape
             metrics |= noise_scale.moments(*squares, size // self.num_replicas, count * size)
         new = TrainState(state.step + 1, params, model_state, carry, opt_state, ema_params, state.ema_model_state)
         if self._config.max_skipped_steps:
@@ -194,9 +196,9 @@ class Steps:
         return new, metrics
 
     def train_steps(
-        self, state: TrainState, data: Batch, batch_index: Batch, num_steps: jax.Array, hparams: HParams
+        self, state: TrainState, data: Data, batches: Batch, num_steps: jax.Array, hparams: HParams
     ) -> tuple[TrainState, Metrics]:
-        """Makes `num_steps` updates in one program; `batch_index` has leaves [k, m, b, ...] with k >= num_steps.
+        """Makes `num_steps` updates in one program; `batches` has leaves [k, m, b, ...] with k >= num_steps.
 
         The number of steps is a traced argument, so the short dispatch at the end of an epoch needs no compilation.
 
@@ -207,7 +209,7 @@ class Steps:
         train_step = jax.jit(self.train_step, inline=True)  # traced once, for its shapes and in the loop
 
         def at(i: jax.Array) -> Batch:
-            return jax.tree.map(lambda x: x[i], batch_index)
+            return jax.tree.map(lambda x: x[i], batches)
 
         def body(i: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
             state, history = carry
@@ -215,37 +217,35 @@ class Steps:
             return state, jax.tree.map(lambda h, m: h.at[i].set(m), history, metrics)
 
         _, metrics = jax.eval_shape(train_step, state, data, at(jnp.int32(0)), hparams)
-        capacity = batch_index["index"].shape[0]
+        capacity = len(batches.index)
         history = jax.tree.map(lambda m: jnp.zeros((capacity, *m.shape), m.dtype), metrics)
         return jax.lax.fori_loop(0, num_steps, body, (state, history))
 
     def estimate_statistics(
-        self, state: TrainState, data: Batch, batch_index: Batch, count: jax.Array, hparams: HParams
+        self, state: TrainState, data: Data, batches: Batch, count: jax.Array, hparams: HParams
     ) -> tuple[TrainState, jax.Array]:
-        """Calls `batch_statistics.estimate`; `batch_index` has leaves [1, m, b, ...]."""
+        """Calls `batch_statistics.estimate`; `batches` has leaves [1, m, b, ...]."""
 
-        def model_state_after(params: Any, model_state: Any, carry: Any, batch_index: Batch, *others: Any) -> Any:
-            batch = {**fetch(data, batch_index), "step": state.step}
-            return self._advance(params, model_state, carry, batch, hparams, *others)[1]
+        def model_state_after(params: Any, model_state: Any, carry: Any, microbatch: Batch, *others: Any) -> Any:
+            examples = dataclasses.replace(microbatch.gather(data), step=state.step)
+            return self._advance(params, model_state, carry, examples, hparams, *others)[1]
 
-        one_step = jax.tree.map(lambda x: x[0], batch_index)
-        return batch_statistics.estimate(model_state_after, state, one_step, count, hparams)
+        batch = jax.tree.map(lambda x: x[0], batches)
+        return batch_statistics.estimate(model_state_after, state, batch, count, hparams)
 
-    def eval_steps(
-        self, params: Any, model_state: Any, carry: Any, data: Batch, batch_index: Batch
-    ) -> tuple[Any, Metrics]:
-        """Evaluates k batches; `batch_index` has leaves [k, b, ...], and "mask" [k, b], which is 0 for padding.
+    def eval_steps(self, params: Any, model_state: Any, carry: Any, data: Data, batches: Batch) -> tuple[Any, Sums]:
+        """Evaluates k batches; `batches` has leaves [k, b, ...].
 
         Returns:
-          The carry [b, ...] after the last batch, and for every metric the weighted sums over the examples of each
-          batch, [k, ...], with the sums of the weights as "weight" [k].
+          The carry [b, ...] after the last batch; for every metric the weighted sums over the examples of each batch,
+          [k, ...], and the sums of the weights [k].
         """
         # Seeds are the indices of first examples: the same for any dispatch size, and on every device.
-        arrays = params, model_state, carry, data, batch_index, batch_index["index"][:, 0]
+        arrays = params, model_state, carry, data, batches, batches.index[:, 0]
         if self.num_replicas == 1:
             return self._evaluate(*arrays)
 
-        def on_device(*arrays: Any) -> tuple[Any, Metrics]:
+        def on_device(*arrays: Any) -> tuple[Any, Sums]:
             carry, sums = self._evaluate(*arrays)
             return carry, per_device.reduce(jax.lax.psum, sums, self._mesh)
 
@@ -254,21 +254,20 @@ class Steps:
         return per_device.on_each_device(on_device, self._mesh, specs, (rows, P()))(*arrays)
 
     def _evaluate(
-        self, params: Any, model_state: Any, carry: Any, data: Batch, batch_index: Batch, seeds: jax.Array
-    ) -> tuple[Any, Metrics]:
+        self, params: Any, model_state: Any, carry: Any, data: Data, batches: Batch, seeds: jax.Array
+    ) -> tuple[Any, Sums]:
         """As `eval_steps`, for the examples of one device, or all; `seeds` are int [k]."""
         params = sharding.gather(params, self._mesh)
 
-        def body(carry: Any, xs: tuple[Batch, jax.Array]) -> tuple[Any, Metrics]:
-            index, seed = xs
+        def body(carry: Any, xs: tuple[Batch, jax.Array]) -> tuple[Any, Sums]:
+            batch, seed = xs[0].gather(data), xs[1]
             model = merge_network(self._graphdef, params, model_state)
             key = jax.random.fold_in(randomness.key(Stream.EVALUATION), seed)
-            values, carry = self._task.advance(model, fetch(data, index), carry, key=key, train=False)
-            weight = index["mask"] * values.pop("weight", 1.0)
-            sums = {name: (value.T * weight).T.sum(0) for name, value in values.items()}
-            return carry, sums | {"weight": weight.sum()}
+            values, carry = self._task.advance(model, batch, carry, key=key, train=False)
+            weights = batch.mask * self._task.example_weights(batch)
+            return carry, (jax.tree.map(lambda value: (value.T * weights).T.sum(0), values), weights.sum())
 
-        return jax.lax.scan(body, carry, (batch_index, seeds))
+        return jax.lax.scan(body, carry, (batches, seeds))
 
     def jit_train(self, state: TrainState) -> Any:
         """Jits `train_steps`; the state's buffers are donated."""

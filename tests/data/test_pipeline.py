@@ -64,13 +64,15 @@ def test_what_fits_is_resident(limit, resident):
     assert pipeline.is_resident(config, split, split, None) is resident
 
 
-@pytest.mark.parametrize("name", ["index", "epoch", "step", "mask"])
-def test_a_feature_does_not_overwrite_what_a_batch_keeps_for_itself(name):
-    arrays = {"image": np.zeros((8, 2)), name: np.zeros(8, np.int32)}
+@pytest.mark.parametrize("resident", [True, False])
+def test_features_may_have_the_names_of_what_the_pipeline_adds(resident):
+    arrays = {name: np.arange(100, 108, dtype=np.int32) for name in ("index", "epoch", "step", "mask", "weight")}
     mesh = sharding.make_mesh(Config(batch_size=8), jax.devices()[:1])
-    for batches in (pipeline.EvalBatches, functools.partial(pipeline.TrainBatches, capacity=1)):
-        with pytest.raises(UserError, match=f"a feature named {name}"):
-            batches(arrays, Config(batch_size=8), mesh, resident=True)
+    for make in (pipeline.EvalBatches, functools.partial(pipeline.TrainBatches, capacity=1)):
+        batches = make(arrays, Config(batch_size=8), mesh, resident=resident)
+        batch = next(iter(batches)) if isinstance(batches, pipeline.EvalBatches) else batches.take(1)
+        for feature in batch.gather(batches.data).features.values():
+            np.testing.assert_array_equal(feature, 100 + batch.index)
 
 
 def test_devices_of_one_cpu_share_what_is_resident():
@@ -84,11 +86,9 @@ def test_devices_of_one_cpu_share_what_is_resident():
         np.testing.assert_array_equal(part, images)
 
 
-def _examples(batches, inputs):
-    """Returns the examples of the inputs, gathered from the resident arrays or streamed, in the order of the steps."""
-    data = {name: np.asarray(x) for name, x in batches.data.items()}
-    gathered = {name: array[np.asarray(inputs["index"])] for name, array in data.items()}
-    return {name: np.asarray(x) for name, x in {**inputs, **gathered}.items()}
+def _examples(batches, batch):
+    """Returns the batch on the host, with its examples, gathered from the resident arrays or streamed."""
+    return jax.tree.map(np.asarray, batch).gather(jax.tree.map(np.asarray, batches.data))
 
 
 @pytest.mark.parametrize("devices", [1, 4])
@@ -103,12 +103,12 @@ def test_streaming_and_residency_give_the_same_batches(devices, microbatch_size)
     for number, count in enumerate((3, 1, 2)):
         resident, streamed = (_examples(batches, batches.take(count)) for batches in both)
         size = microbatch_size or 8
-        assert resident["index"].shape == (3, 8 // size, size)
-        for name in ("index", "epoch", "image", "label"):
-            np.testing.assert_array_equal(resident[name][:count], streamed[name][:count])
+        assert resident.index.shape == (3, 8 // size, size)
+        for one, other in zip(jax.tree.leaves(resident), jax.tree.leaves(streamed), strict=True):
+            np.testing.assert_array_equal(one[:count], other[:count])
         start = 8 * (0, 3, 4)[number]
         expected = pipeline.example_numbers(3, 21, start, start + 8 * count)[0]
-        np.testing.assert_array_equal(resident["index"][:count].ravel(), expected)
+        np.testing.assert_array_equal(resident.index[:count].ravel(), expected)
         np.testing.assert_array_equal(resident["label"][:count].ravel(), expected)
 
 
@@ -119,7 +119,7 @@ def test_starting_later_gives_the_same_batches(resident):
     for _ in range(5):
         whole.take(1)
     late = pipeline.TrainBatches(arrays, config, mesh, resident=resident, capacity=1, start=5)
-    np.testing.assert_array_equal(whole.take(1)["index"], late.take(1)["index"])
+    np.testing.assert_array_equal(whole.take(1).index, late.take(1).index)
 
 
 @pytest.mark.parametrize("devices", [1, 4])
@@ -133,7 +133,7 @@ def test_evaluation_counts_each_example_once(count, batch_size, resident, device
     for inputs in batches:
         examples = _examples(batches, inputs)
         labels.append(examples["label"].ravel())
-        masks.append(examples["mask"].ravel())
+        masks.append(examples.mask.ravel())
         shapes.add(examples["label"].shape)
     assert len(shapes) == 1  # one compilation serves all
     label, mask = np.concatenate(labels), np.concatenate(masks)
@@ -160,8 +160,8 @@ def test_the_processes_together_see_each_example_once(processes, per_process, re
         with monkeypatch.context() as patch:
             patch.setattr(jax.sharding.NamedSharding, "addressable_devices_indices_map", addressable(process))
             batches = pipeline.TrainBatches(_arrays(40), config, mesh, resident=resident, capacity=1)
-            own_part[process] = batches.step_inputs(1)
-    joined = np.concatenate([own_part[p]["index"] for p in range(processes)], axis=1)
+            own_part[process] = batches.local_batch(1)
+    joined = np.concatenate([own_part[p].index for p in range(processes)], axis=1)
     expected = pipeline.example_numbers(0, 40, 16, 32)[0].reshape(2, 8)
     np.testing.assert_array_equal(joined, expected)
     if not resident:

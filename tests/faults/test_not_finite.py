@@ -35,7 +35,7 @@ class Spoilt(Classification):
         values = super().evaluate(model, batch, key=key, train=train)
         if not train:
             return values
-        is_bad = (batch["index"] == self.example) & jnp.isin(batch["epoch"], jnp.array(self.epochs))
+        is_bad = (batch.index == self.example) & jnp.isin(batch.epoch, jnp.array(self.epochs))
         if self.what == "loss":
             spoilt = values["loss"] * jnp.where(is_bad, jnp.nan, 1.0)
         else:  # the derivative of the square root at 0

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from research.data.batch import Batch
 from research.tasks.language_model import LanguageModel
 
 
@@ -27,11 +28,11 @@ TASK = LanguageModel(lambda _: Counter(), lambda batch_size: jnp.zeros(batch_siz
 def test_loss_accuracy_weight_and_carry():
     tokens = np.random.default_rng(1).integers(0, 6, (3, 5)).astype(np.uint8)
     count, first = np.array([4, 2, 0], np.int32), np.array([True, False, False])
-    batch = {"tokens": jnp.asarray(tokens), "count": count, "first": first}
+    batch = Batch({"tokens": jnp.asarray(tokens), "count": count, "first": first}, index=np.arange(3))
     carry = TASK.initial_carry(3) + 2
     model = Counter()
     metrics, carry = TASK.advance(model, batch, carry, key=jax.random.key(0), train=False)
-    np.testing.assert_array_equal(metrics["weight"], count)
+    np.testing.assert_array_equal(TASK.example_weights(batch), count)
     np.testing.assert_array_equal(carry, [4, 6, 6])
     for row, begin in [(0, 0), (1, 2)]:
         losses, hits = [], []

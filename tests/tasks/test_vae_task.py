@@ -11,6 +11,7 @@ import numpy as np
 import scipy.stats
 
 from research import randomness
+from research.data.batch import Batch
 from research.randomness import Stream
 from research.tasks.vae import VAE
 
@@ -43,7 +44,11 @@ def _linear(shift=0.0, spread=1.0):
 
 
 def _batch(images=IMAGES, start=0, **more):
-    return {"image": jnp.asarray(images), "index": jnp.arange(start, start + len(images), dtype=jnp.int32)} | more
+    return Batch({"image": jnp.asarray(images)}, jnp.arange(start, start + len(images), dtype=jnp.int32), **more)
+
+
+def _targets(task, batch, key):
+    return task.targets(batch["image"], batch.index, key)
 
 
 def _exact(targets):
@@ -63,12 +68,12 @@ def _log_likelihood(model, samples, batch=None):
 
 
 def test_the_estimate_is_exact_with_the_exact_posterior():
-    expected = _exact(TASK.targets(_batch(), EVALUATION))
+    expected = _exact(_targets(TASK, _batch(), EVALUATION))
     np.testing.assert_allclose(_log_likelihood(_linear(), 7), expected, rtol=1e-5)
 
 
 def test_the_estimate_approaches_the_likelihood_from_another_distribution():
-    expected = _exact(TASK.targets(_batch(), EVALUATION))
+    expected = _exact(_targets(TASK, _batch(), EVALUATION))
     model = _linear(shift=0.1, spread=1.3)
     np.testing.assert_allclose(_log_likelihood(model, 4000), expected, atol=0.05)
     assert np.abs(_log_likelihood(model, 1) - expected).max() > 0.1
@@ -89,8 +94,8 @@ def _mean_loss(samples, model):
     task = dataclasses.replace(TASK, samples=samples)
     batch = _batch(np.repeat(IMAGES[:1], 4000, 0), step=jnp.int32(10))
     # The same dequantized values in every row, different latents.
-    targets = TASK.targets(_batch(IMAGES[:1]), jax.random.key(0))
-    object.__setattr__(task, "targets", lambda batch, key: jnp.repeat(targets, len(batch["index"]), 0))
+    targets = _targets(TASK, _batch(IMAGES[:1]), jax.random.key(0))
+    object.__setattr__(task, "targets", lambda image, index, key: jnp.repeat(targets, len(index), 0))
     values = _evaluate(task, model, batch, train=True)
     return float(values["loss"].mean()), -_exact(targets)[0], values
 
@@ -118,7 +123,7 @@ def test_the_bound_of_several_samples_is_their_log_mean_weight():
     model = _linear(0.2, 1.4)
     spy = SimpleNamespace(encode=model.encode, decode=lambda z: latents.append(z) or model.decode(z))
     task = dataclasses.replace(TASK, samples=3, beta=0.0)
-    targets = task.targets(_batch(), jax.random.key(3))
+    targets = _targets(task, _batch(), jax.random.key(3))
     loss = task.evaluate(spy, _batch(step=jnp.int32(0)), key=jax.random.key(3), train=True)["loss"]
     (z,) = latents
     flat = np.asarray(targets).reshape(4, 1, 12)
@@ -181,11 +186,11 @@ def test_stochastic_bits_have_the_probabilities_of_the_grays():
     grays = np.arange(12, dtype=np.uint8).reshape(SHAPE) * 23
     grays.flat[-1] = 255
     batch = _batch(np.repeat(grays[None], 4000, 0))
-    drawn = BITS.targets(batch, jax.random.key(0))
+    drawn = _targets(BITS, batch, jax.random.key(0))
     assert set(np.unique(drawn)) == {0.0, 1.0}
     np.testing.assert_allclose(drawn.mean(0), grays / 255, atol=0.04)
     np.testing.assert_array_equal(drawn.mean(0)[grays % 255 == 0], [0, 1])  # black and white are certain
-    assert not np.array_equal(drawn, BITS.targets(batch, jax.random.key(1)))
+    assert not np.array_equal(drawn, _targets(BITS, batch, jax.random.key(1)))
 
 
 def test_fixed_bits_stay_and_a_training_image_shares_none_with_a_test_image():
@@ -209,7 +214,7 @@ def test_fixed_bits_stay_and_a_training_image_shares_none_with_a_test_image():
 
 def test_values_are_dequantized_within_their_step():
     batch = _batch(np.repeat(IMAGES[:1], 1000, 0))
-    values = np.asarray(TASK.targets(batch, jax.random.key(0))) * 256 - np.float32(IMAGES[0])
+    values = np.asarray(_targets(TASK, batch, jax.random.key(0))) * 256 - np.float32(IMAGES[0])
     assert 0 <= values.min() < 0.01
     assert 0.99 < values.max() <= 1
     np.testing.assert_allclose(values.mean(), 0.5, atol=0.01)
@@ -254,7 +259,7 @@ def test_gaussian_bits_per_dimension_of_noise_are_eight():
 
 def _predict(model):
     def predict(function, arrays, **_):
-        batch = jax.tree.map(jnp.asarray, dict(arrays))
+        batch = _batch(arrays["image"]) if "image" in arrays else Batch(dict(arrays), None)
         return jax.tree.map(np.asarray, function(model, batch, jax.random.key(0)))
 
     return predict

@@ -1,6 +1,6 @@
-"""Runs an artifact written by `launch.export`, without importing `research`.
+"""Runs an artifact written by `launch.export`; of `research` it imports only the decoder of images.
 
-python -m launch.predict --artifact=DIR image.png ...                  classifier: the most likely classes of each image
+python -m launch.predict --artifact=DIR image.png folder ...           classifier: the most likely classes of each image
 python -m launch.predict --artifact=DIR --prompt="ROMEO:"              language model: a continuation of the prompt
 python -m launch.predict --artifact=DIR --out=DIR image.png ...        autoencoder: reconstructions of the images
 python -m launch.predict --artifact=DIR --out=DIR --num_samples=16     autoencoder: sampled images
@@ -44,7 +44,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """
     parser = _Parser("launch.predict", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.allow_abbrev = False
-    parser.add_argument("images", nargs="*", help="PNG, JPEG, BMP or WebP files of the network's input size")
+    parser.add_argument("images", nargs="*", help="image files of the network's input size, and folders of them")
     parser.add_argument("--artifact", required=True, type=Path, help="folder written by launch.export")
     parser.add_argument("--runtime", default="jax", choices=("jax", "iree"), help="compiles and runs the programs")
     parser.add_argument("--out", type=Path, help="folder for the output images, new or empty")
@@ -137,10 +137,11 @@ def _classify(artifact: Artifact, options: argparse.Namespace) -> None:
     if not options.images:
         raise ArtifactError("give images to classify, as in `python -m launch.predict --artifact=DIR image.png`")
     shape = artifact.manifest["functions"]["classify"]["inputs"]["image"]["shape"][1:]
-    images = image_files.read(options.images, shape)
+    paths = image_files.list_files(options.images)
+    images = image_files.read(paths, shape)
     classes = artifact.manifest["classes"]
     logits = _in_batches(_runtime(artifact, options), "classify", {"image": images}, "images")["logits"]
-    for path, row in zip(options.images, _softmax(logits)):
+    for path, row in zip(paths, _softmax(logits)):
         likeliest = np.argsort(-row, kind="stable")[:_NUM_SHOWN]
         shown = os.fsencode(path).decode(errors="replace")  # a file name may not be UTF-8
         print(f"{shown}  " + "  ".join(f"{classes[i]} {row[i]:.3f}" for i in likeliest))
@@ -162,12 +163,13 @@ def _reconstruct_or_draw(artifact: Artifact, options: argparse.Namespace) -> Non
     artifact_lib.check_free(options.out)
     if options.images:
         shape = artifact.manifest["functions"]["encode"]["inputs"]["image"]["shape"][1:]
-        inputs = {"image": image_files.read(options.images, shape), "index": _index(len(options.images))}
+        paths = image_files.list_files(options.images)
+        inputs = {"image": image_files.read(paths, shape), "index": _index(len(paths))}
         _make_folder(options.out)
         runtime = _runtime(artifact, options)
         latents = _in_batches(runtime, "encode", inputs, "images")["mean"]
         decoded = _in_batches(runtime, "decode", {"latents": latents}, "images")["image"]
-        names = [f"{i:04}-{Path(path).stem}.png" for i, path in enumerate(options.images)]
+        names = [f"{i:04}-{Path(path).stem}.png" for i, path in enumerate(paths)]
     else:
         inputs = {"seed": np.array(options.sample_seed or 0, np.uint32), "index": _index(options.num_samples)}
         _make_folder(options.out)

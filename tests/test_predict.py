@@ -107,16 +107,24 @@ def _colors(tmp_path, count=3):
     ]
 
 
-def test_nothing_of_research_is_imported(classifier, tmp_path, env):
+def test_nothing_of_research_is_imported_but_the_decoder(classifier, tmp_path, env):
     code = (
-        "import sys; sys.modules |= dict.fromkeys(('research', 'experiments', 'flax', 'optax')); "
-        "from launch import predict; predict.main(sys.argv[1:])"
+        "import sys; sys.modules |= dict.fromkeys(('experiments', 'flax', 'optax', 'tensorflow_datasets')); "
+        "from launch import predict; predict.main(sys.argv[1:]); "
+        "print(*(name for name in sys.modules if name.startswith('research.')), file=sys.stderr)"
     )
     args = [sys.executable, "-c", code, f"--artifact={classifier}", *_colors(tmp_path)]
     done = subprocess.run(args, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert [line.split("  ")[1].split(" ")[0] for line in done.stdout.splitlines()] == ["red", "green", "blue"]
     assert "3 images" in done.stderr
+    imported = done.stderr.splitlines()[-1].split()
+    assert set(imported) == {
+        "research.data",
+        "research.data.decoding",
+        "research.process",
+        "research.process.xla_flags",
+    }
 
 
 @pytest.mark.parametrize("count", [1, predict._BATCH_SIZE + 1])
@@ -130,6 +138,16 @@ def test_classes_and_their_probabilities(classifier, tmp_path, capsys, count):
         path, first, second, _ = line.split("  ")
         assert (path, first) == (paths[i], f"{('red', 'green', 'blue')[i % 3]} {high / (high + 2 * low):.3f}")
         assert second.endswith(f" {low / (high + 2 * low):.3f}")
+
+
+def test_a_folder_of_images_is_classified(classifier, tmp_path, capsys):
+    paths = _colors(tmp_path)
+    (tmp_path / "labels.txt").touch()
+    predict.run([f"--artifact={classifier}", str(tmp_path)])
+    output = capsys.readouterr()
+    lines = [line.split("  ") for line in output.out.splitlines()]
+    assert [(path, first.split(" ")[0]) for path, first, *_ in lines] == list(zip(paths, ("red", "green", "blue")))
+    assert f"not an image file (1): {tmp_path / 'labels.txt'}\n" in output.err
 
 
 def test_one_odd_image_of_several_ends_it_before_anything_is_said(classifier, tmp_path, capsys):
@@ -175,8 +193,9 @@ def test_draws_follow_their_probabilities():
 
 
 def test_an_autoencoder_writes_what_it_makes(autoencoder, tmp_path, capsys):
-    source = _save(tmp_path / "x.png", np.uint8([[0] * 6, [50] * 6, [100] * 6, [250] * 6]))
-    predict.run([f"--artifact={autoencoder}", f"--out={tmp_path / 'o'}", source, source])
+    (tmp_path / "in").mkdir()
+    source = _save(tmp_path / "in" / "x.png", np.uint8([[0] * 6, [50] * 6, [100] * 6, [250] * 6]))
+    predict.run([f"--artifact={autoencoder}", f"--out={tmp_path / 'o'}", source, str(tmp_path / "in")])
     printed = capsys.readouterr().out.splitlines()
     assert printed == [str(tmp_path / "o" / f"000{i}-x.png") for i in range(2)]
     np.testing.assert_array_equal(np.asarray(Image.open(printed[1])), np.full((4, 6), 100))

@@ -1,1 +1,1 @@
-"""Exported networks, and how they run without this project."""
+"""Exported networks, and how they run without the code that trained them."""

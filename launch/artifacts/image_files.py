@@ -1,23 +1,62 @@
-"""Reads image files into the arrays that a network takes, and writes arrays as PNG files.
+"""Finds and reads image files, and writes arrays as PNG files.
 
-Lossless or standard conversions are made: gray, color, palette and 1-bit images to the network's channels (color to
-gray by ITU-R 601 luma), an opaque alpha channel is dropped, and EXIF orientation is applied. Everything else raises an
-error: another size (the choice of resampling would change predictions), transparent pixels, 16 or 32 bits per channel,
-CMYK, animations. The size is checked before any pixel is decoded, which defuses decompression bombs.
+Files are decoded as in training and evaluation, by the rules of `research.data.decoding`. An image of another size is
+refused: the choice of resampling would change predictions.
 """
 
-import warnings
-from collections.abc import Callable, Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from launch.artifacts.artifact import ArtifactError
+from research.data import decoding
 
-_FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
-_MODES = {1: "L", 3: "RGB"}
-_CONVERTED = ("1", "L", "P", "RGB", "LA", "RGBA")
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".mpo", ".bmp", ".webp", ".gif"}
+_NUM_SHOWN = 3  # skipped files
+
+
+def list_files(paths: Sequence[str]) -> list[str]:
+    """Returns image files: each of `paths` that is a folder is replaced by those in it and its subfolders, sorted.
+
+    One line on stderr names what is skipped: files that are hidden or lack the suffix of an image, links to folders.
+
+    Raises:
+      ArtifactError: a folder has no image files or cannot be read.
+    """
+    images: list[str] = []
+    skipped: list[str] = []
+    for path in paths:
+        if not os.path.isdir(path):
+            images.append(path)
+            continue
+        files = sorted(_walk(path))
+        if not any(map(_is_image, files)):
+            raise ArtifactError(f"{path} has no image files ({', '.join(sorted(_SUFFIXES))}): give another folder")
+        for file in files:
+            (images if _is_image(file) else skipped).append(str(file))
+    if skipped:
+        shown = ", ".join(skipped[:_NUM_SHOWN]) + (", ..." if len(skipped) > _NUM_SHOWN else "")
+        print(f"warning: skipped what is not an image file ({len(skipped)}): {shown}", file=sys.stderr)
+    return images
+
+
+def _walk(folder: str) -> Iterator[Path]:
+    for parent, folders, names in os.walk(folder, onerror=_refuse):
+        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
+        yield from (Path(parent, name) for name in names + links)
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise ArtifactError(f"{error.filename} cannot be read: {error.strerror}")
+
+
+def _is_image(file: Path) -> bool:
+    return file.suffix.lower() in _SUFFIXES and not file.name.startswith(".") and not file.is_dir()
 
 
 def read(paths: Sequence[str], shape: Sequence[int]) -> np.ndarray:
@@ -26,64 +65,23 @@ def read(paths: Sequence[str], shape: Sequence[int]) -> np.ndarray:
     Raises:
       ArtifactError: a file is not an image, or not one that the network takes.
     """
-    if shape[2] not in _MODES:
-        raise ArtifactError(f"this network takes {shape[2]} channels, and image files have 1 or 3")
+    if shape[2] not in decoding.MODES:
+        raise ArtifactError(f"this network takes {shape[2]} channels, and image files have 1 to 4")
     return np.stack([_read(path, shape) for path in paths])
 
 
 def _read(path: str, shape: Sequence[int]) -> np.ndarray:
     height, width, channels = shape
-    if not Path(path).is_file():
-        raise ArtifactError(f"{path}: no such file")
     try:
-        with warnings.catch_warnings(action="error"), Image.open(path, formats=_FORMATS) as image:
-            _check_size(path, image, shape, sorted)  # either orientation; nothing is decoded yet
-            _check_kind(path, image)
-            image = ImageOps.exif_transpose(image)
-            _check_size(path, image, shape, list)
-            return _converted(path, image, channels)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ArtifactError(f"{path} has too many pixels: this network takes {width}x{height}") from None
-    except ArtifactError:
-        raise
-    except Exception as error:  # Pillow's decoders raise exceptions of many types
-        known = ", ".join(_FORMATS)
-        raise ArtifactError(f"{path} is not an intact image ({known}): {type(error).__name__}") from None
-
-
-def _check_size(
-    path: str, image: Image.Image, shape: Sequence[int], order: Callable[[tuple[int, int]], list[int]]
-) -> None:
-    height, width, _ = shape
-    if order((image.height, image.width)) != order((height, width)):
-        raise ArtifactError(
-            f"{path} has {image.width}x{image.height} pixels, and this network takes {width}x{height}: resize or crop "
-            "it first"
-        )
-
-
-def _check_kind(path: str, image: Image.Image) -> None:
-    if getattr(image, "n_frames", 1) > 1:
-        raise ArtifactError(f"{path} is an animation: give a single image")
-    # Pillow silently truncates 16-bit color to 8 bits, so the PNG header is checked.
-    if image.mode not in _CONVERTED or (image.format == "PNG" and _png_depth(path) > 8):
-        raise ArtifactError(f"{path} is neither gray nor RGB with 8 bits per channel: convert it first")
-
-
-def _png_depth(path: str) -> int:
-    """Bits per channel, from the header of a PNG file."""
-    with open(path, "rb") as file:
-        return file.read(25)[24]
-
-
-def _converted(path: str, image: Image.Image, channels: int) -> np.ndarray:
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        if image.getchannel("A").getextrema() != (255, 255):
-            raise ArtifactError(f"{path} has transparent pixels: flatten it onto a background first")
-    array = np.asarray(image.convert("RGB").convert(_MODES[channels]) if image.mode != "L" else image)
-    array = array[..., None] if array.ndim == 2 else array
-    return np.broadcast_to(array, (*array.shape[:2], channels))
+        if not Path(path).is_file():
+            raise ArtifactError(f"{path}: no such file")
+        return decoding.decode(Path(path).read_bytes(), channels, (height, width))
+    except decoding.SizeError as error:
+        raise ArtifactError(f"{path} {error} as this network takes: resize or crop it first") from None
+    except decoding.ImageError as error:
+        raise ArtifactError(f"{path} {error}") from None
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def write(path: Path, image: np.ndarray) -> None:

@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from research.data import cache
+from research.data import cache, decoding
 from research.data.cache import Arrays
 from research.errors import UserError
 
 _SPLITS = ("train", "validation", "test")
 _EXAMPLES_AT_ONCE = 2000
-_CACHE_VERSION = 1  # part of the cache key; raise it when decoding the same source gives different arrays
+_CACHE_VERSION = 2  # part of the cache key; raise it when reading the same source gives different arrays
 
 
 class UnavailableError(UserError):
@@ -148,8 +148,11 @@ def _label_names(name: str, path: Path, features: dict[str, Any]) -> tuple[str, 
 
 
 def _fingerprint(path: Path) -> str:
-    """Hashes the JSON files and every file's name, size and modification time, so that a changed source is noticed."""
-    digest = hashlib.sha256(str(_CACHE_VERSION).encode())
+    """Hashes the decoder's name, the JSON files and every file's name, size and modification time.
+
+    A changed source or decoder thus gets another cache entry.
+    """
+    digest = hashlib.sha256(f"{_CACHE_VERSION} {decoding.NAME}\n".encode())
     for file in sorted(path.iterdir()):
         stat = file.stat()
         digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
@@ -163,38 +166,63 @@ def _decode(label: str, path: Path, split: str, num_classes: int) -> Iterator[Ar
     tfds = import_tfds()
     print(f"decoding {label} once ...", file=sys.stderr, flush=True)
     try:
-        source = tfds.builder_from_directory(path).as_data_source(split, file_format="array_record")
+        builder = tfds.builder_from_directory(path)
+        features = {name: x for name, x in builder.info.features.items() if isinstance(x, tfds.features.Image)}
+        # TFDS decodes with OpenCV where it is installed, else with Pillow, and the pixels and channels would differ.
+        decoders = {name: tfds.decode.SkipDecoding() for name in features}
+        source = builder.as_data_source(split, file_format="array_record", decoders=decoders)
         if not len(source):
             raise UserError(f"{label} in {path} has no examples")
-        shape = None
+        channels = _declared_channels(label, features["image"]) if num_classes else 0
+        size = None
         for start in range(0, len(source), _EXAMPLES_AT_ONCE):
             examples = source.__getitems__(range(start, min(start + _EXAMPLES_AT_ONCE, len(source))))
             if not num_classes:
                 yield {"text": np.frombuffer(b"".join(example["text"] for example in examples), np.uint8)}
                 continue
-            shape = shape or examples[0]["image"].shape
-            yield _images_and_labels(label, start, examples, shape, num_classes)
+            arrays = _images_and_labels(label, start, examples, channels, size, num_classes)
+            size = arrays["image"].shape[1:3]
+            yield arrays
     except UserError:
         raise
-    except Exception as error:  # readers of records, protocol buffers and images each raise other types
+    except Exception as error:  # readers of records and protocol buffers raise other types
         reason = f"{type(error).__name__}: {str(error)[:200]}"
         raise UserError(f"{label} in {path} is damaged ({reason}): delete {path} and prepare it again") from error
 
 
+def _declared_channels(label: str, feature: Any) -> int:
+    # TFDS stores the bits of a float32 image as the four channels of a PNG file.
+    if feature.np_dtype not in (np.uint8, np.uint16) or feature.shape[-1] not in decoding.MODES:
+        raise UserError(
+            f"{label}: the images are {np.dtype(feature.np_dtype)} of shape {feature.shape}; they must be uint8 or "
+            "uint16 with a known number of channels"
+        )
+    return feature.shape[-1]
+
+
 def _images_and_labels(
-    label: str, start: int, examples: list[dict[str, Any]], shape: tuple[int, ...], num_classes: int
+    label: str,
+    start: int,
+    examples: list[dict[str, Any]],
+    channels: int,
+    size: tuple[int, int] | None,
+    num_classes: int,
 ) -> Arrays:
+    """Decodes the images, which must all have the same `size` (None: that of the first); `start` numbers them."""
+    images = []
     for i, example in enumerate(examples, start):
-        image = example["image"]
-        if image.dtype != np.uint8:
-            raise UserError(f"{label}, example {i}: the image is {image.dtype}, not uint8")
-        if image.shape != shape:
+        try:
+            images.append(decoding.decode(example["image"], channels, size))
+        except decoding.SizeError as error:
             raise UserError(
-                f"{label}, example {i}: the image is {image.shape}, the first is {shape}; all need the same shape"
-            )
+                f"{label}, example {i}: the image {error} as the first; all need the same shape: resize them and "
+                "prepare the data set again"
+            ) from None
+        except decoding.ImageError as error:
+            raise UserError(
+                f"{label}, example {i}: the image {error}; replace it and prepare the data set again"
+            ) from None
+        size = size or images[0].shape[:2]
         if not 0 <= example["label"] < num_classes:
             raise UserError(f"{label}, example {i}: label {example['label']} is not in 0..{num_classes - 1}")
-    return {
-        "image": np.stack([example["image"] for example in examples]),
-        "label": np.array([example["label"] for example in examples], np.int32),
-    }
+    return {"image": np.stack(images), "label": np.array([example["label"] for example in examples], np.int32)}

@@ -1,0 +1,116 @@
+"""Decodes image files: the one decoder of training, evaluation and `launch.predict`, which thus see the same pixels.
+
+It imports only NumPy and Pillow, so that an artifact runs without the rest of `research`. The rules:
+
+- PNG, JPEG (also MPO), BMP, WebP and GIF; of several frames the first. Color profiles are ignored.
+- An image of more than 89 million pixels, or of another size than asked for, is refused before it is decoded.
+- 16 bits per channel are rounded to 8, as the PNG specification does: round(value * 255 / 65535).
+- 1-bit images become 0 and 255, palettes colors, CMYK RGB (by Pillow's formula, without a profile).
+- EXIF orientation is applied; damaged EXIF data is ignored.
+- Transparent pixels are put on white, unless 2 or 4 channels are asked for, the last of which is alpha.
+- Gray becomes color by repetition, color gray by ITU-R 601 luma.
+"""
+
+import io
+import warnings
+from typing import Any
+
+import numpy as np
+import PIL
+from PIL import ExifTags, Image, ImageOps
+
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF")
+MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+NAME = f"rules 1, Pillow {PIL.__version__}"  # part of the cache key; count up when a rule changes
+
+# The raw modes that give the low bytes of 16-bit channels, for those by which Pillow reads the high bytes.
+_LOW_BYTES = {"RGB;16B": "RGB;16L", "RGBA;16B": "RGBA;16L", "LA;16B": "RGBA"}
+
+
+class ImageError(ValueError):
+    """An image that cannot be decoded; the text continues a sentence that begins with the image's name."""
+
+
+class SizeError(ImageError):
+    """The image has another size than asked for."""
+
+
+def decode(encoded: bytes, channels: int, size: tuple[int, int] | None = None) -> np.ndarray:
+    """Decodes an image file by the rules above.
+
+    Args:
+      encoded: the bytes of the file.
+      channels: 1 (gray), 2 (gray and alpha), 3 (RGB) or 4 (RGBA).
+      size: the height and width that it must have, or None for any.
+
+    Returns:
+      uint8 [h, w, channels], possibly read-only.
+
+    Raises:
+      SizeError: it has another size.
+      ImageError: it is damaged, too large, or of an unknown format.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+                # EXIF orientation may follow the pixels, so the exact check comes after decoding.
+                if size and sorted(size) != sorted(image.size):
+                    raise _size_error(image, size)
+                upright = _upright(_to_8_bits(image, encoded))
+                if size and size != (upright.height, upright.width):
+                    raise _size_error(upright, size)
+                array = np.asarray(_convert(upright, MODES[channels]))
+    except ImageError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise ImageError(f"has more than {Image.MAX_IMAGE_PIXELS:,} pixels") from None
+    except Exception as error:  # Pillow's decoders raise exceptions of many types
+        raise ImageError(f"is not an intact image ({', '.join(FORMATS)}): {type(error).__name__}") from None
+    return array[..., None] if array.ndim == 2 else array
+
+
+def _size_error(image: Image.Image, size: tuple[int, int]) -> SizeError:
+    return SizeError(f"has {image.width}x{image.height} pixels, not {size[1]}x{size[0]}")
+
+
+def _to_8_bits(image: Image.Image, encoded: bytes) -> Image.Image:
+    depth = encoded[24] if image.format == "PNG" else 8  # the first chunk of a PNG file is its header
+    if depth in (2, 4, 16) and image.mode != "P" and "transparency" in image.info:
+        # Pillow compares this color, which is not scaled to 8 bits, with pixels that are.
+        raise ImageError(f"has a transparent color and {depth} bits per channel: store it with 8 bits per channel")
+    if depth < 16:
+        return image
+    values = np.asarray(image).astype(np.uint32)
+    if values.ndim == 3:  # Pillow has kept the high bytes only
+        with Image.open(io.BytesIO(encoded), formats=["PNG"]) as low_image:
+            tile: Any = low_image.tile[0]
+            *place, raw_mode = tile
+            tile = (*place, _LOW_BYTES[raw_mode])
+            low_image.tile = [tile]
+            low = np.asarray(low_image)
+        values = values * 256 + (low[..., [1, 1, 1, 3]] if raw_mode == "LA;16B" else low)
+    rounded = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    rounded.info = image.info
+    return rounded
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # the parser raises exceptions of many types
+        return image
+    return image if orientation == 1 else ImageOps.exif_transpose(image)
+
+
+def _convert(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode == mode and "transparency" not in image.info:
+        return image
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        if not mode.endswith("A"):
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    elif image.mode != "L":
+        image = image.convert("L" if image.mode == "1" else "RGB")
+    return image.convert(mode)

@@ -113,8 +113,8 @@ def check_cifar10(folder):
         for i, number in enumerate(numbers):
             np.testing.assert_array_equal(examples[i]["image"], images[number])
             assert examples[i]["label"] == labels[number]
-        np.testing.assert_array_equal(splits[split]["image"], images[numbers])
-        np.testing.assert_array_equal(splits[split]["label"], labels[numbers])
+        np.testing.assert_array_equal(splits[split]()["image"], images[numbers])
+        np.testing.assert_array_equal(splits[split]()["label"], labels[numbers])
 
 
 def pickle_python3(value):

@@ -11,7 +11,7 @@ class DatasetConfig:
 
     name: str = option(
         "cifar10|digits",
-        "data set: a TFDS name, with :1.2.3 of this version, else the newest; digits or pydoc; a|b: the first that is "
+        "data set: a TFDS name (name:1.2.3: this version, else the newest), digits or pydoc; a|b: the first that is "
         "available",
     )
     data_dir: str = option(

@@ -27,7 +27,7 @@ class Dataset:
       name: its TFDS name, or one of `embedded.DATASETS`.
       label_names: the name of each class, by label; () for text and for images without labels.
       train: "image" (uint8 [n,h,w,c]) and, unless the images have no labels, "label" (int32 [n], -1: unlabeled); for
-        text "text" (uint8 [n], its bytes).
+        text "text" (uint8 [n]), its bytes, with a newline between any two examples of a TFDS set.
       validation: held out from train, or the set's own split; None if there is neither.
       test: the split that results are reported on.
       shuffle: whether every epoch is a new permutation of train; otherwise the examples come in their own order.

@@ -105,7 +105,7 @@ def find(name: str, folder: Path) -> Path | None:
         return versions[numbers]
     present = ", ".join(f"{base}:{versions[key].name}" for key in sorted(versions))
     remedy = f"prepare it by `tfds build {name} --file_format=array_record --data_dir={folder}` (it needs TensorFlow)"
-    raise UnavailableError(name, f"is not prepared in {folder}, which has {present}", f"use that, or {remedy}")
+    raise UnavailableError(name, f"is not prepared in {folder}, which has {present}", f"use one of these, or {remedy}")
 
 
 def _subfolders(folder: Path) -> list[Path]:

@@ -22,7 +22,7 @@ def folder() -> Path:
 def merge(out: Path, name: str, rows: list[dict[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:
     """Adds rows to `<name>.json`, replacing those with equal `keys`; returns all rows of the file."""
     path = out / f"{name}.json"
-    old = json.loads(path.read_text())["rows"] if path.exists() else []
+    old = json.loads(path.read_bytes())["rows"] if path.exists() else []
     rows = list({tuple(row[key] for key in keys): row for row in [*old, *rows]}.values())
     write(out, name, {"cores": os.cpu_count(), "rows": rows})
     return rows
@@ -30,4 +30,4 @@ def merge(out: Path, name: str, rows: list[dict[str, Any]], keys: Sequence[str])
 
 def write(out: Path, name: str, record: Any) -> None:
     """Writes the record to `<name>.json` in the folder."""
-    (out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -39,7 +39,7 @@ def row(work: dict[str, Any]) -> dict[str, Any]:
     rates = work["rates"]
     with tempfile.TemporaryDirectory() as name:
         together = seconds(sweep.arguments(sweep.OURS, work, Path(name)), f"{name}/cache")
-        with Path(name, "sweep/trials.csv").open() as file:
+        with Path(name, "sweep/trials.csv").open(encoding="utf-8") as file:
             values = [float(trial["value"]) for trial in csv.DictReader(file)]
     common = ["-m", *sweep.training(work), "--config.dataset.validation_fraction=0.1"]
     alone = []
@@ -48,7 +48,7 @@ def row(work: dict[str, Any]) -> dict[str, Any]:
             workdir = Path(name, str(rate))
             args = [*common, f"--config.optimizer.learning_rate={rate}", f"--workdir={workdir}"]
             alone.append(seconds(args, f"{name}/cache"))
-            found = json.loads((workdir / "summary.json").read_text())["validation_accuracy"]
+            found = json.loads((workdir / "summary.json").read_bytes())["validation_accuracy"]
             if abs(found - value) > sweep.NEAR:
                 raise SystemExit(f"error: {work['network']}, rate {rate}: {found:.3f} alone, {value:.3f} in the sweep")
     per_minute = 60 * len(rates) / together, 60 / float(np.median(alone))

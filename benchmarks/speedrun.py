@@ -62,7 +62,7 @@ def main() -> None:
         print("| program | runs | test accuracy | seconds, median |\n| --- | --- | --- | --- |")
         flags_ = [preset, "--config.dataset.name=cifar10", f"--config.num_runs={runs}", f"--workdir={folder}/runs"]
         command.run("cifar_speedrun", ["-m", "experiments.cifar_speedrun", *flags_])
-        ours = json.loads(Path(f"{folder}/runs/speedrun.json").read_text())
+        ours = json.loads(Path(f"{folder}/runs/speedrun.json").read_bytes())
         rows = [row(f"experiments.cifar_speedrun {preset}", ours["runs"])]
         rows[0]["warm_up_seconds"] = ours["runs"][0]["compile_seconds"]
         record = {"device": ours["device_kind"], "rows": rows}

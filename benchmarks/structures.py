@@ -54,7 +54,7 @@ def summary(args: list[str], seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         args = [*args, f"--config.seed={seed}", f"--workdir={folder}/run"]
         command.run("experiments.cifar_cnn", ["-m", "experiments.cifar_cnn", *args])
-        return json.loads(Path(folder, "run/summary.json").read_text())
+        return json.loads(Path(folder, "run/summary.json").read_bytes())
 
 
 def row(name: str, fields: dict[str, int], dataset: str, seeds: int) -> dict[str, Any]:

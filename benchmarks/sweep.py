@@ -69,14 +69,14 @@ def run(name: str, work: dict[str, Any], arrays: dict[str, np.ndarray]) -> Run:
     """
     with tempfile.TemporaryDirectory() as path:
         folder = Path(path)
-        (folder / "work.json").write_text(json.dumps(work))
+        (folder / "work.json").write_text(json.dumps(work), encoding="utf-8")
         np.savez(folder / "arrays.npz", **arrays)  # pyright: ignore[reportArgumentType]
         environment = {"MESHWORK_CACHE_DIR": str(folder / "cache"), "TF_CPP_MIN_LOG_LEVEL": "3"}
         start = time.monotonic()
         printed = command.run(name, arguments(name, work, folder), environment)
         seconds = time.monotonic() - start
         if name == OURS:
-            return {"seconds": seconds, "best": json.loads((folder / "sweep/sweep.json").read_text())["best_value"]}
+            return {"seconds": seconds, "best": json.loads((folder / "sweep/sweep.json").read_bytes())["best_value"]}
         return {"seconds": seconds, "best": max(json.loads(printed.splitlines()[-1]))}
 
 

@@ -10,7 +10,7 @@ The result of a run is test_nll: -log p(x) of the test set in nats, estimated by
 default reaches 85.32 on stochastically binarized MNIST after 200 epochs, in 311 s on 2 x86 CPU cores with AVX-512,
 shared with other work; --config=iwae reaches 86.48 after 60 epochs, in 1,577 s (one run each).
 
-Any image data set works, as in --config.dataset.name=cifar10 --config.model.likelihood=gaussian.
+Any image data set works, with or without labels: --config.dataset.name=cifar10 --config.model.likelihood=gaussian.
 """
 
 import dataclasses

@@ -7,32 +7,15 @@ help text, the bounds and the other properties, which `--help`, the parser, the 
 import dataclasses
 import functools
 
+from research.dataset_config import DatasetConfig
 from research.errors import UserError
 from research.fields import assign, check_fields, is_on, option, walk
 
-__all__ = ["assign", "check_fields", "is_on", "option", "walk"]  # besides what is defined here
+__all__ = ["DatasetConfig", "assign", "check_fields", "is_on", "option", "walk"]  # besides what is defined here
 
 OPTIMIZERS = ("sgd", "momentum", "nesterov", "adagrad", "rmsprop", "adam", "adamw", "lion", "muon", "lars", "lamb")
 SCHEDULES = ("constant", "cosine", "linear", "one_cycle", "step", "tripling")
 DTYPES = ("float32", "bfloat16")
-
-
-@dataclasses.dataclass
-class DatasetConfig:
-    """The data set, and how much of it is used."""
-
-    name: str = option("cifar10|digits", "data set: a TFDS name, digits or pydoc; a|b: the first that is available")
-    data_dir: str = option(
-        "", "folder of prepared TFDS sets and archives; empty: TFDS_DATA_DIR, else TFDS's default", may_change="resume"
-    )
-    validation_fraction: float = option(0.0, "fraction of the training set held out for validation", minimum=0, below=1)
-    train_fraction: float = option(1.0, "fraction of the rest that is used for training", above=0, maximum=1)
-    max_device_gib: float = option(
-        2.0,
-        "data sets up to this size (GiB) are kept on the devices, larger ones are streamed",
-        minimum=0,
-        may_change="resume",
-    )
 
 
 @dataclasses.dataclass

@@ -26,6 +26,7 @@ class Stream(enum.IntEnum):
     FIXED_BITS = 9  # thresholds of training images that are binarized once
     PRIOR_SAMPLES = 10
     STATISTICS = 11  # dropout while the batch statistics of averaged parameters are estimated
+    HOLD_OUT_TEST = 12  # HOLD_OUT: validation
 
 
 def key(stream: Stream, seed: jax.typing.ArrayLike = 0) -> jax.Array:

@@ -85,12 +85,12 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             np.savez(folder / "arrays.npz", **works.make(work, images, text))  # pyright: ignore[reportArgumentType]
-            (folder / "work.json").write_text(json.dumps(vars(work)))
+            (folder / "work.json").write_text(json.dumps(vars(work)), encoding="utf-8")
             if work.does == "command":  # fills the compilation cache, as at a user's second start
                 run(OURS, folder, 1)
             peers = [peer for peer in chosen if not peer.startswith(UNSUPPORTED.get(work.does, "-"))]
             rows += measure(work, peers, folder, ROUNDS.value, EPOCHS.value)
-        RESULTS.write_text(json.dumps(table.merged(RESULTS, rows), indent=1) + "\n")
+        RESULTS.write_text(json.dumps(table.merged(RESULTS, rows), indent=1) + "\n", encoding="utf-8")
     print(table.markdown(rows))
 
 

@@ -48,6 +48,6 @@ class Clock:
     def report(self) -> dict[str, Any]:
         """Returns everything as JSON-serializable values, with the process's peak resident memory in bytes."""
         # Not `getrusage`: a process inherits that maximum from its parent.
-        kib = re.findall(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+        kib = re.findall(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
         peak = int(kib[0]) * 1024
         return {**dataclasses.asdict(self), "peak_memory_bytes": peak}

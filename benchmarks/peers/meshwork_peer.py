@@ -156,7 +156,7 @@ def command(work: works.Work, arrays: dict[str, np.ndarray], variant: str, epoch
         args = ["--config=tutorial", "--config.dataset.name=cifar10", f"--config.num_epochs={epochs}"]
         with mock.patch.object(Training, "dispatches", timed):
             summary = app.run(cifar_cnn.EXPERIMENT, [*args, f"--workdir={folder}/run"])
-        rows = map(json.loads, (Path(folder) / "run/metrics.jsonl").read_text().splitlines())
+        rows = map(json.loads, (Path(folder) / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines())
         losses = [row["train_loss"] for row in rows if "train_loss" in row]
     for loss in losses:
         clock.epoch(loss, summary["train_seconds"] / epochs)

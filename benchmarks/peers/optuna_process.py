@@ -10,7 +10,7 @@ import optuna
 
 
 def main(peer: str, folder: str) -> None:
-    work = json.loads((Path(folder) / "work.json").read_text())
+    work = json.loads((Path(folder) / "work.json").read_bytes())
     with np.load(Path(folder) / "arrays.npz") as loaded:
         arrays = dict(loaded)
     train = importlib.import_module(f"benchmarks.peers.{peer}_trial").validation_accuracy

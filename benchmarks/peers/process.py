@@ -16,12 +16,12 @@ def _device() -> str:
     import jax  # only in this project's process
 
     kind, cpu = jax.devices()[0].device_kind, Path("/proc/cpuinfo")
-    return "cpu with AVX-512" if kind == "cpu" and cpu.exists() and "avx512f" in cpu.read_text() else kind
+    return "cpu with AVX-512" if kind == "cpu" and cpu.exists() and b"avx512f" in cpu.read_bytes() else kind
 
 
 def main(peer: str, folder: str, epochs: str, began: str) -> None:
     name, _, variant = peer.partition("+")
-    work = Work(**json.loads((Path(folder) / "work.json").read_text()))
+    work = Work(**json.loads((Path(folder) / "work.json").read_bytes()))
     clock = Clock(float(began))
     module = importlib.import_module(f"benchmarks.peers.{name}_peer")
     run = getattr(module, work.does, module.train)

@@ -75,7 +75,7 @@ _KEY = ("device", "work", "batch_size", "dtype", "peer")
 
 def merged(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns the rows of the file, with `rows` added or replaced."""
-    old = json.loads(path.read_text()) if path.exists() else []
+    old = json.loads(path.read_bytes()) if path.exists() else []
     by_key = {tuple(r[k] for k in _KEY): r for r in [*old, *rows]}
     return list(by_key.values())
 

@@ -21,7 +21,7 @@ _VALUE = "best_command_value"
 
 def _read_summary(workdir: Path) -> dict[str, Any]:
     path = workdir / "sweep.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return json.loads(path.read_bytes()) if path.exists() else {}
 
 
 def check_folder(workdir: Path, study: str, identity: dict[str, Any]) -> None:

@@ -209,7 +209,7 @@ def _from_file(name: str, config: Config) -> SearchSpace:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         function = module.search
-        space = SearchSpace((path.read_text(),), {}, function)
+        space = SearchSpace((path.read_text(encoding="utf-8"),), {}, function)
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     except (Exception, SystemExit) as error:  # the user's file may raise anything
         raise UserError(f"--search={name} must define a working `def search(trial)`: {error!r}") from None

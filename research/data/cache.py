@@ -20,6 +20,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from research.data.file_errors import is_unreadable
+
 Arrays = dict[str, np.ndarray]
 
 _UNFINISHED = ".unfinished-"
@@ -86,7 +88,11 @@ def _warn_once(text: str) -> None:
 
 
 def _read(path: Path) -> Arrays | None:
-    """Returns the entry's arrays, or None if there is no entry. Removes a damaged one."""
+    """Returns the entry's arrays, or None if there is no entry. Removes a damaged one.
+
+    Raises:
+      OSError: the entry could not be read; it is left as it is.
+    """
     if not path.is_dir():
         return None
     try:
@@ -94,8 +100,9 @@ def _read(path: Path) -> Arrays | None:
         arrays = {name: np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in expected}
         if expected == {name: _summary(array, zlib.crc32(array.data)) for name, array in arrays.items()}:
             return arrays
-    except (OSError, ValueError, EOFError, TypeError):
-        pass  # an unreadable file is handled like one with a wrong checksum
+    except (OSError, ValueError, EOFError, TypeError) as error:
+        if is_unreadable(error):
+            raise
     print(f"the cache entry {path} is damaged: decoding again", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=path.parent) as trash, contextlib.suppress(OSError):
         path.rename(Path(trash) / path.name)  # fails if another process has already removed it
@@ -120,7 +127,7 @@ def _write(path: Path, decode: Callable[[], Iterator[Arrays]]) -> None:
                         writers[name] = _ArrayWriter(file, array)
                     writers[name].append(array)
             summaries = {name: writer.finish() for name, writer in writers.items()}
-        (unfinished / "entry.json").write_text(json.dumps(summaries))
+        (unfinished / "entry.json").write_text(json.dumps(summaries), encoding="utf-8")
         # The rename fails if another process has written the entry meanwhile; that one is used then.
         with contextlib.suppress(OSError):
             unfinished.rename(path)

@@ -7,15 +7,17 @@ archive, for which TFDS needs TensorFlow, is done here. An archive on the local 
 import contextlib
 import dataclasses
 import io
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from research.data import archives, cache, tfds_sets
+from research.data import archives, cache, tfds_records, tfds_sets
+from research.data.file_errors import is_unreadable, unreadable
 from research.data.tfds_sets import UnavailableError
-from research.errors import UserError
+from research.errors import UserError, as_out_of_memory_error
 
 Splits = dict[str, archives.LabeledImages] | dict[str, str]
 
@@ -40,8 +42,9 @@ class _Recipe:
 
 
 def is_preparable(name: str) -> bool:
-    """Whether `prepare` knows this set."""
-    return name in _RECIPES
+    """Whether `prepare` knows this set, and prepares this version if the name gives one."""
+    base, version = tfds_sets.split_version(name)
+    return base in _RECIPES and (not version or version == str(tfds_records.import_tfds().builder_cls(base).VERSION))
 
 
 def prepare(name: str, folder: Path) -> None:
@@ -52,7 +55,7 @@ def prepare(name: str, folder: Path) -> None:
       UserError: the archive is damaged.
     """
     recipe, found = _RECIPES[name], _on_disk(name, folder)
-    tfds = tfds_sets.import_tfds()
+    tfds = tfds_records.import_tfds()
     from tensorflow_datasets.core.download import downloader
 
     downloader.MAX_RETRIES = 0  # ten by default: more than three minutes without a network
@@ -94,7 +97,8 @@ def _on_disk(name: str, folder: Path) -> tuple[list[Path], Callable[..., Splits]
     for parent in (folder, folder / "downloads" / "manual", keras):
         for files, read in _RECIPES[name].sources:
             paths = [parent / file for file in files]
-            if all(path.exists() for path in paths):
+            # Not Path.exists: of a folder without permission, such as another user's home, no archive is expected.
+            if all(os.path.exists(path) for path in paths):
                 return paths, read
     return None
 
@@ -143,6 +147,10 @@ def _read(read: Callable[..., Splits], paths: list[Path]) -> Splits:
         return read(*paths)
     except Exception as error:  # with damaged input, unpickling and decompression can raise anything
         names = ", ".join(map(str, paths))
+        if isinstance(error, OSError) and is_unreadable(error):
+            raise unreadable(names, error) from None
+        if memory := as_out_of_memory_error(error, f"{names} needs a larger host"):
+            raise memory from None
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UserError(f"{names}: damaged, or not the official file ({reason}); delete or replace it") from error
 

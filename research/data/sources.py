@@ -2,15 +2,17 @@
 
 import dataclasses
 import difflib
+import functools
 import itertools
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from research import randomness
 from research.config import DatasetConfig
-from research.data import cache, embedded, prepare, tfds_sets
+from research.data import cache, embedded, prepare, tfds_records, tfds_sets
 from research.data.cache import Arrays
 from research.data.tfds_sets import UnavailableError
 from research.errors import UserError
@@ -23,8 +25,9 @@ class Dataset:
 
     Attributes:
       name: its TFDS name, or one of `embedded.DATASETS`.
-      label_names: the name of each class, by label; () for text.
-      train: "image" (uint8 [n,h,w,c]) and "label" (int32 [n]); for text "text" (uint8 [n], its bytes).
+      label_names: the name of each class, by label; () for text and for images without labels.
+      train: "image" (uint8 [n,h,w,c]) and, unless the images have no labels, "label" (int32 [n], -1: unlabeled); for
+        text "text" (uint8 [n]), its bytes, with a newline between any two examples of a TFDS set.
       validation: held out from train, or the set's own split; None if there is neither.
       test: the split that results are reported on.
       shuffle: whether every epoch is a new permutation of train; otherwise the examples come in their own order.
@@ -42,14 +45,17 @@ def load(config: DatasetConfig) -> Dataset:
     """Loads the data set that the config names; the caller cannot change what later calls return.
 
     - A name `a|b` means the first that is available; each unavailable one gives a warning on stderr. A set that is not
-      prepared yet is prepared if `research.data.prepare` supports it.
-    - Validation is the set's own split of that name, or, with `validation_fraction` > 0, that fraction of train: the
-      same examples for every seed. If a set has no test split, its validation split is the test split.
+      prepared yet is prepared if `research.data.prepare` supports it. `name:1.2.3` means this version.
+    - `train_split`, `validation_split` and `test_split` name splits of the set. By default train and test are those of
+      that name, or validation is the test split if the set has no test split; validation is the split of that name, or
+      None.
+    - With `test_fraction` > 0 the test split is that fraction of train; with `validation_fraction` > 0 validation is
+      that fraction of the rest: the same examples for every seed.
     - Of the rest of train, `train_fraction` is kept.
 
     Raises:
-      UserError: none of the names is available, a name or a folder does not exist, the data is damaged or unsuitable,
-        or a fraction would leave validation or train empty.
+      UserError: none of the names is available, a name, a folder or a split does not exist, the data is damaged,
+        unreadable or unsuitable, or a fraction would leave a split empty.
     """
     if config.data_dir:
         tfds_sets.data_folder(config.data_dir)  # a missing folder is an error even if the data set needs none
@@ -66,30 +72,76 @@ def load(config: DatasetConfig) -> Dataset:
 
 
 def _load(name: str, config: DatasetConfig) -> Dataset:
-    label_names, splits = embedded.DATASETS[name]() if name in embedded.DATASETS else _load_tfds(name, config.data_dir)
-    if "test" not in splits and "validation" in splits:
-        splits["test"] = splits.pop("validation")
-    if missing := {"train", "test"} - splits.keys():
-        raise UserError(f"--config.dataset.name={name}: the set has no {min(missing)} split")
-    train, validation = splits["train"], splits.get("validation")
+    if name in embedded.DATASETS:
+        label_names, own = embedded.DATASETS[name]()
+        loaders = {split: functools.partial(dict, arrays) for split, arrays in own.items()}
+    else:
+        label_names, loaders = _load_tfds(name, config.data_dir)
+    chosen = _choose_splits(name, config, tuple(loaders))
+    splits = {role: dict(loaders[split]()) for role, split in chosen.items()}
+    if not label_names and "label" in splits["train"]:
+        label_names = _number_classes(splits)
+    if config.test_fraction:
+        splits["train"], splits["test"] = _hold_out(splits["train"], config.test_fraction, "test")
     if config.validation_fraction:
-        train, validation = _hold_out(train, config.validation_fraction)
+        splits["train"], splits["validation"] = _hold_out(splits["train"], config.validation_fraction, "validation")
     if config.train_fraction < 1:
-        train = _subset(train, config.train_fraction)
-    return Dataset(
-        name,
-        label_names,
-        cache.read_only(train),
-        None if validation is None else cache.read_only(validation),
-        cache.read_only(splits["test"]),
-    )
+        splits["train"] = _subset(splits["train"], config.train_fraction)
+    arrays = {role: cache.read_only(split) for role, split in splits.items()}
+    return Dataset(name, label_names, arrays["train"], arrays.get("validation"), arrays["test"])
 
 
-def _load_tfds(name: str, data_dir: str) -> tuple[tuple[str, ...], dict[str, Arrays]]:
+def _choose_splits(name: str, config: DatasetConfig, present: Sequence[str]) -> dict[str, str]:
+    """Returns which split of the set serves as "train", "validation" and "test"; not those that are held out."""
+    for role in ("validation", "test"):
+        split, fraction = getattr(config, f"{role}_split"), getattr(config, f"{role}_fraction")
+        if split and fraction:
+            raise UserError(
+                f"--config.dataset.{role}_split={split}: --config.dataset.{role}_fraction={fraction} holds out another "
+                "split; give one of the two"
+            )
+    test = config.test_split
+    if not test and not config.test_fraction:
+        test = next((split for split in ("test", "validation") if split in present), "")
+        if not test:
+            raise UserError(
+                f"--config.dataset.name={name}: the set has no test split, only {', '.join(present)}: choose one by "
+                "--config.dataset.test_split, or hold out examples by --config.dataset.test_fraction=0.1"
+            )
+    validation = config.validation_split
+    if not validation and not config.validation_fraction and "validation" not in (config.train_split, test):
+        validation = "validation" if "validation" in present else ""
+    chosen = {"train": config.train_split, "validation": validation, "test": test}
+    chosen = {role: split for role, split in chosen.items() if split}
+    for role, split in chosen.items():
+        if split not in present:
+            raise UserError(
+                f"--config.dataset.{role}_split={split}: {name} has no such split, only {', '.join(present) or 'none'}"
+            )
+    for one, other in itertools.combinations(chosen, 2):
+        if chosen[one] == chosen[other]:
+            raise UserError(
+                f"--config.dataset.name={name}: {one} and {other} would both be the split {chosen[one]}; choose "
+                f"another by --config.dataset.{one}_split or --config.dataset.{other}_split"
+            )
+    return chosen
+
+
+def _number_classes(splits: dict[str, Arrays]) -> tuple[str, ...]:
+    """Returns the classes of unnamed labels, 0 to the largest in train; removes labels that number no classes."""
+    largest = splits["train"]["label"].max()
+    if 0 <= largest < tfds_records.MOST_CLASSES:
+        return tuple(map(str, range(largest + 1)))
+    for split in splits.values():
+        del split["label"]
+    return ()
+
+
+def _load_tfds(name: str, data_dir: str) -> tuple[tuple[str, ...], dict[str, Callable[[], Arrays]]]:
     folder = tfds_sets.data_folder(data_dir)
     path = tfds_sets.find(name, folder)
     if path is None and prepare.is_preparable(name):
-        prepare.prepare(name, folder)
+        prepare.prepare(tfds_sets.split_version(name)[0], folder)
         path = tfds_sets.find(name, folder)
     if path is None:
         raise _not_found(name, folder)
@@ -97,28 +149,30 @@ def _load_tfds(name: str, data_dir: str) -> tuple[tuple[str, ...], dict[str, Arr
 
 
 def _not_found(name: str, folder: Path) -> UserError:
-    known = [*tfds_sets.import_tfds().list_builders(with_community_datasets=False), *embedded.DATASETS]
-    if name.partition("/")[0] not in known:
-        near = difflib.get_close_matches(name, known)
+    known = [*tfds_records.import_tfds().list_builders(with_community_datasets=False), *embedded.DATASETS]
+    base, _ = tfds_sets.split_version(name)
+    if base.partition("/")[0] not in known:
+        near = difflib.get_close_matches(base, known)
         suggestion = f"; did you mean {' or '.join(near)}?" if near else ""
         return UserError(f"--config.dataset.name={name}: neither a TFDS data set nor prepared in {folder}{suggestion}")
     command = f"`tfds build {name} --file_format=array_record --data_dir={folder}`"
     return UnavailableError(name, f"is not prepared in {folder}", f"prepare it by {command} (it needs TensorFlow)")
 
 
-def _hold_out(train: Arrays, fraction: float) -> tuple[Arrays, Arrays]:
-    """Splits train into (train, validation): a fixed random subset of examples, or the end of a text."""
+def _hold_out(train: Arrays, fraction: float, role: str) -> tuple[Arrays, Arrays]:
+    """Splits train into (train, `role`): a fixed random subset of examples, or the end of a text."""
     count = len(next(iter(train.values())))
     held_out = round(fraction * count)
     if not 0 < held_out < count:
         raise UserError(
-            f"--config.dataset.validation_fraction={fraction} leaves {count - held_out} examples to train on and "
-            f"{held_out} to validate on"
+            f"--config.dataset.{role}_fraction={fraction} leaves {count - held_out} examples to train on and "
+            f"{held_out} to {'validate' if role == 'validation' else role} on"
         )
     if "text" in train:
         text = train["text"]
         return {"text": text[:-held_out]}, {"text": text[-held_out:]}
-    order = randomness.generator(Stream.HOLD_OUT).permutation(count)
+    stream = Stream.HOLD_OUT if role == "validation" else Stream.HOLD_OUT_TEST
+    order = randomness.generator(stream).permutation(count)
     parts = np.sort(order[held_out:]), np.sort(order[:held_out])
     kept, taken = ({name: array[part] for name, array in train.items()} for part in parts)
     return kept, taken

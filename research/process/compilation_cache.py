@@ -34,6 +34,6 @@ def _cpu_fingerprint() -> str:
     # XLA:CPU compiles for the CPU it runs on, and machines with different CPUs may share a home folder.
     features = platform.machine()
     with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         features += next((line for line in lines if line.startswith(("flags", "Features"))), "")
     return hashlib.sha256(features.encode()).hexdigest()[:8]

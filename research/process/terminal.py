@@ -24,7 +24,7 @@ class _ClosableStream:
     """A text stream that switches to the null device once it cannot be written."""
 
     def __init__(self, stream: TextIO | None):
-        self._stream = stream or open(os.devnull, "w")  # noqa: SIM115  None if closed before Python started
+        self._stream = stream or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  None if closed before Python started
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

@@ -102,4 +102,4 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     """
     path = workdir / "metrics.jsonl"
     with _reading(path):
-        return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        return [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]

@@ -104,7 +104,9 @@ class Writer:
         path = self.workdir / "metrics.jsonl"
         self._row = dict(row)
         if self._active:
-            lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+            lines = (
+                path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
+            )
             steps = list(map(_parse_step, lines))
             if damaged := sum(map(math.isnan, steps)):
                 self.warning(f"metrics.jsonl: {damaged} damaged line{'s' if damaged > 1 else ''} left out")

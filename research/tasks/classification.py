@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -14,8 +15,33 @@ from research.config import AugmentConfig
 from research.data import images
 from research.data.batch import Batch
 from research.data.sources import Dataset
+from research.errors import UserError
 from research.tasks.predictor import Predictor
 from research.tasks.task import Function, Inputs, Metrics, Task
+
+
+def check_labels(dataset: Dataset) -> None:
+    """Checks that every example of the data set has a label.
+
+    Raises:
+      UserError: the data set has no labels, or a split has examples without one or of a class that train does not have.
+    """
+    splits = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
+    for role, split in splits.items():
+        if split is None:
+            continue
+        if "label" not in split:
+            raise UserError(f"--config.dataset.name={dataset.name} has no class labels, so it cannot be classified")
+        labels = split["label"]
+        largest = len(dataset.label_names) - 1
+        unlabeled, unknown = np.sum(labels < 0), np.sum(labels > largest)
+        if unlabeled or unknown:
+            problem = "no label (-1)" if unlabeled else f"a label above {largest}, the largest in train"
+            hold_out = "" if role == "train" else f", or hold some out by --config.dataset.{role}_fraction=0.1"
+            raise UserError(
+                f"--config.dataset.name={dataset.name}: {unlabeled or unknown:,} of {len(labels):,} {role} examples "
+                f"have {problem}; choose another split by --config.dataset.{role}_split{hold_out}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -276,7 +276,9 @@ class VAE(Task):
             ),
         }
         if means.shape[1] == 2:
-            labels, names = dataset.test["label"], dataset.label_names
+            labels, names = dataset.test.get("label"), dataset.label_names
+            if labels is None or labels.min() < 0:
+                labels, names = np.zeros(len(means)), ("unlabeled",)
             pictures["latents"] = lambda: plots.scatter(means, labels, names, "means of q(z|x), test set")
         return pictures
 

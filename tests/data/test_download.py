@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from research.data import prepare, tfds_sets
+from research.data import prepare, tfds_records, tfds_sets
 from research.data.tfds_sets import UnavailableError
 
 TEXT = b"To be, or not to be: that is the question. " * 4
@@ -40,7 +40,7 @@ def serve(tmp_path, monkeypatch):
             url = f"http://127.0.0.1:{server.server_address[1]}/{path}"
             ask_for(url, monkeypatch)
             if checksum:
-                tfds = tfds_sets.import_tfds()
+                tfds = tfds_records.import_tfds()
                 known = tfds.builder_cls("tiny_shakespeare").url_infos
                 info = next(iter(known.values()))
                 monkeypatch.setitem(known, url, type(info)(size=len(TEXT), checksum=checksum, filename="text"))
@@ -56,7 +56,7 @@ def ask_for(url, monkeypatch):
 
 
 def train_text(folder):
-    source = tfds_sets.import_tfds().data_source("tiny_shakespeare", data_dir=folder, split="train", download=False)
+    source = tfds_records.import_tfds().data_source("tiny_shakespeare", data_dir=folder, split="train", download=False)
     return source[0]["text"]
 
 

@@ -14,7 +14,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from research.data import archives, prepare, tfds_sets
+from research.data import archives, prepare, tfds_records, tfds_sets
 from research.data.tfds_sets import UnavailableError
 from research.errors import UserError
 
@@ -96,7 +96,7 @@ def write_idx(folder):
 
 
 def data_source(name, folder, split):
-    return list(tfds_sets.import_tfds().data_source(name, data_dir=folder, split=split, download=False))
+    return list(tfds_records.import_tfds().data_source(name, data_dir=folder, split=split, download=False))
 
 
 def check_cifar10(folder):
@@ -113,8 +113,8 @@ def check_cifar10(folder):
         for i, number in enumerate(numbers):
             np.testing.assert_array_equal(examples[i]["image"], images[number])
             assert examples[i]["label"] == labels[number]
-        np.testing.assert_array_equal(splits[split]["image"], images[numbers])
-        np.testing.assert_array_equal(splits[split]["label"], labels[numbers])
+        np.testing.assert_array_equal(splits[split]()["image"], images[numbers])
+        np.testing.assert_array_equal(splits[split]()["label"], labels[numbers])
 
 
 def pickle_python3(value):
@@ -168,7 +168,7 @@ def test_tiny_shakespeare_is_split_by_characters(tmp_path):
 def test_order_ids_and_labels_equal_those_of_a_set_prepared_by_tfds(tmp_path):
     if not os.environ.get("TFDS_DATA_DIR"):
         pytest.skip("needs TFDS_DATA_DIR with a prepared cifar10")
-    original = tfds_sets.import_tfds().data_source("cifar10", data_dir=os.environ["TFDS_DATA_DIR"], split="test")
+    original = tfds_records.import_tfds().data_source("cifar10", data_dir=os.environ["TFDS_DATA_DIR"], split="test")
     examples = {int(e["id"].decode()[5:]): e for e in original.__getitems__(range(10_000))}
     images = np.stack([examples[i]["image"] for i in range(10_000)])
     labels = np.array([examples[i]["label"] for i in range(10_000)])
@@ -176,7 +176,7 @@ def test_order_ids_and_labels_equal_those_of_a_set_prepared_by_tfds(tmp_path):
     files = binary_files() | {"cifar-10-batches-bin/test_batch.bin": records.tobytes()}
     write_folder(tmp_path / "cifar-10-batches-bin", files)
     prepare.prepare("cifar10", tmp_path)
-    copy = tfds_sets.import_tfds().data_source("cifar10", data_dir=tmp_path, split="test")
+    copy = tfds_records.import_tfds().data_source("cifar10", data_dir=tmp_path, split="test")
     for ours, theirs in zip(copy.__getitems__(range(100)), original.__getitems__(range(100))):
         assert (ours["id"], ours["label"]) == (theirs["id"], theirs["label"])
         np.testing.assert_array_equal(ours["image"], theirs["image"])

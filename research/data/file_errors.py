@@ -1,0 +1,51 @@
+"""Tells files that could not be read from files that are missing or damaged: only the latter are to be replaced."""
+
+import contextlib
+import errno
+from collections.abc import Iterator
+from pathlib import Path
+
+from research.errors import UserError
+
+_MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+
+
+def is_unreadable(error: BaseException) -> bool:
+    """Whether the error (permission, I/O, network) says nothing about the contents of the file."""
+    # Decoders raise an OSError without an errno for bad contents: gzip.BadGzipFile, PIL.UnidentifiedImageError.
+    return isinstance(error, OSError) and error.errno is not None and error.errno not in _MISSING
+
+
+def unreadable(path: Path | str, error: OSError) -> UserError:
+    """Returns the `UserError` for an error of which `is_unreadable` is true."""
+    return UserError(
+        f"{error.filename or path} could not be read ({error.strerror}); it is unchanged: fix the cause, such as its "
+        "permissions or the file system, and run the same command again"
+    )
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns an `OSError` of the block, which reads `path` or a file in it, into a `UserError` that names the file."""
+    try:
+        yield
+    except OSError as error:
+        if is_unreadable(error):
+            raise unreadable(path, error) from None
+        file = error.filename or path
+        raise UserError(f"{file}: {error.strerror or error}; copy or prepare the data set again") from None
+
+
+def exists(path: Path) -> bool:
+    """Whether the path exists; unlike `Path.exists`, the same in every Python version.
+
+    Raises:
+      UserError: that cannot be told, for lack of permission or because of an I/O error.
+    """
+    try:
+        path.stat()
+    except OSError as error:
+        if is_unreadable(error):
+            raise unreadable(path, error) from None
+        return False
+    return True

@@ -1,0 +1,151 @@
+"""Decodes the records of a prepared TFDS data set to arrays."""
+
+import functools
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from research.data import decoding
+from research.data.cache import Arrays
+from research.data.file_errors import reading
+from research.data.tfds_description import Description
+from research.errors import UserError, as_out_of_memory_error
+
+MOST_CLASSES = 2**20  # larger integer labels are no class numbers, and are decoded as this one
+_EXAMPLES_AT_ONCE = 2000
+
+
+@functools.cache
+def import_tfds() -> Any:
+    """Imports `tensorflow_datasets`, without its progress bars and its advice to install OpenCV."""
+    import tensorflow_datasets as tfds
+
+    tfds.disable_progress_bar()
+    logging.getLogger("absl").addFilter(lambda record: "tensorflow_datasets" not in record.pathname)
+    return tfds
+
+
+def decode(label: str, path: Path, split: str, description: Description) -> Iterator[Arrays]:
+    """Yields the split's arrays in pieces; `label` is its name in messages.
+
+    Raises:
+      UserError: the records are damaged, not readable or not supported, or there are none.
+    """
+    print(f"decoding {label} once ...", file=sys.stderr, flush=True)
+    files: Sequence[Any] = ()
+    try:
+        builder = _builder(path)
+        files = builder.info.splits[split].filepaths
+        source = builder.as_data_source(split, file_format="array_record", decoders=_skip_images(builder))
+        if not len(source):
+            raise UserError(f"{label} in {path} has no examples")
+        channels = 0 if description.is_text else _declared_channels(label, builder.info.features["image"])
+        size = None
+        for start in range(0, len(source), _EXAMPLES_AT_ONCE):
+            examples = _read(source, range(start, min(start + _EXAMPLES_AT_ONCE, len(source))))
+            if description.is_text:
+                text = b"\n".join(example["text"] for example in examples)
+                yield {"text": np.frombuffer(b"\n" + text if start else text, np.uint8)}
+                continue
+            arrays = {"image": _images(label, start, examples, channels, size)}
+            size = arrays["image"].shape[1:3]
+            if description.has_labels:
+                arrays["label"] = _labels(label, start, examples, len(description.label_names))
+            yield arrays
+    except UserError:
+        raise
+    except Exception as error:  # readers of records and protocol buffers raise other types
+        raise _explained(error, f"{label} in {path}", path, files) from error
+
+
+def _skip_images(builder: Any) -> dict[str, Any]:
+    """Returns decoders that leave images encoded: TFDS's own decode with OpenCV where it is installed."""
+    tfds = import_tfds()
+    features = builder.info.features
+    return {name: tfds.decode.SkipDecoding() for name, x in features.items() if isinstance(x, tfds.features.Image)}
+
+
+def _builder(path: Path) -> Any:
+    """Opens the set with TFDS, but without its label names, of which TFDS refuses some (see `tfds_description`)."""
+    tfds = import_tfds()
+    label = tfds.features.ClassLabel
+    original = label.load_metadata
+    label.load_metadata = lambda *_, **__: None
+    try:
+        return tfds.builder_from_directory(path)
+    finally:
+        label.load_metadata = original
+
+
+class _ExampleError(Exception):
+    """The example of this number cannot be read; the cause says why."""
+
+
+def _read(source: Any, numbers: range) -> list[dict[str, Any]]:
+    try:
+        return source.__getitems__(numbers)
+    except Exception:
+        for number in numbers:
+            try:
+                source[number]
+            except Exception as error:
+                raise _ExampleError(f"example {number}") from error
+        raise
+
+
+def _explained(error: Exception, label: str, path: Path, files: Sequence[Any]) -> UserError:
+    """Returns the error to raise: only if the files of the split can be read is it about their contents."""
+    example = ""
+    if isinstance(error, _ExampleError) and isinstance(error.__cause__, Exception):
+        example, error = f"{error}: ", error.__cause__
+    reason = f"{example}{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    if memory := as_out_of_memory_error(error, f"use a smaller data set than {label}, or a larger host"):
+        return memory
+    if isinstance(error, (ImportError, NotImplementedError)):
+        return UserError(f"{label} is stored in a way that is not supported ({reason}); the data is intact")
+    # The readers' errors are texts without an errno.
+    for file in map(Path, files):
+        with reading(file), file.open("rb") as stream:
+            while stream.read(2**24):
+                pass
+    return UserError(f"{label} is damaged ({reason}): delete {path} and prepare it again")
+
+
+def _declared_channels(label: str, feature: Any) -> int:
+    if (channels := feature.shape[-1]) not in decoding.MODES:
+        raise UserError(f"{label}: the images have the shape {feature.shape}; the number of channels must be 1 to 4")
+    return channels
+
+
+def _images(
+    label: str, start: int, examples: list[dict[str, Any]], channels: int, size: tuple[int, int] | None
+) -> np.ndarray:
+    """Decodes the images, which must all have the same `size` (None: that of the first); `start` numbers them."""
+    images = []
+    for i, example in enumerate(examples, start):
+        try:
+            images.append(decoding.decode(example["image"], channels, size))
+        except decoding.SizeError as error:
+            raise UserError(
+                f"{label}, example {i}: the image {error} as the first; all need the same shape: resize them and "
+                "prepare the data set again"
+            ) from None
+        except decoding.ImageError as error:
+            raise UserError(
+                f"{label}, example {i}: the image {error}; replace it and prepare the data set again"
+            ) from None
+        size = size or images[0].shape[:2]
+    return np.stack(images)
+
+
+def _labels(label: str, start: int, examples: list[dict[str, Any]], num_classes: int) -> np.ndarray:
+    """Returns the labels, int32 [n]; -1 is an unlabeled image, and `num_classes` is 0 where it is not declared."""
+    labels = [int(example["label"]) for example in examples]
+    for i, label_number in enumerate(labels, start):
+        if num_classes and not -1 <= label_number < num_classes:
+            raise UserError(f"{label}, example {i}: label {label_number} is not in 0..{num_classes - 1}")
+    return np.array([min(max(x, -1), MOST_CLASSES) for x in labels], np.int32)

@@ -110,6 +110,19 @@ def replace(path: Path, data: bytes) -> None:
             path.write_bytes(data)
 
 
+def truncate(path: Path, size: int) -> None:
+    """Cuts a file after its first `size` bytes, in place where it is local: a reader that has it open sees the end.
+
+    Raises:
+      RecordError: it could not be written.
+    """
+    if is_local(path):
+        with writing(path):
+            os.truncate(path, size)
+    else:
+        replace(path, path.read_bytes()[:size])
+
+
 class Log:
     """A file that is appended to. A local append is written at once; on an object store, at the next `sync`.
 

@@ -164,12 +164,13 @@ def _sweep(job: Job) -> tuple["Sweep", list[dict[str, Any]]]:
     import jax
 
     from research.data import sources
-    from research.process import compilation_cache
+    from research.process import backend, compilation_cache
     from research.training.population import Population
     from research.training.population_devices import default_size, split_cpu
 
     compilation_cache.enable()
     split = split_cpu(options.population)
+    backend.check()
     dataset = sources.load(config.dataset)
     fraction = config.dataset.validation_fraction if dataset.validation else _VALIDATION_FRACTION
     found = dataclasses.replace(config.dataset, name=dataset.name, validation_fraction=fraction)

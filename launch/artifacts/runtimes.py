@@ -103,9 +103,7 @@ class JaxRuntime(Runtime):
         super().__init__(artifact)
         try:
             platform = jax.default_backend()
-        except (
-            Exception
-        ) as error:  # RuntimeError; an AssertionError without text where the platform's plugin is missing
+        except Exception as error:  # RuntimeError; AssertionError without a text if the platform's plugin is missing
             why = str(error).partition(" (set JAX_PLATFORMS")[0][:200] or "its plugin is not installed"
             raise ArtifactError(
                 f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: jax finds no such device ({why}): "

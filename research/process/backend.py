@@ -27,7 +27,7 @@ def check() -> None:
     check_settings()
     try:
         jax.devices()
-    except Exception as error:  # RuntimeError; an AssertionError without text where the platform's plugin is missing
+    except Exception as error:  # RuntimeError; AssertionError without a text if the platform's plugin is missing
         platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
         why = str(error).partition(" (set JAX_PLATFORMS")[0][:200] or "its plugin is not installed"
         raise UserError(
@@ -59,9 +59,7 @@ def _check_xla_flags() -> None:
     command = [sys.executable, "-c", "from jaxlib import xla_client; xla_client.CompileOptions()"]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode and (reason := re.search(r"\.cc:\d+\] (.+)", done.stderr)):
-        raise UserError(
-            f"XLA_FLAGS={flags}: jaxlib {version('jaxlib')} does not accept it ({reason[1]}): remove or correct the flag"
-        )
+        raise UserError(f"XLA_FLAGS={flags}: this jaxlib does not accept it ({reason[1]}): correct or remove the flag")
     with contextlib.suppress(OSError):
         accepted.parent.mkdir(parents=True, exist_ok=True)
         accepted.touch()

@@ -6,7 +6,9 @@ import fcntl
 import json
 import os
 import re
+import secrets
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +18,11 @@ from research.errors import UserError
 from research.record.storage import is_local
 
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # some network file systems
+
+
+def default_workdir(*names: str) -> str:
+    """Returns a folder for a record, such as runs/<name>/<date-time>-<random>; another one at every call."""
+    return "/".join(["runs", *names, f"{time.strftime('%Y-%m-%d-%H%M%S')}-{secrets.token_hex(3)}"])
 
 
 class Workdir:

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import select
 import signal
 import subprocess
 import sys
@@ -16,11 +15,10 @@ from command import DIGITS, read_summary
 from compiling import QUICKLY
 
 from launch import job as job_lib
-from launch import local, scaling
-from launch.sweeps import processes
+from launch import local
 from research.config import DistributedConfig
 from research.errors import UserError
-from research.process import child, distributed
+from research.process import distributed
 
 TESTS = Path(__file__).parent
 ARGS = [*DIGITS, "--config.num_epochs=2"]
@@ -189,62 +187,6 @@ def test_sigterm_to_one_process_stops_all_with_a_checkpoint(env, tmp_path):
     assert len(re.findall(r"stopped by SIGTERM at step [\d,]+ with a checkpoint", errors)) == 2
     assert len(set(re.findall(r"at step ([\d,]+) with", errors))) == 1
     assert not (tmp_path / "x/summary.json").exists()
-
-
-# Waits for a signal in place of training.
-WAITING = """
-import dataclasses, os, pathlib, signal
-import linear
-from research import app
-
-def run(experiment, argv, signals):
-    print("waiting", flush=True)
-    try:
-        signal.pause()
-    finally:
-        pathlib.Path("stopped" + os.environ["JAX_PROCESS_ID"]).write_text(signals.received.name)
-
-EXPERIMENT = dataclasses.replace(linear.EXPERIMENT, run=run)
-
-if __name__ == "__main__":
-    app.main(EXPERIMENT)
-"""
-
-
-def test_the_processes_of_a_killed_launcher_receive_sigterm(env, tmp_path):
-    (tmp_path / "waits.py").write_text(WAITING)
-    env = env | {"PYTHONPATH": f"{env['PYTHONPATH']}:{tmp_path}"}
-    command = [*LOCAL[:-1], "waits", "--processes=2", *DIGITS, "--workdir=x"]
-    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as launcher:
-        assert launcher.stdout
-        assert sorted(launcher.stdout.readline() for _ in range(2)) == ["[0] waiting\n", "[1] waiting\n"]
-        processes = [os.pidfd_open(pid) for pid in _children(launcher)]
-        launcher.kill()
-        for process in processes:
-            assert select.select([process], [], [], 60)[0], "still running"
-            os.close(process)
-    assert [(tmp_path / f"stopped{index}").read_text() for index in range(2)] == ["SIGTERM", "SIGTERM"]
-
-
-class _StartedError(Exception):
-    pass
-
-
-@pytest.mark.parametrize(
-    "start",
-    [
-        lambda: processes.run(2, [], lambda: None),
-        lambda: scaling._started(["true"], 1, communicate=False),
-        lambda: local._start(["true"], {}),
-    ],
-)
-def test_every_launcher_of_local_processes_starts_them_so_that_they_stop_with_it(start, monkeypatch):
-    def started(*_, **__):
-        raise _StartedError
-
-    monkeypatch.setattr(child, "start", started)
-    with pytest.raises(_StartedError):
-        start()
 
 
 def test_bad_input_starts_nothing(env, tmp_path):

@@ -73,7 +73,7 @@ def test_the_command_trains_and_evaluates(store, capsys):
 
 @pytest.mark.parametrize(
     ("path", "words"),
-    [("nothing://x", "local disk, gs:// or s3://"), ("s3://x/y", '"meshwork[s3]"'), ("az://x/y", "gs:// or s3://")],
+    [("nothing://x", "local folder, gs:// or s3://"), ("s3://x/y", '"meshwork[s3]"'), ("az://x/y", "gs:// or s3://")],
 )
 def test_an_unavailable_file_system_is_named(path, words, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)

@@ -13,7 +13,7 @@ _OUT = flags.DEFINE_string("out", str(Path(__file__).parent / "results"), "folde
 
 def folder() -> Path:
     """Returns the folder; exits with one line if it does not exist."""
-    out = Path(_OUT.value)
+    out = Path(os.path.expanduser(_OUT.value))
     if not out.is_dir():
         raise SystemExit(f"error: --out={out} is not a folder")
     return out

@@ -9,6 +9,7 @@ repeatedly with different seeds. The seconds are from the first train step to th
 
 import json
 import math
+import os
 import statistics
 import tempfile
 from pathlib import Path
@@ -52,7 +53,7 @@ def line(found: dict[str, Any]) -> str:
 def main() -> None:
     out, runs = output.folder(), str(RUNS.value)
     peer, preset = PEERS[GOAL.value], f"--config=airbench{GOAL.value}"
-    script = Path(AIRBENCH.value) / f"{peer}.py"
+    script = Path(os.path.expanduser(AIRBENCH.value)) / f"{peer}.py"
     if not script.exists():
         raise SystemExit(f"error: --airbench={AIRBENCH.value} has no {script.name}")
     dataset = sources.load(DatasetConfig(name="cifar10"))

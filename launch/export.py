@@ -80,7 +80,7 @@ def _out(job: job_lib.Job) -> Path:
         raise UserError("give --out=DIR, the folder for the artifact")
     if "://" in job.options.out:
         raise UserError(f"--out={job.options.out} is not on this machine: export to a local folder and copy it")
-    out = Path(job.options.out)
+    out = open_path(job.options.out)
     try:
         artifact.check_free(out)
     except ArtifactError as error:

@@ -8,8 +8,8 @@ Flags that WHERE does not define are passed on to the experiment, in the form in
 import dataclasses
 import importlib
 import importlib.util
+import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from research.experiment import Experiment
 from research.process.exit import exit_with
 from research.process.terminal import ignore_closed_output
 from research.record.storage import check_no_password
+from research.record.workdir import default_workdir
 
 _SWEEP = "launch.sweep"
 _RUN_SWEEP_WORKERS = ("local", "slurm", "tpu", "gke")  # these accept `launch.sweep experiments.WHAT`
@@ -125,7 +126,7 @@ def parse(where: str, doc: str, options: Any, argv: Sequence[str]) -> Job:
     module = _experiment_module(where, own)
     own = _without(own, module)
     experiment = _experiment(module)
-    workdir = workdir or f"runs/{where}/{experiment.name}/{time.strftime('%Y-%m-%d-%H%M%S')}"
+    workdir = os.path.expanduser(workdir) or default_workdir(where, experiment.name)
     check_no_password(workdir)
     is_remote = "://" in workdir
     if where in _KEEP_OWN_RECORD and not is_remote and (Path(workdir) / "config.json").exists():
@@ -177,7 +178,7 @@ def _given(experiment: Experiment, args: Sequence[str]) -> frozenset[str]:
 def _check_sweep(where: str, experiment: Experiment, options: Any, config: Any) -> None:
     """Raises `UserError` where a worker could not begin; the search space is checked only if Optuna is installed."""
     for text in options.search if where in ("tpu", "gke") else ():
-        if Path(text).is_absolute():
+        if Path(os.path.expanduser(text)).is_absolute():
             raise UserError(f"--search={text}: only this repository is copied to the machines; give a path within it")
     if importlib.util.find_spec("optuna"):
         sweep_options.check_search(experiment, options, config)

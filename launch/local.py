@@ -4,7 +4,8 @@ python -m launch.local experiments.cifar_cnn --processes=2 [--max_restarts=3] [f
 
 Each process uses one GPU if the machine has GPUs, else the CPU. Output lines are prefixed with the process's index. If
 a process fails, all are stopped, and the launcher exits with its code or, with --max_restarts, restarts all of them
-from the newest checkpoint. After Ctrl-C, SIGTERM or SIGHUP all processes save a checkpoint at the same step and exit.
+from the newest checkpoint. After Ctrl-C, SIGTERM or SIGHUP, and if the launcher is killed, all processes save a
+checkpoint at the same step and exit.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ from typing import IO
 from launch import job as job_lib
 from launch.job import Job
 from research.config import option
+from research.process import child
 
 _SECONDS_TO_STOP = 60.0  # after a stop signal, until the remaining processes are killed
 _SECONDS_AFTER_FAILURE = 5.0  # likewise, after one process has failed
@@ -95,9 +97,9 @@ def first_failed(codes: Sequence[int | None]) -> tuple[int, int] | None:
 
 def _start(command: list[str], environment: dict[str, str]) -> subprocess.Popen:
     # A new session, so that Ctrl-C reaches only the launcher, which then signals every process once.
-    return subprocess.Popen(
+    return child.start(
         command,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"} | environment,
+        os.environ | {"PYTHONUNBUFFERED": "1"} | environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

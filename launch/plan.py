@@ -165,7 +165,10 @@ def run(argv: Sequence[str]) -> int:
     options, wanted = job.options, candidates(job)
     import jax
 
+    from research.process import backend
+
     jax.config.update("jax_platforms", "cpu")
+    backend.check_settings()
     from launch.plans.planner import Planner
 
     began = time.monotonic()

@@ -45,9 +45,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = _Parser("launch.predict", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.allow_abbrev = False
     parser.add_argument("images", nargs="*", help="image files of the network's input size, and folders of them")
-    parser.add_argument("--artifact", required=True, type=Path, help="folder written by launch.export")
+    parser.add_argument("--artifact", required=True, type=_path, help="folder written by launch.export")
     parser.add_argument("--runtime", default="jax", choices=("jax", "iree"), help="compiles and runs the programs")
-    parser.add_argument("--out", type=Path, help="folder for the output images, new or empty")
+    parser.add_argument("--out", type=_path, help="folder for the output images, new or empty")
     parser.add_argument("--prompt", help="text to continue (default: a newline)")
     parser.add_argument("--length", type=_number(int, 1), help="number of characters to generate (default: 500)")
     parser.add_argument("--num_samples", type=_number(int, 1), help="number of texts (default: 1) or images")
@@ -57,6 +57,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--sample_seed", type=_number(int, 0, 2**32 - 1), help="random seed (default: 0)")
     return parser.parse_args(argv)
+
+
+def _path(text: str) -> Path:
+    return Path(os.path.expanduser(text))
 
 
 def _number(kind: Any, least: float, most: float = float("inf")) -> Callable[[str], Any]:

@@ -27,6 +27,7 @@ from launch.job import Job
 from research.config import option
 from research.errors import UserError
 from research.plots import scaling as scaling_plot
+from research.process import child
 from research.process.signals import Signals
 from research.record import storage
 
@@ -135,8 +136,8 @@ def _started(command: list[str], devices: int, *, communicate: bool) -> list[sub
     """Starts the processes, each pinned to one core."""
     processes = []
     for environment, core in _placements(devices, communicate=communicate):
-        process = subprocess.Popen(
-            command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        process = child.start(
+            command, os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         os.sched_setaffinity(process.pid, {core})
         processes.append(process)

@@ -195,11 +195,13 @@ def _set_devices(options: Any) -> bool:
     os.environ.update(processes.gpu_of_worker(os.environ))
     if options.processes > 1:  # leaves the accelerators' memory to the workers
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-    from research.process import compilation_cache
+    from research.process import backend, compilation_cache
     from research.training.population_devices import split_cpu
 
     compilation_cache.enable()
-    return split_cpu(options.population)
+    split = split_cpu(options.population)
+    backend.check()
+    return split
 
 
 def _metric(given: str, names: list[str], experiment: str) -> str:

@@ -27,6 +27,7 @@ from launch.gcloud import GcloudError, Tpu, TpuOptions
 from launch.job import Job
 from research.errors import UserError
 from research.process.signals import Signals
+from research.record.workdir import default_workdir
 
 _POLL_SECONDS = 10.0
 _FINAL_EXIT_CODES = (0, *job_lib.NON_RETRYABLE_EXIT_CODES)  # another TPU would not change the outcome
@@ -104,7 +105,7 @@ def _setup(tpu: Tpu, path: Path) -> None:
 
 def _run(tpu: Tpu, job: Job) -> int:
     """Runs the job, with the hosts' output shown and logged; returns the exit code."""
-    log = Path(f"runs/tpu/{job.experiment.name}/{time.strftime('%Y-%m-%d-%H%M%S')}/log.txt")
+    log = Path(default_workdir("tpu", job.experiment.name), "log.txt")
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
         process = subprocess.Popen(tpu.run(job), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

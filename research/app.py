@@ -14,7 +14,7 @@ from research.data import sources
 from research.errors import UserError
 from research.experiment import Experiment
 from research.flags import Command, parse
-from research.process import compilation_cache, distributed
+from research.process import backend, compilation_cache, distributed
 from research.process.exit import exit_with, own_exit_code
 from research.process.signals import Signals
 from research.process.terminal import ignore_closed_output
@@ -100,6 +100,7 @@ def start(config: Config, devices: Sequence[Any] | None = None) -> Any:
     compilation_cache.enable()
     optimizers.check(config.optimizer)
     distributed.join(config.distributed)
+    backend.check()
     return sharding.make_mesh(config, devices)
 
 

@@ -40,6 +40,9 @@ def _settings() -> Iterator[str]:
 def _devices() -> Iterator[str]:
     import jax
 
+    from research.process import backend
+
+    backend.check()
     for device in jax.devices():
         memory = (device.memory_stats() or {}).get("bytes_limit")
         yield f"{device.id}: {device.device_kind} ({device.platform})" + (

@@ -6,7 +6,6 @@ Every field of the experiment's Config is an absl flag, `--config.<path>`; `--co
 import copy
 import dataclasses
 import difflib
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from research.errors import UserError
 from research.experiment import Experiment
 from research.record import config_json
 from research.record.storage import open_path
-from research.record.workdir import read_json
+from research.record.workdir import default_workdir, read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +44,21 @@ class Command:
     reproduces: dict[str, Any] | None
 
 
+class _OptionalFloatParser(absl_flags.FloatParser):
+    """Parses a number, or None."""
+
+    def convert(self, argument: Any) -> Any:
+        return None if argument == "None" else super().convert(argument)
+
+
+def _define_optional_float(name: str, default: float | None, help: str, flag_values: absl_flags.FlagValues) -> None:
+    absl_flags.DEFINE(_OptionalFloatParser(), name, default, help, flag_values)
+
+
 DEFINE: dict[Any, Callable[..., Any]] = {
     int: absl_flags.DEFINE_integer,
     float: absl_flags.DEFINE_float,
-    float | None: absl_flags.DEFINE_float,
+    float | None: _define_optional_float,
     bool: absl_flags.DEFINE_boolean,
     str: absl_flags.DEFINE_string,
     tuple[str, ...]: absl_flags.DEFINE_multi_string,
@@ -150,7 +160,7 @@ def parse(experiment: Experiment, argv: Sequence[str], launcher: Sequence[str] =
     if values["help"].value:
         print(help_text(experiment))
         raise SystemExit(0)
-    workdir = open_path(values["workdir"].value or f"runs/{experiment.name}/{time.strftime('%Y-%m-%d-%H%M%S')}")
+    workdir = open_path(values["workdir"].value or default_workdir(experiment.name))
     earlier = _stored_config(experiment, workdir)
     mode = str(values["mode"].value)
     if mode != "train" and earlier is None:

@@ -103,7 +103,9 @@ def _lines(folder):
 def two(tmp_path_factory):
     """The workdir and the finished command of a run of two processes."""
     folder = tmp_path_factory.mktemp("two")
-    env = os.environ | {"XLA_FLAGS": QUICKLY, "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}"}
+    # Behind a proxy, which cannot reach this machine.
+    proxies = dict.fromkeys(("http_proxy", "https_proxy", "grpc_proxy"), "http://127.0.0.1:9")
+    env = os.environ | {"XLA_FLAGS": QUICKLY, "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}"} | proxies
     command = [*LOCAL, "--processes=2", *ARGS, f"--workdir={folder}", "--config.log_every_steps=1"]
     return folder, subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
 

@@ -1,15 +1,20 @@
 """`launch.job`: what all launchers say of themselves."""
 
 import shlex
+import time
+from pathlib import Path
 
 import pytest
 
 from experiments.cifar_cnn import EXPERIMENT
-from launch import export, gke, local, plan, scaling, slurm, sweep, tpu
+from launch import export, gke, local, plan, predict, scaling, slurm, sweep, tpu
 from launch import job as job_lib
+from launch.sweeps import search_space, study
 from launch.sweeps.options import SweepOptions
 from research import flags
+from research.data import tfds_sets
 from research.errors import UserError
+from research.record import storage
 
 pytest.importorskip("optuna", reason="the extra `sweep` is not installed")
 
@@ -54,6 +59,44 @@ def test_what_is_no_module_is_named(module):
         plan.run([module, "--topology=v5e-4"])
 
 
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A home folder, and another one as the working directory."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    return tmp_path / "home"
+
+
+def test_every_path_may_begin_with_the_home_folder(home):
+    """The shell does not expand `--flag=~/x`."""
+    home.mkdir()
+    (home / "space.py").write_text("def search(trial):\n    trial.suggest_int('model.width', 8, 9)\n")
+    assert flags.parse(EXPERIMENT, ["--workdir=~/x"]).workdir == home / "x"
+    assert job_lib.parse("local", "", local.LocalOptions(), ["linear", "--workdir=~/x"]).workdir == f"{home}/x"
+    predicted = predict.parse(["--artifact=~/a", "--out=~/o"])
+    assert (predicted.artifact, predicted.out) == (home / "a", home / "o")
+    (home / "o").mkdir()
+    (home / "o/file").touch()
+    with pytest.raises(UserError, match=f"{home}/o"):
+        export.run(["linear", "--workdir=~/x", "--out=~/o"])
+    assert search_space.parse(["~/space.py"], EXPERIMENT.default_config).function
+    study.open_storage("~/journal.log", home)
+    assert (home / "journal.log").exists()
+    assert tfds_sets.data_folder("~/o") == home / "o"
+    compare_with = storage.open_path("~/plot.png")
+    assert compare_with == home / "plot.png"
+    assert not list(Path().iterdir())
+
+
+def test_runs_started_in_the_same_second_have_different_workdirs(monkeypatch):
+    monkeypatch.setattr(time, "strftime", lambda _: "2026-01-01-000000")
+    workdirs = [flags.parse(EXPERIMENT, []).workdir for _ in range(3)]
+    workdirs += [job_lib.parse("local", "", local.LocalOptions(), ["linear"]).workdir for _ in range(3)]
+    assert len(set(workdirs)) == 6
+    assert all(str(workdir).startswith("runs/") for workdir in workdirs)
+
+
 LOCAL, TPU = ["--workdir=x", "--dry_run"], ["--workdir=gs://b/x", "--storage=postgresql://h/d", "--dry_run"]
 
 
@@ -65,6 +108,7 @@ LOCAL, TPU = ["--workdir=x", "--dry_run"], ["--workdir=gs://b/x", "--storage=pos
         (slurm, [*LOCAL, "--search=model.width=[8,9]", "--config.max_rewinds=1"], "--config.max_rewinds"),
         (slurm, [*LOCAL, RATE, "--storage=postgresql://u:secret@h/d"], "a URL with a password would appear in logs"),
         (tpu, [*TPU, "--search=/home/me/space.py"], "give a path within it"),
+        (tpu, [*TPU, "--search=~/space.py"], "give a path within it"),
         (local, [*LOCAL, "--seeds=3", "--config.seed=4294967295"], "seed"),
     ],
 )

@@ -160,6 +160,19 @@ def test_one_odd_image_of_several_ends_it_before_anything_is_said(classifier, tm
     assert line.startswith(f"error: {tmp_path / 'odd.png'} is not an intact image")
 
 
+def test_a_platform_without_devices_is_named(classifier, tmp_path, capsys, monkeypatch):
+    def raises():
+        raise AssertionError  # as JAX does without the platform's plugin
+
+    monkeypatch.setattr(jax, "default_backend", raises)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    with pytest.raises(SystemExit) as exit_:
+        predict.main([f"--artifact={classifier}", *_colors(tmp_path)])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert exit_.value.code == 2
+    assert line.startswith("error: JAX_PLATFORMS=cuda: jax finds no such device (its plugin is not installed)")
+
+
 def test_a_text_goes_on_as_the_network_would(language_model, model, capsys):
     args = [f"--artifact={language_model}", "--prompt=abc", "--length=12"]
     predict.run([*args, "--temperature=0"])

@@ -6,6 +6,7 @@ optuna = pytest.importorskip("optuna", reason="the extra `sweep` is not installe
 
 from experiments import cifar_cnn  # noqa: E402
 from launch.sweeps import search_space  # noqa: E402
+from research import flags  # noqa: E402
 from research.errors import UserError  # noqa: E402
 
 RATE = "optimizer.learning_rate"
@@ -68,6 +69,24 @@ def test_a_python_file_searches_and_is_checked(tmp_path):
     path.write_text("def search(trial):\n    trial.suggest_float('no_field', 0, 1)\n")
     with pytest.raises(UserError, match="no field no_field"):
         _parse(str(path))
+
+
+def test_an_optional_field_may_be_none(tmp_path):
+    """None is the default of the update rule; the command of the best trial repeats it."""
+    (tmp_path / "search.py").write_text(
+        "def search(trial):\n"
+        "    return {'optimizer.momentum': None, 'optimizer.learning_rate': trial.suggest_float('r', 0.1, 1)}\n"
+    )
+    space = _parse(str(tmp_path / "search.py"))
+    assert space.suggest(optuna.create_study().ask())["optimizer.momentum"] is None
+    assert [point[RATE] for point in _parse(f"{RATE}=[None,0.5]").grid()] == [None, 0.5]
+    momentum = ["--config.optimizer.momentum=0.5"]
+    assert flags.parse(cifar_cnn.EXPERIMENT, momentum).config.optimizer.momentum == 0.5
+    default = flags.parse(cifar_cnn.EXPERIMENT, [*momentum, "--config.optimizer.momentum=None"])
+    assert default.config.optimizer.momentum is None
+    (tmp_path / "search.py").write_text("def search(trial):\n    return {'label_smoothing': None}\n")
+    with pytest.raises(UserError, match="label_smoothing=None is not of type float"):
+        _parse(str(tmp_path / "search.py"))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from command import complains, run_here
 from drawn import read_lines, run, same
 from etils import epath
 from flax import nnx
+from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 from upath import UPath
 
 from research import app, compare
@@ -53,6 +54,10 @@ def test_a_remote_run_is_stopped_resumed_and_compared_like_a_local_one(store, st
     assert read_lines(store / "x") == read_lines(tmp_path / "whole")
     assert json.loads((store / "x/summary.json").read_text()) == other
     assert (store / "x/curves.png").read_bytes().startswith(b"\x89PNG")
+    files = sorted((store / "x/tensorboard").iterdir(), key=str)
+    events = [event for file in files for event in LegacyEventFileLoader(str(file)).Load()]
+    steps = [event.step for event in events if any(value.tag == "loss" for value in event.summary.value)]
+    assert steps == [line["step"] for line in read_lines(store / "x")]
     compare.run(["memory://runs/x", str(tmp_path / "whole"), "--picture=memory://runs/both.png"])
     assert "test_loss" in capsys.readouterr().out
     assert (store / "both.png").exists()
@@ -68,7 +73,7 @@ def test_the_command_trains_and_evaluates(store, capsys):
 
 @pytest.mark.parametrize(
     ("path", "words"),
-    [("nothing://x", "local disk, gs:// or s3://"), ("s3://x/y", '"meshwork[s3]"'), ("az://x/y", "gs:// or s3://")],
+    [("nothing://x", "local folder, gs:// or s3://"), ("s3://x/y", '"meshwork[s3]"'), ("az://x/y", "gs:// or s3://")],
 )
 def test_an_unavailable_file_system_is_named(path, words, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)

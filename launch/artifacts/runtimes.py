@@ -1,5 +1,6 @@
 """Compiles and runs the programs of an artifact with JAX or IREE: `outputs = runtime(function, inputs)`."""
 
+import os
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -100,7 +101,14 @@ class JaxRuntime(Runtime):
 
     def __init__(self, artifact: Artifact):
         super().__init__(artifact)
-        platform = jax.default_backend()
+        try:
+            platform = jax.default_backend()
+        except Exception as error:  # RuntimeError; AssertionError without a text if the platform's plugin is missing
+            why = str(error).partition(" (set JAX_PLATFORMS")[0][:200] or "its plugin is not installed"
+            raise ArtifactError(
+                f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: jax finds no such device ({why}): "
+                "set JAX_PLATFORMS=cpu"
+            ) from None
         self.name = f"jax on {platform}"
         platforms = {platform} | ({"cuda", "rocm"} if platform == "gpu" else set())
         if not platforms & set(artifact.manifest["platforms"]):

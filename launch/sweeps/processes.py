@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from research.errors import UserError
+from research.process import child
 
 _GPUS = Path("/proc/driver/nvidia/gpus")
 _POLL_SECONDS = 1.0
@@ -31,7 +32,7 @@ def run(count: int, argv: Sequence[str], show: Callable[[], None]) -> None:
     for index in range(count):
         inherited = {name: value for name, value in os.environ.items() if name != "XLA_PYTHON_CLIENT_PREALLOCATE"}
         environment = inherited | one_gpu(index, os.environ)
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
+        process = child.start(command, environment, stdout=subprocess.DEVNULL, start_new_session=True)
         # Small networks cannot use several cores, so each worker is pinned to its share.
         os.sched_setaffinity(process.pid, set(cores[index % len(cores) :: count]) or set(cores))
         processes.append(process)

@@ -13,6 +13,7 @@ import dataclasses
 import importlib.util
 import itertools
 import math
+import os
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -169,6 +170,8 @@ def _distribution(where: str, spec: str, kind: Any) -> Distribution:
 
 def _value(where: str, text: str, kind: Any) -> Any:
     text = text.strip().strip("'\"")
+    if text == "None" and isinstance(None, kind):
+        return None
     try:
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
@@ -192,7 +195,7 @@ def check_value(path: str, value: Any, config: Config) -> None:
     """Raises `UserError` if the field is unknown, or the value has another type or is out of bounds."""
     field = _field(path, config, "--search")
     kind: Any = field.type
-    fitting = kind if kind in (bool, int, str) else int | float
+    fitting = kind if kind in (bool, int, str) else kind | int
     if not isinstance(value, fitting) or isinstance(value, bool) != (kind is bool):
         raise UserError(f"--search: {path}={value!r} is not of type {getattr(kind, '__name__', 'float')}")
     changed = copy.deepcopy(config)
@@ -201,7 +204,7 @@ def check_value(path: str, value: Any, config: Config) -> None:
 
 
 def _from_file(name: str, config: Config) -> SearchSpace:
-    path = Path(name)
+    path = Path(os.path.expanduser(name))
     try:
         spec = importlib.util.spec_from_file_location("meshwork_search", path)
         assert spec

@@ -35,7 +35,7 @@ def open_storage(text: str, workdir: Path) -> optuna.storages.BaseStorage:
     Raises:
       UserError: it cannot be reached.
     """
-    path = Path(text) if text else workdir / "journal.log"
+    path = Path(os.path.expanduser(text)) if text else workdir / "journal.log"
     try:
         if "://" in text:
             return _database(text)

@@ -66,15 +66,29 @@ def join(config: DistributedConfig) -> None:
         address, count, index = placement
         if count > 1:
             _rendezvous(address, count, index, config.timeout)
-            jax.distributed.initialize(address, count, index, **options)
+            with _without_proxies():
+                jax.distributed.initialize(address, count, index, **options)
     elif config.start == "always":
         try:
-            jax.distributed.initialize(**options)
+            with _without_proxies():
+                jax.distributed.initialize(**options)
         except (RuntimeError, ValueError) as error:
             raise UserError(
                 f"--config.distributed.start=always: the other processes were not found ({error}): set "
                 "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
             ) from None
+
+
+@contextmanager
+def _without_proxies() -> Iterator[None]:
+    """Hides the proxies of the environment from gRPC, which chooses how to reach the coordinator within it."""
+    # Not NO_PROXY=host: the host is not known here where `jax.distributed` detects the cluster.
+    names = ("grpc_proxy", "https_proxy", "http_proxy")
+    hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def force_exit_code(code: int) -> None:

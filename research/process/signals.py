@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -18,7 +19,7 @@ class StoppedError(UserError):
 
 
 class Signals:
-    """Handles stop signals: at once by default, between dispatches within `deferred`. For the main thread only.
+    """Handles stop signals: at once by default, between dispatches within `deferred`.
 
     Attributes:
       received: the first signal within `deferred`, or the one that raised `StoppedError`; None before any.
@@ -44,7 +45,13 @@ class Signals:
 
     @contextmanager
     def handled(self) -> Iterator["Signals"]:
-        """Installs the handlers: within it a signal raises `StoppedError`. Restores the earlier handlers afterwards."""
+        """Installs the handlers: within it a signal raises `StoppedError`. Restores the earlier handlers afterwards.
+
+        Python allows handlers only in the main thread; in another one this installs none.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
         numbers = [signal.SIGTERM, signal.SIGINT]
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
             numbers.append(signal.SIGHUP)

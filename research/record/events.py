@@ -1,6 +1,10 @@
 """Writes TensorBoard events without TensorFlow: `tensorboard --logdir=<workdir>` shows them.
 
-The file is a TFRecord: for each event its length, the length's checksum, the event, and the event's checksum.
+tensorboardX has the protocol buffers and the checksum. Its writers are not used: they write in a background thread, so
+that a full disk blocks training and `flush` returns before everything is in the file; they cannot write to all object
+stores; and they cannot truncate.
+
+A file is a TFRecord: for each event its length, the length's checksum, the event, and the event's checksum.
 """
 
 import importlib
@@ -11,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from research.record import storage
 from research.record.storage import Log
 
 _NAME = "events.out.tfevents.run"
@@ -30,26 +35,40 @@ def _tensorboardx(module: str) -> Any:
             del sys.modules["torch"]
 
 
-def _frame(data: bytes) -> bytes:
+def _encode(**fields: Any) -> bytes:
     """Encodes an event as a TFRecord entry."""
     masked_crc32c = _tensorboardx("record_writer").masked_crc32c
+    data = _tensorboardx("proto.event_pb2").Event(wall_time=time.time(), **fields).SerializeToString()
     header = struct.pack("<Q", len(data))
     return header + struct.pack("<I", masked_crc32c(header)) + data + struct.pack("<I", masked_crc32c(data))
 
 
-def _frames(data: bytes) -> Iterator[bytes]:
-    """Yields the events in a file, without an unfinished last one."""
+def _decode(data: bytes) -> Iterator[tuple[Any, int]]:
+    """Yields the events in a file, each with the offset of its end; leaves out an unfinished last one."""
     start = 0
     while start + 12 <= len(data):
-        end = start + 12 + struct.unpack_from("<Q", data, start)[0]
-        if end + 4 > len(data):
+        end = start + 16 + struct.unpack_from("<Q", data, start)[0]
+        if end > len(data):
             return
-        yield data[start + 12 : end]
-        start = end + 4
+        yield _tensorboardx("proto.event_pb2").Event.FromString(data[start + 12 : end - 4]), end
+        start = end
+
+
+def _find_superseded(data: bytes, step: int) -> tuple[int, Any]:
+    """Returns the size of a file without the events of `step` and later steps, and the last config in it, or None."""
+    size, config = 0, None
+    for event, end in _decode(data):
+        values = event.summary.value
+        if values and event.step >= step:
+            break
+        size = end
+        if values and values[0].tag.startswith(_CONFIG):
+            config = event.summary
+    return size, config
 
 
 class Events:
-    """Writes `tensorboard/events.out.tfevents.run`. After any failure it warns once and writes no more events.
+    """Writes `tensorboard/events.out.tfevents.run.<number>`. After any failure it warns once and writes no more events.
 
     Args:
       workdir: an existing folder.
@@ -57,34 +76,38 @@ class Events:
     """
 
     def __init__(self, workdir: Path, warning: Callable[[str], None]):
-        self._path = workdir / "tensorboard" / _NAME
+        self._folder = workdir / "tensorboard"
         self._warning = warning
         self._log: Log | None = None
 
-    def start(self, config: str, step: int, before: int) -> None:
-        """Starts the file, or truncates it to the state at a step from which the run resumes.
+    def start(self, config: str, step: int) -> None:
+        """Starts a new file, and removes the events of `step` and later steps from the earlier ones.
 
         Args:
           config: the run's config, as Markdown.
-          step: images of later steps are dropped.
-          before: scalars of this and later steps are dropped.
+          step: the first step that will be added.
         """
 
-        def restart(log: Log) -> None:
-            Event, text = _tensorboardx("proto.event_pb2").Event, _tensorboardx("summary").text
-            kept = bytearray(_frame(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString()))
-            kept += _frame(Event(wall_time=time.time(), summary=text(_CONFIG, config)).SerializeToString())
-            for data in _frames(self._path.read_bytes()) if self._path.exists() else ():
-                event = Event.FromString(data)
-                values = event.summary.value
-                last = step if values and values[0].HasField("image") else before - 1
-                if values and event.step <= last and not values[0].tag.startswith(_CONFIG):
-                    kept += _frame(data)
-            self._path.parent.mkdir(exist_ok=True)
-            log.replace(bytes(kept))
+        def start() -> None:
+            self._folder.mkdir(exist_ok=True)
+            files = {path: path.read_bytes() for path in sorted(self._folder.glob(f"{_NAME}*"))}
+            found = {path: _find_superseded(data, step) for path, data in files.items()}
+            configs = [config for _, config in found.values() if config is not None]
+            # TensorBoard reads a file to its end and then the next one, whose START event makes it forget the
+            # superseded steps. A file that it has open must therefore neither be replaced nor grow again.
+            new = _encode(file_version="brain.Event:2") + _encode(step=step, session_log={"status": "START"})
+            summary = _tensorboardx("summary").text(_CONFIG, config)
+            if configs[-1:] != [summary]:
+                new += _encode(step=step - 1, summary=summary)
+            last = max((int(path.suffix[1:]) for path in files if path.suffix[1:].isdecimal()), default=0)
+            self._log = Log(self._folder / f"{_NAME}.{last + 1:06}")
+            self._log.append(new)
+            self._log.sync()
+            for path, (size, _) in found.items():
+                if size < len(files[path]):
+                    storage.truncate(path, size)
 
-        self._log = Log(self._path)
-        self._try(restart)
+        self._try(start)
 
     def scalars(self, row: dict[str, Any]) -> None:
         """Adds the numbers of a line of metrics.jsonl, each under its name, at the line's step."""
@@ -98,20 +121,16 @@ class Events:
 
     def sync(self) -> None:
         """Returns once everything that was added is in the file."""
-        self._try(Log.sync)
+        if self._log is not None:
+            self._try(self._log.sync)
 
     def _add(self, step: int, values: list[dict[str, Any]]) -> None:
-        def append(log: Log) -> None:
-            event = _tensorboardx("proto.event_pb2").Event(wall_time=time.time(), step=step, summary={"value": values})
-            log.append(_frame(event.SerializeToString()))
+        if (log := self._log) is not None:
+            self._try(lambda: log.append(_encode(step=step, summary={"value": values})))
 
-        self._try(append)
-
-    def _try(self, action: Callable[[Log], None]) -> None:
-        if self._log is None:
-            return
+    def _try(self, action: Callable[[], None]) -> None:
         try:
-            action(self._log)
+            action()
         except Exception as error:
             self._log = None
             self._warning(f"TensorBoard events are no longer written: {error.__cause__ or error}")

@@ -19,7 +19,7 @@ _EXTRAS = {"gs": "gcs", "s3": "s3"}  # the object stores to which Orbax can writ
 
 
 def open_path(text: str) -> Path:
-    """Parses a local path or a URL.
+    """Parses a local path, where ~ is the user's home, or a URL.
 
     Raises:
       UserError: the scheme is not gs:// or s3://, its package is not installed, the storage cannot be reached, the URL
@@ -33,7 +33,7 @@ def open_path(text: str) -> Path:
             "ASCII name"
         ) from None
     if "://" not in text:
-        return Path(text)
+        return Path(os.path.expanduser(text))
     check_no_password(text)
     scheme, _, place = text.partition("://")
     if scheme == "file":
@@ -108,6 +108,19 @@ def replace(path: Path, data: bytes) -> None:
                 raise
         else:
             path.write_bytes(data)
+
+
+def truncate(path: Path, size: int) -> None:
+    """Cuts a file after its first `size` bytes, in place where it is local: a reader that has it open sees the end.
+
+    Raises:
+      RecordError: it could not be written.
+    """
+    if is_local(path):
+        with writing(path):
+            os.truncate(path, size)
+    else:
+        replace(path, path.read_bytes()[:size])
 
 
 class Log:

@@ -1,10 +1,14 @@
 """Creates and locks a run's workdir, and reads the files in it."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
+import re
+import secrets
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -13,12 +17,20 @@ from typing import Any
 from research.errors import UserError
 from research.record.storage import is_local
 
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # some network file systems
+
+
+def default_workdir(*names: str) -> str:
+    """Returns a folder for a record, such as runs/<name>/<date-time>-<random>; another one at every call."""
+    return "/".join(["runs", *names, f"{time.strftime('%Y-%m-%d-%H%M%S')}-{secrets.token_hex(3)}"])
+
 
 class Workdir:
     """A context that creates a run's workdir and locks it against a second run.
 
     The lock is an `flock` on `.lock`, which names the process that holds it; the operating system releases it however
-    the process ends. Folders that the context created are removed on exit if the run wrote no config.json.
+    the process ends. A file system without locks has the file `.lock-holder` instead for as long as the run lasts.
+    Folders that the context created are removed on exit if the run wrote no config.json.
 
     Object stores have no locks, so there a second run is not detected.
 
@@ -30,6 +42,7 @@ class Workdir:
         self.path = path
         self._created: list[Path] = []
         self._lock = -1
+        self._holder: Path | None = None
 
     def __enter__(self) -> "Workdir":
         lock = self.path / ".lock"
@@ -39,13 +52,14 @@ class Workdir:
             self._created = [path for path in (lock, self.path, *self.path.parents) if not path.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._acquire()
             os.truncate(self._lock, 0)
             os.pwrite(self._lock, _owner().encode(), 0)
         except BlockingIOError:
             owner = os.pread(self._lock, 200, 0).decode(errors="replace") or "another process"
             os.close(self._lock)
-            raise UserError(f"--workdir={self.path} is in use by {owner}: give another --workdir") from None
+            advice = f", or delete {self._holder} if that process has ended" if self._holder else ""
+            raise UserError(f"--workdir={self.path} is in use by {owner}: give another --workdir{advice}") from None
         except OSError as error:
             self._discard()
             raise UserError(f"--workdir={self.path} cannot be written: {error.strerror}") from None
@@ -56,9 +70,27 @@ class Workdir:
     ) -> None:
         if not is_local(self.path):
             return
+        if self._holder:
+            self._holder.unlink(missing_ok=True)
         if not (self.path / "config.json").exists():
             self._discard()
         os.close(self._lock)
+
+    def _acquire(self) -> None:
+        """Raises `BlockingIOError` if another run has the lock."""
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            self._holder = self.path / ".lock-holder"
+            if self._holder.exists() and _has_ended(self._holder.read_text(errors="replace")):
+                self._holder.unlink(missing_ok=True)
+            try:
+                with self._holder.open("x") as file:
+                    file.write(_owner())
+            except FileExistsError:
+                raise BlockingIOError from None
 
     def _discard(self) -> None:
         for path in self._created:
@@ -68,6 +100,20 @@ class Workdir:
 
 def _owner() -> str:
     return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def _has_ended(owner: str) -> bool:
+    """Whether the owner of a lock is a process of this machine that no longer runs."""
+    found = re.fullmatch(r"process (\d+) on (.+)", owner)
+    if not found or found[2] != socket.gethostname():
+        return False
+    try:
+        os.kill(int(found[1]), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # it is another user's
+        return False
+    return False
 
 
 @contextlib.contextmanager

@@ -110,9 +110,10 @@ class Writer:
             steps = list(map(_parse_step, lines))
             if damaged := sum(map(math.isnan, steps)):
                 self.warning(f"metrics.jsonl: {damaged} damaged line{'s' if damaged > 1 else ''} left out")
-            kept = [line for line, at in zip(lines, steps) if at < row.get("step", step + 1)]
+            first_step = row.get("step", step + 1)
+            kept = [line for line, at in zip(lines, steps) if at < first_step]
             self._metrics.replace("".join(kept).encode())
-            self._events.start(self._config, step, row.get("step", step + 1))
+            self._events.start(self._config, first_step)
         # Compilation and a rewound part of the run do not count when estimating the remaining time.
         self._start = self._last_line = time.monotonic()
         self._bar.reset()

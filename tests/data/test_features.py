@@ -12,7 +12,8 @@ from test_sources import examples, image_features, make_set
 from experiments import cifar_cnn, mnist_vae
 from research import app
 from research.config import DatasetConfig
-from research.data import sources, tfds_records, tfds_sets
+from research.data import sources, tfds_records
+from research.data.batch import Batch
 from research.errors import UserError
 from research.tasks.classification import check_labels
 
@@ -118,7 +119,7 @@ def test_images_without_labels_suit_an_autoencoder_and_no_classifier(data_dir):
         app.load(cifar_cnn.EXPERIMENT, dataclasses.replace(cifar_cnn.get_config(), dataset=config.dataset))
     config, pets, task = app.load(mnist_vae.EXPERIMENT, config)
     model = task.create_model(nnx.Rngs(0))
-    batch = {"image": pets.train["image"], "index": np.arange(8), "epoch": np.zeros(8, int), "step": np.int32(0)}
+    batch = Batch({"image": pets.train["image"]}, np.arange(8), step=np.int32(0))
     evaluate = functools.partial(task.evaluate, model, train=True)
     assert jax.eval_shape(evaluate, batch, key=jax.random.key(0))["loss"].shape == (8,)
 
@@ -155,7 +156,7 @@ def text_features(f):
 
 @pytest.mark.parametrize("at_once", [1, 3, 2000])
 def test_texts_are_separated_by_newlines_in_the_order_of_tfds(data_dir, monkeypatch, at_once):
-    monkeypatch.setattr(tfds_sets, "_EXAMPLES_AT_ONCE", at_once)
+    monkeypatch.setattr(tfds_records, "_EXAMPLES_AT_ONCE", at_once)
     splits = {"train": [*texts(7), {"text": ""}, {"text": "ends itself\n"}], "test": texts(1)}
     path = make_set(data_dir, "poems", text_features, splits)
     stored = [e["text"] for e in tfds_records.import_tfds().builder_from_directory(path).as_data_source("train")]

@@ -3,17 +3,21 @@
 SIGTERM is tested in test_resume.py, several processes in test_distributed.py.
 """
 
+import dataclasses
 import os
 import pty
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
+import linear
 import pytest
 from command import DIGITS
 
+from research import app
 from research.process.signals import Signals
 
 pytestmark = pytest.mark.faults
@@ -77,3 +81,19 @@ def test_nohup_is_respected(monkeypatch):
             os.kill(os.getpid(), signal.SIGHUP)
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_outside_the_main_thread_it_runs_without_handlers():
+    """As from a notebook's or a server's thread, where Python refuses to install them."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run(_, argv, signals):
+        with signals.deferred():
+            handlers.append(signal.getsignal(signal.SIGTERM))
+
+    experiment = dataclasses.replace(linear.EXPERIMENT, run=run)
+    handlers = []
+    thread = threading.Thread(target=app.main, args=(experiment, []))
+    thread.start()
+    thread.join()
+    assert handlers == [before]

@@ -3,7 +3,10 @@
 Terminals are tested in test_terminal.py: a closed stdout, `| head -1`, TERM=dumb, 40 columns.
 """
 
+import errno
+import fcntl
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -12,7 +15,8 @@ import pytest
 from command import COMMAND, DIGITS, complains, read_summary
 from drawn import read_lines, run
 
-from research.errors import OutOfMemoryError, as_out_of_memory_error
+from research.errors import OutOfMemoryError, UserError, as_out_of_memory_error
+from research.record.workdir import Workdir
 
 pytestmark = pytest.mark.faults
 
@@ -56,6 +60,33 @@ def test_a_clock_that_jumps_back_a_day_at_every_reading(stop, tmp_path, monkeypa
     assert read_lines(tmp_path / "x") == read_lines(tmp_path / "whole")
     assert all(summary[name] > 0 for name in ("train_seconds", "wall_seconds", "examples_per_second"))
     assert whole.step == 22
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks(number, monkeypatch, tmp_path):
+    """A second run is refused; a lock of a killed run of this machine is taken over, another machine's is named."""
+
+    def fails(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", fails)
+    holder = tmp_path / "x/.lock-holder"
+    with Workdir(tmp_path / "x"):
+        owner = holder.read_text()
+        assert owner == f"process {os.getpid()} on {socket.gethostname()}"
+        with pytest.raises(UserError, match=rf"x is in use by {owner}: give another .* or delete {holder} if"):
+            Workdir(tmp_path / "x").__enter__()
+        assert holder.read_text() == owner
+        (tmp_path / "x/config.json").write_text("{}")
+    assert not holder.exists()
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    holder.write_text(owner.replace(str(os.getpid()), str(ended.pid)))
+    with Workdir(tmp_path / "x"):
+        assert holder.read_text() == owner
+    holder.write_text(f"process {ended.pid} on another")
+    with pytest.raises(UserError, match="or delete"):
+        Workdir(tmp_path / "x").__enter__()
 
 
 def test_out_of_memory_names_the_fields_to_lower(forks, tmp_path):

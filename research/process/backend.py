@@ -1,0 +1,65 @@
+"""Checks that JAX can start with the settings of the environment, before data is loaded."""
+
+import contextlib
+import hashlib
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+
+import jax
+
+from research.data import cache
+from research.errors import UserError
+from research.process import xla_flags
+
+# Flax and Optax rely on the standard promotion of dtypes and ranks, as this code does.
+_UNSUPPORTED = {"jax_numpy_dtype_promotion": "strict", "jax_numpy_rank_promotion": "raise"}
+
+
+def check() -> None:
+    """Checks the settings and initializes JAX's devices.
+
+    Raises:
+      UserError: a setting is not supported, or JAX_PLATFORMS names a platform that has no devices here.
+    """
+    check_settings()
+    try:
+        jax.devices()
+    except Exception as error:  # RuntimeError; AssertionError without a text if the platform's plugin is missing
+        platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
+        why = str(error).partition(" (set JAX_PLATFORMS")[0][:200] or "its plugin is not installed"
+        raise UserError(
+            f"JAX_PLATFORMS={platforms or ''}: JAX finds no such device ({why}): unset it, or set JAX_PLATFORMS=cpu"
+        ) from None
+
+
+def check_settings() -> None:
+    """Checks settings of JAX and XLA; initializes no devices.
+
+    Raises:
+      UserError: a setting is not supported.
+    """
+    for name, value in _UNSUPPORTED.items():
+        if getattr(jax.config, name) == value:
+            raise UserError(f"{name.upper()}={value} is not supported, by Flax and Optax neither: unset it")
+    _check_xla_flags()
+
+
+def _check_xla_flags() -> None:
+    flags = " ".join(flag for flag in os.environ.get("XLA_FLAGS", "").split() if flag not in xla_flags.FLAGS)
+    if not flags:
+        return
+    # XLA ends the process at a flag that it cannot parse, so another process tries them: once, as it takes 0.3 s.
+    digest = hashlib.sha256(f"{version('jaxlib')} {flags}".encode()).hexdigest()[:16]
+    accepted = cache.folder() / f"xla-flags-{digest}"
+    if accepted.exists():
+        return
+    command = [sys.executable, "-c", "from jaxlib import xla_client; xla_client.CompileOptions()"]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if done.returncode and (reason := re.search(r"\.cc:\d+\] (.+)", done.stderr)):
+        raise UserError(f"XLA_FLAGS={flags}: this jaxlib does not accept it ({reason[1]}): correct or remove the flag")
+    with contextlib.suppress(OSError):
+        accepted.parent.mkdir(parents=True, exist_ok=True)
+        accepted.touch()

@@ -185,7 +185,7 @@ def mistakes(
         image = images[i][::step, ::step]
         image = image.squeeze(-1) if image.shape[-1] == 1 else image
         axes.imshow(image, cmap="gray", vmin=0, vmax=255, extent=(left, left + 1, bottom, bottom + 1))
-        label, prediction = (drawing.literal(names[int(index[i])], 24) for index in (labels, predictions))
+        label, prediction = (drawing.literal(names[k], 24) for k in (int(labels[i]), int(predictions[i])))
         separator = ", " if len(label) + len(prediction) < 24 else ",\n"
         text = f"{label}{separator}{prediction} ({confidences[i]:.2f})"
         axes.text(left + 0.5, bottom + 1.02, text, ha="center", va="bottom", fontsize="x-small")
@@ -258,6 +258,7 @@ def scaling_law(found: Mapping[str, Any]) -> Any:
             axes.errorbar([row["size"]], [row["expected"]], bars, fmt="s", capsize=4, color=color, label=name)
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(*zip(*dict(zip(labels, zip(handles, labels))).values()), fontsize="small")
-    axes.set(xlabel=found["by"], ylabel=found["figure"], xscale="log")
+    top = 2 * max(*values, *(row["expected"] for row in beyond))  # intervals far beyond the data may be enormous
+    axes.set(xlabel=found["by"], ylabel=found["figure"], xscale="log", ylim=(None, min(top, axes.get_ylim()[1])))
     axes.grid(alpha=0.3)
     return figure

@@ -4,6 +4,7 @@ import io
 import itertools
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 
 from research import plots
 from research.record import drawing
+from research.tasks import vae
 
 NAMES = ("ant", "bee", "cow")
 
@@ -185,6 +187,7 @@ def test_plots_need_no_backend(env, tmp_path):
     """Nor does the page of a sweep."""
     program = """
 from research.record import drawing
+from research.tasks import vae
 drawing.save(Path("x.png"), lambda: drawing.figure(1, 1))
 drawing.import_matplotlib()
 if importlib.util.find_spec("optuna"):
@@ -194,3 +197,22 @@ if importlib.util.find_spec("optuna"):
     done = subprocess.run(command, env=env | {"MPLBACKEND": "nonsense"}, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "x.png").exists()
+
+
+def test_a_large_test_set_is_plotted_in_part(monkeypatch):
+    """The autoencoder's inputs are float32 images: those of a whole test set may not fit in memory."""
+    monkeypatch.setattr(vae, "_MAX_PLOTTED_PIXELS", 40)
+    task = vae.VAE(lambda _: None, (2, 2, 1), "bernoulli", "fixed")  # pyright: ignore
+    encoded = []
+
+    def predict(function, arrays):
+        count = len(next(iter(arrays.values())))
+        if function != task.encoded:
+            return np.zeros((count, 2, 2, 1))
+        encoded.append(count)
+        return np.zeros((count, 2, 2, 1)), np.zeros((count, 2))
+
+    test = {"image": np.zeros((200, 2, 2, 1), np.uint8), "label": np.zeros(200, int)}
+    pictures = task.pictures(predict, SimpleNamespace(test=test, label_names=["a"]))  # pyright: ignore
+    assert encoded == [60]  # 50 for the reconstructions, 10 of 4 pixels
+    assert len(pictures["latents"]().axes[0].collections[0].get_offsets()) == 60

@@ -150,7 +150,8 @@ def _confused_pairs(labels: np.ndarray, predictions: np.ndarray, names: Sequence
     axes = figure.subplots()
     bars = axes.barh(range(len(pairs)), counts)
     axes.bar_label(bars, [f"{n:,} ({n / totals[pair // len(names)]:.0%})" for pair, n in zip(pairs, counts)], padding=3)
-    shown = [" -> ".join(drawing.literal(names[i], 24) for i in divmod(pair, len(names))) for pair in pairs.tolist()]
+    both = (divmod(int(pair), len(names)) for pair in pairs)
+    shown = [f"{drawing.literal(names[i], 24)} -> {drawing.literal(names[k], 24)}" for i, k in both]
     axes.set_yticks(range(len(pairs)), shown, fontsize="small")
     axes.invert_yaxis()
     axes.margins(x=0.15)

@@ -19,6 +19,7 @@ from experiments import char_rnn, cifar_cnn, mnist_vae
 from research import optimizers
 from research.config import CNNConfig, Config, DatasetConfig, OptimizerConfig, RNNConfig, VAEConfig
 from research.experiment import Experiment
+from research.record import drawing
 
 _RULES = ("sgd", "momentum", "nesterov", "adagrad", "adam", "muon")
 
@@ -97,10 +98,8 @@ def line(row: dict[str, Any]) -> str:
 
 def picture(rows: list[dict[str, Any]]) -> Any:
     """Plots each rule's test metric, mean and standard deviation: a panel per study, a color per batch size."""
-    from matplotlib.figure import Figure
-
     panels = list(dict.fromkeys(row["what"] for row in rows))
-    figure = Figure(figsize=(3.6 * len(panels), 3.6), layout="constrained")
+    figure = drawing.figure(3.6 * len(panels), 3.6)
     for what, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0]):
         shown = [row for row in rows if row["what"] == what and row["standard_deviation"] is not None]
         for batch_size in dict.fromkeys(row["batch_size"] for row in shown):
@@ -126,7 +125,7 @@ def main() -> None:
                 row = measure(study, rule, batch_size, several_seeds.SEEDS.value)
                 print(line(row), flush=True)
                 rows = output.merge(out, "algorithms", [row], ("what", "rule", "batch_size"))
-    picture(rows).savefig(out / "algorithms.png", dpi=100)
+    drawing.save(out / "algorithms.png", lambda: picture(rows))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from absl import app, flags
 
 from research.errors import UserError
 from research.process.exit import exit_with
+from research.process.terminal import ignore_output_errors
 
 
 def start(main: Callable[[], None]) -> None:
@@ -29,7 +30,8 @@ def start(main: Callable[[], None]) -> None:
         except UserError as error:
             exit_with(error)
 
-    app.run(run_main, flags_parser=parsed)
+    with ignore_output_errors():
+        app.run(run_main, flags_parser=parsed)
 
 
 def run(name: str, args: Sequence[str], environment: Mapping[str, str] | None = None) -> str:

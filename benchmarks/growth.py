@@ -23,6 +23,7 @@ from launch.plans.hlo import Program
 from research import sharding
 from research.config import CNNConfig, Config, OptimizerConfig, RNNConfig
 from research.data.sources import Dataset
+from research.record import drawing
 from research.training.run import Training
 
 _UNITS = 128
@@ -131,9 +132,7 @@ def line(row: dict[str, Any]) -> str:
 
 def picture(rows: list[dict[str, Any]]) -> Any:
     """Plots time by FLOPs, both logarithmic; dotted: proportional to the FLOPs."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 5), layout="constrained")
+    figure = drawing.figure(7, 5)
     axes = figure.subplots()
     for grows in dict.fromkeys(row["grows"] for row in rows):
         work, seconds = np.array([(r["gflop"], r["seconds_per_step"]) for r in rows if r["grows"] == grows]).T
@@ -154,7 +153,7 @@ def main() -> None:
         rows.append(measure(case))
         print(line(rows[-1]), flush=True)
     output.write(out, "growth", rows)
-    picture(rows).savefig(out / "growth.png", dpi=120)
+    drawing.save(out / "growth.png", lambda: picture(rows))
 
 
 if __name__ == "__main__":

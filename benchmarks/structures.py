@@ -24,6 +24,7 @@ from launch import measure
 from launch.plans.hlo import Program
 from launch.sweeps import scaling_law
 from research.config import DatasetConfig
+from research.record import drawing
 
 NETWORKS = {
     "simple": [{"width": width} for width in (8, 16, 32, 64)],
@@ -99,10 +100,10 @@ def line(row: dict[str, Any]) -> str:
 
 def picture(rows: list[dict[str, Any]]) -> Any:
     """Plots test accuracy by parameters, FLOPs and seconds, with a line per network."""
-    from matplotlib.figure import Figure
+    figure = drawing.figure(12, 3.8)
+    # Not earlier: `drawing` sees to it that matplotlib can be imported.
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    figure = Figure(figsize=(12, 3.8), layout="constrained")
     sizes = {"parameters": "parameters", "flops": "FLOPs of the training", "seconds": "seconds of training"}
     for axes, (size, label) in zip(figure.subplots(1, len(sizes), sharey=True), sizes.items()):
         for network in dict.fromkeys(row["network"] for row in rows):
@@ -132,7 +133,7 @@ def main() -> None:
     record["law"] = law(rows)
     print(json.dumps(record["law"]))
     output.write(out, "structures", record)
-    picture(rows).savefig(out / "structures.png", dpi=100)
+    drawing.save(out / "structures.png", lambda: picture(rows))
 
 
 if __name__ == "__main__":

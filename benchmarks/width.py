@@ -18,6 +18,7 @@ from benchmarks import command, output, trials
 from experiments import char_rnn, cifar_cnn, mnist_vae
 from research.config import CNNConfig, Config, OptimizerConfig, RNNConfig, VAEConfig
 from research.experiment import Experiment
+from research.record import drawing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +76,8 @@ def line(row: dict[str, Any]) -> str:
 
 def picture(rows: list[dict[str, Any]]) -> Any:
     """Plots loss by learning rate, a line per width: a row per network, a column per parametrization."""
-    from matplotlib.figure import Figure
-
     networks, columns = (list(dict.fromkeys(row[key] for row in rows)) for key in ("network", "parametrization"))
-    figure = Figure(figsize=(4.5 * len(columns), 3 * len(networks)), layout="constrained")
+    figure = drawing.figure(4.5 * len(columns), 3 * len(networks))
     grid = figure.subplots(len(networks), len(columns), squeeze=False, sharey="row")
     for row in rows:
         axes = grid[networks.index(row["network"])][columns.index(row["parametrization"])]
@@ -106,7 +105,7 @@ def main() -> None:
                 row |= {"rates": case.rates, "losses": found}
                 print(line(row), flush=True)
                 rows = output.merge(out, "width", [row], ("network", "parametrization", "width"))
-    picture(rows).savefig(out / "width.png", dpi=100)
+    drawing.save(out / "width.png", lambda: picture(rows))
 
 
 if __name__ == "__main__":

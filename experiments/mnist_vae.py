@@ -14,7 +14,6 @@ Any image data set works, with or without labels: --config.dataset.name=cifar10 
 """
 
 import dataclasses
-import io
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +27,7 @@ from research.data.sources import Dataset
 from research.errors import UserError
 from research.models import vae
 from research.parametrization import Network
-from research.record import storage
+from research.record import drawing, storage
 from research.tasks.predictor import Predictor
 from research.tasks.vae import VAE
 
@@ -62,7 +61,7 @@ class MnistVAEConfig(Config):
 class SampleOptions:
     """The options of --mode=sample."""
 
-    num_samples: int = option(64, "number of images", minimum=1)
+    num_samples: int = option(64, "number of images", minimum=1, maximum=10_000)
     sample_seed: int = option(0, "random seed of the samples", minimum=0)
 
 
@@ -163,9 +162,8 @@ def sample(predict: Predictor, config: MnistVAEConfig, dataset: Dataset, options
     drawn = task.draw_prior(predict, config.model.latents, options.num_samples, options.sample_seed)
     columns = int(np.ceil(np.sqrt(len(drawn))))
     path = workdir / f"samples-{options.num_samples}-seed{options.sample_seed}.png"
-    png = io.BytesIO()
-    plots.image_grid(drawn, columns, f"samples of the prior, seed {options.sample_seed}").savefig(png, dpi=120)
-    storage.replace(path, png.getvalue())
+    figure = plots.image_grid(drawn, columns, f"samples of the prior, seed {options.sample_seed}")
+    storage.replace(path, drawing.png(figure))
     print(path)
 
 

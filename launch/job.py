@@ -22,7 +22,7 @@ from research import flags
 from research.errors import UserError
 from research.experiment import Experiment
 from research.process.exit import exit_with
-from research.process.terminal import ignore_closed_output
+from research.process.terminal import ignore_output_errors
 from research.record.storage import check_no_password
 from research.record.workdir import default_workdir
 
@@ -236,7 +236,7 @@ def _help(where: str, doc: str, options: Any) -> str:
 def main(run: Callable[[Sequence[str]], int]) -> None:
     """Runs a launcher as a command: exits with the code that `run` returns, or prints the error in one line."""
     try:
-        with ignore_closed_output():
+        with ignore_output_errors():
             sys.exit(run(sys.argv[1:]))
     except UserError as error:
         exit_with(error)

@@ -26,7 +26,7 @@ from launch.plans import report, topologies
 from launch.plans.topologies import Topology
 from research.config import MeshConfig, option
 from research.errors import UserError
-from research.record import storage
+from research.record import drawing, storage
 
 
 @dataclasses.dataclass
@@ -151,7 +151,7 @@ def _write(workdir: Path, rows: Sequence[dict[str, Any]], options: PlanOptions) 
     if len(rows) > 1 and not options.search and any(row["fits"] for row in rows):
         from research import plots
 
-        plots.plan(rows).savefig(workdir / "plan.png", dpi=120)
+        drawing.save(workdir / "plan.png", lambda: plots.plan(rows))
     return chosen
 
 

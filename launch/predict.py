@@ -10,6 +10,7 @@ stderr (of the network alone, without compilation and reading files). All files 
 """
 
 import argparse
+import io
 import os
 import sys
 import time
@@ -265,6 +266,8 @@ _KINDS: list[tuple[set[str], tuple[str, ...], Callable[[Artifact, argparse.Names
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command. After bad input it prints one line and exits with code 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # class names may have characters that stdout cannot encode
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         run(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()

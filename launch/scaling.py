@@ -24,12 +24,12 @@ from typing import Any
 from launch import job as job_lib
 from launch import local
 from launch.job import Job
+from research import plots
 from research.config import option
 from research.errors import UserError
-from research.plots import scaling as scaling_plot
 from research.process import child
 from research.process.signals import Signals
-from research.record import storage
+from research.record import drawing, storage
 
 _DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
 _STEPS_PER_DISPATCH = 8  # if the config does not set it
@@ -137,7 +137,12 @@ def _started(command: list[str], devices: int, *, communicate: bool) -> list[sub
     processes = []
     for environment, core in _placements(devices, communicate=communicate):
         process = child.start(
-            command, os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command,
+            os.environ | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
         )
         os.sched_setaffinity(process.pid, {core})
         processes.append(process)
@@ -225,7 +230,7 @@ def run(argv: Sequence[str]) -> int:
             rows.append(row(together, apart, options.mode))
             print(line(rows[-1]), flush=True)
             storage.replace(workdir / "scaling.json", (json.dumps(rows, indent=2) + "\n").encode())
-    scaling_plot(rows).savefig(workdir / "scaling.png", dpi=120)
+    drawing.save(workdir / "scaling.png", lambda: plots.scaling(rows))
     print(f"record: {workdir}")
     return 0
 

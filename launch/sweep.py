@@ -26,7 +26,7 @@ from launch.sweeps import options as sweep_options
 from launch.sweeps.options import SweepOptions
 from research.errors import RecordError, UserError
 from research.process.signals import Signals, StoppedError
-from research.process.terminal import ignore_closed_output
+from research.process.terminal import ignore_output_errors
 
 if TYPE_CHECKING:
     from launch.sweeps.search_space import SearchSpace
@@ -56,7 +56,7 @@ def run(argv: Sequence[str]) -> int:
     from optuna.exceptions import StorageInternalError
 
     try:
-        with ignore_closed_output(), signals.handled():
+        with ignore_output_errors(), signals.handled():
             return _run(job, argv, signals)
     except (OSError, StorageInternalError, json.JSONDecodeError) as error:
         why = " ".join(str(error.__cause__ or error).split())[:200]

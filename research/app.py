@@ -17,7 +17,7 @@ from research.flags import Command, parse
 from research.process import backend, compilation_cache, distributed
 from research.process.exit import exit_with, own_exit_code
 from research.process.signals import Signals
-from research.process.terminal import ignore_closed_output
+from research.process.terminal import ignore_output_errors
 from research.record import config_json
 from research.record.workdir import Workdir, read_json
 from research.tasks.task import Task
@@ -200,7 +200,7 @@ def main(experiment: Experiment, argv: Sequence[str] | None = None) -> None:
     """
     signals = Signals()
     try:
-        with own_exit_code(), ignore_closed_output(), signals.handled():
+        with own_exit_code(), ignore_output_errors(), signals.handled():
             (experiment.run or run)(experiment, sys.argv[1:] if argv is None else argv, signals)
     except UserError as error:
         exit_with(error)

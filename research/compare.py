@@ -13,7 +13,8 @@ from absl import flags
 
 from research import plots
 from research.errors import UserError
-from research.process.terminal import ignore_closed_output
+from research.process.terminal import ignore_output_errors
+from research.record import drawing
 from research.record.storage import open_path
 from research.record.workdir import read_json, read_metrics
 
@@ -82,8 +83,10 @@ def run(argv: Sequence[str]) -> None:
         print("no plot: no run has recorded metrics yet")
         return
     path = open_path(str(values["picture"].value))
+    figure = drawing.attempt(path.name, lambda: plots.curves(lines))
+    if figure is None:
+        return
     try:
-        figure = plots.curves(lines)
         # In memory first: the path may be remote, and an error must not leave a partial file.
         buffer = io.BytesIO()
         figure.savefig(buffer, format=path.suffix[1:] or "png", dpi=120)
@@ -95,7 +98,7 @@ def run(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     try:
-        with ignore_closed_output():
+        with ignore_output_errors():
             run(sys.argv[1:])
     except UserError as user_error:
         print(f"error: {user_error}", file=sys.stderr)

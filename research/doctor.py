@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from research.process.terminal import ignore_closed_output
+from research.process.terminal import ignore_output_errors
 
 _PACKAGES = ("meshwork", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets", "grain")
 _SETTINGS = ("JAX_", "XLA_", "TFDS_", "MESHWORK_", "CUDA_VISIBLE_", "TPU_", "LIBTPU_")
@@ -134,5 +134,5 @@ if __name__ == "__main__":
     if len(sys.argv) > 1:
         print(str(__doc__).strip())
         sys.exit(0 if sys.argv[1] in ("-h", "--help") else 2)
-    with ignore_closed_output():
+    with ignore_output_errors():
         sys.exit(0 if run() else 1)

@@ -1,7 +1,6 @@
 """Plots as matplotlib Figures: training curves, scaling, and the predictions and samples of trained networks.
 
-matplotlib is slow to import, so each function imports it. `Figure` is used instead of pyplot: it needs no display and
-has no global state.
+Size, memory and time are bounded, whatever the numbers of classes, runs and examples (`research.record.drawing`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,41 +8,66 @@ from typing import Any
 
 import numpy as np
 
+from research.record import drawing
+
+_MAX_CLASSES = 30  # told apart in one plot
+_MAX_RUNS = 20
+_MAX_LINE_POINTS, _MAX_DOTS = 2_000, 20_000
+_MAX_PIXELS = 2_400  # width and height of an array of images: more is lost when it is drawn
 _SPLITS = {"train": "-", "validation": ":", "test": "--"}
+
+
+def _thin(points: Any, most: int) -> Any:
+    """Evenly spaced elements of a sequence, about `most`, the last among them."""
+    step = max(-(-len(points) // most), 1)
+    return points[::-step][::-1]
+
+
+def _colors(count: int) -> list[Any]:
+    """A color for each of `count` classes or runs: matplotlib's cycle has ten."""
+    from matplotlib import colormaps
+
+    return [f"C{i}" for i in range(count)] if count <= 10 else list(colormaps["turbo"](np.linspace(0, 1, count)))
 
 
 def curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
     """Plots loss and accuracy by epoch, with a color for each run and a line style for each split.
 
     Args:
-      runs: the lines of metrics.jsonl, by the run's name.
+      runs: the lines of metrics.jsonl, by the run's name. Only the first 20 runs with metrics of an epoch are drawn.
 
     Returns:
       The Figure.
     """
-    from matplotlib.figure import Figure
-
-    present = {name for lines in runs.values() for line in lines for name in line}
+    measured = {run: lines for run, lines in runs.items() if any("train_loss" in line for line in lines)}
+    shown = dict(list(measured.items())[:_MAX_RUNS])
+    present = {name for lines in shown.values() for line in lines for name in line}
     metrics = [m for m in ("loss", "accuracy") if f"train_{m}" in present]
-    figure = Figure(figsize=(5.5 * len(metrics), 4), layout="constrained")
+    width = 5.5 * len(metrics)
+    figure = drawing.figure(width + 4, 0.5 * len(shown) + 3) if len(shown) > 1 else drawing.figure(width, 4)
+    if len(measured) > len(shown):
+        figure.suptitle(f"the first {len(shown)} of {len(measured)} runs")
     for axes, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics):
-        for number, (run, lines) in enumerate(runs.items()):
+        for color, (run, lines) in zip(_colors(len(shown)), shown.items()):
             for split, style in _SPLITS.items():
                 points = [(line["epoch"], line[f"{split}_{metric}"]) for line in lines if f"{split}_{metric}" in line]
                 if points:
-                    label = f"{run} {split}" if len(runs) > 1 else split
-                    axes.plot(*zip(*points), style, marker=".", color=f"C{number}", label=label)
+                    label = f"{drawing.literal(run)} {split}" if len(shown) > 1 else split
+                    axes.plot(*zip(*_thin(points, _MAX_LINE_POINTS)), style, marker=".", color=color, label=label)
         axes.set(xlabel="epoch", ylabel=metric)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+    # Not at matplotlib's "best" place: the search takes seconds if there are many points.
+    if len(shown) > 1:
+        figure.axes[-1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    else:
+        figure.axes[0].legend(fontsize="small", loc="upper right")
     return figure
 
 
 def scaling(rows: Sequence[Mapping[str, Any]]) -> Any:
     """Plots speed and efficiency by number of devices, from the rows of scaling.json; dotted: linear scaling."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = drawing.figure(10, 4)
     left, right = figure.subplots(1, 2)
     devices = [row["devices"] for row in rows]
     rates = [row["examples_per_second"] for row in rows]
@@ -56,16 +80,14 @@ def scaling(rows: Sequence[Mapping[str, Any]]) -> Any:
     right.axhline(1.0, color="k", linestyle=":")
     right.set(xlabel="devices", ylabel=f"efficiency, {rows[0]['mode']} scaling", ylim=(0, None))
     for axes in (left, right):
-        axes.set_xticks(devices)
+        axes.set_xticks(_thin(devices, 20))
         axes.grid(alpha=0.3)
     return figure
 
 
 def plan(rows: Sequence[Mapping[str, Any]]) -> Any:
     """Plots estimated step time and efficiency by number of chips, from the rows of plan.json that fit in memory."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = drawing.figure(10, 4)
     left, right = figure.subplots(1, 2)
     fitting = [row for row in rows if row["fits"]]
     for name in dict.fromkeys(row.get("strategy", "plan") for row in fitting):
@@ -86,23 +108,28 @@ def plan(rows: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def confusion(labels: np.ndarray, predictions: np.ndarray, names: Sequence[str]) -> Any:
-    """Plots the confusion matrix: label by row, prediction by column, colored by the fraction of the row.
+    """Plots the confusion matrix; of more than 30 classes, which it could not show, the most confused pairs.
 
     Args:
       labels, predictions: int [n].
       names: the class names.
     """
-    from matplotlib.figure import Figure
+    draw = _confusion_matrix if len(names) <= _MAX_CLASSES else _confused_pairs
+    return draw(labels, predictions, names)
 
+
+def _confusion_matrix(labels: np.ndarray, predictions: np.ndarray, names: Sequence[str]) -> Any:
+    """Plots the label by row, the prediction by column, colored by the fraction of the row."""
     counts = np.zeros((len(names), len(names)), np.int64)
     np.add.at(counts, (labels, predictions), 1)
-    side = max(4.0, 0.55 * len(names) + 1.5)
-    figure = Figure(figsize=(side, side), layout="constrained")
+    shown = [drawing.literal(name, 24) for name in names]
+    side = max(4.0, 0.55 * len(names) + 1.5) + 0.08 * max(map(len, shown))
+    figure = drawing.figure(side, side)
     axes = figure.subplots()
     fractions = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(len(names)), names, rotation=90)
-    axes.set_yticks(range(len(names)), names)
+    axes.set_xticks(range(len(names)), shown, rotation=90)
+    axes.set_yticks(range(len(names)), shown)
     axes.set(xlabel="predicted", ylabel="label", title=f"accuracy {np.trace(counts) / len(labels):.4f}")
     if len(names) <= 20:  # illegible for more
         for (row, column), count in np.ndenumerate(counts):
@@ -111,30 +138,57 @@ def confusion(labels: np.ndarray, predictions: np.ndarray, names: Sequence[str])
     return figure
 
 
-def mistakes(images: np.ndarray, labels: np.ndarray, probabilities: np.ndarray, names: Sequence[str]) -> Any:
+def _confused_pairs(labels: np.ndarray, predictions: np.ndarray, names: Sequence[str]) -> Any:
+    """Plots the 30 most frequent mistakes as bars: how many, and which share of the label's examples."""
+    wrong = labels != predictions
+    # The pairs that occur, not the matrix: that of 20,000 classes has 3 GB.
+    pairs, counts = np.unique(labels[wrong].astype(np.int64) * len(names) + predictions[wrong], return_counts=True)
+    most = np.argsort(-counts, kind="stable")[:_MAX_CLASSES]
+    pairs, counts = pairs[most], counts[most]
+    totals = np.bincount(labels, minlength=len(names))
+    figure = drawing.figure(9, 0.27 * len(pairs) + 1.5)
+    axes = figure.subplots()
+    bars = axes.barh(range(len(pairs)), counts)
+    axes.bar_label(bars, [f"{n:,} ({n / totals[pair // len(names)]:.0%})" for pair, n in zip(pairs, counts)], padding=3)
+    both = (divmod(int(pair), len(names)) for pair in pairs)
+    shown = [f"{drawing.literal(names[i], 24)} -> {drawing.literal(names[k], 24)}" for i, k in both]
+    axes.set_yticks(range(len(pairs)), shown, fontsize="small")
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.set(
+        xlabel="examples (share of the label's)",
+        title=f"accuracy {1 - wrong.mean():.4f}: the most frequent mistakes, label -> prediction",
+    )
+    return figure
+
+
+def mistakes(
+    images: np.ndarray, labels: np.ndarray, predictions: np.ndarray, confidences: np.ndarray, names: Sequence[str]
+) -> Any:
     """Plots the 25 most confidently misclassified examples, most confident first.
 
     Args:
       images: uint8 [n, h, w, c], c 1 or 3.
-      labels: int [n].
-      probabilities: float [n, classes].
+      labels, predictions: int [n].
+      confidences: float [n], the probabilities of the predictions.
       names: the class names.
     """
-    from matplotlib.figure import Figure
-
-    predictions, confidence = probabilities.argmax(-1), probabilities.max(-1)
     wrong = np.flatnonzero(predictions != labels)
-    wrong = wrong[np.argsort(-confidence[wrong], kind="stable")][:25]
+    wrong = wrong[np.argsort(-confidences[wrong], kind="stable")][:25]
     rows = max(-(-len(wrong) // 5), 1)
-    figure = Figure(figsize=(9, 2 * rows + 0.5), layout="constrained")
+    figure = drawing.figure(9, 2 * rows + 0.5)
     axes = figure.subplots()  # one for all images: laying out 25 takes a second
     axes.set_title(f"{(predictions != labels).sum():,} mistakes of {len(labels):,}: label, prediction (probability)")
+    step = -(-5 * max(images.shape[1:3]) // _MAX_PIXELS)
     for number, i in enumerate(wrong.tolist()):
         row, column = divmod(number, 5)
         left, bottom = 1.2 * column, 1.2 * (rows - row)
-        axes.imshow(images[i].squeeze(), cmap="gray", vmin=0, vmax=255, extent=(left, left + 1, bottom, bottom + 1))
-        label, prediction = names[int(labels[i])], names[int(predictions[i])]
-        text = f"{label}, {prediction} ({confidence[i]:.2f})"
+        image = images[i][::step, ::step]
+        image = image.squeeze(-1) if image.shape[-1] == 1 else image
+        axes.imshow(image, cmap="gray", vmin=0, vmax=255, extent=(left, left + 1, bottom, bottom + 1))
+        label, prediction = (drawing.literal(names[k], 24) for k in (int(labels[i]), int(predictions[i])))
+        separator = ", " if len(label) + len(prediction) < 24 else ",\n"
+        text = f"{label}{separator}{prediction} ({confidences[i]:.2f})"
         axes.text(left + 0.5, bottom + 1.02, text, ha="center", va="bottom", fontsize="x-small")
     axes.set(xlim=(-0.1, 6.0), ylim=(1.1, 1.2 * rows + 1.2))
     axes.axis("off")
@@ -149,15 +203,15 @@ def image_grid(images: np.ndarray, columns: int, title: str) -> Any:
       columns: images in a row.
       title: title of the plot.
     """
-    from matplotlib.figure import Figure
-
+    rows = -(-len(images) // columns)
+    step = -(-max(rows * images.shape[1], columns * images.shape[2]) // _MAX_PIXELS)
+    images = images[:, ::step, ::step]
     count, height, width, channels = images.shape
-    rows = -(-count // columns)
     cells = np.ones((rows * columns, height + 1, width + 1, channels), np.float32)
     cells[:count, :height, :width] = images
     cells = cells.reshape(rows, columns, height + 1, width + 1, channels).swapaxes(1, 2)
     tiled = cells.reshape(rows * (height + 1), columns * (width + 1), channels)[:-1, :-1]
-    figure = Figure(figsize=(7, 7 * tiled.shape[0] / tiled.shape[1] + 0.5), layout="constrained")
+    figure = drawing.figure(7, 7 * tiled.shape[0] / tiled.shape[1] + 0.5)
     axes = figure.subplots()
     axes.imshow(tiled.squeeze(-1) if channels == 1 else tiled, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.set_title(title, fontsize="medium")
@@ -174,22 +228,24 @@ def scatter(points: np.ndarray, labels: np.ndarray, names: Sequence[str], title:
       names: the label names.
       title: title of the plot.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 6), layout="constrained")
+    kept = _thin(np.arange(len(points)), _MAX_DOTS)
+    points, labels = points[kept], labels[kept]
+    figure = drawing.figure(7, 6)
     axes = figure.subplots()
-    for label, name in enumerate(names):
-        axes.scatter(*points[labels == label].T, s=3, label=name)
     axes.set_title(title, fontsize="medium")
+    if len(names) > _MAX_CLASSES:
+        dots = axes.scatter(*points.T, s=3, c=labels, cmap="turbo", vmin=0, vmax=len(names) - 1)
+        figure.colorbar(dots, label="label, by number")
+        return figure
+    for label, (name, color) in enumerate(zip(names, _colors(len(names)))):
+        axes.scatter(*points[labels == label].T, s=3, color=color, label=drawing.literal(name, 24))
     axes.legend(markerscale=4, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
 def scaling_law(found: Mapping[str, Any]) -> Any:
     """Plots measurements by size, their fitted power law and its extrapolation (`found`: see `launch.sweeps.fit`)."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = drawing.figure(6, 4)
     axes = figure.subplots()
     sizes, values = zip(*found["points"])
     beyond = found["beyond"]
@@ -203,6 +259,7 @@ def scaling_law(found: Mapping[str, Any]) -> Any:
             axes.errorbar([row["size"]], [row["expected"]], bars, fmt="s", capsize=4, color=color, label=name)
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(*zip(*dict(zip(labels, zip(handles, labels))).values()), fontsize="small")
-    axes.set(xlabel=found["by"], ylabel=found["figure"], xscale="log")
+    top = 2 * max(*values, *(row["expected"] for row in beyond))  # intervals far beyond the data may be enormous
+    axes.set(xlabel=found["by"], ylabel=found["figure"], xscale="log", ylim=(None, min(top, axes.get_ylim()[1])))
     axes.grid(alpha=0.3)
     return figure

@@ -70,6 +70,13 @@ def test_a_law_is_found_again_and_tested_on_the_largest():
     np.testing.assert_allclose(line[:, 1], 0.1 + 2 * line[:, 0] ** -0.5, rtol=1e-3)
 
 
+def test_an_enormous_interval_leaves_the_law_legible():
+    found = fit.fitted("examples", "error", [(size, 0.1 + 2 * size**-0.5) for size in (100, 200, 400, 800)])
+    found["beyond"][-1]["high"] = 1e120
+    assert max(map(len, fit.lines(found).splitlines())) < 120
+    assert plots.scaling_law(found).axes[0].get_ylim()[1] < 1
+
+
 def test_what_cannot_be_fitted_is_named():
     def check(by, seeds, **fields):
         config = linear.get_config()

@@ -1,18 +1,24 @@
-"""Terminal output: closed pipes, narrow and dumb terminals."""
+"""Terminal output: closed pipes, encodings that lack characters, narrow and dumb terminals."""
 
 import fcntl
+import io
 import os
 import pty
 import re
+import runpy
 import struct
 import subprocess
 import sys
 import termios
+from unittest import mock
 
+import linear
 import pytest
 from command import COMMAND, DIGITS, read_summary
 from drawn import run
 
+from launch import job, local, predict
+from research import app
 from research.record import writer
 
 
@@ -34,6 +40,50 @@ def test_help_and_errors_survive_a_closed_output(command, code, env):
     shell = f"set -o pipefail; {' '.join(COMMAND)} {command}"
     done = subprocess.run(["bash", "-c", shell], env=env, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (code, "")
+
+
+def _launch(*argv):
+    with pytest.raises(SystemExit) as exit_, mock.patch("sys.argv", ["launch", *argv]):
+        job.main(local.run)
+    assert exit_.value.code == 0
+
+
+def _run_module(module, *argv):
+    with mock.patch("sys.argv", [module, *argv]):
+        runpy.run_module(module, run_name="__main__")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        lambda workdir: app.main(linear.EXPERIMENT, [f"--workdir={workdir}"]),
+        lambda workdir: _launch("linear", f"--workdir=new/{workdir}", "--dry_run"),
+        lambda workdir: _run_module("research.compare", workdir),
+        lambda workdir: predict.main([workdir]),
+    ],
+    ids=["an experiment", "a launcher", "compare", "predict"],
+)
+def test_a_character_that_stdout_cannot_encode_is_escaped(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    workdir = tmp_path / "läuft"
+    workdir.mkdir()
+    (workdir / "config.json").write_text("{}")
+    (workdir / "metrics.jsonl").touch()
+    # What takes long, and does not matter here.
+    monkeypatch.setattr(app, "run", lambda experiment, argv, signals: print(argv))
+    monkeypatch.setattr(predict, "run", lambda argv: print(argv))
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")  # as with PYTHONIOENCODING=ascii
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", stream)
+        command("läuft")
+    stream.flush()
+    assert r"l\xe4uft" in stream.buffer.getvalue().decode("ascii")
+
+
+def test_a_benchmark_runs_where_output_is_ascii(env):
+    command = [sys.executable, "-c", "from benchmarks import command; command.start(lambda: print('läuft'))"]
+    done = subprocess.run(command, env=env | {"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "l\\xe4uft\n")
 
 
 @pytest.fixture

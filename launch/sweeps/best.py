@@ -15,6 +15,7 @@ from launch.sweeps.worker import Sweep, fields
 from research import app
 from research.errors import UserError
 from research.process.signals import Signals
+from research.record import drawing
 
 _VALUE = "best_command_value"
 
@@ -117,6 +118,6 @@ def _fit(by: str, sweep: Sweep, ranked: Sequence[FrozenTrial], workdir: Path) ->
 
     points = fit.measurements(by, sweep, ranked)
     found = fit.fitted(by, "error" if sweep.maximizes else sweep.metric, points)
-    plots.scaling_law(found).savefig(workdir / "fit.png", dpi=120)
+    drawing.save(workdir / "fit.png", lambda: plots.scaling_law(found))
     print(fit.lines(found), flush=True)
     return found

@@ -143,4 +143,4 @@ def lines(found: Mapping[str, Any]) -> str:
 
 
 def _interval(row: Mapping[str, float]) -> str:
-    return f"{row['size']:.4g}: {row['expected']:.4f} (95% of runs: {row['low']:.4f} to {row['high']:.4f})"
+    return f"{row['size']:.4g}: {row['expected']:.4g} (95% of runs: {row['low']:.4g} to {row['high']:.4g})"

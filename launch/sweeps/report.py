@@ -13,6 +13,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
+from launch.sweeps import page
 from launch.sweeps.study import DIVERGED_AT, LOST, REASON, RETRY_OF, Study
 from launch.sweeps.worker import SEED_VALUES, Sweep, fields
 from research.record import storage
@@ -92,7 +93,8 @@ def write(workdir: Path, study: Study, sweep: Sweep, extra: dict[str, Any]) -> N
       RecordError: it could not be written.
     """
     storage.replace(workdir / "trials.csv", _csv(study).encode())
-    storage.replace(workdir / "sweep.html", _page(study, sweep, extra.get("best_command", "")).encode())
+    html = page.render(study, sweep, summary(study, sweep), best(study, sweep), extra.get("best_command", ""))
+    storage.replace(workdir / "sweep.html", html.encode())
     write_summary(workdir, study, sweep, extra)
 
 
@@ -117,57 +119,18 @@ def _csv(study: Study) -> str:
     return text.getvalue()
 
 
-def _page(study: Study, sweep: Sweep, command: str) -> str:
-    """A self-contained HTML page: plotly's JavaScript is included."""
-    from html import escape
-
-    import plotly
-
-    figures = list(_plots(study, sweep))
-    parts = [
-        f"<section>{figure.to_html(full_html=False, include_plotlyjs=False, default_width='100%')}</section>"
-        for figure in figures
-    ]
-    found = summary(study, sweep)
-    rows = "".join(f"<tr><td>{escape(str(k))}</td><td>{escape(str(v))}</td></tr>" for k, v in found.items())
-    copy = "navigator.clipboard.writeText(document.getElementById('command').textContent)"
-    return (
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
-        f"<title>{escape(study.optuna.study_name)}</title>"
-        "<style>body{font-family:sans-serif;max-width:75rem;margin:auto;padding:1rem}"
-        "pre{background:#eee;padding:1rem;white-space:pre-wrap;overflow-wrap:anywhere}td{padding-right:2rem}</style>"
-        f"<script>{plotly.offline.get_plotlyjs()}</script></head><body>"
-        f"<h1>Sweep {escape(study.optuna.study_name)}</h1>"
-        f"<pre id='command'>{escape(command)}</pre><button onclick=\"{copy}\">copy</button>"
-        f"<table>{rows}</table>{''.join(parts)}</body></html>\n"
-    )
-
-
-def _plots(study: Study, sweep: Sweep) -> Iterator[Any]:
-    from optuna import visualization
-
-    varied = {name for trial in study.trials() for name in trial.params}
-    yield visualization.plot_intermediate_values(study.optuna).update_layout(
-        title="Learning curves of all trials", xaxis_title="epoch", yaxis_title=sweep.metric
-    )
-    if varied and len(study.trials(TrialState.COMPLETE)) > 1:
-        label: Any = {"target_name": sweep.metric}
-        yield visualization.plot_optimization_history(study.optuna, **label)
-        yield visualization.plot_parallel_coordinate(study.optuna, **label)
-        yield visualization.plot_slice(study.optuna, **label)
-        if len({trial.value for trial in study.trials(TrialState.COMPLETE)}) > 1:
-            yield visualization.plot_param_importances(study.optuna, **label)
-
-
 def line(trial: FrozenTrial, metric: str) -> str:
     """An ended trial in one line."""
-    values = " ".join(f"{n}={v:.4g}" if isinstance(v, float) else f"{n}={v}" for n, v in fields(trial).items())
     outcome = {
         TrialState.COMPLETE: f"{metric} {trial.value:.4f}" if trial.value is not None else "",
         TrialState.PRUNED: f"pruned after epoch {max(trial.intermediate_values, default=0)}",
     }.get(trial.state, "failed")
     reason = trial.user_attrs.get(REASON)
-    return f"trial {trial.number}  {outcome if not reason else f'failed: {reason}'}  {values}".rstrip()
+    return f"trial {trial.number}  {outcome if not reason else f'failed: {reason}'}  {_values(trial)}".rstrip()
+
+
+def _values(trial: FrozenTrial) -> str:
+    return " ".join(f"{n}={v:.4g}" if isinstance(v, float) else f"{n}={v}" for n, v in fields(trial).items())
 
 
 class Display:
@@ -208,8 +171,7 @@ class Display:
         for heading in ("trial", self._sweep.metric, "values"):
             table.add_column(heading)
         for trial in best(self._study, self._sweep)[:_NUM_SHOWN]:
-            values = " ".join(f"{name}={value}" for name, value in fields(trial).items())
-            table.add_row(str(trial.number), f"{trial.value:.4f}", values)
+            table.add_row(str(trial.number), f"{trial.value:.4f}", _values(trial))
         return table
 
 

@@ -1,6 +1,7 @@
-"""Keeps a command running when its terminal or pipe is closed."""
+"""Keeps a command running when its terminal or pipe is closed, or cannot encode a character."""
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -8,9 +9,15 @@ from typing import Any, TextIO, cast
 
 
 @contextlib.contextmanager
-def ignore_closed_output() -> Iterator[None]:
-    """Within it, output to a closed terminal or pipe is discarded, so that `| head -1` does not end a run."""
+def ignore_output_errors() -> Iterator[None]:
+    """Within it, no output fails, so that neither `| head -1` nor a character ends a run.
+
+    Output to a closed terminal or pipe is discarded. A character that stdout cannot encode, as in an ASCII locale, is
+    printed as an escape, such as \\xe4. (Python does this for stderr.)
+    """
     before = sys.stdout, sys.stderr
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.stdout, sys.stderr = (cast(TextIO, _ClosableStream(stream)) for stream in before)
     try:
         yield

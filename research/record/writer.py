@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import io
 import json
 import math
 import os
@@ -17,7 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from research.errors import RecordError
-from research.record import storage
+from research.record import drawing, storage
 from research.record.events import Events
 
 _SECONDS_BETWEEN_PLAIN_LINES = 10.0
@@ -139,15 +138,8 @@ class Writer:
           draw: returns the matplotlib Figure; called only in the process that writes.
           step: the training step that the plot shows.
         """
-        if not self._active:
-            return
-        try:
-            png = io.BytesIO()
-            draw().savefig(png, format="png", dpi=120)
-            storage.replace(self.workdir / f"{name}.png", png.getvalue())
-            self._events.image(name, png.getvalue(), step)
-        except Exception as error:
-            self.warning(f"{name}.png was not drawn: {error.__cause__ or error}")
+        if self._active and (png := drawing.save(self.workdir / f"{name}.png", draw, self.warning)):
+            self._events.image(name, png, step)
 
     def progress(self, step: int, loss: float, examples_per_second: float) -> None:
         """Shows progress: a bar on a terminal, else a line every 10 seconds."""

@@ -115,9 +115,10 @@ class Classification(Task):
             views = [(weight / 2, image) for weight, view in views for image in (view, view[:, :, ::-1])]
         return views
 
-    def probabilities(self, model: nnx.Module, batch: Batch, _: jax.Array) -> jax.Array:
-        """Computes the class probabilities of "image" uint8 [b, h, w, c] as in evaluation: float32 [b, classes]."""
-        return jax.nn.softmax(self._classify(model, batch.features)["logits"])
+    def predicted(self, model: nnx.Module, batch: Batch, _: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Predicts the classes of "image" uint8 [b, h, w, c] as in evaluation: int32 [b], probabilities float32 [b]."""
+        logits = self._classify(model, batch.features)["logits"]
+        return logits.argmax(-1), jax.nn.softmax(logits).max(-1)
 
     def functions(self, model: nnx.Module, dataset: Dataset) -> dict[str, Function]:
         """Exports `classify`: "image" uint8 [b, h, w, c] to the "logits" of evaluation, float32 [b, classes]."""
@@ -133,10 +134,10 @@ class Classification(Task):
         return {"logits": self._logits(model, normalized, train=False, key=None)}
 
     def pictures(self, predict: Predictor, dataset: Dataset) -> dict[str, Callable[[], Any]]:
-        """Plots the confusion matrix of the test set, and its most confident mistakes."""
+        """Plots the confusions of the test set, and its most confident mistakes."""
         test, names = dataset.test, dataset.label_names
-        probabilities = predict(self.probabilities, {"image": test["image"]})
+        predictions, confidences = predict(self.predicted, {"image": test["image"]})
         return {
-            "confusion": lambda: plots.confusion(test["label"], probabilities.argmax(-1), names),
-            "examples": lambda: plots.mistakes(test["image"], test["label"], probabilities, names),
+            "confusion": lambda: plots.confusion(test["label"], predictions, names),
+            "examples": lambda: plots.mistakes(test["image"], test["label"], predictions, confidences, names),
         }

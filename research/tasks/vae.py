@@ -21,6 +21,7 @@ from research.tasks.task import Function, Inputs, Metrics, Task
 
 _ACTIVE_VARIANCE = 0.01  # Burda et al. 2016, section 5.2
 _EVAL_BATCH = 1000  # examples of a batch of the log-likelihood's estimate
+_MAX_PLOTTED_PIXELS = 2**26  # of the test images that plots use: 256 MB as float32
 _GRID_SIZE = 10  # images in a row of a plot, and latents traversed
 _TRAVERSAL = np.linspace(-3, 3, 11, dtype=np.float32)  # covers nearly all of the prior's mass
 _TARGETS, _LATENTS, _RESAMPLING = 0, 1, 2  # purposes of the keys
@@ -252,7 +253,9 @@ class VAE(Task):
 
     def pictures(self, predict: Predictor, dataset: Dataset) -> dict[str, Callable[[], Any]]:
         """Plots reconstructions, samples of the prior and latent traversals; if there are two latents, their means."""
-        targets, means = predict(self.encoded, {"image": dataset.test["image"]})
+        # As many examples as there is memory for: the targets come with the means.
+        images = dataset.test["image"][: 5 * _GRID_SIZE + _MAX_PLOTTED_PIXELS // math.prod(self.image_shape)]
+        targets, means = predict(self.encoded, {"image": images})
         count = len(targets[: 5 * _GRID_SIZE])
         pairs = np.stack([targets[:count], predict(self.decoded, {"latents": means[:count]})], 1)
         samples = self.draw_prior(predict, means.shape[1], _GRID_SIZE**2)
@@ -276,8 +279,8 @@ class VAE(Task):
             ),
         }
         if means.shape[1] == 2:
-            labels, names = dataset.test.get("label"), dataset.label_names
-            if labels is None or labels.min() < 0:
+            labels, names = dataset.test.get("label", np.full(1, -1))[: len(means)], dataset.label_names
+            if labels.min() < 0:
                 labels, names = np.zeros(len(means)), ("unlabeled",)
             pictures["latents"] = lambda: plots.scatter(means, labels, names, "means of q(z|x), test set")
         return pictures

@@ -1,0 +1,117 @@
+"""Plots that cannot harm a command: Figures of bounded size, text that is shown literally, failures that only warn.
+
+matplotlib is slow to import, so functions import it. `Figure` is used instead of pyplot: it needs no display and has no
+global state.
+"""
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from research.record import storage
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_DPI = 120
+_MAX_INCHES = 20.0  # a PNG of 2,400 pixels, 23 MB in memory
+_MAX_CHARACTERS = 40
+
+T = TypeVar("T")
+
+
+def import_matplotlib() -> None:
+    """Imports matplotlib, also if the environment's MPLBACKEND is not installed: then it is removed from there.
+
+    Jupyter sets the variable for the commands that it starts. Figures do not need a backend, but matplotlib and what
+    imports it, as `optuna.visualization`, refuse to be imported.
+    """
+    if "matplotlib" in sys.modules:
+        return
+    backend = os.environ.pop("MPLBACKEND", None)
+    import matplotlib
+
+    if backend:
+        with contextlib.suppress(ValueError):
+            matplotlib.rcParams["backend"] = backend
+            os.environ["MPLBACKEND"] = backend
+
+
+def figure(width: float, height: float) -> "Figure":
+    """Creates an empty Figure of `width` by `height` inches, but of 20 at most."""
+    import_matplotlib()
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(min(width, _MAX_INCHES), min(height, _MAX_INCHES)), layout="constrained")
+
+
+def literal(text: str, max_characters: int = _MAX_CHARACTERS) -> str:
+    r"""Returns `text` in the form that matplotlib shows literally; use it for all text that a user or a data set chose.
+
+    Without it two "$" begin mathematics, a leading "_" hides a line from the legend, a line break changes the layout,
+    and a character that the font lacks is an empty box and a warning. Such characters become escapes, as in \u72ac.
+
+    Args:
+      text: any text.
+      max_characters: a longer text loses its middle.
+    """
+    import_matplotlib()
+    from matplotlib import font_manager, rcParams
+
+    families = (font_manager.FontProperties(family=[family]) for family in rcParams["font.family"])
+    fonts = [font_manager.get_font(font_manager.findfont(family)) for family in families]
+
+    def shown(character: str) -> str:
+        has_glyph = any(font.get_char_index(ord(character)) for font in fonts)
+        return character if has_glyph and character.isprintable() else ascii(character)[1:-1]
+
+    text = "".join(map(shown, f" {text}" if text[:1] in ("", "_") else text))
+    if len(text) > max_characters:
+        half = max_characters // 2
+        text = f"{text[: max_characters - half - 1]}…{text[-half:]}"
+    return text.replace("$", r"\$")
+
+
+def png(figure: "Figure") -> bytes:
+    """Renders a Figure as PNG."""
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=_DPI)
+    return data.getvalue()
+
+
+def print_warning(text: str) -> None:
+    """Prints a line on stderr."""
+    print(f"WARNING: {text}", file=sys.stderr)
+
+
+def attempt(name: str, draw: Callable[[], T], warn: Callable[[str], None] = print_warning) -> T | None:
+    """Returns the result of `draw`, or None if it fails: that is only a warning, which names the plot."""
+    try:
+        return draw()
+    except Exception as error:
+        warn(f"{name} was not drawn: {error.__cause__ or error}")
+        return None
+
+
+def save(path: Path, draw: Callable[[], "Figure"], warn: Callable[[str], None] = print_warning) -> bytes | None:
+    """Draws a plot and saves it as PNG. Any failure is only a warning.
+
+    Args:
+      path: the file.
+      draw: returns the Figure.
+      warn: called with the text of the warning.
+
+    Returns:
+      The PNG, or None if it failed.
+    """
+
+    def draw_and_write() -> bytes:
+        data = png(draw())
+        storage.replace(path, data)
+        return data
+
+    return attempt(path.name, draw_and_write, warn)

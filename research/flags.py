@@ -31,6 +31,7 @@ class Command:
       workdir: the folder of the record.
       given: the names of the flags that were given, as in "config.seed".
       mode: "train", "eval" or "sample".
+      checkpoint: "newest", "best" or a step, for the modes "eval" and "sample".
       options: the options of the mode "sample".
       earlier: the config of the run in `workdir`, or None.
       reproduces: the summary of the run to reproduce, or None.
@@ -40,6 +41,7 @@ class Command:
     workdir: Path
     given: frozenset[str]
     mode: str
+    checkpoint: str
     options: Any
     earlier: Config | None
     reproduces: dict[str, Any] | None
@@ -61,6 +63,7 @@ def define_flags(experiment: Experiment) -> absl_flags.FlagValues:
     absl_flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
     absl_flags.DEFINE_string("workdir", None, "folder of the run's record", flag_values=values)
     absl_flags.DEFINE_enum("mode", "train", list(experiment.modes), "what to do", flag_values=values)
+    absl_flags.DEFINE_string("checkpoint", "newest", "checkpoint to use", flag_values=values)
     absl_flags.DEFINE_string("reproduce", None, "summary.json of a run to run again", flag_values=values)
     names = list(experiment.presets)
     absl_flags.DEFINE_enum("config", names[0], names, "the preset to start from", flag_values=values)
@@ -83,11 +86,14 @@ def given_flags(values: absl_flags.FlagValues) -> frozenset[str]:
 
 def help_text(experiment: Experiment) -> str:
     """The text of `--help`: the docstring, and every flag with its type, default and help."""
+    not_train = " and ".join(f"--mode={name}" for name in experiment.modes if name != "train")
     lines = [
         experiment.doc.strip(),
         "",
         f"  --workdir=DIR  folder of the run's record (default: runs/{experiment.name}/<date-time>)",
         *(f"  --mode={name}  {meaning}" for name, meaning in experiment.modes.items()),
+        f"  --checkpoint=newest|best|STEP  the checkpoint that {not_train} use (default: newest; best: lowest "
+        "validation loss)",
         "  --reproduce=DIR/summary.json  run that run again, with its config",
         f"  --config=NAME  the preset to start from: {', '.join(experiment.presets)}",
         "",
@@ -155,6 +161,7 @@ def parse(experiment: Experiment, argv: Sequence[str], launcher: Sequence[str] =
     mode = str(values["mode"].value)
     if mode != "train" and earlier is None:
         raise UserError(f"--mode={mode} needs the --workdir of a run: there is no config.json in {workdir}")
+    checkpoint = _checkpoint(values, mode)
     reproduces, reproduced = None, None
     if values["reproduce"].value:
         path = open_path(values["reproduce"].value)
@@ -179,7 +186,18 @@ def parse(experiment: Experiment, argv: Sequence[str], launcher: Sequence[str] =
             config_lib.assign(config, path, flag.value)
     config_lib.check(config)
     options = _sample_options(experiment, values, mode)
-    return Command(config, workdir, given_flags(values), mode, options, earlier, reproduces)
+    return Command(config, workdir, given_flags(values), mode, checkpoint, options, earlier, reproduces)
+
+
+def _checkpoint(values: absl_flags.FlagValues, mode: str) -> str:
+    checkpoint = str(values["checkpoint"].value)
+    if checkpoint not in ("newest", "best") and not (checkpoint.isascii() and checkpoint.isdecimal()):
+        raise UserError(f"--checkpoint={checkpoint}: give newest, best or the number of a step")
+    if mode == "train" and checkpoint != "newest":
+        raise UserError(
+            f"--checkpoint={checkpoint} is for evaluation, sampling and export: training resumes from the newest"
+        )
+    return checkpoint
 
 
 def _sample_options(experiment: Experiment, values: absl_flags.FlagValues, mode: str) -> Any:

@@ -82,9 +82,13 @@ def test_the_command_trains_evaluates_and_samples(tmp_path, monkeypatch, capsys)
     assert summary["test_bits_per_character"] == pytest.approx(summary["test_loss"] / np.log(2))
     evaluated = app.run(char_rnn.EXPERIMENT, [workdir, "--mode=eval"])
     assert evaluated["test_loss"] == pytest.approx(summary["test_loss"])
-    capsys.readouterr()
-    app.run(char_rnn.EXPERIMENT, [workdir, "--mode=sample", "--prompt=class ", "--length=9"])
-    assert "--- sample 1 of 1\nclass " in capsys.readouterr().out
+    sample = [workdir, "--mode=sample", "--prompt=class ", "--length=9"]
+    for other_batch_size in ([], ["--config.batch_size=64"]):
+        capsys.readouterr()
+        app.run(char_rnn.EXPERIMENT, [*sample, *other_batch_size])
+        assert "--- sample 1 of 1\nclass " in capsys.readouterr().out
+    evaluated = app.run(char_rnn.EXPERIMENT, [workdir, "--mode=eval", "--config.batch_size=64"])
+    assert evaluated["test_loss"] == pytest.approx(summary["test_loss"], rel=1e-2)  # with less context per stream
 
 
 def test_bad_flags_name_what_is_right(tmp_path):

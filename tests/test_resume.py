@@ -181,9 +181,9 @@ def test_restoring_frees_the_initial_state_first(stop_at, tmp_path, monkeypatch)
     stop_at(tmp_path, 11)
     restore, deleted = Checkpoints.restore, []
 
-    def restore_and_record(self, like):
+    def restore_and_record(self, like, step):
         deleted.extend(leaf.is_deleted() for leaf in jax.tree.leaves(initial[0]))
-        return restore(self, like)
+        return restore(self, like, step)
 
     initial = []
     create_state = run_module.create_state

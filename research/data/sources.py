@@ -3,8 +3,11 @@
 import dataclasses
 import difflib
 import itertools
+import json
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +24,9 @@ from research.randomness import Stream
 class Dataset:
     """A data set's splits. Those that `load` returns have read-only arrays, some of them memory maps.
 
+    `make_task` must not read the arrays' contents other than by `statistic`: without its data set, a network is
+    restored with arrays of 0 examples, as its run's data.json describes them.
+
     Attributes:
       name: its TFDS name, or one of `embedded.DATASETS`.
       label_names: the name of each class, by label; () for text.
@@ -28,6 +34,9 @@ class Dataset:
       validation: held out from train, or the set's own split; None if there is neither.
       test: the split that results are reported on.
       shuffle: whether every epoch is a new permutation of train; otherwise the examples come in their own order.
+      version: the version of the prepared set, if it has one.
+      fingerprints: for each split that `load` returned, a hash of its contents.
+      statistics: what `statistic` has returned, and the number of training examples.
     """
 
     name: str
@@ -36,6 +45,51 @@ class Dataset:
     validation: Arrays | None
     test: Arrays
     shuffle: bool = True
+    version: str = ""
+    fingerprints: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    # Not an argument of `dataclasses.replace`: the copy may have another train split.
+    statistics: dict[str, Any] = dataclasses.field(default_factory=dict, init=False)
+
+    def statistic(self, compute: Callable[[np.ndarray], Any], feature: str) -> Any:
+        """Returns a statistic of a feature of train; when a run is continued or evaluated, the one in its record.
+
+        Args:
+          compute: a named function of the feature's array, which returns numbers or (nested) tuples, lists or arrays of
+            them. It is called once for each name and feature.
+          feature: the feature's name.
+
+        Returns:
+          The numbers, in tuples. Their floats are exact, in a record, too.
+
+        Raises:
+          UserError: there are no examples, and the record does not have it.
+        """
+        assert compute.__name__.isidentifier(), "the name must say what is computed"
+        name = f"{feature}.{compute.__name__}"
+        if name not in self.statistics:
+            if not self.has_examples:
+                raise UserError(f"the run's data.json does not have {name}: use the version that wrote it")
+            self.statistics[name] = as_tuples(json.loads(json.dumps(compute(self.train[feature]), default=_to_list)))
+        return self.statistics[name]
+
+    @property
+    def num_examples(self) -> int:
+        """The number of training examples, of which a record without examples knows, too."""
+        return self.statistics.setdefault("num_examples", len(next(iter(self.train.values()))))
+
+    @property
+    def has_examples(self) -> bool:
+        """Whether there are examples; otherwise this only describes them, as in a record."""
+        return len(next(iter(self.train.values()))) > 0
+
+
+def as_tuples(value: Any) -> Any:
+    """Turns lists into tuples, which are hashable, and cannot be changed by those who share them."""
+    return tuple(map(as_tuples, value)) if isinstance(value, list) else value
+
+
+def _to_list(array: np.ndarray) -> Any:
+    return array.tolist()
 
 
 def load(config: DatasetConfig) -> Dataset:
@@ -66,7 +120,11 @@ def load(config: DatasetConfig) -> Dataset:
 
 
 def _load(name: str, config: DatasetConfig) -> Dataset:
-    label_names, splits = embedded.DATASETS[name]() if name in embedded.DATASETS else _load_tfds(name, config.data_dir)
+    version = ""
+    if name in embedded.DATASETS:
+        label_names, splits = embedded.DATASETS[name]()
+    else:
+        label_names, splits, version = _load_tfds(name, config.data_dir)
     if "test" not in splits and "validation" in splits:
         splits["test"] = splits.pop("validation")
     if missing := {"train", "test"} - splits.keys():
@@ -76,16 +134,20 @@ def _load(name: str, config: DatasetConfig) -> Dataset:
         train, validation = _hold_out(train, config.validation_fraction)
     if config.train_fraction < 1:
         train = _subset(train, config.train_fraction)
+    used = {"train": train, "validation": validation, "test": splits["test"]}
+    splits = {split: cache.read_only(arrays) for split, arrays in used.items() if arrays is not None}
     return Dataset(
         name,
         label_names,
-        cache.read_only(train),
-        None if validation is None else cache.read_only(validation),
-        cache.read_only(splits["test"]),
+        splits["train"],
+        splits.get("validation"),
+        splits["test"],
+        version=version,
+        fingerprints={split: cache.fingerprint(arrays) for split, arrays in splits.items()},
     )
 
 
-def _load_tfds(name: str, data_dir: str) -> tuple[tuple[str, ...], dict[str, Arrays]]:
+def _load_tfds(name: str, data_dir: str) -> tuple[tuple[str, ...], dict[str, Arrays], str]:
     folder = tfds_sets.data_folder(data_dir)
     path = tfds_sets.find(name, folder)
     if path is None and prepare.is_preparable(name):
@@ -93,7 +155,7 @@ def _load_tfds(name: str, data_dir: str) -> tuple[tuple[str, ...], dict[str, Arr
         path = tfds_sets.find(name, folder)
     if path is None:
         raise _not_found(name, folder)
-    return tfds_sets.load(name, path)
+    return *tfds_sets.load(name, path), path.name
 
 
 def _not_found(name: str, folder: Path) -> UserError:

@@ -164,11 +164,12 @@ def _sweep(job: Job) -> tuple["Sweep", list[dict[str, Any]]]:
     import jax
 
     from research.data import sources
-    from research.process import compilation_cache
+    from research.process import compilation_cache, jax_settings
     from research.training.population import Population
     from research.training.population_devices import default_size, split_cpu
 
     compilation_cache.enable()
+    jax_settings.pin()
     split = split_cpu(options.population)
     dataset = sources.load(config.dataset)
     fraction = config.dataset.validation_fraction if dataset.validation else _VALIDATION_FRACTION

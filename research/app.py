@@ -14,7 +14,7 @@ from research.data import sources
 from research.errors import UserError
 from research.experiment import Experiment
 from research.flags import Command, parse
-from research.process import compilation_cache, distributed
+from research.process import compilation_cache, distributed, jax_settings
 from research.process.exit import exit_with, own_exit_code
 from research.process.signals import Signals
 from research.process.terminal import ignore_closed_output
@@ -63,7 +63,8 @@ def run(
             _say(f"the run in {workdir} is finished: evaluating it; a larger --config.num_epochs trains it further")
             return _evaluate(experiment, command, mesh)
         if command.reproduces:
-            _say(_differences(command.reproduces, summary.versions() | _hardware(mesh)))
+            conditions = summary.conditions(dataset) | _hardware(mesh)
+            _say(_differences(command.reproduces, conditions))
         arguments = (experiment.name, config, task, dataset, mesh, workdir)
         _, found = loop.train_and_evaluate(*arguments, signals=signals)
     _say(_last_lines(found, workdir))
@@ -83,7 +84,7 @@ def _remains(workdir: Path) -> str:
 
 
 def start(config: Config, devices: Sequence[Any] | None = None) -> Any:
-    """Sets up the process before the data is loaded: the compilation cache, other processes, the mesh.
+    """Sets up the process before the data is loaded: the compilation cache, other processes, JAX's settings, the mesh.
 
     Args:
       config: checked, not yet resolved.
@@ -98,6 +99,7 @@ def start(config: Config, devices: Sequence[Any] | None = None) -> Any:
     compilation_cache.enable()
     optimizers.check(config.optimizer)
     distributed.join(config.distributed)
+    jax_settings.pin()
     return sharding.make_mesh(config, devices)
 
 

@@ -170,6 +170,7 @@ def parse(experiment: Experiment, argv: Sequence[str], launcher: Sequence[str] =
             raise UserError(f"--reproduce={path}: there is no such file, or no config.json beside it")
         if "num_train_steps" not in reproduces:
             raise UserError(f"--reproduce={path}: it is no summary.json of a run")
+        _check_not_extended(path, reproduces)
         if mode != "train":
             raise UserError(f"--reproduce is for training: leave it or --mode={mode} out")
     config = experiment.presets[str(values["config"].value)]()
@@ -187,6 +188,17 @@ def parse(experiment: Experiment, argv: Sequence[str], launcher: Sequence[str] =
     config_lib.check(config)
     options = _sample_options(experiment, values, mode)
     return Command(config, workdir, given_flags(values), mode, checkpoint, options, earlier, reproduces)
+
+
+def _check_not_extended(path: Path, reproduces: dict[str, Any]) -> None:
+    """Raises `UserError` if the run to reproduce was extended: all steps of a new one would have the last schedules."""
+    if extended := reproduces.get("extended"):
+        parts = [f"{part['num_epochs']} epochs up to step {part['step']}" for part in extended]
+        raise UserError(
+            f"--reproduce={path}: this run had the schedules of {', of '.join(parts)}, and then those of "
+            f"{reproduces['num_epochs']} epochs, which a new run would have from the start: train with "
+            f"--config.num_epochs={extended[0]['num_epochs']}, and extend that run in the same way"
+        )
 
 
 def _checkpoint(values: absl_flags.FlagValues, mode: str) -> str:

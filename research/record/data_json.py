@@ -43,7 +43,7 @@ def _splits(dataset: Dataset) -> dict[str, Arrays]:
 
 def _features(split: Arrays) -> dict[str, Any]:
     """Returns the dtype and shape of each feature, with the number of examples as the first size."""
-    return {name: {"dtype": array.dtype.str, "shape": array.shape} for name, array in split.items()}
+    return {name: {"dtype": str(array.dtype), "shape": array.shape} for name, array in split.items()}
 
 
 def read(workdir: Path) -> Dataset | None:

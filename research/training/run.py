@@ -54,7 +54,7 @@ class Training:
             sharding.refuse_sequence(config.mesh, "this task")
         self._began = time.monotonic()
         self.config, self.task, self.dataset, self.mesh = config, task, dataset, mesh
-        self.signals, self.progress = signals or Signals(), Progress()
+        self.signals, self.progress = signals or Signals(), Progress(num_epochs=config.num_epochs)
         self.epoch_end_steps = epoch_ends(dataset.num_examples, config.batch_size, config.num_epochs)
         self._resident = is_resident(config, dataset.train, dataset.validation, dataset.test)
         self._sizer = DispatchSizer(config, resident=self._resident, longest_epoch=longest_epoch(self.epoch_end_steps))
@@ -142,6 +142,7 @@ class Training:
             state, progress = restored
             self.state = state if with_carry else dataclasses.replace(state, carry=self.state.carry)
             self.progress = Progress(**progress)
+            self.progress.extend(self.config.num_epochs)
             self._began -= self.progress.wall_seconds
         return bool(restored)
 

@@ -193,10 +193,10 @@ def parse(experiment: Experiment, argv: Sequence[str], launcher: Sequence[str] =
 def _check_not_extended(path: Path, reproduces: dict[str, Any]) -> None:
     """Raises `UserError` if the run to reproduce was extended: all steps of a new one would have the last schedules."""
     if extended := reproduces.get("extended"):
-        parts = [f"{part['num_epochs']} epochs up to step {part['step']}" for part in extended]
+        parts = [f"num_epochs={part['num_epochs']} up to step {part['step']}" for part in extended]
         raise UserError(
             f"--reproduce={path}: this run had the schedules of {', of '.join(parts)}, and then those of "
-            f"{reproduces['num_epochs']} epochs, which a new run would have from the start: train with "
+            f"num_epochs={reproduces['num_epochs']}, which a new run would have from the start: train with "
             f"--config.num_epochs={extended[0]['num_epochs']}, and extend that run in the same way"
         )
 

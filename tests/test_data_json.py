@@ -151,10 +151,16 @@ def test_flags_of_the_data_set_are_not_ignored(run, no_data):
         app.restored(linear.EXPERIMENT, command, None, with_examples=False)
 
 
-@pytest.mark.parametrize("text", ["{}", '{"name": 3, "splits": []}', "[1]", "{"])
-def test_a_damaged_file_is_named(run, text, tmp_path):
-    (tmp_path / "data.json").write_text(text)
-    with pytest.raises(UserError, match=r"data\.json (is damaged|cannot be read|does not hold)"):
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [("0.3", "0.4", "its checksum differs"), ("shuffle", "shuffled", "its checksum"), ("crc32", "crc", "KeyError")],
+)
+def test_damage_is_an_error(run, old, new, words, tmp_path):
+    """A changed number, name or checksum: the results would be wrong, or the program would fail."""
+    text = (run[0] / "data.json").read_text()
+    assert old in text
+    (tmp_path / "data.json").write_text(text.replace(old, new, 1))
+    with pytest.raises(UserError, match=rf"data.json is damaged or of another version \(.*{words}"):
         data_json.read(tmp_path)
 
 
@@ -178,6 +184,7 @@ def test_statistics_are_exact(tmp_path):
     assert recorded is not None
     assert not recorded.has_examples
     assert recorded.num_examples == 5
+    assert recorded.label_names == ("a",)
     assert recorded.test["image"].shape == (0, 2, 2, 1)
     assert [recorded.statistic(single, "image"), recorded.statistic(double, "image")] == computed
     np.testing.assert_array_equal(np.asarray(computed[0], np.float32), values["f"])

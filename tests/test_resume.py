@@ -121,7 +121,8 @@ def test_every_extension_is_recorded_and_cannot_be_reproduced(stop_at, tmp_path)
     assert read_summary(tmp_path)["extended"] == summary["extended"]
     with pytest.raises(UserError) as error:
         flags.parse(cifar_cnn.EXPERIMENT, [f"--reproduce={tmp_path}/summary.json"])
-    assert "the schedules of 1 epochs up to step 11, of 2 epochs up to step 22, and then those of 3" in str(error.value)
+    words = "the schedules of num_epochs=1 up to step 11, of num_epochs=2 up to step 22, and then those of num_epochs=3"
+    assert words in str(error.value)
     assert "train with --config.num_epochs=1, and extend that run in the same way" in str(error.value)
 
 

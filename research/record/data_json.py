@@ -1,6 +1,10 @@
-"""data.json: which data a run was trained on, and all that its network needs to know of them."""
+"""data.json: which data a run was trained on, and all that its network needs to know of them.
+
+It has a checksum: a network with damaged statistics would give wrong results without an error.
+"""
 
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +36,14 @@ def write(workdir: Path, dataset: Dataset) -> None:
         "splits": {name: _features(split) for name, split in _splits(dataset).items()},
         "statistics": {name: value for name, value in dataset.statistics.items() if name != "num_examples"},
     }
+    values["crc32"] = _crc(values)
     # One line for each entry: statistics may have thousands of numbers.
     lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in values.items())
     storage.replace(workdir / _NAME, f"{{\n{lines}\n}}\n".encode())
+
+
+def _crc(values: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(values, sort_keys=True).encode())
 
 
 def _splits(dataset: Dataset) -> dict[str, Arrays]:
@@ -50,12 +59,14 @@ def read(workdir: Path) -> Dataset | None:
     """Returns the data set of the run in `workdir` with 0 examples, or None if the run has no data.json.
 
     Raises:
-      UserError: data.json is damaged.
+      UserError: data.json is damaged or of another version.
     """
     values = read_json(workdir / _NAME)
     if values is None:
         return None
     try:
+        if values.pop("crc32") != _crc(values):
+            raise ValueError("its checksum differs")
         splits = {name: _empty(features) for name, features in values["splits"].items()}
         dataset = Dataset(
             values["name"],
@@ -69,10 +80,10 @@ def read(workdir: Path) -> Dataset | None:
         )
         statistics = {name: as_tuples(value) for name, value in values["statistics"].items()}
         dataset.statistics.update(statistics, num_examples=int(values["num_examples"]))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{workdir / _NAME} is damaged ({type(error).__name__}: {error}): restore it from a copy, or delete it: "
-            "then the data set that is here is used"
+            f"{workdir / _NAME} is damaged or of another version ({type(error).__name__}: {error}): restore it from a "
+            "copy, or delete it, and the data set that is here is used"
         ) from None
     return dataset
 

@@ -6,6 +6,7 @@ Every field of the experiment's Config is an absl flag, `--config.<path>`; `--co
 import copy
 import dataclasses
 import difflib
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -86,14 +87,12 @@ def given_flags(values: absl_flags.FlagValues) -> frozenset[str]:
 
 def help_text(experiment: Experiment) -> str:
     """The text of `--help`: the docstring, and every flag with its type, default and help."""
-    not_train = " and ".join(f"--mode={name}" for name in experiment.modes if name != "train")
     lines = [
         experiment.doc.strip(),
         "",
         f"  --workdir=DIR  folder of the run's record (default: runs/{experiment.name}/<date-time>)",
         *(f"  --mode={name}  {meaning}" for name, meaning in experiment.modes.items()),
-        f"  --checkpoint=newest|best|STEP  the checkpoint that {not_train} use (default: newest; best: lowest "
-        "validation loss)",
+        "  --checkpoint=newest|best|STEP  the checkpoint to evaluate or to sample from (best: lowest validation loss)",
         "  --reproduce=DIR/summary.json  run that run again, with its config",
         f"  --config=NAME  the preset to start from: {', '.join(experiment.presets)}",
         "",
@@ -203,7 +202,7 @@ def _check_not_extended(path: Path, reproduces: dict[str, Any]) -> None:
 
 def _checkpoint(values: absl_flags.FlagValues, mode: str) -> str:
     checkpoint = str(values["checkpoint"].value)
-    if checkpoint not in ("newest", "best") and not (checkpoint.isascii() and checkpoint.isdecimal()):
+    if not re.fullmatch(r"newest|best|[0-9]{1,18}", checkpoint):
         raise UserError(f"--checkpoint={checkpoint}: give newest, best or the number of a step")
     if mode == "train" and checkpoint != "newest":
         raise UserError(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 
 import jax
 from flax import nnx
@@ -53,10 +54,10 @@ def get_config() -> MLPConfig:
 
 def make_task(config: MLPConfig, dataset: Dataset) -> Classification:
     """Builds the classification task of the data set's images."""
-    train = dataset.train["image"]
+    pixels = math.prod(dataset.train["image"].shape[1:])
     return Classification(
-        lambda rngs: MLP(train[0].size, config.model.width, len(dataset.label_names), rngs),
-        *images.channel_statistics(train),
+        lambda rngs: MLP(pixels, config.model.width, len(dataset.label_names), rngs),
+        *dataset.statistic(images.channel_statistics, "image"),
     )
 
 

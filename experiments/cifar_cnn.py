@@ -105,19 +105,20 @@ def make_task(config: CifarConfig, dataset: Dataset, *, norm_momentum: float = 0
       norm_momentum: momentum of airbench's batch norm (`cnn.create`). The published 0.6 is for batches of 1,024 and
         more; this experiment's are smaller.
     """
-    train = dataset.train["image"]
-    mean, std = images.channel_statistics(train)
-    whitening = None
-    if config.model.name == "airbench":
-        whitening = whitening_kernel(np.asarray(images.normalize(train[:5000], mean, std)))
+    mean, std = dataset.statistic(images.channel_statistics, "image")
+
+    def whitening(train: np.ndarray) -> np.ndarray:
+        return whitening_kernel(np.asarray(images.normalize(train[:5000], mean, std)))
+
+    kernel = dataset.statistic(whitening, "image") if config.model.name == "airbench" else None
 
     def create(model: CNNConfig, rngs: nnx.Rngs) -> nnx.Module:
         return cnn.create(
             model,
-            image_shape=train.shape[1:],
+            image_shape=dataset.train["image"].shape[1:],
             num_classes=len(dataset.label_names),
             rngs=rngs,
-            whitening=whitening,
+            whitening=None if kernel is None else np.asarray(kernel, np.float32),
             norm_momentum=norm_momentum,
         )
 

@@ -135,16 +135,15 @@ def complete(config: MnistVAEConfig, dataset: Dataset) -> MnistVAEConfig:
 
 def make_task(config: MnistVAEConfig, dataset: Dataset) -> VAE:
     """Builds the task of the data set's images; `config` is resolved."""
-    train = dataset.train["image"]
-    mean = images.pixel_means(train)
-    num_train_steps = epoch_ends(len(train), config.batch_size, config.num_epochs)[-1]
+    mean = np.asarray(dataset.statistic(images.pixel_means, "image"))
+    num_train_steps = epoch_ends(dataset.num_examples, config.batch_size, config.num_epochs)[-1]
 
     def create(model: VAEConfig, rngs: nnx.Rngs) -> nnx.Module:
         return vae.create(model, mean=mean, rngs=rngs)
 
     return VAE(
         Network(create, config.model),
-        train.shape[1:],
+        dataset.train["image"].shape[1:],
         config.model.likelihood,
         config.binarize,
         samples=config.samples,

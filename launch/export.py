@@ -2,10 +2,11 @@
 
 python -m launch.export experiments.cifar_cnn --workdir=DIR --out=DIR [flags of the experiment]
 
-`--workdir` is the folder of a run. Its newest checkpoint is exported, with the averaged parameters if training kept an
-average, as in evaluation. `launch.predict` runs the artifact. The programs are StableHLO for CPUs, CUDA and ROCm GPUs
-and TPUs, for any batch size. Where a layer of `research.layers` has a separate CPU form, the program contains both, and
-the platform selects one when it is compiled (`jax.lax.platform_dependent`).
+`--workdir` is the folder of a run. Its newest checkpoint is exported, or the one that `--checkpoint` names, with the
+averaged parameters if training kept an average, as in evaluation. The data set is not needed. `launch.predict` runs the
+artifact. The programs are StableHLO for CPUs, CUDA and ROCm GPUs and TPUs, for any batch size. Where a layer of
+`research.layers` has a separate CPU form, the program contains both, and the platform selects one when it is compiled
+(`jax.lax.platform_dependent`).
 """
 
 import contextlib
@@ -37,10 +38,11 @@ class ExportOptions:
 
     workdir: str = option("", "required: folder of the run to export")
     out: str = option("", "required: folder for the artifact, new or empty")
+    checkpoint: str = option("newest", "checkpoint to export: newest, best (lowest validation loss) or a step")
 
 
 def run(argv: Sequence[str]) -> int:
-    """Exports the newest checkpoint of a run.
+    """Exports a checkpoint of a run.
 
     Raises:
       UserError: bad input, or a network that cannot be exported; nothing is written.
@@ -52,13 +54,14 @@ def run(argv: Sequence[str]) -> int:
         raise UserError("give --workdir=DIR, the folder of the run to export")
     if not (open_path(job.workdir) / "config.json").exists():
         raise UserError(f"--workdir={job.workdir} does not hold a run: give the folder of the run to export")
-    command = flags.parse(job.experiment, [f"--workdir={job.workdir}", *job.args, "--mode=eval"])
+    own = [f"--workdir={job.workdir}", f"--checkpoint={job.options.checkpoint}", "--mode=eval"]
+    command = flags.parse(job.experiment, [*job.args, *own])
     mesh = app.start(command.config)
     import jax
 
     if jax.process_count() > 1:
         raise UserError("launch.export runs in one process: start it without a launcher")
-    training = app.restored(job.experiment, command, mesh)
+    training = app.restored(job.experiment, command, mesh, with_examples=False)
     manifest, weights, programs = contents(job.experiment.name, training)
     try:
         checksum = artifact.write(out, manifest, weights, programs)

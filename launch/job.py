@@ -132,7 +132,7 @@ def parse(where: str, doc: str, options: Any, argv: Sequence[str]) -> Job:
     if where in _KEEP_OWN_RECORD and not is_remote and (Path(workdir) / "config.json").exists():
         raise UserError(f"--workdir={workdir} holds a run: give launch.{where} a folder for its own record")
     # Only the machines of the run may be able to open a remote workdir, so --mode=eval cannot be checked here.
-    checked = [*own, "--mode=train"] if is_remote else [f"--workdir={workdir}", *own]
+    checked = [*own, "--mode=train", "--checkpoint=newest"] if is_remote else [f"--workdir={workdir}", *own]
     config = flags.parse(experiment, checked, [name for name, _, _ in config_lib.walk(options)]).config
     given = _given(experiment, own)
     if not worker:

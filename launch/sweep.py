@@ -195,10 +195,11 @@ def _set_devices(options: Any) -> bool:
     os.environ.update(processes.gpu_of_worker(os.environ))
     if options.processes > 1:  # leaves the accelerators' memory to the workers
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-    from research.process import backend, compilation_cache
+    from research.process import backend, compilation_cache, jax_settings
     from research.training.population_devices import split_cpu
 
     compilation_cache.enable()
+    jax_settings.pin()
     split = split_cpu(options.population)
     backend.check()
     return split

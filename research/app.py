@@ -4,7 +4,7 @@ import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 
@@ -14,11 +14,11 @@ from research.data import sources
 from research.errors import UserError
 from research.experiment import Experiment
 from research.flags import Command, parse
-from research.process import backend, compilation_cache, distributed
+from research.process import backend, compilation_cache, distributed, jax_settings
 from research.process.exit import exit_with, own_exit_code
 from research.process.signals import Signals
 from research.process.terminal import ignore_output_errors
-from research.record import config_json
+from research.record import config_json, data_json
 from research.record.workdir import Workdir, read_json
 from research.tasks.task import Task
 from research.training import loop, summary
@@ -54,9 +54,7 @@ def run(
     with Workdir(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
         distributed.wait("the first process has claimed the workdir")
         with distributed.first_process_first("the data set is on disk"):
-            config, dataset, task = load(experiment, config)
-        if command.earlier:
-            config_json.check_resumes(config, command.earlier, str(workdir))
+            config, dataset, task = _load_for(experiment, command)
         _say(_first_line(experiment, dataset, mesh))
         finished = read_json(workdir / "summary.json")
         if finished and not isinstance(finished.get("num_epochs"), int):
@@ -65,7 +63,8 @@ def run(
             _say(f"the run in {workdir} is finished: evaluating it; a larger --config.num_epochs trains it further")
             return _evaluate(experiment, command, mesh)
         if command.reproduces:
-            _say(_differences(command.reproduces, summary.versions() | _hardware(mesh)))
+            conditions = summary.conditions(dataset) | _hardware(mesh)
+            _say(_differences(command.reproduces, conditions))
         arguments = (experiment.name, config, task, dataset, mesh, workdir)
         _, found = loop.train_and_evaluate(*arguments, signals=signals)
     _say(_last_lines(found, workdir))
@@ -85,7 +84,7 @@ def _remains(workdir: Path) -> str:
 
 
 def start(config: Config, devices: Sequence[Any] | None = None) -> Any:
-    """Sets up the process before the data is loaded: the compilation cache, other processes, the mesh.
+    """Sets up the process before the data is loaded: the compilation cache, other processes, JAX's settings, the mesh.
 
     Args:
       config: checked, not yet resolved.
@@ -100,14 +99,15 @@ def start(config: Config, devices: Sequence[Any] | None = None) -> Any:
     compilation_cache.enable()
     optimizers.check(config.optimizer)
     distributed.join(config.distributed)
+    jax_settings.pin()
     backend.check()
     return sharding.make_mesh(config, devices)
 
 
-def _say(text: str) -> None:
+def _say(text: str, file: TextIO | None = None) -> None:
     """Prints the text in the first process."""
     if jax.process_index() == 0:
-        print(text, flush=True)
+        print(text, file=file, flush=True)
 
 
 def load(experiment: Experiment, config: Any) -> tuple[Any, sources.Dataset, Task]:
@@ -121,16 +121,65 @@ def load(experiment: Experiment, config: Any) -> tuple[Any, sources.Dataset, Tas
     return config, dataset, experiment.make_task(config, dataset)
 
 
-def restored(experiment: Experiment, command: Command, mesh: Any) -> Training:
-    """Restores the run in the workdir from its newest checkpoint.
+def _load_for(experiment: Experiment, command: Command) -> tuple[Any, sources.Dataset, Task]:
+    """As `load`; where the workdir holds a run, with the statistics in its record, and checked to be on its data."""
+    dataset = experiment.prepare(command.config, sources.load(command.config.dataset))
+    config = experiment.resolve(command.config, dataset)
+    if command.earlier:
+        _check_config(config, command)
+        if recorded := data_json.read(command.workdir):
+            _check_data(dataset, recorded, command)
+            dataset.statistics.update(recorded.statistics)
+    return config, dataset, experiment.make_task(config, dataset)
+
+
+def _check_config(config: Config, command: Command) -> None:
+    assert command.earlier is not None, "parse has seen to it"
+    check = config_json.check_resumes if command.mode == "train" else config_json.check_evaluates
+    check(config, command.earlier, str(command.workdir))
+
+
+def _check_data(dataset: sources.Dataset, recorded: sources.Dataset, command: Command) -> None:
+    data_json.check_suits(dataset, recorded, command.workdir)
+    found = data_json.differences(dataset, recorded)
+    if found and command.mode == "train":
+        raise UserError(
+            f"--workdir={command.workdir} holds a run on another version of {dataset.name} (fingerprints: {found}): "
+            "set --config.dataset.data_dir to the folder of its data set, or give another --workdir"
+        )
+    if found:
+        _say(
+            f"WARNING: another version of {dataset.name} than that of the run in {command.workdir} (fingerprints: "
+            f"{found}): results on other data",
+            sys.stderr,
+        )
+
+
+def restored(experiment: Experiment, command: Command, mesh: Any, *, with_examples: bool = True) -> Training:
+    """Restores the run in the workdir from the checkpoint that the command names.
+
+    Args:
+      experiment: of the run.
+      command: its mode is "eval" or "sample".
+      mesh: the devices.
+      with_examples: whether the data set is needed; otherwise the run's record takes its place where possible.
 
     Raises:
-      UserError: the command's config is not that of the run, or there is no checkpoint.
+      UserError: the command's config is not that of the run, its data set is not available, or there is no such
+        checkpoint.
     """
-    config, dataset, task = load(experiment, command.config)
-    assert command.earlier is not None, "parse has seen to it"
-    config_json.check_evaluates(config, command.earlier, str(command.workdir))
-    return loop.restore(config, task, dataset, mesh, command.workdir)
+    recorded = None if with_examples else data_json.read(command.workdir)
+    # Runs of earlier versions have no data.json; and flags of the data set are for its files.
+    if recorded is None or command.earlier is None or command.config.dataset != command.earlier.dataset:
+        config, dataset, task = _load_for(experiment, command)
+    else:
+        dataset, config = recorded, experiment.resolve(command.config, recorded)
+        _check_config(config, command)
+        task = experiment.make_task(config, dataset)
+    training = loop.restore(config, task, dataset, mesh, command.workdir, command.checkpoint)
+    if training.stale_statistics:  # batch statistics of averaged parameters, which need examples
+        return restored(experiment, command, mesh)
+    return training
 
 
 def _evaluate(experiment: Experiment, command: Command, mesh: Any) -> dict[str, Any]:
@@ -143,7 +192,7 @@ def _evaluate(experiment: Experiment, command: Command, mesh: Any) -> dict[str, 
 def _sample(experiment: Experiment, command: Command, mesh: Any) -> dict[str, Any]:
     if jax.process_count() > 1:
         raise UserError("--mode=sample is for one process: start it without a launcher")
-    training = restored(experiment, command, mesh)
+    training = restored(experiment, command, mesh, with_examples=False)
     assert experiment.sample is not None
     experiment.sample(training.predictor(), training.config, training.dataset, command.options, command.workdir)
     return {"step": training.progress.step}

@@ -81,9 +81,11 @@ def _two_steps() -> Iterator[str]:
     from research.config import CNNConfig, Config, DatasetConfig
     from research.data import images, sources
     from research.models import cnn
+    from research.process import jax_settings
     from research.tasks.classification import Classification
     from research.training import loop
 
+    jax_settings.pin()
     dataset = sources.load(DatasetConfig(name="digits"))
     config, model = Config(num_epochs=1, batch_size=8 * jax.device_count()), CNNConfig()
     mesh = sharding.make_mesh(config)

@@ -22,12 +22,13 @@ class Experiment:
       name: as in `python -m experiments.<name>`; also the name of the folder of its runs.
       doc: the docstring that `--help` shows.
       presets: functions that return a config, by name; the first is the default.
-      make_task: builds the task from the resolved config and the data set, whatever the seed. It is pure.
+      make_task: builds the task from the resolved config and the data set, whatever the seed. It is pure, and reads the
+        examples by `Dataset.statistic` only: to sample from a network or to export it, there are none.
       prepare: turns the data set into what the task learns from; may raise `UserError`.
       complete: returns the config with the fields filled in that other fields or the data set decide. It is pure; may
         raise `UserError`.
-      sample: implements `--mode=sample`; called with a predictor, the config, the data set, the options (of type
-        `sample_options`) and the workdir; may raise `UserError`.
+      sample: implements `--mode=sample`; called with a predictor, the config, the data set (without examples), the
+        options (of type `sample_options`) and the workdir; may raise `UserError`.
       sample_options: a dataclass of `research.config.option` fields, each of which is a flag.
       run: replaces `app.run` as the whole command; None: `app.run`. Sweeps refuse an experiment that has one.
     """
@@ -45,7 +46,7 @@ class Experiment:
     @property
     def modes(self) -> dict[str, str]:
         """The values of `--mode`, and what each does."""
-        modes = {"train": "train, or resume the run in --workdir", "eval": "evaluate the newest checkpoint"}
+        modes = {"train": "train, or resume the run in --workdir", "eval": "evaluate a checkpoint"}
         return modes | ({"sample": "draw samples from the trained network"} if self.sample else {})
 
     def resolve(self, config: Any, dataset: sources.Dataset) -> Any:

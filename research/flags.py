@@ -6,6 +6,7 @@ Every field of the experiment's Config is an absl flag, `--config.<path>`; `--co
 import copy
 import dataclasses
 import difflib
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ class Command:
       workdir: the folder of the record.
       given: the names of the flags that were given, as in "config.seed".
       mode: "train", "eval" or "sample".
+      checkpoint: "newest", "best" or a step, for the modes "eval" and "sample".
       options: the options of the mode "sample".
       earlier: the config of the run in `workdir`, or None.
       reproduces: the summary of the run to reproduce, or None.
@@ -39,6 +41,7 @@ class Command:
     workdir: Path
     given: frozenset[str]
     mode: str
+    checkpoint: str
     options: Any
     earlier: Config | None
     reproduces: dict[str, Any] | None
@@ -71,6 +74,7 @@ def define_flags(experiment: Experiment) -> absl_flags.FlagValues:
     absl_flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
     absl_flags.DEFINE_string("workdir", None, "folder of the run's record", flag_values=values)
     absl_flags.DEFINE_enum("mode", "train", list(experiment.modes), "what to do", flag_values=values)
+    absl_flags.DEFINE_string("checkpoint", "newest", "checkpoint to use", flag_values=values)
     absl_flags.DEFINE_string("reproduce", None, "summary.json of a run to run again", flag_values=values)
     names = list(experiment.presets)
     absl_flags.DEFINE_enum("config", names[0], names, "the preset to start from", flag_values=values)
@@ -98,6 +102,7 @@ def help_text(experiment: Experiment) -> str:
         "",
         f"  --workdir=DIR  folder of the run's record (default: runs/{experiment.name}/<date-time>)",
         *(f"  --mode={name}  {meaning}" for name, meaning in experiment.modes.items()),
+        "  --checkpoint=newest|best|STEP  the checkpoint to evaluate or to sample from (best: lowest validation loss)",
         "  --reproduce=DIR/summary.json  run that run again, with its config",
         f"  --config=NAME  the preset to start from: {', '.join(experiment.presets)}",
         "",
@@ -165,6 +170,7 @@ def parse(experiment: Experiment, argv: Sequence[str], launcher: Sequence[str] =
     mode = str(values["mode"].value)
     if mode != "train" and earlier is None:
         raise UserError(f"--mode={mode} needs the --workdir of a run: there is no config.json in {workdir}")
+    checkpoint = _checkpoint(values, mode)
     reproduces, reproduced = None, None
     if values["reproduce"].value:
         path = open_path(values["reproduce"].value)
@@ -173,6 +179,7 @@ def parse(experiment: Experiment, argv: Sequence[str], launcher: Sequence[str] =
             raise UserError(f"--reproduce={path}: there is no such file, or no config.json beside it")
         if "num_train_steps" not in reproduces:
             raise UserError(f"--reproduce={path}: it is no summary.json of a run")
+        _check_not_extended(path, reproduces)
         if mode != "train":
             raise UserError(f"--reproduce is for training: leave it or --mode={mode} out")
     config = experiment.presets[str(values["config"].value)]()
@@ -189,7 +196,29 @@ def parse(experiment: Experiment, argv: Sequence[str], launcher: Sequence[str] =
             config_lib.assign(config, path, flag.value)
     config_lib.check(config)
     options = _sample_options(experiment, values, mode)
-    return Command(config, workdir, given_flags(values), mode, options, earlier, reproduces)
+    return Command(config, workdir, given_flags(values), mode, checkpoint, options, earlier, reproduces)
+
+
+def _check_not_extended(path: Path, reproduces: dict[str, Any]) -> None:
+    """Raises `UserError` if the run to reproduce was extended: all steps of a new one would have the last schedules."""
+    if extended := reproduces.get("extended"):
+        parts = [f"num_epochs={part['num_epochs']} up to step {part['step']}" for part in extended]
+        raise UserError(
+            f"--reproduce={path}: this run had the schedules of {', of '.join(parts)}, and then those of "
+            f"num_epochs={reproduces['num_epochs']}, which a new run would have from the start: train with "
+            f"--config.num_epochs={extended[0]['num_epochs']}, and extend that run in the same way"
+        )
+
+
+def _checkpoint(values: absl_flags.FlagValues, mode: str) -> str:
+    checkpoint = str(values["checkpoint"].value)
+    if not re.fullmatch(r"newest|best|[0-9]{1,18}", checkpoint):
+        raise UserError(f"--checkpoint={checkpoint}: give newest, best or the number of a step")
+    if mode == "train" and checkpoint != "newest":
+        raise UserError(
+            f"--checkpoint={checkpoint} is for evaluation, sampling and export: training resumes from the newest"
+        )
+    return checkpoint
 
 
 def _sample_options(experiment: Experiment, values: absl_flags.FlagValues, mode: str) -> Any:

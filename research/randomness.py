@@ -11,6 +11,8 @@ import numpy as np
 
 VERSION = 1  # raise it when a seed's random numbers change: runs are not resumed with another version
 
+IMPLEMENTATION = "threefry2x32"  # whatever JAX's default is
+
 
 class Stream(enum.IntEnum):
     """The purposes of random numbers. A value is never reused for another purpose, which would change results."""
@@ -31,7 +33,7 @@ class Stream(enum.IntEnum):
 
 def key(stream: Stream, seed: jax.typing.ArrayLike = 0) -> jax.Array:
     """Returns the key of one purpose; `seed` may be traced."""
-    return jax.random.fold_in(jax.random.key(seed), int(stream))
+    return jax.random.fold_in(jax.random.key(seed, impl=IMPLEMENTATION), int(stream))
 
 
 def generator(stream: Stream, *counters: int) -> np.random.Generator:

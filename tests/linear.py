@@ -55,7 +55,7 @@ def make_task(config, dataset):
     def network(rngs):
         return Network(config.model, shape, len(dataset.label_names), rngs)
 
-    statistics = images.channel_statistics(dataset.train["image"])
+    statistics = dataset.statistic(images.channel_statistics, "image")
     return Classification(network, *statistics, label_smoothing=config.label_smoothing)
 
 

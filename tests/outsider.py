@@ -1,6 +1,7 @@
 """An experiment whose networks use Flax's own layers and know nothing of meshes, as a user may write them."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -103,13 +104,13 @@ def get_config():
 
 def make_task(config, dataset):
     """Returns the task of classifying the data set's images."""
-    pixels, classes = dataset.train["image"][0].size, len(dataset.label_names)
+    pixels, classes = math.prod(dataset.train["image"].shape[1:]), len(dataset.label_names)
 
     def network(rngs):
         return NETWORKS[config.network](pixels, classes, rngs)
 
     task = Contrastive if config.contrastive else Classification
-    return task(network, *images.channel_statistics(dataset.train["image"]))
+    return task(network, *dataset.statistic(images.channel_statistics, "image"))
 
 
 EXPERIMENT = app.Experiment("outsider", str(__doc__), {"default": get_config}, make_task)

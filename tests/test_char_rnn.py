@@ -15,6 +15,7 @@ from experiments import char_rnn
 from research import app, optimizers, sharding
 from research import config as config_lib
 from research.config import MeshConfig, RNNConfig
+from research.data import embedded
 from research.data.sources import Dataset
 from research.errors import UserError
 from research.models import rnn
@@ -82,9 +83,16 @@ def test_the_command_trains_evaluates_and_samples(tmp_path, monkeypatch, capsys)
     assert summary["test_bits_per_character"] == pytest.approx(summary["test_loss"] / np.log(2))
     evaluated = app.run(char_rnn.EXPERIMENT, [workdir, "--mode=eval"])
     assert evaluated["test_loss"] == pytest.approx(summary["test_loss"])
-    capsys.readouterr()
-    app.run(char_rnn.EXPERIMENT, [workdir, "--mode=sample", "--prompt=class ", "--length=9"])
-    assert "--- sample 1 of 1\nclass " in capsys.readouterr().out
+    sample = [workdir, "--mode=sample", "--prompt=class ", "--length=9"]
+    for other_batch_size in ([], ["--config.batch_size=64"]):
+        capsys.readouterr()
+        app.run(char_rnn.EXPERIMENT, [*sample, *other_batch_size])
+        assert "--- sample 1 of 1\nclass " in capsys.readouterr().out
+    with monkeypatch.context() as without_data:
+        without_data.setattr(embedded, "DATASETS", {})
+        app.run(char_rnn.EXPERIMENT, sample)  # the record has the vocabulary
+    evaluated = app.run(char_rnn.EXPERIMENT, [workdir, "--mode=eval", "--config.batch_size=64"])
+    assert evaluated["test_loss"] == pytest.approx(summary["test_loss"], rel=1e-2)  # with less context per stream
 
 
 def test_bad_flags_name_what_is_right(tmp_path):

@@ -1,5 +1,6 @@
 """Checkpoints: bit-exact on any mesh, with damage detected."""
 
+import dataclasses
 import errno
 import shutil
 import subprocess
@@ -64,6 +65,19 @@ def test_a_checkpoint_restores_what_was_saved(tmp_path):
     assert jax.tree.map(lambda x: x.dtype, restored) == jax.tree.map(lambda x: x.dtype, state)
     assert progress == PROGRESS
     assert not warnings
+
+
+def test_without_its_carry_a_checkpoint_restores_for_another_batch_size(tmp_path):
+    saved_carry, carry = jax.device_put((np.ones((1, 4, 2)), np.zeros((1, 2, 2))), sharding.replicated(_mesh(1)))
+    state = dataclasses.replace(_state(7), carry={"cell": saved_carry})
+    _save(tmp_path, state)
+    like = dataclasses.replace(_state(0, seed=1), carry={"cell": carry})
+    with pytest.raises(UserError, match=r"carry.cell: the checkpoint has float32\[1, 4, 2\], this program .*2, 2\]"):
+        _restore(tmp_path, like, read_only=True)
+    (restored, progress), warnings = _restore(tmp_path, dataclasses.replace(like, carry=None), read_only=True)
+    same(restored, dataclasses.replace(state, carry=None))
+    assert jax.tree.map(lambda x: x.sharding, restored.params) == jax.tree.map(lambda x: x.sharding, like.params)
+    assert (progress, warnings) == (PROGRESS, [])
 
 
 def test_orbax_does_not_use_the_preemption_sync_point(tmp_path, monkeypatch):
@@ -143,8 +157,9 @@ DAMAGE = {
 }
 
 
+@pytest.mark.parametrize("carry", [{}, None])
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_to_any_file_is_detected_or_harmless(damage, tmp_path):
+def test_damage_to_any_file_is_detected_or_harmless(damage, carry, tmp_path):
     older, newer = _state(1, seed=1), _state(2, seed=2)
     _save(tmp_path / "whole", older, newer)
     files = [path for path in (tmp_path / "whole/checkpoints/2").rglob("*") if path.is_file() and path.stat().st_size]
@@ -153,8 +168,8 @@ def test_damage_to_any_file_is_detected_or_harmless(damage, tmp_path):
         copy = tmp_path / str(number)
         shutil.copytree(tmp_path / "whole", copy)
         DAMAGE[damage](copy / file.relative_to(tmp_path / "whole"))
-        (restored, progress), warnings = _restore(copy, _state())
-        same(restored, older if warnings else newer)
+        (restored, progress), warnings = _restore(copy, dataclasses.replace(_state(), carry=carry))
+        same(restored.params, (older if warnings else newer).params)
         assert progress == PROGRESS
         if warnings:
             fell_back += 1

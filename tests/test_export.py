@@ -112,6 +112,21 @@ def test_the_classifier_is_the_checkpoint_on_the_test_set(checkpoint, classifier
     np.testing.assert_allclose(few, logits[:7], atol=1e-5)
 
 
+def test_an_artifact_runs_with_64_bit_numbers_and_another_generator(vae):
+    _, exported = vae
+    inputs = {"seed": np.array(3, np.uint32), "index": np.arange(4, dtype=np.int32)}
+    usual = runtimes.JaxRuntime(exported)("sample", inputs)["image"]
+    before = jax.config.jax_enable_x64, jax.config.jax_default_prng_impl
+    try:
+        for values in ((True, "rbg"), before):
+            jax.config.update("jax_enable_x64", values[0])
+            jax.config.update("jax_default_prng_impl", values[1])
+            np.testing.assert_array_equal(runtimes.JaxRuntime(exported)("sample", inputs)["image"], usual)
+    finally:
+        jax.config.update("jax_enable_x64", before[0])
+        jax.config.update("jax_default_prng_impl", before[1])
+
+
 def test_the_average_of_the_parameters_is_what_is_exported(checkpoint, classifier):
     exported = classifier.weights["params.logits.kernel"]
     np.testing.assert_array_equal(exported, checkpoint.state.ema_params["logits"]["kernel"][...])

@@ -15,6 +15,8 @@ from drawn import DATASET, read_lines, run, same, split
 
 from experiments import cifar_cnn
 from research import app, flags
+from research.config import OptimizerConfig
+from research.errors import UserError
 from research.process.signals import Signals, StoppedError
 from research.record import writer
 from research.training import run as run_module
@@ -106,6 +108,24 @@ def test_the_best_step_is_in_the_summary(tmp_path):
     assert summary["best_validation_loss"] == min(losses.values())
 
 
+def test_every_extension_is_recorded_and_cannot_be_reproduced(stop_at, tmp_path):
+    """The schedules of the first steps were those of fewer epochs."""
+    decaying = {"optimizer": OptimizerConfig(name="sgd", learning_rate=0.1, schedule="linear"), "dataset": DATASET}
+    _, summary = run(tmp_path, num_epochs=1, **decaying)
+    assert "extended" not in summary
+    stop_at(tmp_path, 14, num_epochs=2, steps_per_dispatch=1, **decaying)
+    _, summary = run(tmp_path, num_epochs=2, **decaying)
+    assert summary["extended"] == [{"num_epochs": 1, "step": 11}]
+    _, summary = run(tmp_path, num_epochs=3, **decaying)
+    assert summary["extended"] == [{"num_epochs": 1, "step": 11}, {"num_epochs": 2, "step": 22}]
+    assert read_summary(tmp_path)["extended"] == summary["extended"]
+    with pytest.raises(UserError) as error:
+        flags.parse(cifar_cnn.EXPERIMENT, [f"--reproduce={tmp_path}/summary.json"])
+    words = "the schedules of num_epochs=1 up to step 11, of num_epochs=2 up to step 22, and then those of num_epochs=3"
+    assert words in str(error.value)
+    assert "train with --config.num_epochs=1, and extend that run in the same way" in str(error.value)
+
+
 def _output(args, capsys):
     """Runs the command in this process on one device; returns its stdout."""
     app.run(cifar_cnn.EXPERIMENT, args, devices=jax.devices()[:1])
@@ -181,9 +201,9 @@ def test_restoring_frees_the_initial_state_first(stop_at, tmp_path, monkeypatch)
     stop_at(tmp_path, 11)
     restore, deleted = Checkpoints.restore, []
 
-    def restore_and_record(self, like):
+    def restore_and_record(self, like, step):
         deleted.extend(leaf.is_deleted() for leaf in jax.tree.leaves(initial[0]))
-        return restore(self, like)
+        return restore(self, like, step)
 
     initial = []
     create_state = run_module.create_state

@@ -14,6 +14,7 @@ from research.data.batch import Batch
 from research.data.pipeline import epoch_ends, is_resident, longest_epoch
 from research.data.sources import Dataset
 from research.experiment import Experiment
+from research.process import jax_settings
 from research.tasks.task import Task
 from research.training import hyperparams
 from research.training.dispatch import dispatch_capacity
@@ -66,6 +67,7 @@ def load(experiment: Experiment, config: Config, mesh: MeshConfig) -> Workload:
     Raises:
       UserError: the data set is not available, or the config contradicts it or itself.
     """
+    jax_settings.pin()
     config = copy.deepcopy(config)
     config.mesh = mesh
     return Workload(*app.load(experiment, config))

@@ -4,9 +4,11 @@ import dataclasses
 import difflib
 import functools
 import itertools
+import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +25,9 @@ from research.randomness import Stream
 class Dataset:
     """A data set's splits. Those that `load` returns have read-only arrays, some of them memory maps.
 
+    `make_task` must not read the arrays' contents other than by `statistic`: without its data set, a network is
+    restored with arrays of 0 examples, as its run's data.json describes them.
+
     Attributes:
       name: its TFDS name, or one of `embedded.DATASETS`.
       label_names: the name of each class, by label; () for text and for images without labels.
@@ -31,6 +36,9 @@ class Dataset:
       validation: held out from train, or the set's own split; None if there is neither.
       test: the split that results are reported on.
       shuffle: whether every epoch is a new permutation of train; otherwise the examples come in their own order.
+      version: the version of the prepared set, if it has one.
+      fingerprints: for each split that `load` returned, a hash of its contents.
+      statistics: what `statistic` has returned, and the number of training examples.
     """
 
     name: str
@@ -39,6 +47,51 @@ class Dataset:
     validation: Arrays | None
     test: Arrays
     shuffle: bool = True
+    version: str = ""
+    fingerprints: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    # Not an argument of `dataclasses.replace`: the copy may have another train split.
+    statistics: dict[str, Any] = dataclasses.field(default_factory=dict, init=False)
+
+    def statistic(self, compute: Callable[[np.ndarray], Any], feature: str) -> Any:
+        """Returns a statistic of a feature of train; when a run is continued or evaluated, the one in its record.
+
+        Args:
+          compute: a named function of the feature's array, which returns numbers or (nested) tuples, lists or arrays of
+            them. It is called once for each name and feature.
+          feature: the feature's name.
+
+        Returns:
+          The numbers, in tuples. Their floats are exact, in a record, too.
+
+        Raises:
+          UserError: there are no examples, and the record does not have it.
+        """
+        assert compute.__name__.isidentifier(), "the name must say what is computed"
+        name = f"{feature}.{compute.__name__}"
+        if name not in self.statistics:
+            if not self.has_examples:
+                raise UserError(f"the run's data.json does not have {name}: use the version that wrote it")
+            self.statistics[name] = as_tuples(json.loads(json.dumps(compute(self.train[feature]), default=_to_list)))
+        return self.statistics[name]
+
+    @property
+    def num_examples(self) -> int:
+        """The number of training examples, of which a record without examples knows, too."""
+        return self.statistics.setdefault("num_examples", len(next(iter(self.train.values()))))
+
+    @property
+    def has_examples(self) -> bool:
+        """Whether there are examples; otherwise this only describes them, as in a record."""
+        return len(next(iter(self.train.values()))) > 0
+
+
+def as_tuples(value: Any) -> Any:
+    """Turns lists into tuples, which are hashable, and cannot be changed by those who share them."""
+    return tuple(map(as_tuples, value)) if isinstance(value, list) else value
+
+
+def _to_list(array: np.ndarray) -> Any:
+    return array.tolist()
 
 
 def load(config: DatasetConfig) -> Dataset:
@@ -72,11 +125,12 @@ def load(config: DatasetConfig) -> Dataset:
 
 
 def _load(name: str, config: DatasetConfig) -> Dataset:
+    version = ""
     if name in embedded.DATASETS:
         label_names, own = embedded.DATASETS[name]()
         loaders = {split: functools.partial(dict, arrays) for split, arrays in own.items()}
     else:
-        label_names, loaders = _load_tfds(name, config.data_dir)
+        label_names, loaders, version = _load_tfds(name, config.data_dir)
     chosen = _choose_splits(name, config, tuple(loaders))
     splits = {role: dict(loaders[split]()) for role, split in chosen.items()}
     if not label_names and "label" in splits["train"]:
@@ -88,7 +142,15 @@ def _load(name: str, config: DatasetConfig) -> Dataset:
     if config.train_fraction < 1:
         splits["train"] = _subset(splits["train"], config.train_fraction)
     arrays = {role: cache.read_only(split) for role, split in splits.items()}
-    return Dataset(name, label_names, arrays["train"], arrays.get("validation"), arrays["test"])
+    return Dataset(
+        name,
+        label_names,
+        arrays["train"],
+        arrays.get("validation"),
+        arrays["test"],
+        version=version,
+        fingerprints={role: cache.fingerprint(split) for role, split in arrays.items()},
+    )
 
 
 def _choose_splits(name: str, config: DatasetConfig, present: Sequence[str]) -> dict[str, str]:
@@ -137,7 +199,7 @@ def _number_classes(splits: dict[str, Arrays]) -> tuple[str, ...]:
     return ()
 
 
-def _load_tfds(name: str, data_dir: str) -> tuple[tuple[str, ...], dict[str, Callable[[], Arrays]]]:
+def _load_tfds(name: str, data_dir: str) -> tuple[tuple[str, ...], dict[str, Callable[[], Arrays]], str]:
     folder = tfds_sets.data_folder(data_dir)
     path = tfds_sets.find(name, folder)
     if path is None and prepare.is_preparable(name):
@@ -145,7 +207,7 @@ def _load_tfds(name: str, data_dir: str) -> tuple[tuple[str, ...], dict[str, Cal
         path = tfds_sets.find(name, folder)
     if path is None:
         raise _not_found(name, folder)
-    return tfds_sets.load(name, path)
+    return *tfds_sets.load(name, path), path.name
 
 
 def _not_found(name: str, folder: Path) -> UserError:

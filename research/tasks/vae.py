@@ -228,7 +228,7 @@ class VAE(Task):
             return {"image": self._expected(parameters), "parameters": parameters}
 
         def sample(model: Any, inputs: Inputs) -> dict[str, jax.Array]:
-            keys = _keys(jax.random.key(inputs["seed"]), inputs["index"], _LATENTS)
+            keys = _keys(jax.random.key(inputs["seed"], impl=randomness.IMPLEMENTATION), inputs["index"], _LATENTS)
             drawn = jax.vmap(lambda key: jax.random.normal(key, (latents,)))(keys)
             return {"image": self._expected(model.decode(drawn))}
 

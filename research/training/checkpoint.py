@@ -162,17 +162,18 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     @property
-    def exist(self) -> bool:
-        """Whether there is a checkpoint, intact or damaged."""
-        return self._folder.exists() and bool(self._manager.all_steps())
+    def steps(self) -> list[int]:
+        """The steps of all checkpoints, intact or damaged, in ascending order."""
+        return sorted(self._manager.all_steps()) if self._folder.exists() else []
 
-    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """Restores the newest intact checkpoint.
+    def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]] | None:
+        """Restores the newest intact checkpoint, or that of `step`.
 
         Damaged checkpoints are reported and, unless `read_only`, renamed to `checkpoints/damaged-<step>`.
 
         Args:
-          like: the shapes, dtypes and shardings of the state to restore.
+          like: the shapes, dtypes and shardings of the state to restore; if its carry is None, the carry is not read.
+          step: the checkpoint to restore, one that exists; there is no fallback from it.
 
         Returns:
           The state and its progress, or None if there is no checkpoint.
@@ -182,9 +183,8 @@ class Checkpoints:
             several processes found a checkpoint damaged (exit code 143, so that launchers restart all of them).
           RecordError, OutOfMemoryError: a checkpoint could not be read; it is left unchanged.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True) if self.exist else []
-        reason = ""
-        for step in steps:
+        chosen, steps, reason = step, self.steps, ""
+        for step in reversed(steps) if chosen is None else [chosen]:
             try:
                 return self._restore(step, like)
             except (UserError, jax.errors.JaxRuntimeError):
@@ -198,6 +198,10 @@ class Checkpoints:
                         f"checkpoint {step} in {self._place} could not be read ({reason}); it is unchanged: "
                         "fix the cause, and the same command resumes from it"
                     ) from error
+                if chosen is not None:
+                    raise UserError(
+                        f"checkpoint {step} in {self._place} is damaged ({reason}): choose another by --checkpoint"
+                    ) from None
                 # A checksum mismatch is seen by every process; a missing file perhaps by this one only, while the
                 # others wait for it inside Orbax. So this process cannot fall back by itself, and ends.
                 is_local = jax.process_count() > 1 and not isinstance(error, _DamagedError)
@@ -220,30 +224,39 @@ class Checkpoints:
             )
         return None
 
-    def _restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    def read_record(self, step: int) -> dict[str, Any]:
+        """Reads a checkpoint's record; any exception but `UserError` means that it is damaged or cannot be read."""
         record = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
         if record.pop("crc32") != _crc(record):
             raise _DamagedError("its record's checksum differs")
+        return record
+
+    def _restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        record = self.read_record(step)
         if record.get("random_streams") != randomness.VERSION:
             raise UserError(
                 f"checkpoint {step} in {self._place} is from a version with other held-out examples and random "
                 "numbers: use that version, or start over with another --workdir"
             )
         arrays = _flat(like)
-        kinds = _kinds(arrays)
-        for name in sorted(kinds.keys() | record["kinds"].keys()):
-            has, wants = record["kinds"].get(name, "nothing"), kinds.get(name, "nothing")
+        kinds, saved_kinds = _kinds(arrays), record["kinds"]
+        if like.carry is None:
+            saved_kinds = {name: kind for name, kind in saved_kinds.items() if name.partition(".")[0] != "carry"}
+        for name in sorted(kinds.keys() | saved_kinds.keys()):
+            has, wants = saved_kinds.get(name, "nothing"), kinds.get(name, "nothing")
             if has != wants:
                 raise UserError(
                     f"checkpoint {step} in {self._place} is from another network or version ({name}: the checkpoint "
                     f"has {has}, this program {wants}): use the run's flags, or the version that wrote it"
                 )
         shapes = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for n, x in arrays.items()}
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(shapes))
-        restored = self._manager.restore(step, args=args)["state"]
-        sums = checksums(restored)
-        for name, value in record["checksums"].items():
-            if value != sums[name]:
+        state_args = ocp.args.StandardRestore(shapes)
+        if like.carry is None:
+            restore_args = ocp.checkpoint_utils.construct_restore_args(shapes)
+            state_args = ocp.args.PyTreeRestore(shapes, restore_args, partial_restore=True)
+        restored = self._manager.restore(step, args=ocp.args.Composite(state=state_args))["state"]
+        for name, value in checksums(restored).items():
+            if value != record["checksums"][name]:
                 raise _DamagedError(f"the checksum of {name} differs")
         # The state is donated, but Orbax's arrays may share their memory with others: copy them into XLA's own buffers.
         copies = [jnp.copy(restored.pop(name)) for name in arrays]

@@ -12,11 +12,13 @@ from research.config import Config
 from research.data.sources import Dataset
 from research.errors import NonFiniteLossError, UserError
 from research.process.signals import Signals, StoppedError
+from research.record import data_json
 from research.record.workdir import read_metrics
 from research.record.writer import Writer
 from research.tasks.task import Task
 from research.training import noise_scale, summary
 from research.training.checkpoint import Checkpoints, checksums_of
+from research.training.checkpoint_choice import find_step
 from research.training.progress import non_finite
 from research.training.run import Training
 from research.training.state import TrainState, is_finite, num_params
@@ -206,6 +208,8 @@ def train_and_evaluate(
         compile_seconds = run.compile(train=True)
         if not resumes and (path := workdir / "metrics.jsonl").exists() and path.stat().st_size:
             writer.warning("metrics.jsonl has steps, but there is no checkpoint: training from the start")
+        if jax.process_index() == 0:
+            data_json.write(workdir, dataset)
         writer.config(config)
         writer.resume(run.progress.step, run.progress.row)
         writer.message(f"{num_params(run.state):,} parameters; compiled in {compile_seconds:.1f} s")
@@ -225,19 +229,35 @@ def train_and_evaluate(
     return run.state, found
 
 
-def restore(config: Config, task: Task, dataset: Dataset, mesh: jax.sharding.Mesh, workdir: Path) -> Training:
-    """The run in `workdir` at its newest checkpoint; the workdir is only read.
+def restore(
+    config: Config,
+    task: Task,
+    dataset: Dataset,
+    mesh: jax.sharding.Mesh,
+    workdir: Path,
+    checkpoint: str = "newest",
+) -> Training:
+    """Restores the run in `workdir` for evaluation: without the training carry. The workdir is only read.
+
+    Args:
+      config: resolved; the batch size need not be the run's.
+      task: what was learned.
+      dataset: the examples; or none, if the run is not evaluated and has no `stale_statistics`.
+      mesh: the devices.
+      workdir: the run's folder.
+      checkpoint: "newest", "best" (the lowest validation loss) or a step.
 
     Raises:
-      UserError: no checkpoint can be restored.
+      UserError: there is no such checkpoint, or it cannot be restored.
     """
     run = Training(config, task, dataset, mesh)
     message = Writer(workdir, 0, active=jax.process_index() == 0).warning
     with Checkpoints(workdir, keep=config.keep_checkpoints, message=message, read_only=True) as checkpoints:
-        if not run.restore(checkpoints):
+        if not run.restore(checkpoints, find_step(checkpoints, checkpoint), with_carry=False):
             raise UserError(f"--workdir={workdir} has no checkpoint")
-    with jax.set_mesh(mesh):
-        run.estimate_statistics()
+    if dataset.has_examples:
+        with jax.set_mesh(mesh):
+            run.estimate_statistics()
     return run
 
 

@@ -39,6 +39,8 @@ class Progress:
       rewinds: how many times the run went back to a checkpoint.
       batches_left_out: how many batches rewinds have left out: the data is ahead of the steps by as many.
       statistics_step: the step to whose averaged parameters the state's `ema_model_state` belongs.
+      num_epochs: the number of epochs for which the newest steps' schedules were made; 0: unknown.
+      extended: {"num_epochs", "step"} of each earlier such number: the last step with those schedules.
     """
 
     step: int = 0
@@ -54,6 +56,8 @@ class Progress:
     rewinds: int = 0
     batches_left_out: int = 0
     statistics_step: int = 0
+    num_epochs: int = 0
+    extended: list[dict[str, int]] = dataclasses.field(default_factory=list)
 
     def advance(self, values: Values, most_skipped: int) -> tuple[Values, NonFiniteLossError | None]:
         """Counts the steps just made.
@@ -80,6 +84,12 @@ class Progress:
             self.step += 1
         self.skipped += int(skipped.sum())
         return values | ({"skipped": skipped.astype(np.float32)} if most_skipped else {}), error
+
+    def extend(self, num_epochs: int) -> None:
+        """Notes that the following steps have the schedules of a run of `num_epochs`."""
+        if self.step and self.num_epochs not in (0, num_epochs):
+            self.extended = [*self.extended, {"num_epochs": self.num_epochs, "step": self.step}]
+        self.num_epochs = num_epochs
 
     @property
     def next_batch(self) -> int:

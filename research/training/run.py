@@ -1,5 +1,6 @@
 """A run: its state, its compiled programs, and how far it is."""
 
+import dataclasses
 import functools
 import signal
 import time
@@ -53,16 +54,10 @@ class Training:
             sharding.refuse_sequence(config.mesh, "this task")
         self._began = time.monotonic()
         self.config, self.task, self.dataset, self.mesh = config, task, dataset, mesh
-        self.signals, self.progress = signals or Signals(), Progress()
-        num_examples = len(next(iter(dataset.train.values())))
-        self.epoch_end_steps = epoch_ends(num_examples, config.batch_size, config.num_epochs)
+        self.signals, self.progress = signals or Signals(), Progress(num_epochs=config.num_epochs)
+        self.epoch_end_steps = epoch_ends(dataset.num_examples, config.batch_size, config.num_epochs)
         self._resident = is_resident(config, dataset.train, dataset.validation, dataset.test)
         self._sizer = DispatchSizer(config, resident=self._resident, longest_epoch=longest_epoch(self.epoch_end_steps))
-        self._eval_batches = {
-            name: EvalBatches(split, config, mesh, resident=self._resident)
-            for name, split in (("validation", dataset.validation), ("test", dataset.test))
-            if split is not None
-        }
         self._hparams = hyperparams.traced(config, self.epoch_end_steps[-1])
         self.learning_rate = optimizers.learning_rate(
             optimizers.scaled(config.optimizer, config.batch_size), self.epoch_end_steps[-1]
@@ -88,6 +83,14 @@ class Training:
             start=self.progress.next_batch,
             shuffle=self.dataset.shuffle,
         )
+
+    @functools.cached_property
+    def _eval_batches(self) -> dict[str, EvalBatches]:
+        return {
+            name: EvalBatches(split, self.config, self.mesh, resident=self._resident)
+            for name, split in (("validation", self.dataset.validation), ("test", self.dataset.test))
+            if split is not None
+        }
 
     @functools.cached_property
     def train_program(self) -> Any:
@@ -124,15 +127,22 @@ class Training:
             batches = self._train_batches
             self._steps.check_per_device(self.state, batches.data, batches.batch(0), self._hparams)
 
-    def restore(self, checkpoints: Checkpoints) -> bool:
-        """Goes to the newest checkpoint; False: there is none."""
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state)
-        if checkpoints.exist:  # or the memory would have to hold both states
-            jax.tree.map(lambda x: x.delete(), self.state)
-        restored = checkpoints.restore(shapes)
+    def restore(self, checkpoints: Checkpoints, step: int | None = None, *, with_carry: bool = True) -> bool:
+        """Goes to the newest checkpoint, or to that of `step`; returns False if there is none.
+
+        Without its carry, which only training needs, a checkpoint can be restored with any batch size.
+        """
+        with_carry = with_carry or self.state.ema_model_state is not None  # `estimate_statistics` reads the carry
+        replaced = self.state if with_carry else dataclasses.replace(self.state, carry=None)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), replaced)
+        if checkpoints.steps:  # or the memory would have to hold both states
+            jax.tree.map(lambda x: x.delete(), replaced)
+        restored = checkpoints.restore(shapes, step)
         if restored:
-            self.state, progress = restored
+            state, progress = restored
+            self.state = state if with_carry else dataclasses.replace(state, carry=self.state.carry)
             self.progress = Progress(**progress)
+            self.progress.extend(self.config.num_epochs)
             self._began -= self.progress.wall_seconds
         return bool(restored)
 
@@ -197,10 +207,15 @@ class Training:
             self.signals.received = signal.SIGTERM
         return bool(self.signals.received)
 
+    @property
+    def stale_statistics(self) -> bool:
+        """Whether the averaged parameters lack batch statistics of their own, as in a checkpoint within an epoch."""
+        return self.state.ema_model_state is not None and self.progress.statistics_step != self.progress.step
+
     def estimate_statistics(self) -> None:
         """Gives the averaged parameters batch statistics of their own, from the newest steps' batches."""
         progress, count = self.progress, np.int32(0)
-        if self.state.ema_model_state is None or progress.statistics_step == progress.step:
+        if not self.stale_statistics:
             return
         end = progress.next_batch
         for step in range(max(end - batch_statistics.NUM_STEPS, 0), end):

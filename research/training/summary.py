@@ -6,6 +6,8 @@ from typing import Any
 import jax
 
 from research import sharding
+from research.data.sources import Dataset
+from research.process import jax_settings
 from research.training.run import Training
 from research.training.state import TrainState, num_params
 
@@ -27,6 +29,7 @@ def make(experiment: str, run: Training, results: dict[str, float], compile_seco
         "dataset": run.dataset.name,
         "num_train_steps": progress.step,
         "num_epochs": config.num_epochs,
+        **({"extended": progress.extended} if progress.extended else {}),
         "global_batch_size": config.batch_size,
         **results,
         **({"best_validation_loss": progress.best[0], "best_step": progress.best[1]} if progress.best else {}),
@@ -42,8 +45,13 @@ def make(experiment: str, run: Training, results: dict[str, float], compile_seco
         "device_count": mesh.size,
         "process_count": jax.process_count(),
         "num_params": num_params(run.state),
-        **versions(),
+        **conditions(run.dataset),
     }
+
+
+def conditions(dataset: Dataset) -> dict[str, Any]:
+    """Returns what results depend on besides the config and the hardware, as it appears in summary.json."""
+    return {"data_fingerprints": dict(dataset.fingerprints), **jax_settings.settings(), **versions()}
 
 
 def versions() -> dict[str, str]:

@@ -1,0 +1,124 @@
+"""data.json: which data a run was trained on, and all that its network needs to know of them.
+
+It has a checksum: a network with damaged statistics would give wrong results without an error.
+"""
+
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from research.data.cache import Arrays
+from research.data.sources import Dataset, as_tuples
+from research.errors import UserError
+from research.record import storage
+from research.record.workdir import read_json
+
+_NAME = "data.json"
+_SPLITS = ("train", "validation", "test")
+
+
+def write(workdir: Path, dataset: Dataset) -> None:
+    """Writes data.json, atomically.
+
+    Raises:
+      RecordError: it could not be written.
+    """
+    values = {
+        "name": dataset.name,
+        "version": dataset.version,
+        "num_examples": dataset.num_examples,
+        "shuffle": dataset.shuffle,
+        "label_names": dataset.label_names,
+        "fingerprints": dict(dataset.fingerprints),
+        "splits": {name: _features(split) for name, split in _splits(dataset).items()},
+        "statistics": {name: value for name, value in dataset.statistics.items() if name != "num_examples"},
+    }
+    values["crc32"] = _crc(values)
+    # One line for each entry: statistics may have thousands of numbers.
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in values.items())
+    storage.replace(workdir / _NAME, f"{{\n{lines}\n}}\n".encode())
+
+
+def _crc(values: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(values, sort_keys=True).encode())
+
+
+def _splits(dataset: Dataset) -> dict[str, Arrays]:
+    return {name: split for name in _SPLITS if (split := getattr(dataset, name)) is not None}
+
+
+def _features(split: Arrays) -> dict[str, Any]:
+    """Returns the dtype and shape of each feature, with the number of examples as the first size."""
+    return {name: {"dtype": str(array.dtype), "shape": array.shape} for name, array in split.items()}
+
+
+def read(workdir: Path) -> Dataset | None:
+    """Returns the data set of the run in `workdir` with 0 examples, or None if the run has no data.json.
+
+    Raises:
+      UserError: data.json is damaged or of another version.
+    """
+    values = read_json(workdir / _NAME)
+    if values is None:
+        return None
+    try:
+        if values.pop("crc32") != _crc(values):
+            raise ValueError("its checksum differs")
+        splits = {name: _empty(features) for name, features in values["splits"].items()}
+        dataset = Dataset(
+            values["name"],
+            tuple(values["label_names"]),
+            splits["train"],
+            splits.get("validation"),
+            splits["test"],
+            values["shuffle"],
+            values["version"],
+            values["fingerprints"],
+        )
+        statistics = {name: as_tuples(value) for name, value in values["statistics"].items()}
+        dataset.statistics.update(statistics, num_examples=int(values["num_examples"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{workdir / _NAME} is damaged or of another version ({type(error).__name__}: {error}): restore it from a "
+            "copy, or delete it, and the data set that is here is used"
+        ) from None
+    return dataset
+
+
+def _empty(features: dict[str, Any]) -> Arrays:
+    return {name: np.empty((0, *x["shape"][1:]), x["dtype"]) for name, x in features.items()}
+
+
+def differences(dataset: Dataset, recorded: Dataset) -> str:
+    """Names the splits that are not those of the record, with both fingerprints; empty if all are."""
+    pairs = ((name, dataset.fingerprints.get(name), old) for name, old in recorded.fingerprints.items())
+    return ", ".join(f"{name} {old} there, {new} here" for name, new, old in pairs if new != old)
+
+
+def check_suits(dataset: Dataset, recorded: Dataset, workdir: Path) -> None:
+    """Raises `UserError` if the classes, or the shapes or dtypes of the examples, are not those of the record."""
+    kinds = [
+        {"label names": x.label_names}
+        | {
+            f"{name} of {split}": f"{array.dtype}{list(array.shape[1:])}"
+            for split, arrays in _splits(x).items()
+            for name, array in arrays.items()
+        }
+        for x in (recorded, dataset)
+    ]
+    there, here = kinds
+    for name in sorted(there.keys() | here.keys()):
+        pair = there.get(name, "none"), here.get(name, "none")
+        if pair[0] != pair[1]:
+            raise UserError(
+                f"--workdir={workdir} holds a run on other data ({name}: {_short(pair[0])} there, {_short(pair[1])} "
+                "here): set --config.dataset.data_dir to the folder of its data set"
+            )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -96,7 +96,7 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def picture(rows: list[dict[str, Any]]) -> Any:
+def plot(rows: list[dict[str, Any]]) -> Any:
     """Plots each rule's test metric, mean and standard deviation: a panel per study, a color per batch size."""
     panels = list(dict.fromkeys(row["what"] for row in rows))
     figure = drawing.figure(3.6 * len(panels), 3.6)
@@ -125,7 +125,7 @@ def main() -> None:
                 row = measure(study, rule, batch_size, several_seeds.SEEDS.value)
                 print(line(row), flush=True)
                 rows = output.merge(out, "algorithms", [row], ("what", "rule", "batch_size"))
-    drawing.save(out / "algorithms.png", lambda: picture(rows))
+    drawing.save(out / "algorithms.png", lambda: plot(rows))
 
 
 if __name__ == "__main__":

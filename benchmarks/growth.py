@@ -130,7 +130,7 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def picture(rows: list[dict[str, Any]]) -> Any:
+def plot(rows: list[dict[str, Any]]) -> Any:
     """Plots time by FLOPs, both logarithmic; dotted: proportional to the FLOPs."""
     figure = drawing.figure(7, 5)
     axes = figure.subplots()
@@ -153,7 +153,7 @@ def main() -> None:
         rows.append(measure(case))
         print(line(rows[-1]), flush=True)
     output.write(out, "growth", rows)
-    drawing.save(out / "growth.png", lambda: picture(rows))
+    drawing.save(out / "growth.png", lambda: plot(rows))
 
 
 if __name__ == "__main__":

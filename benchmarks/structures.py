@@ -98,7 +98,7 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def picture(rows: list[dict[str, Any]]) -> Any:
+def plot(rows: list[dict[str, Any]]) -> Any:
     """Plots test accuracy by parameters, FLOPs and seconds, with a line per network."""
     figure = drawing.figure(12, 3.8)
     # Not earlier: `drawing` sees to it that matplotlib can be imported.
@@ -133,7 +133,7 @@ def main() -> None:
     record["law"] = law(rows)
     print(json.dumps(record["law"]))
     output.write(out, "structures", record)
-    drawing.save(out / "structures.png", lambda: picture(rows))
+    drawing.save(out / "structures.png", lambda: plot(rows))
 
 
 if __name__ == "__main__":

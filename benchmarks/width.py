@@ -74,7 +74,7 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def picture(rows: list[dict[str, Any]]) -> Any:
+def plot(rows: list[dict[str, Any]]) -> Any:
     """Plots loss by learning rate, a line per width: a row per network, a column per parametrization."""
     networks, columns = (list(dict.fromkeys(row[key] for row in rows)) for key in ("network", "parametrization"))
     figure = drawing.figure(4.5 * len(columns), 3 * len(networks))
@@ -105,7 +105,7 @@ def main() -> None:
                 row |= {"rates": case.rates, "losses": found}
                 print(line(row), flush=True)
                 rows = output.merge(out, "width", [row], ("network", "parametrization", "width"))
-    drawing.save(out / "width.png", lambda: picture(rows))
+    drawing.save(out / "width.png", lambda: plot(rows))
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def get_config() -> MnistVAEConfig:
     return MnistVAEConfig(
         num_epochs=200,
         batch_size=256,
-        pictures_every_epochs=25,
+        plot_every_epochs=25,
         dataset=DatasetConfig(name="mnist|digits"),
         optimizer=OptimizerConfig(name="adam", learning_rate=0.003, schedule="cosine", warmup=0.01, ema_decay=0.999),
         model=VAEConfig(width=400, activation="silu"),
@@ -92,7 +92,7 @@ def burda() -> MnistVAEConfig:
     """
     return MnistVAEConfig(
         num_epochs=3280,
-        pictures_every_epochs=100,
+        plot_every_epochs=100,
         batch_size=20,
         dataset=DatasetConfig(name="mnist|digits"),
         optimizer=OptimizerConfig(name="adam", learning_rate=0.001, schedule="tripling"),

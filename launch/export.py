@@ -26,7 +26,7 @@ from research.record.storage import open_path
 if TYPE_CHECKING:
     from jax.export import Exported
 
-    from research.tasks.task import Function
+    from research.tasks.task import ExportedFunction
     from research.training.run import Training
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -132,7 +132,7 @@ def _manifest(
     experiment: str,
     training: "Training",
     weights: Mapping[str, Any],
-    functions: Mapping[str, "Function"],
+    functions: Mapping[str, "ExportedFunction"],
     exported: Mapping[str, "Exported"],
 ) -> dict[str, Any]:
     from launch.artifacts.runtimes import described
@@ -158,7 +158,7 @@ def _manifest(
     }
 
 
-def _export(name: str, function: "Function", network: Any, weights: Mapping[str, Any]) -> "Exported":
+def _export(name: str, function: "ExportedFunction", network: Any, weights: Mapping[str, Any]) -> "Exported":
     import jax
     from jax import export
 

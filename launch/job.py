@@ -131,10 +131,14 @@ def parse(where: str, doc: str, options: Any, argv: Sequence[str]) -> Job:
     is_remote = "://" in workdir
     if where in _KEEP_OWN_RECORD and not is_remote and (Path(workdir) / "config.json").exists():
         raise UserError(f"--workdir={workdir} holds a run: give launch.{where} a folder for its own record")
-    # Only the machines of the run may be able to open a remote workdir, so --mode=eval cannot be checked here.
-    checked = [*own, "--mode=train", "--checkpoint=newest"] if is_remote else [f"--workdir={workdir}", *own]
-    config = flags.parse(experiment, checked, [name for name, _, _ in config_lib.walk(options)]).config
-    given = _given(experiment, own)
+    values = flags.parse_flags(experiment, own, [name for name, _, _ in config_lib.walk(options)])
+    given = flags.given_flags(values)
+    if is_remote:
+        # Only the machines of the run may be able to open the workdir, so other modes cannot be checked here.
+        values["mode"].value, values["checkpoint"].value = "train", "newest"
+    else:
+        values["workdir"].value = workdir
+    config = flags.make_command(experiment, values).config
     if not worker:
         return Job(module, experiment, tuple(own), workdir, config, options, given)
     sweep_options.check_place(workdir, worker)
@@ -166,13 +170,6 @@ def _without(args: Sequence[str], arg: str) -> list[str]:
     """A copy without the first occurrence of `arg`."""
     index = args.index(arg)
     return [*args[:index], *args[index + 1 :]]
-
-
-def _given(experiment: Experiment, args: Sequence[str]) -> frozenset[str]:
-    """The names of the experiment's flags that are set."""
-    values = flags.define_flags(experiment)
-    _parse_flags(values, args)
-    return flags.given_flags(values)
 
 
 def _check_sweep(where: str, experiment: Experiment, options: Any, config: Any) -> None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 
 from launch.artifacts import artifact as artifact_lib
-from launch.artifacts import image_files, signatures
+from launch.artifacts import expected_signatures, image_files
 from launch.artifacts.artifact import Artifact, ArtifactError
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def run(argv: Sequence[str]) -> None:
         if needed <= functions:
             _refuse_others(options, applies, ", ".join(sorted(functions)))
             try:
-                signatures.check(artifact.manifest, needed)
+                expected_signatures.check(artifact.manifest, needed)
             except ValueError as error:
                 raise ArtifactError(
                     f"--artifact={options.artifact} is inconsistent: {error}; export it again"

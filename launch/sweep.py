@@ -30,7 +30,7 @@ from research.process.terminal import ignore_output_errors
 
 if TYPE_CHECKING:
     from launch.sweeps.search_space import SearchSpace
-    from launch.sweeps.study import Study
+    from launch.sweeps.trials import Study
     from launch.sweeps.worker import Sweep
 
 _DEFAULT_TRIALS = 50
@@ -70,7 +70,7 @@ def _run(job: Job, argv: Sequence[str], signals: Signals) -> int:
     options, workdir = job.options, Path(job.workdir)
     from launch.sweeps import best
     from launch.sweeps.report import summary
-    from launch.sweeps.study import Study, open_storage
+    from launch.sweeps.trials import Study, open_storage
 
     sweep, points = _sweep(job)
     name, identity = options.study or job.experiment.name, _identity(job, sweep)

@@ -1,6 +1,6 @@
 """Compares runs: the config fields in which they differ, their final metrics, and a plot of their curves.
 
-python -m research.compare DIR DIR ... [--picture=compare.png]
+python -m research.compare DIR DIR ... [--plot=compare.png]
 """
 
 import io
@@ -64,7 +64,7 @@ def run(argv: Sequence[str]) -> None:
     """
     values = flags.FlagValues()
     flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
-    flags.DEFINE_string("picture", "compare.png", "file of the plot", flag_values=values)
+    flags.DEFINE_string("plot", "compare.png", "file of the plot", flag_values=values)
     try:
         workdirs = [open_path(name) for name in values(["compare", *argv])[1:]]
     except flags.Error as error:
@@ -82,7 +82,7 @@ def run(argv: Sequence[str]) -> None:
     if not any("train_loss" in line for run in lines.values() for line in run):
         print("no plot: no run has recorded metrics yet")
         return
-    path = open_path(str(values["picture"].value))
+    path = open_path(str(values["plot"].value))
     figure = drawing.attempt(path.name, lambda: plots.curves(lines))
     if figure is None:
         return
@@ -92,7 +92,7 @@ def run(argv: Sequence[str]) -> None:
         figure.savefig(buffer, format=path.suffix[1:] or "png", dpi=120)
         path.write_bytes(buffer.getvalue())
     except (OSError, ValueError) as error:
-        raise UserError(f"--picture={path} cannot be written: {error}") from None
+        raise UserError(f"--plot={path} cannot be written: {error}") from None
     print(f"plot: {path}")
 
 

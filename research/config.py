@@ -1,15 +1,15 @@
 """The configuration of an experiment: typed dataclasses, and the checks that run before anything expensive.
 
-Every field is one command-line flag, `--config.<path>=<value>`. Its declaration (`research.fields.option`) holds the
-help text, the bounds and the other properties, which `--help`, the parser, the checks, resuming and sweeps read.
+Every field is one command-line flag, `--config.<path>=<value>`. Its declaration (`research.config_fields.option`) holds
+the help text, the bounds and the other properties, which `--help`, the parser, the checks, resuming and sweeps read.
 """
 
 import dataclasses
 import functools
 
+from research.config_fields import assign, check_fields, is_on, option, walk
 from research.dataset_config import DatasetConfig
 from research.errors import UserError
-from research.fields import assign, check_fields, is_on, option, walk
 
 __all__ = ["DatasetConfig", "assign", "check_fields", "is_on", "option", "walk"]  # besides what is defined here
 
@@ -231,7 +231,7 @@ class Config:
     log_every_steps: int = option(
         50, "steps between training lines in metrics.jsonl", minimum=1, may_change="evaluation", record_only=True
     )
-    pictures_every_epochs: int = _record(0, "epochs between plots; 0: only at the end of training", minimum=0)
+    plot_every_epochs: int = _record(0, "epochs between plots; 0: only at the end of training", minimum=0)
     checkpoint_every_steps: int = _record(
         0, "steps between checkpoints within an epoch; 0: only at the end of each epoch", minimum=0
     )

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from research.fields import option
+from research.config_fields import option
 
 
 @dataclasses.dataclass

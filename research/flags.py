@@ -138,11 +138,13 @@ def _unknown(name: str, known: Sequence[str]) -> str:
     return f"unknown flag --{name}{meant or '; --help lists them all'}"
 
 
-def parse(experiment: Experiment, argv: Sequence[str], launcher: Sequence[str] = ()) -> Command:
-    """Parses and checks the arguments.
+def parse(experiment: Experiment, argv: Sequence[str]) -> Command:
+    """Parses and checks the arguments; `parse_flags` and `make_command` in turn, with the errors of both."""
+    return make_command(experiment, parse_flags(experiment, argv))
 
-    The config starts from the preset if one is given, else from the config of the run to reproduce, else from that of
-    the run in --workdir, else from the first preset; then the given flags are applied.
+
+def parse_flags(experiment: Experiment, argv: Sequence[str], launcher: Sequence[str] = ()) -> absl_flags.FlagValues:
+    """Parses the arguments.
 
     Args:
       experiment: whose command line it is.
@@ -150,7 +152,7 @@ def parse(experiment: Experiment, argv: Sequence[str], launcher: Sequence[str] =
       launcher: names of other flags that may have been meant by an unknown one.
 
     Raises:
-      UserError: an unknown flag (with the nearest known one), or a value of the wrong type or out of bounds.
+      UserError: an unknown flag (with the nearest known one), or a value of the wrong type.
       SystemExit: after `--help`.
     """
     values = define_flags(experiment)
@@ -165,23 +167,25 @@ def parse(experiment: Experiment, argv: Sequence[str], launcher: Sequence[str] =
     if values["help"].value:
         print(help_text(experiment))
         raise SystemExit(0)
+    return values
+
+
+def make_command(experiment: Experiment, values: absl_flags.FlagValues) -> Command:
+    """Makes the command of parsed flags.
+
+    The config starts from the preset if one is given, else from the config of the run to reproduce, else from that of
+    the run in --workdir, else from the first preset; then the given flags are applied.
+
+    Raises:
+      UserError: a value is out of bounds, flags contradict each other, or there is no such run.
+    """
     workdir = open_path(values["workdir"].value or default_workdir(experiment.name))
     earlier = _stored_config(experiment, workdir)
     mode = str(values["mode"].value)
     if mode != "train" and earlier is None:
         raise UserError(f"--mode={mode} needs the --workdir of a run: there is no config.json in {workdir}")
     checkpoint = _checkpoint(values, mode)
-    reproduces, reproduced = None, None
-    if values["reproduce"].value:
-        path = open_path(values["reproduce"].value)
-        reproduces, reproduced = read_json(path), _stored_config(experiment, path.parent)
-        if reproduces is None or reproduced is None:
-            raise UserError(f"--reproduce={path}: there is no such file, or no config.json beside it")
-        if "num_train_steps" not in reproduces:
-            raise UserError(f"--reproduce={path}: it is no summary.json of a run")
-        _check_not_extended(path, reproduces)
-        if mode != "train":
-            raise UserError(f"--reproduce is for training: leave it or --mode={mode} out")
+    reproduces, reproduced = _reproduced(experiment, values, mode)
     config = experiment.presets[str(values["config"].value)]()
     if not values["config"].present:
         config = copy.deepcopy(reproduced or earlier or config)
@@ -197,6 +201,24 @@ def parse(experiment: Experiment, argv: Sequence[str], launcher: Sequence[str] =
     config_lib.check(config)
     options = _sample_options(experiment, values, mode)
     return Command(config, workdir, given_flags(values), mode, checkpoint, options, earlier, reproduces)
+
+
+def _reproduced(
+    experiment: Experiment, values: absl_flags.FlagValues, mode: str
+) -> tuple[dict[str, Any] | None, Config | None]:
+    """Returns the summary and the config of the run to reproduce, or (None, None)."""
+    if not values["reproduce"].value:
+        return None, None
+    path = open_path(values["reproduce"].value)
+    summary, config = read_json(path), _stored_config(experiment, path.parent)
+    if summary is None or config is None:
+        raise UserError(f"--reproduce={path}: there is no such file, or no config.json beside it")
+    if "num_train_steps" not in summary:
+        raise UserError(f"--reproduce={path}: it is no summary.json of a run")
+    _check_not_extended(path, summary)
+    if mode != "train":
+        raise UserError(f"--reproduce is for training: leave it or --mode={mode} out")
+    return summary, config
 
 
 def _check_not_extended(path: Path, reproduces: dict[str, Any]) -> None:

@@ -38,10 +38,10 @@ def split(seed, count):
 DATASET = Dataset("drawn", ("a", "b", "c"), split(0, 90), None, split(1, 33))
 
 
-def run(workdir, devices=1, dataset=DATASET, rate=0.1, max_device_gib=2.0, signals=None, pictures=False, **fields):
+def run(workdir, devices=1, dataset=DATASET, rate=0.1, max_device_gib=2.0, signals=None, plots=False, **fields):
     """Trains for 2 epochs of 11 steps; returns the state and the summary.
 
-    Drawing pictures takes longer than training, so only tests of the pictures ask for them.
+    Drawing plots takes longer than training, so only tests of the plots ask for them.
     """
     config = CifarConfig(**{"num_epochs": 2, "batch_size": 8, "log_every_steps": 1, **fields})
     config.dataset = DatasetConfig(max_device_gib=max_device_gib)
@@ -51,7 +51,7 @@ def run(workdir, devices=1, dataset=DATASET, rate=0.1, max_device_gib=2.0, signa
     mesh = sharding.make_mesh(config, jax.devices()[:devices])
     task = Classification(Linear, (0.5,), (0.25,), AugmentConfig(), 0.1)
     workdir.mkdir(exist_ok=True)
-    draw = loop.Loop.draw if pictures else lambda _: None
+    draw = loop.Loop.draw if plots else lambda _: None
     with mock.patch.object(loop.Loop, "draw", draw):
         return loop.train_and_evaluate("drawn_linear", config, task, dataset, mesh, workdir, signals)
 

@@ -157,7 +157,7 @@ NEEDS = {
 # Fields that only the host reads, each tested with its feature (data sources, checkpoints, logging, distributed start),
 # and mesh.sequence, which convolutional networks do not support.
 TESTED_ELSEWHERE = {
-    "pictures_every_epochs",
+    "plot_every_epochs",
     "max_rewinds",
     "log_every_steps",
     "checkpoint_every_steps",

@@ -107,7 +107,7 @@ def test_the_loss_of_each_rate_and_width_is_recorded():
     assert best < small < 32 * 32 * 0.7  # a uniform guess costs log 2 nats per pixel
     row = {"network": "vae", "parametrization": "mup", "width": 8, "rates": (0.25, 0.5), "losses": [3.0, 2.0]}
     assert width.line(row) == "vae   mup       width    8: best rate 2^-1, loss 2.0000"
-    lines = width.picture([row, row | {"parametrization": "standard", "width": 16}]).axes
+    lines = width.plot([row, row | {"parametrization": "standard", "width": 16}]).axes
     assert [axes.get_title() for axes in lines] == ["vae, mup", "vae, standard"]
     assert lines[1].lines[0].get_xydata().tolist() == [[0.25, 3.0], [0.5, 2.0]]
 
@@ -127,7 +127,7 @@ def test_a_rule_is_tuned_on_the_validation_split_and_reported_on_the_test_split(
     (validation,) = trials.train(study.experiment, config, fields)
     assert validation["loss"] != row["test"][0]  # the same run on other images
     assert validation["loss"] == pytest.approx(row["test"][0], rel=0.1)
-    (axes,) = algorithms.picture([row, row | {"rule": "sgd"}]).axes
+    (axes,) = algorithms.plot([row, row | {"rule": "sgd"}]).axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ["adam", "sgd"]
 
 

@@ -40,7 +40,7 @@ def test_unsupported_flags_are_refused(flag, tmp_path):
     "flag",
     [
         "--config.log_every_steps=1",
-        "--config.pictures_every_epochs=1",
+        "--config.plot_every_epochs=1",
         "--config.checkpoint_every_steps=1",
         "--config.keep_checkpoints=1",
     ],

@@ -50,7 +50,7 @@ def test_events_hold_metrics_config_and_plots_once_after_a_kill(stop, tmp_path):
     """Stopped at step 15, with events appended as a run killed later might leave them: one whole, one cut off."""
     stop(15, lambda signals: run(tmp_path, signals=signals, steps_per_dispatch=1))
     _damage(tmp_path)
-    run(tmp_path, pictures=True)
+    run(tmp_path, plots=True)
 
     read = _open(tmp_path).Reload()
     for name in ("loss", "learning_rate", "test_accuracy", "epoch"):
@@ -97,7 +97,7 @@ def test_an_open_tensorboard_follows_a_run_that_is_stopped_resumed_and_extended(
 
 def test_a_failure_to_write_events_is_one_warning(tmp_path, capfd):
     (tmp_path / "tensorboard").write_text("in the way")
-    _, summary = run(tmp_path, pictures=True)
+    _, summary = run(tmp_path, plots=True)
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     warnings = [line for line in capfd.readouterr().err.splitlines() if line.startswith("WARNING")]
     assert len(warnings) == 1

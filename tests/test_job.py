@@ -9,7 +9,7 @@ import pytest
 from experiments.cifar_cnn import EXPERIMENT
 from launch import export, gke, local, plan, predict, scaling, slurm, sweep, tpu
 from launch import job as job_lib
-from launch.sweeps import search_space, study
+from launch.sweeps import search_space, trials
 from launch.sweeps.options import SweepOptions
 from research import flags
 from research.data import tfds_sets
@@ -81,7 +81,7 @@ def test_every_path_may_begin_with_the_home_folder(home):
     with pytest.raises(UserError, match=f"{home}/o"):
         export.run(["linear", "--workdir=~/x", "--out=~/o"])
     assert search_space.parse(["~/space.py"], EXPERIMENT.default_config).function
-    study.open_storage("~/journal.log", home)
+    trials.open_storage("~/journal.log", home)
     assert (home / "journal.log").exists()
     assert tfds_sets.data_folder("~/o") == home / "o"
     compare_with = storage.open_path("~/plot.png")

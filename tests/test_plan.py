@@ -149,7 +149,7 @@ def test_its_times_are_the_terms_of_the_roofline(sweep):
     assert rows[2]["interconnect_seconds"] > 0
 
 
-def test_a_sweep_leaves_every_plan_and_a_picture(sweep):
+def test_a_sweep_leaves_every_plan_and_a_plot(sweep):
     folder, words = sweep
     record = json.loads((folder / "plan.json").read_text())
     rows = record.pop("plans")

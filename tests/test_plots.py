@@ -112,8 +112,8 @@ LARGE = {
 @pytest.mark.parametrize("name", LARGE)
 def test_a_plot_is_bounded_and_legible_for_any_input(name):
     figure = LARGE[name]()
-    with Image.open(io.BytesIO(drawing.png(figure))) as picture:
-        assert max(picture.size) <= 2400
+    with Image.open(io.BytesIO(drawing.png(figure))) as plot:
+        assert max(plot.size) <= 2400
     for axes in (axes for axes in figure.axes if axes.get_label() != "<colorbar>"):
         artists = [*axes.lines, *axes.images, *axes.collections, *axes.patches]
         assert len(artists) <= 30 * 30
@@ -213,6 +213,6 @@ def test_a_large_test_set_is_plotted_in_part(monkeypatch):
         return np.zeros((count, 2, 2, 1)), np.zeros((count, 2))
 
     test = {"image": np.zeros((200, 2, 2, 1), np.uint8), "label": np.zeros(200, int)}
-    pictures = task.pictures(predict, SimpleNamespace(test=test, label_names=["a"]))  # pyright: ignore
+    plots = task.plots(predict, SimpleNamespace(test=test, label_names=["a"]))  # pyright: ignore
     assert encoded == [60]  # 50 for the reconstructions, 10 of 4 pixels
-    assert len(pictures["latents"]().axes[0].collections[0].get_offsets()) == 60
+    assert len(plots["latents"]().axes[0].collections[0].get_offsets()) == 60

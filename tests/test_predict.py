@@ -22,7 +22,7 @@ from research.config import RNNConfig
 from research.models import rnn
 from research.tasks.generation import encode, generate
 from research.tasks.language_model import LanguageModel
-from research.tasks.task import Function
+from research.tasks.task import ExportedFunction
 
 SHAPE = (4, 6, 3)  # h, w, c
 CHARACTERS = "\nabcdefg"
@@ -50,7 +50,7 @@ def classifier(tmp_path_factory):
     def classify(_, inputs):
         return {"logits": inputs["image"].astype("float32").sum((1, 2)) * 2e-4}
 
-    functions = {"classify": Function(classify, {"image": ("b, 4, 6, 3", "uint8")}, "")}
+    functions = {"classify": ExportedFunction(classify, {"image": ("b, 4, 6, 3", "uint8")}, "")}
     return _write(tmp_path_factory.mktemp("classifier") / "a", ("red", "green", "blue"), functions)
 
 
@@ -65,7 +65,7 @@ def language_model(model, tmp_path_factory):
     config.model = RNNConfig(name="gru", width=8, layers=1)
     task = LanguageModel(lambda _: model, lambda size: rnn.initial_carry(config.model, size), 8)
     functions = {
-        name: Function(lambda _, inputs, f=f: f.call(model, inputs), f.inputs, f.preprocessing)
+        name: ExportedFunction(lambda _, inputs, f=f: f.call(model, inputs), f.inputs, f.preprocessing)
         for name, f in task.functions(model, None).items()  # pyright: ignore[reportArgumentType]
     }
     return _write(tmp_path_factory.mktemp("rnn") / "a", CHARACTERS, functions)
@@ -87,9 +87,9 @@ def autoencoder(tmp_path_factory):
         return {"image": jax.numpy.broadcast_to(gray[:, None, None, None], (*gray.shape, 4, 6, 1))}
 
     functions = {
-        "encode": Function(encode, {"image": ("b, 4, 6, 1", "uint8"), "index": ("b", "int32")}, ""),
-        "decode": Function(decode, {"latents": ("b, 1", "float32")}, ""),
-        "sample": Function(sample, {"seed": ("", "uint32"), "index": ("b", "int32")}, ""),
+        "encode": ExportedFunction(encode, {"image": ("b, 4, 6, 1", "uint8"), "index": ("b", "int32")}, ""),
+        "decode": ExportedFunction(decode, {"latents": ("b, 1", "float32")}, ""),
+        "sample": ExportedFunction(sample, {"seed": ("", "uint32"), "index": ("b", "int32")}, ""),
     }
     return _write(tmp_path_factory.mktemp("vae") / "a", (), functions)
 

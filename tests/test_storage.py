@@ -48,7 +48,7 @@ def test_a_remote_run_is_stopped_resumed_and_compared_like_a_local_one(store, st
         patch.setattr(checkpoint, "_orbax_path", epath.Path)
         state, summary = run(tmp_path / "whole")
     stop(15, lambda signals: run(store / "x", signals=signals, steps_per_dispatch=1))
-    resumed, other = run(store / "x", pictures=True)
+    resumed, other = run(store / "x", plots=True)
     same(resumed, state)
     assert other["test_loss"] == summary["test_loss"]
     assert read_lines(store / "x") == read_lines(tmp_path / "whole")
@@ -58,7 +58,7 @@ def test_a_remote_run_is_stopped_resumed_and_compared_like_a_local_one(store, st
     events = [event for file in files for event in LegacyEventFileLoader(str(file)).Load()]
     steps = [event.step for event in events if any(value.tag == "loss" for value in event.summary.value)]
     assert steps == [line["step"] for line in read_lines(store / "x")]
-    compare.run(["memory://runs/x", str(tmp_path / "whole"), "--picture=memory://runs/both.png"])
+    compare.run(["memory://runs/x", str(tmp_path / "whole"), "--plot=memory://runs/both.png"])
     assert "test_loss" in capsys.readouterr().out
     assert (store / "both.png").exists()
 

@@ -17,7 +17,7 @@ from launch import job as job_lib  # noqa: E402
 from launch import sweep, tpu  # noqa: E402
 from launch.local import LocalOptions  # noqa: E402
 from launch.sweeps import processes, report, search_space, worker  # noqa: E402
-from launch.sweeps.study import Study, open_storage  # noqa: E402
+from launch.sweeps.trials import Study, open_storage  # noqa: E402
 from research.errors import NonFiniteLossError, OutOfMemoryError, UserError  # noqa: E402
 from research.process.signals import Signals, StoppedError  # noqa: E402
 from research.training import hyperparams  # noqa: E402

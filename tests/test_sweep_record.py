@@ -20,7 +20,7 @@ from optuna.trial import TrialState  # noqa: E402
 
 from launch import sweep  # noqa: E402
 from launch.sweeps import processes as sweep_processes  # noqa: E402
-from launch.sweeps.study import Study, open_storage  # noqa: E402
+from launch.sweeps.trials import Study, open_storage  # noqa: E402
 from research import app  # noqa: E402
 from research.errors import RecordError, UserError  # noqa: E402
 from research.process.signals import StoppedError  # noqa: E402

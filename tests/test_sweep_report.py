@@ -13,7 +13,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import TrialState, create_trial  # noqa: E402
 
 from launch.sweeps import page, report, search_space, worker  # noqa: E402
-from launch.sweeps.study import REASON, Study  # noqa: E402
+from launch.sweeps.trials import REASON, Study  # noqa: E402
 
 SEARCH = {
     "optimizer.learning_rate": FloatDistribution(1e-4, 1, log=True),

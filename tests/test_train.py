@@ -197,8 +197,8 @@ def test_train_seconds_include_a_pause_of_the_host_only_while_the_device_works(t
 
 
 @pytest.mark.parametrize(("every", "drawn"), [(0, [22]), (1, [11, 22]), (2, [22])])
-def test_pictures_every_epochs(every, drawn, tmp_path, monkeypatch):
+def test_plot_every_epochs(every, drawn, tmp_path, monkeypatch):
     steps = []
-    monkeypatch.setattr(writer.Writer, "picture", lambda self, name, draw, step: steps.append((name, step)))
-    run(tmp_path, pictures_every_epochs=every, pictures=True)
+    monkeypatch.setattr(writer.Writer, "plot", lambda self, name, draw, step: steps.append((name, step)))
+    run(tmp_path, plot_every_epochs=every, plots=True)
     assert steps == [(name, step) for step in drawn for name in ("curves", "confusion", "examples")]

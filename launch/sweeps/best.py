@@ -10,7 +10,7 @@ from typing import Any
 from optuna.trial import FrozenTrial
 
 from launch.sweeps import report
-from launch.sweeps.study import Study, differing
+from launch.sweeps.trials import Study, differing
 from launch.sweeps.worker import Sweep, fields
 from research import app
 from research.errors import UserError

@@ -7,7 +7,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
-from launch.sweeps.study import REASON, Study
+from launch.sweeps.trials import REASON, Study
 from launch.sweeps.worker import SEED_VALUES, Sweep, fields
 from research.record import drawing
 

@@ -14,7 +14,7 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 
 from launch.sweeps import page
-from launch.sweeps.study import DIVERGED_AT, LOST, REASON, RETRY_OF, Study
+from launch.sweeps.trials import DIVERGED_AT, LOST, REASON, RETRY_OF, Study
 from launch.sweeps.worker import SEED_VALUES, Sweep, fields
 from research.record import storage
 

@@ -10,7 +10,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from launch.sweeps.search_space import SearchSpace, check_value
-from launch.sweeps.study import DIVERGED_AT, REASON, Study
+from launch.sweeps.trials import DIVERGED_AT, REASON, Study
 from research import config as config_lib
 from research import optimizers
 from research.config import Config, DatasetConfig

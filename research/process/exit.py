@@ -1,4 +1,4 @@
-"""Ends a command with a one-line error and its exit code."""
+"""Ends a command with a one-line error and its exit code (the codes are listed in `research.errors`)."""
 
 import sys
 from collections.abc import Iterator

@@ -1,4 +1,8 @@
-"""Stop signals (SIGTERM, SIGINT, SIGHUP): training stops after the current dispatch and saves a checkpoint."""
+"""Stop signals (SIGTERM, SIGINT, SIGHUP): training stops after the current dispatch and saves a checkpoint.
+
+A signal is only noted here. `Training.dispatches` (training/run.py) polls for it, and `Loop.train_epoch`
+(training/loop.py) saves the checkpoint and ends the run.
+"""
 
 import os
 import signal

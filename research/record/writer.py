@@ -130,7 +130,7 @@ class Writer:
             self._metrics.append(json.dumps(_nonfinite_to_null(self._row), allow_nan=False).encode() + b"\n")
         self._row = {}
 
-    def picture(self, name: str, draw: Callable[[], Any], step: int) -> None:
+    def plot(self, name: str, draw: Callable[[], Any], step: int) -> None:
         """Saves a plot as `<name>.png` and as a TensorBoard image. Any failure is only a warning.
 
         Args:

@@ -17,7 +17,7 @@ from research.data.batch import Batch
 from research.data.sources import Dataset
 from research.errors import UserError
 from research.tasks.predictor import Predictor
-from research.tasks.task import Function, Inputs, Metrics, Task
+from research.tasks.task import ExportedFunction, Inputs, Metrics, Task
 
 
 def check_labels(dataset: Dataset) -> None:
@@ -54,7 +54,7 @@ class Classification(Task):
       augment: the augmentation of training images.
       label_smoothing: fraction of the target spread evenly over all classes in training (Szegedy et al. 2016, section
         7).
-      mirror, translate: whether evaluation averages the logits over mirrored and shifted views (`_views`).
+      mirror, translate: whether evaluation averages the logits over mirrored and shifted views (`_test_time_views`).
     """
 
     per_device_gradients: ClassVar[bool] = True
@@ -95,13 +95,13 @@ class Classification(Task):
     def _logits(self, model: Any, inputs: jax.Array, *, train: bool, key: jax.Array | None) -> jax.Array:
         if train:
             return model(inputs, train=True, key=key)
-        weights, views = zip(*self._views(inputs))
+        weights, views = zip(*self._test_time_views(inputs))
         if len(views) == 1:
             return model(inputs, train=False)
         logits = jax.lax.map(lambda view: model(view, train=False), jnp.stack(views))
         return jnp.tensordot(jnp.array(weights), logits, 1)
 
-    def _views(self, inputs: jax.Array) -> list[tuple[float, jax.Array]]:
+    def _test_time_views(self, inputs: jax.Array) -> list[tuple[float, jax.Array]]:
         """Returns (weight, view) pairs of the views that evaluation averages over (Jordan 2024, section 3.5).
 
         `translate` adds the images [b, h, w, c] shifted by a pixel up and left, and down and right, with half the
@@ -120,20 +120,20 @@ class Classification(Task):
         logits = self._classify(model, batch.features)["logits"]
         return logits.argmax(-1), jax.nn.softmax(logits).max(-1)
 
-    def functions(self, model: nnx.Module, dataset: Dataset) -> dict[str, Function]:
+    def functions(self, model: nnx.Module, dataset: Dataset) -> dict[str, ExportedFunction]:
         """Exports `classify`: "image" uint8 [b, h, w, c] to the "logits" of evaluation, float32 [b, classes]."""
         shape = ", ".join(map(str, dataset.test["image"].shape[1:]))
         preprocessing = f"(image / 255 - mean) / std by channel, mean {self.mean}, std {self.std}"
         if self.mirror or self.translate:
             views = [*["mirrored"] * self.mirror, *["shifted by a pixel"] * self.translate]
             preprocessing += f"; the logits are averaged over the image as it is and {' and '.join(views)}"
-        return {"classify": Function(self._classify, {"image": (f"b, {shape}", "uint8")}, preprocessing)}
+        return {"classify": ExportedFunction(self._classify, {"image": (f"b, {shape}", "uint8")}, preprocessing)}
 
     def _classify(self, model: nnx.Module, inputs: Inputs) -> dict[str, jax.Array]:
         normalized = images.normalize(inputs["image"], self.mean, self.std)
         return {"logits": self._logits(model, normalized, train=False, key=None)}
 
-    def pictures(self, predict: Predictor, dataset: Dataset) -> dict[str, Callable[[], Any]]:
+    def plots(self, predict: Predictor, dataset: Dataset) -> dict[str, Callable[[], Any]]:
         """Plots the confusions of the test set, and its most confident mistakes."""
         test, names = dataset.test, dataset.label_names
         predictions, confidences = predict(self.predicted, {"image": test["image"]})

@@ -12,7 +12,7 @@ from flax import nnx
 
 from research.data.batch import Batch
 from research.data.sources import Dataset
-from research.tasks.task import Function, Inputs, Metrics, Task
+from research.tasks.task import ExportedFunction, Inputs, Metrics, Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ class LanguageModel(Task):
         bits, perplexity = metrics["loss"] / np.log(2), np.exp(metrics["loss"])
         return {**metrics, "bits_per_character": float(bits), "perplexity": float(perplexity)}
 
-    def functions(self, model: nnx.Module, dataset: Dataset) -> dict[str, Function]:
+    def functions(self, model: nnx.Module, dataset: Dataset) -> dict[str, ExportedFunction]:
         """Exports `step`, one character of a sequence.
 
         Inputs are "token" int32 [b] and the recurrent state, "carry.<i>" float32 [b, units] each (initially zeros).
@@ -93,4 +93,5 @@ class LanguageModel(Task):
             return {"logits": logits[:, 0]} | dict(zip(names, jax.tree.leaves(carry)))
 
         state = {name: (f"b, {leaf.shape[1]}", str(leaf.dtype)) for name, leaf in zip(names, leaves)}
-        return {"step": Function(step, {"token": ("b", "int32"), **state}, "a token is the number of its class")}
+        inputs = {"token": ("b", "int32"), **state}
+        return {"step": ExportedFunction(step, inputs, "a token is the number of its class")}

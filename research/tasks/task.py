@@ -21,7 +21,7 @@ Inputs = Mapping[str, jax.Array]  # of an exported function
 
 
 @dataclasses.dataclass(frozen=True)
-class Function:
+class ExportedFunction:
     """A function of a trained network that `launch.export` compiles.
 
     Attributes:
@@ -111,12 +111,12 @@ class Task:
         del predict, dataset
         return {}
 
-    def functions(self, model: nnx.Module, dataset: "Dataset") -> dict[str, Function]:
+    def functions(self, model: nnx.Module, dataset: "Dataset") -> dict[str, ExportedFunction]:
         """Returns the functions that `launch.export` compiles, by name; empty: the task cannot be exported."""
         del model, dataset
         return {}
 
-    def pictures(self, predict: "Predictor", dataset: "Dataset") -> "dict[str, Callable[[], Figure]]":
+    def plots(self, predict: "Predictor", dataset: "Dataset") -> "dict[str, Callable[[], Figure]]":
         """Returns functions that draw the plots of the trained network, by file name without ".png"."""
         del predict, dataset
         return {}

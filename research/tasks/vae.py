@@ -17,7 +17,7 @@ from research.data.sources import Dataset
 from research.randomness import Stream
 from research.tasks import densities
 from research.tasks.predictor import Predictor
-from research.tasks.task import Function, Inputs, Metrics, Task
+from research.tasks.task import ExportedFunction, Inputs, Metrics, Task
 
 _ACTIVE_VARIANCE = 0.01  # Burda et al. 2016, section 5.2
 _EVAL_BATCH = 1000  # examples of a batch of the log-likelihood's estimate
@@ -206,7 +206,7 @@ class VAE(Task):
             expected = jnp.clip(jnp.split(parameters, 2, -1)[0], 0, 1)
         return expected.reshape(-1, *self.image_shape)
 
-    def functions(self, model: Any, dataset: Dataset) -> dict[str, Function]:
+    def functions(self, model: Any, dataset: Dataset) -> dict[str, ExportedFunction]:
         """Exports `encode`, `decode` and `sample`.
 
         encode: "image" uint8 [b, h, w, c] and "index" int32 [b] to "targets" float32 [b, h, w, c], the network's input
@@ -235,13 +235,13 @@ class VAE(Task):
         image, index = ", ".join(map(str, ("b", *self.image_shape))), ("b", "int32")
         bits = "a pixel is 1 with the probability image / 255, else 0" if self.binarize else "(image + noise) / 256"
         return {
-            "encode": Function(
+            "encode": ExportedFunction(
                 encode,
                 {"image": (image, "uint8"), "index": index},
                 f"{bits}, drawn by a key derived from `index`",
             ),
-            "decode": Function(decode, {"latents": (f"b, {latents}", "float32")}, "none"),
-            "sample": Function(
+            "decode": ExportedFunction(decode, {"latents": (f"b, {latents}", "float32")}, "none"),
+            "sample": ExportedFunction(
                 sample, {"seed": ("", "uint32"), "index": index}, "`seed` and `index` determine the latents of an image"
             ),
         }
@@ -251,7 +251,7 @@ class VAE(Task):
         draws = randomness.generator(Stream.PRIOR_SAMPLES, seed).standard_normal((count, latents)).astype(np.float32)
         return predict(self.decoded, {"latents": draws})
 
-    def pictures(self, predict: Predictor, dataset: Dataset) -> dict[str, Callable[[], Any]]:
+    def plots(self, predict: Predictor, dataset: Dataset) -> dict[str, Callable[[], Any]]:
         """Plots reconstructions, samples of the prior and latent traversals; if there are two latents, their means."""
         # As many examples as there is memory for: the targets come with the means.
         images = dataset.test["image"][: 5 * _GRID_SIZE + _MAX_PLOTTED_PIXELS // math.prod(self.image_shape)]
@@ -265,7 +265,7 @@ class VAE(Task):
         for row, latent in enumerate(traversed):
             latents[row, :, latent] = _TRAVERSAL
         traversals = predict(self.decoded, {"latents": latents.reshape(-1, means.shape[1])})
-        pictures: dict[str, Callable[[], Any]] = {
+        drawings: dict[str, Callable[[], Any]] = {
             "reconstructions": lambda: plots.image_grid(
                 pairs.reshape(-1, *self.image_shape),
                 _GRID_SIZE,
@@ -282,8 +282,8 @@ class VAE(Task):
             labels, names = dataset.test.get("label", np.full(1, -1))[: len(means)], dataset.label_names
             if labels.min() < 0:
                 labels, names = np.zeros(len(means)), ("unlabeled",)
-            pictures["latents"] = lambda: plots.scatter(means, labels, names, "means of q(z|x), test set")
-        return pictures
+            drawings["latents"] = lambda: plots.scatter(means, labels, names, "means of q(z|x), test set")
+        return drawings
 
 
 def _keys(key: jax.Array, index: jax.Array, purpose: int) -> jax.Array:

@@ -202,21 +202,7 @@ class Checkpoints:
                     raise UserError(
                         f"checkpoint {step} in {self._place} is damaged ({reason}): choose another by --checkpoint"
                     ) from None
-                # A checksum mismatch is seen by every process; a missing file perhaps by this one only, while the
-                # others wait for it inside Orbax. So this process cannot fall back by itself, and ends.
-                is_local = jax.process_count() > 1 and not isinstance(error, _DamagedError)
-                if is_local and self._read_only:
-                    raise UserError(
-                        f"checkpoint {step} in {self._place} is damaged ({reason}): resume the run, which sets it "
-                        "aside, or use a single process, which falls back to the previous checkpoint"
-                    ) from None
-                self._message(f"checkpoint {step} is damaged ({reason}): falling back to the previous one")
-                self._set_aside(step, is_local=is_local)
-                if is_local:
-                    raise _SetAsideError(
-                        f"checkpoint {step} in {self._place} is damaged ({reason}) and was set aside: the same command "
-                        "resumes from the previous one"
-                    ) from None
+                self._fall_back(step, reason, seen_by_all=isinstance(error, _DamagedError))
         if steps or (self._folder.exists() and any(self._folder.glob("damaged-*"))):
             raise UserError(
                 f"no checkpoint in {self._place} can be restored ({reason or 'all were found damaged before'}): to "
@@ -261,6 +247,28 @@ class Checkpoints:
         # The state is donated, but Orbax's arrays may share their memory with others: copy them into XLA's own buffers.
         copies = [jnp.copy(restored.pop(name)) for name in arrays]
         return jax.tree.unflatten(jax.tree.structure(like), copies), record["progress"]
+
+    def _fall_back(self, step: int, reason: str, *, seen_by_all: bool) -> None:
+        """Reports a damaged checkpoint and sets it aside, so that the previous one can be restored.
+
+        Raises:
+          UserError: other processes may not have found the damage.
+        """
+        # A checksum mismatch is seen by every process; a missing file perhaps by this one only, while the others wait
+        # for it inside Orbax. So this process cannot fall back by itself, and ends.
+        is_local = jax.process_count() > 1 and not seen_by_all
+        if is_local and self._read_only:
+            raise UserError(
+                f"checkpoint {step} in {self._place} is damaged ({reason}): resume the run, which sets it "
+                "aside, or use a single process, which falls back to the previous checkpoint"
+            ) from None
+        self._message(f"checkpoint {step} is damaged ({reason}): falling back to the previous one")
+        self._set_aside(step, is_local=is_local)
+        if is_local:
+            raise _SetAsideError(
+                f"checkpoint {step} in {self._place} is damaged ({reason}) and was set aside: the same command "
+                "resumes from the previous one"
+            ) from None
 
     def _set_aside(self, step: int, *, is_local: bool) -> None:
         """Renames a damaged checkpoint; `is_local`: other processes may not know of it, so there is no barrier."""

@@ -48,7 +48,7 @@ class Loop:
           NonFiniteLossError: the loss or the gradient became NaN or infinite, more often than the config allows.
           StoppedError: a stop signal came; a checkpoint has been saved.
         """
-        run, every = self._run, self._run.config.pictures_every_epochs
+        run, every = self._run, self._run.config.plot_every_epochs
         while (epoch := run.progress.epoch) < run.config.num_epochs:
             if epoch and every and epoch % every == 0:
                 self.draw()
@@ -158,14 +158,14 @@ class Loop:
         def curves() -> Any:
             return plots.curves({self._experiment: [*read_metrics(writer.workdir), *filter(None, [row])]})
 
-        writer.picture("curves", curves, step)
+        writer.plot("curves", curves, step)
         try:
-            pictures = run.task.pictures(run.predictor(), run.dataset)
-        except Exception as error:  # whatever it is: no run stops for a picture
-            writer.warning(f"no pictures were drawn: {error}")
+            drawings = run.task.plots(run.predictor(), run.dataset)
+        except Exception as error:  # whatever it is: no run stops for a plot
+            writer.warning(f"no plots were drawn: {error}")
             return
-        for name, draw in pictures.items():
-            writer.picture(name, draw, step)
+        for name, draw in drawings.items():
+            writer.plot(name, draw, step)
 
 
 def train_and_evaluate(

@@ -15,7 +15,7 @@ from launch import predict
 from research.config import DatasetConfig
 from research.data import decoding, sources
 from research.errors import UserError
-from research.tasks.task import Function
+from research.tasks.task import ExportedFunction
 
 RNG = np.random.default_rng(0)
 SIZE = (4, 6)  # height and width: an odd number of bits
@@ -274,7 +274,7 @@ def test_predictions_of_the_files_of_a_set_are_those_of_its_arrays(data_dir, tmp
     def classify(_, inputs):
         return {"logits": inputs["image"].reshape(inputs["image"].shape[0], -1).astype("float32") @ kernel}
 
-    function = Function(classify, {"image": (f"b, 4, 6, {channels}", "uint8")}, "")
+    function = ExportedFunction(classify, {"image": (f"b, 4, 6, {channels}", "uint8")}, "")
     artifact = _write(tmp_path / "artifact", "ab", {"classify": function})
     (tmp_path / "files").mkdir()
     for number, file in enumerate(files):

@@ -127,7 +127,7 @@ def test_images_without_labels_suit_an_autoencoder_and_no_classifier(data_dir):
         shapes = jax.eval_shape(functools.partial(function, model), arrays, jax.random.key(0))
         return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
 
-    (axes,) = task.pictures(predict, pets)["latents"]().axes
+    (axes,) = task.plots(predict, pets)["latents"]().axes
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["unlabeled"]
     assert len(axes.collections[0].get_offsets()) == 4
 

@@ -75,7 +75,7 @@ class Forks:
         Args:
           what: "experiments.cifar_cnn", "drawn:run".
           args: flags of the experiment, or [folder, options] of the function.
-          job: `kill_after`, `kill_at`, `send`, `watch` as above; `pictures`: whether to draw plots, which takes half of
+          job: `kill_after`, `kill_at`, `send`, `watch` as above; `plots`: whether to draw plots, which takes half of
             a small run's time; `limits`: {"AS": bytes beyond current use, "FSIZE": bytes}, as in `ulimit`.
         """
         self._process.stdin.write(json.dumps({"what": what, "args": args, **job}, default=str) + "\n")
@@ -123,7 +123,7 @@ def _child(job):
     os.dup2(output, 1)
     os.dup2(output, 2)
     signal.alarm(_TIMEOUT)
-    if not job.get("pictures"):
+    if not job.get("plots"):
         loop.Loop.draw = lambda _: None
     _limit(job.get("limits", {}))
     operations = []

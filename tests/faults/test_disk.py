@@ -116,7 +116,7 @@ def test_the_file_size_limit_stops_a_run(forks, tmp_path):
 
 def test_a_plot_that_cannot_be_written_is_a_warning(forks, tmp_path):
     (tmp_path / "x/curves.png/in the way").mkdir(parents=True)
-    ended = forks.run("drawn:run", [tmp_path / "x", {"pictures": True}], pictures=True)
+    ended = forks.run("drawn:run", [tmp_path / "x", {"plots": True}], plots=True)
     assert ended.code == 0, ended.output
     assert "WARNING: curves.png was not drawn: " in ended.output
     assert {path.name for path in (tmp_path / "x").glob("*.png")} == {"curves.png", "confusion.png", "examples.png"}

@@ -16,7 +16,7 @@ EXPERIMENTS = {
     ],
     "experiments.mnist_vae": [
         *("--config.dataset.name=digits", "--config.num_epochs=2", "--config.final_samples=2"),
-        *("--config.model.width=8", "--config.model.latents=3", "--config.pictures_every_epochs=1"),
+        *("--config.model.width=8", "--config.model.latents=3", "--config.plot_every_epochs=1"),
     ],
     "experiments.char_rnn": [
         *("--config.dataset.name=pydoc", "--config.num_epochs=1", "--config.sequence_length=128"),
@@ -88,7 +88,7 @@ def test_killed_at_a_random_moment(name, forks):
 @pytest.mark.soak
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_killed_at_fifty_random_moments(name, forks):
-    kills, runs = _kill_often(forks, name, int(os.environ.get("MESHWORK_KILLS", "50")), random.Random(0), pictures=True)
+    kills, runs = _kill_often(forks, name, int(os.environ.get("MESHWORK_KILLS", "50")), random.Random(0), plots=True)
     print(f"{name}: {kills} kills in {runs} runs, all survived")
 
 

@@ -22,7 +22,7 @@ from launch.local import LocalOptions
 from research import config as config_lib
 from research import flags as flags_lib
 from research.errors import UserError
-from research.tasks.task import Function
+from research.tasks.task import ExportedFunction
 
 EXPERIMENTS = [module.EXPERIMENT for module in (cifar_cnn, char_rnn, mnist_vae)]
 
@@ -147,7 +147,7 @@ def test_configs(count, tmp_path, monkeypatch):
 def classifier(tmp_path_factory):
     """A folder with a valid artifact and an image for it."""
     folder = tmp_path_factory.mktemp("classifier")
-    function = Function(
+    function = ExportedFunction(
         lambda _, inputs: {"logits": inputs["image"].astype("float32").sum((1, 2))},
         {"image": ("b, 4, 6, 3", "uint8")},
         "",

@@ -77,7 +77,7 @@ def _by_hand(initial, without=(), order=None):
 
 
 @pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch):
+def _no_plots(monkeypatch):
     monkeypatch.setattr(loop.Loop, "draw", lambda _: None)
 
 

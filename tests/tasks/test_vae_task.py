@@ -289,9 +289,9 @@ def test_plots_show_reconstructions_and_traversals():
     task = VAE(lambda _: None, shape, "bernoulli", "stochastic")  # pyright: ignore
     test = {"image": images, "label": np.array([0, 1, 0, 1])}
     dataset = SimpleNamespace(test=test, label_names=("dark", "lit"))
-    pictures = task.pictures(_predict(SimpleNamespace(encode=encode, decode=decode)), dataset)  # pyright: ignore
-    assert set(pictures) == {"reconstructions", "samples", "traversals", "latents"}
-    shown = {name: draw().axes[0] for name, draw in pictures.items()}
+    plots = task.plots(_predict(SimpleNamespace(encode=encode, decode=decode)), dataset)  # pyright: ignore
+    assert set(plots) == {"reconstructions", "samples", "traversals", "latents"}
+    shown = {name: draw().axes[0] for name, draw in plots.items()}
     pairs = shown["reconstructions"].images[0].get_array()
     np.testing.assert_array_equal(pairs[:2, :3], images[0, ..., 0])  # an image, then its reconstruction
     np.testing.assert_allclose(pairs[:2, 4], 1 / (1 + np.exp(5)), rtol=1e-4)

@@ -88,10 +88,10 @@ def check_fields(options: Any, prefix: str) -> None:
     """Raises `UserError` for the first field of a dataclass that is out of bounds; its flag is `prefix` + its path."""
     for path, field, value in walk(options, prefix):
         if value is not None:
-            _check_field(path, field.metadata, value)
+            _check_bounds(path, field.metadata, value)
 
 
-def _check_field(flag: str, metadata: Any, value: Any) -> None:
+def _check_bounds(flag: str, metadata: Any, value: Any) -> None:
     if metadata["choices"] and value not in metadata["choices"]:
         raise UserError(f"{flag}={value!r}: use one of {', '.join(repr(c) for c in metadata['choices'])}")
     smallest, largest = _FLOAT32

@@ -1,4 +1,4 @@
-"""`launch.sweeps.study`: every place of a plan is trained once, whoever planned it and whoever was lost."""
+"""`launch.sweeps.trials`: every place of a plan is trained once, whoever planned it and whoever was lost."""
 
 import os
 from datetime import timedelta
@@ -10,8 +10,8 @@ optuna = pytest.importorskip("optuna", reason="the extra `sweep` is not installe
 from optuna.trial import TrialState  # noqa: E402
 
 from launch.sweeps import report  # noqa: E402
-from launch.sweeps import study as study_lib  # noqa: E402
-from launch.sweeps.study import WORKER, Study, open_storage  # noqa: E402
+from launch.sweeps import trials as trials_lib  # noqa: E402
+from launch.sweeps.trials import WORKER, Study, open_storage  # noqa: E402
 
 GRID = [{"x": 0.1}, {"x": 0.2}, {"x": 0.3}]
 
@@ -91,6 +91,6 @@ def test_a_database_whose_tables_another_worker_makes_is_opened_again(monkeypatc
         return get_storage(text)
 
     monkeypatch.setattr(optuna.storages, "get_storage", first_fails)
-    monkeypatch.setattr(study_lib, "_SECONDS_TO_CREATE_TABLES", 0)
+    monkeypatch.setattr(trials_lib, "_SECONDS_TO_CREATE_TABLES", 0)
     assert open_storage(url, tmp_path).get_all_studies() == []
     assert made == [url, url]

@@ -168,7 +168,7 @@ def run(argv: Sequence[str]) -> int:
     from research.process import backend
 
     jax.config.update("jax_platforms", "cpu")
-    backend.check_settings()
+    backend.check_xla_flags()
     from launch.plans.planner import Planner
 
     began = time.monotonic()

@@ -199,9 +199,9 @@ def _set_devices(options: Any) -> bool:
     from research.training.population_devices import split_cpu
 
     compilation_cache.enable()
-    jax_settings.pin()
     split = split_cpu(options.population)
     backend.check()
+    jax_settings.pin()
     return split
 
 

@@ -99,8 +99,8 @@ def start(config: Config, devices: Sequence[Any] | None = None) -> Any:
     compilation_cache.enable()
     optimizers.check(config.optimizer)
     distributed.join(config.distributed)
-    jax_settings.pin()
     backend.check()
+    jax_settings.pin()
     return sharding.make_mesh(config, devices)
 
 

@@ -14,17 +14,14 @@ from research.data import cache
 from research.errors import UserError
 from research.process import xla_flags
 
-# Flax and Optax rely on the standard promotion of dtypes and ranks, as this code does.
-_UNSUPPORTED = {"jax_numpy_dtype_promotion": "strict", "jax_numpy_rank_promotion": "raise"}
-
 
 def check() -> None:
-    """Checks the settings and initializes JAX's devices.
+    """Checks the XLA flags and initializes JAX's devices.
 
     Raises:
-      UserError: a setting is not supported, or JAX_PLATFORMS names a platform that has no devices here.
+      UserError: XLA does not accept the flags, or JAX_PLATFORMS names a platform that has no devices here.
     """
-    check_settings()
+    check_xla_flags()
     try:
         jax.devices()
     except Exception as error:  # RuntimeError; AssertionError without a text if the platform's plugin is missing
@@ -35,19 +32,12 @@ def check() -> None:
         ) from None
 
 
-def check_settings() -> None:
-    """Checks settings of JAX and XLA; initializes no devices.
+def check_xla_flags() -> None:
+    """Checks the user's XLA flags; initializes no devices.
 
     Raises:
-      UserError: a setting is not supported.
+      UserError: this jaxlib does not accept them.
     """
-    for name, value in _UNSUPPORTED.items():
-        if getattr(jax.config, name) == value:
-            raise UserError(f"{name.upper()}={value} is not supported, by Flax and Optax neither: unset it")
-    _check_xla_flags()
-
-
-def _check_xla_flags() -> None:
     flags = " ".join(flag for flag in os.environ.get("XLA_FLAGS", "").split() if flag not in xla_flags.FLAGS)
     if not flags:
         return

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -162,9 +161,7 @@ def test_text_is_bytes_and_validation_is_its_own_split_or_the_end_of_train(data_
 
 
 def test_the_first_that_can_be_had_with_one_line_for_each_other(data_dir, capsys):
-    start = time.monotonic()
     assert load("cifar10|imagenet2012 | digits", data_dir).name == "digits"
-    assert time.monotonic() - start < 10
     first, second = capsys.readouterr().err.splitlines()
     assert f"cifar10 is not prepared in {data_dir} and cannot be downloaded (" in first
     assert "using imagenet2012 instead" in first
@@ -174,10 +171,8 @@ def test_the_first_that_can_be_had_with_one_line_for_each_other(data_dir, capsys
 
 
 def test_a_single_unavailable_name_is_an_error(data_dir):
-    start = time.monotonic()
     with pytest.raises(UserError, match=r"cifar10 is not prepared in .* and cannot be downloaded") as caught:
         load("cifar10")
-    assert time.monotonic() - start < 10
     assert "\n" not in str(caught.value)
     assert not (data_dir.parent / "home").exists()
 

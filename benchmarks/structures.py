@@ -101,7 +101,7 @@ def line(row: dict[str, Any]) -> str:
 def plot(rows: list[dict[str, Any]]) -> Any:
     """Plots test accuracy by parameters, FLOPs and seconds, with a line per network."""
     figure = drawing.figure(12, 3.8)
-    # Not earlier: `drawing` sees to it that matplotlib can be imported.
+    # Only after `drawing.figure`, which makes sure that matplotlib can be imported.
     from matplotlib.ticker import LogLocator, NullFormatter
 
     sizes = {"parameters": "parameters", "flops": "FLOPs of the training", "seconds": "seconds of training"}

@@ -86,7 +86,7 @@ def complete(config: CifarConfig, dataset: Dataset) -> CifarConfig:
     """The config with the published numbers of the architecture where it leaves them open.
 
     Raises:
-      UserError: the data set has no images or no labels, or they do not suit the architecture or the augmentation.
+      UserError: the data set has no images or no labels, or they do not fit the architecture or the augmentation.
     """
     if "image" not in dataset.train:
         raise UserError(f"--config.dataset.name={dataset.name} has no images to classify: use cifar10, mnist or digits")

@@ -223,7 +223,8 @@ def _experiment(module: str) -> Experiment:
 def _help(where: str, doc: str, options: Any) -> str:
     lines = [doc.strip(), ""]
     if not hasattr(options, "workdir"):
-        lines.append(f"  --workdir=DIR  folder for the record (default: runs/{where}/<experiment>/<date-time>)")
+        default = f"runs/{where}/<experiment>/<date-time>-<random>"
+        lines.append(f"  --workdir=DIR  folder for the record (default: {default})")
     for name, field, value in config_lib.walk(options):
         lines += flags.field_help(name, field, value)
     lines += ["", "All other flags are the experiment's: `python -m experiments.WHAT --help` lists them."]

@@ -1,4 +1,4 @@
-"""Runs an artifact written by `launch.export`; of `research` it imports only the decoder of images.
+"""Runs an artifact written by `launch.export`; from `research` it imports only the image decoder.
 
 python -m launch.predict --artifact=DIR image.png folder ...           classifier: the most likely classes of each image
 python -m launch.predict --artifact=DIR --prompt="ROMEO:"              language model: a continuation of the prompt
@@ -45,7 +45,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """
     parser = _Parser("launch.predict", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.allow_abbrev = False
-    parser.add_argument("images", nargs="*", help="image files of the network's input size, and folders of them")
+    parser.add_argument("images", nargs="*", help="image files of the network's input size, or folders of such files")
     parser.add_argument("--artifact", required=True, type=_path, help="folder written by launch.export")
     parser.add_argument("--runtime", default="jax", choices=("jax", "iree"), help="compiles and runs the programs")
     parser.add_argument("--out", type=_path, help="folder for the output images, new or empty")

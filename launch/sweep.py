@@ -189,7 +189,7 @@ def _space(job: Job) -> tuple["SearchSpace", list[dict[str, Any]]]:
 
 
 def _set_devices(options: Any) -> bool:
-    """Sets which devices JAX sees, before it starts; returns whether each CPU core is one."""
+    """Sets which devices JAX sees, before it starts; returns whether each CPU core is a device."""
     from launch.sweeps import processes
 
     os.environ.update(processes.gpu_of_worker(os.environ))

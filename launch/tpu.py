@@ -6,8 +6,8 @@ python -m launch.tpu create|setup|run|status|logs|stop|delete --name=NAME --zone
 `up` creates the TPU, sets it up and runs the experiment. If the TPU is preempted, `up` replaces it and resumes from the
 newest checkpoint. At the end, or after a signal, it deletes the TPU. `setup` copies the files that git tracks, and
 untracked ones, to every host and installs them. `run` shows the hosts' output and saves it as
-`runs/tpu/<experiment>/<date-time>/log.txt`. `stop` makes the run save a checkpoint and exit. The workdir must be one
-that all hosts can access: gs://.
+`runs/tpu/<experiment>/<date-time>-<random>/log.txt`. `stop` makes the run save a checkpoint and exit. The workdir must
+be one that all hosts can access: gs://.
 """
 
 import shlex

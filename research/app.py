@@ -1,6 +1,7 @@
 """The command of an experiment: flags -> mesh, data, task -> `train_and_evaluate` -> a summary on the terminal."""
 
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, TextIO
 import jax
 
 from research import optimizers, sharding
-from research.config import Config
+from research.config import Config, DatasetConfig
 from research.data import sources
 from research.errors import UserError
 from research.experiment import Experiment
@@ -75,7 +76,7 @@ def run(
 
 
 def _remains(workdir: Path) -> str:
-    """The name of a part of a run's record, or None: without its config.json none of it can be used."""
+    """Returns the names of a record's files in `workdir`, which are unusable without config.json; empty if none."""
     found = [name for name in ("metrics.jsonl", "summary.json") if (workdir / name).exists()]
     checkpoints = workdir / "checkpoints"
     if checkpoints.is_dir() and any(path.name.isdigit() for path in checkpoints.iterdir()):
@@ -84,7 +85,7 @@ def _remains(workdir: Path) -> str:
 
 
 def start(config: Config, devices: Sequence[Any] | None = None) -> Any:
-    """Sets up the process before the data is loaded: the compilation cache, other processes, JAX's settings, the mesh.
+    """Sets up the process before the data is loaded: compilation cache, other processes, JAX settings, mesh.
 
     Args:
       config: checked, not yet resolved.
@@ -122,35 +123,51 @@ def load(experiment: Experiment, config: Any) -> tuple[Any, sources.Dataset, Tas
 
 
 def _load_for(experiment: Experiment, command: Command) -> tuple[Any, sources.Dataset, Task]:
-    """As `load`; where the workdir holds a run, with the statistics in its record, and checked to be on its data."""
-    dataset = experiment.prepare(command.config, sources.load(command.config.dataset))
+    """Like `load`; if the workdir holds a run, checks config and data against its record and uses its statistics."""
+    recorded = data_json.read(command.workdir) if command.earlier else None
+    dataset = experiment.prepare(command.config, _load_data(command.config.dataset, recorded))
     config = experiment.resolve(command.config, dataset)
     if command.earlier:
         _check_config(config, command)
-        if recorded := data_json.read(command.workdir):
-            _check_data(dataset, recorded, command)
-            dataset.statistics.update(recorded.statistics)
+    if recorded:
+        _check_data(dataset, recorded, command)
+        dataset.statistics.update(recorded.statistics)
     return config, dataset, experiment.make_task(config, dataset)
 
 
+def _load_data(config: DatasetConfig, recorded: sources.Dataset | None) -> sources.Dataset:
+    """Loads the data set, in the version that the run's record names if that is available."""
+    if recorded is None or not _is_recorded(config, recorded):
+        return sources.load(config)
+    name = recorded.name
+    if recorded.version and ":" not in name:
+        name = f"{name}:{recorded.version}|{name}"
+    return dataclasses.replace(sources.load(dataclasses.replace(config, name=name)), name=recorded.name)
+
+
+def _is_recorded(config: DatasetConfig, recorded: sources.Dataset) -> bool:
+    """Whether the config names the run's data set, perhaps among others."""
+    return recorded.name in (name.strip() for name in config.name.split("|"))
+
+
 def _check_config(config: Config, command: Command) -> None:
-    assert command.earlier is not None, "parse has seen to it"
+    assert command.earlier is not None, "`parse` checks this"
     check = config_json.check_resumes if command.mode == "train" else config_json.check_evaluates
     check(config, command.earlier, str(command.workdir))
 
 
 def _check_data(dataset: sources.Dataset, recorded: sources.Dataset, command: Command) -> None:
-    data_json.check_suits(dataset, recorded, command.workdir)
+    data_json.check_compatible(dataset, recorded, command.workdir)
     found = data_json.differences(dataset, recorded)
     if found and command.mode == "train":
         raise UserError(
-            f"--workdir={command.workdir} holds a run on another version of {dataset.name} (fingerprints: {found}): "
-            "set --config.dataset.data_dir to the folder of its data set, or give another --workdir"
+            f"--workdir={command.workdir} holds a run trained on another version of {dataset.name} (fingerprints: "
+            f"{found}): set --config.dataset.data_dir to the folder of its data set, or give another --workdir"
         )
     if found:
         _say(
-            f"WARNING: another version of {dataset.name} than that of the run in {command.workdir} (fingerprints: "
-            f"{found}): results on other data",
+            f"WARNING: this is another version of {dataset.name} than the run in {command.workdir} was trained on "
+            f"(fingerprints: {found}): the results are for this version",
             sys.stderr,
         )
 
@@ -162,15 +179,18 @@ def restored(experiment: Experiment, command: Command, mesh: Any, *, with_exampl
       experiment: of the run.
       command: its mode is "eval" or "sample".
       mesh: the devices.
-      with_examples: whether the data set is needed; otherwise the run's record takes its place where possible.
+      with_examples: whether to load the data set; if False, the run's data.json replaces it where possible.
 
     Raises:
       UserError: the command's config is not that of the run, its data set is not available, or there is no such
         checkpoint.
     """
     recorded = None if with_examples else data_json.read(command.workdir)
-    # Runs of earlier versions have no data.json; and flags of the data set are for its files.
-    if recorded is None or command.earlier is None or command.config.dataset != command.earlier.dataset:
+    given = command.config.dataset
+    if recorded and _is_recorded(given, recorded):
+        given = dataclasses.replace(given, name=recorded.name)
+    # The data set is also loaded if there is no data.json (earlier versions), or if flags change the data set.
+    if recorded is None or command.earlier is None or given != command.earlier.dataset:
         config, dataset, task = _load_for(experiment, command)
     else:
         dataset, config = recorded, experiment.resolve(command.config, recorded)
@@ -178,6 +198,7 @@ def restored(experiment: Experiment, command: Command, mesh: Any, *, with_exampl
         task = experiment.make_task(config, dataset)
     training = loop.restore(config, task, dataset, mesh, command.workdir, command.checkpoint)
     if training.stale_statistics:  # batch statistics of averaged parameters, which need examples
+        del training  # or the devices would hold two states
         return restored(experiment, command, mesh)
     return training
 
@@ -230,7 +251,7 @@ def _last_lines(summary: dict[str, Any], workdir: Path) -> str:
     return (
         f"{summary['experiment']} on {summary['dataset']}: {tests}\n"
         f"  {summary['examples_per_second']:,.0f} examples/s over {summary['train_seconds']:.1f} s of training "
-        f"(compiling apart: {summary['compile_seconds']:.1f} s), "
+        f"(compilation excluded: {summary['compile_seconds']:.1f} s), "
         f"{_devices(summary['device_count'], summary['platform'])}\n"
         f"{_noise(summary)}"
         f"  record: {workdir}"

@@ -1,4 +1,4 @@
-"""Fields of config dataclasses: each is declared with its help text, bounds and properties, which the checks read."""
+"""Declares, checks and walks over the fields of config dataclasses: help texts, bounds and other properties."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -96,7 +96,7 @@ def _check_bounds(flag: str, metadata: Any, value: Any) -> None:
         raise UserError(f"{flag}={value!r}: use one of {', '.join(repr(c) for c in metadata['choices'])}")
     smallest, largest = _FLOAT32
     if isinstance(value, float) and value and not smallest <= abs(value) <= largest:
-        raise UserError(f"{flag}={value}: must be a finite number of float32's, 0 or {smallest:.1e} to {largest:.1e}")
+        raise UserError(f"{flag}={value}: must be 0 or a finite float32, {smallest:.1e} to {largest:.1e}")
     tests = {
         "minimum": ("at least", lambda bound: value >= bound),
         "above": ("above", lambda bound: value > bound),

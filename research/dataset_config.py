@@ -11,18 +11,18 @@ class DatasetConfig:
 
     name: str = option(
         "cifar10|digits",
-        "data set: a TFDS name (name:1.2.3: this version, else the newest), digits or pydoc; a|b: the first that is "
-        "available",
+        "data set: digits, pydoc or a TFDS name; name:1.2.3: this version (default: the newest); a|b: the first that "
+        "is available",
     )
     data_dir: str = option(
         "", "folder of prepared TFDS sets and archives; empty: TFDS_DATA_DIR, else TFDS's default", may_change="resume"
     )
     train_split: str = option("train", "split of the data set to train on")
-    validation_split: str = option("", "split of the data set for validation; empty: validation, if the set has it")
+    validation_split: str = option("", "split of the data set to validate on; empty: validation, if the set has it")
     test_split: str = option(
-        "", "split of the data set that results are reported on; empty: test, else validation, unless test_fraction > 0"
+        "", "split of the data set to test on; empty: test, else validation (unused if test_fraction > 0)"
     )
-    test_fraction: float = option(0.0, "fraction of the training set held out as the test split", minimum=0, below=1)
+    test_fraction: float = option(0.0, "fraction of the training set held out for testing", minimum=0, below=1)
     validation_fraction: float = option(
         0.0, "fraction of the rest of the training set held out for validation", minimum=0, below=1
     )

@@ -22,8 +22,8 @@ class Experiment:
       name: as in `python -m experiments.<name>`; also the name of the folder of its runs.
       doc: the docstring that `--help` shows.
       presets: functions that return a config, by name; the first is the default.
-      make_task: builds the task from the resolved config and the data set, whatever the seed. It is pure, and reads the
-        examples by `Dataset.statistic` only: to sample from a network or to export it, there are none.
+      make_task: builds the task from the resolved config and the data set, independently of the seed. It is pure, and
+        reads the examples through `Dataset.statistic` only: sampling and export have no examples.
       prepare: turns the data set into what the task learns from; may raise `UserError`.
       complete: returns the config with the fields filled in that other fields or the data set decide. It is pure; may
         raise `UserError`.

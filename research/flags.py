@@ -48,7 +48,7 @@ class Command:
 
 
 class _OptionalFloatParser(absl_flags.FloatParser):
-    """Parses a number, or None."""
+    """Parses a float or "None"."""
 
     def convert(self, argument: Any) -> Any:
         return None if argument == "None" else super().convert(argument)
@@ -100,7 +100,7 @@ def help_text(experiment: Experiment) -> str:
     lines = [
         experiment.doc.strip(),
         "",
-        f"  --workdir=DIR  folder of the run's record (default: runs/{experiment.name}/<date-time>)",
+        f"  --workdir=DIR  folder of the run's record (default: runs/{experiment.name}/<date-time>-<random>)",
         *(f"  --mode={name}  {meaning}" for name, meaning in experiment.modes.items()),
         "  --checkpoint=newest|best|STEP  the checkpoint to evaluate or to sample from (best: lowest validation loss)",
         "  --reproduce=DIR/summary.json  run that run again, with its config",
@@ -139,7 +139,7 @@ def _unknown(name: str, known: Sequence[str]) -> str:
 
 
 def parse(experiment: Experiment, argv: Sequence[str]) -> Command:
-    """Parses and checks the arguments; `parse_flags` and `make_command` in turn, with the errors of both."""
+    """Parses and checks the arguments: `parse_flags`, then `make_command`; raises what these raise."""
     return make_command(experiment, parse_flags(experiment, argv))
 
 
@@ -149,7 +149,7 @@ def parse_flags(experiment: Experiment, argv: Sequence[str], launcher: Sequence[
     Args:
       experiment: whose command line it is.
       argv: the arguments.
-      launcher: names of other flags that may have been meant by an unknown one.
+      launcher: names of the launcher's flags, which the error for an unknown flag may suggest.
 
     Raises:
       UserError: an unknown flag (with the nearest known one), or a value of the wrong type.
@@ -171,7 +171,7 @@ def parse_flags(experiment: Experiment, argv: Sequence[str], launcher: Sequence[
 
 
 def make_command(experiment: Experiment, values: absl_flags.FlagValues) -> Command:
-    """Makes the command of parsed flags.
+    """Builds the command from parsed flags.
 
     The config starts from the preset if one is given, else from the config of the run to reproduce, else from that of
     the run in --workdir, else from the first preset; then the given flags are applied.
@@ -214,15 +214,20 @@ def _reproduced(
     if summary is None or config is None:
         raise UserError(f"--reproduce={path}: there is no such file, or no config.json beside it")
     if "num_train_steps" not in summary:
-        raise UserError(f"--reproduce={path}: it is no summary.json of a run")
+        raise UserError(f"--reproduce={path}: this is not the summary.json of a run")
     _check_not_extended(path, summary)
+    if summary["num_epochs"] != config.num_epochs:
+        raise UserError(
+            f"--reproduce={path}: this summary is of {summary['num_epochs']} epochs, but config.json has "
+            f"{config.num_epochs}: finish that extension, or train with --config.num_epochs={summary['num_epochs']}"
+        )
     if mode != "train":
         raise UserError(f"--reproduce is for training: leave it or --mode={mode} out")
     return summary, config
 
 
 def _check_not_extended(path: Path, reproduces: dict[str, Any]) -> None:
-    """Raises `UserError` if the run to reproduce was extended: all steps of a new one would have the last schedules."""
+    """Raises `UserError` if the run was extended: a new run would use its final schedules from the first step."""
     if extended := reproduces.get("extended"):
         parts = [f"num_epochs={part['num_epochs']} up to step {part['step']}" for part in extended]
         raise UserError(

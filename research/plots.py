@@ -1,6 +1,6 @@
 """Plots as matplotlib Figures: training curves, scaling, and the predictions and samples of trained networks.
 
-Size, memory and time are bounded, whatever the numbers of classes, runs and examples (`research.record.drawing`).
+Their size, memory and time are bounded for any number of classes, runs and examples (`research.record.drawing`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,21 +10,21 @@ import numpy as np
 
 from research.record import drawing
 
-_MAX_CLASSES = 30  # told apart in one plot
+_MAX_CLASSES = 30  # that one plot can distinguish
 _MAX_RUNS = 20
 _MAX_LINE_POINTS, _MAX_DOTS = 2_000, 20_000
-_MAX_PIXELS = 2_400  # width and height of an array of images: more is lost when it is drawn
+_MAX_PIXELS = 2_400  # width and height of an image grid; more are lost in the drawing
 _SPLITS = {"train": "-", "validation": ":", "test": "--"}
 
 
 def _thin(points: Any, most: int) -> Any:
-    """Evenly spaced elements of a sequence, about `most`, the last among them."""
+    """Returns about `most` evenly spaced elements of a sequence, including the last."""
     step = max(-(-len(points) // most), 1)
     return points[::-step][::-1]
 
 
 def _colors(count: int) -> list[Any]:
-    """A color for each of `count` classes or runs: matplotlib's cycle has ten."""
+    """Returns a color for each of `count` classes or runs; matplotlib's cycle has only ten."""
     from matplotlib import colormaps
 
     return [f"C{i}" for i in range(count)] if count <= 10 else list(colormaps["turbo"](np.linspace(0, 1, count)))
@@ -34,7 +34,7 @@ def curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
     """Plots loss and accuracy by epoch, with a color for each run and a line style for each split.
 
     Args:
-      runs: the lines of metrics.jsonl, by the run's name. Only the first 20 runs with metrics of an epoch are drawn.
+      runs: the lines of metrics.jsonl, by the run's name. Only the first 20 runs that have finished an epoch are drawn.
 
     Returns:
       The Figure.
@@ -57,7 +57,7 @@ def curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
         axes.set(xlabel="epoch", ylabel=metric)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-    # Not at matplotlib's "best" place: the search takes seconds if there are many points.
+    # Not loc="best": with many points, matplotlib takes seconds to find that place.
     if len(shown) > 1:
         figure.axes[-1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     else:
@@ -108,7 +108,7 @@ def plan(rows: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def confusion(labels: np.ndarray, predictions: np.ndarray, names: Sequence[str]) -> Any:
-    """Plots the confusion matrix; of more than 30 classes, which it could not show, the most confused pairs.
+    """Plots the confusion matrix or, if there are more than 30 classes, the most frequently confused pairs.
 
     Args:
       labels, predictions: int [n].
@@ -119,7 +119,7 @@ def confusion(labels: np.ndarray, predictions: np.ndarray, names: Sequence[str])
 
 
 def _confusion_matrix(labels: np.ndarray, predictions: np.ndarray, names: Sequence[str]) -> Any:
-    """Plots the label by row, the prediction by column, colored by the fraction of the row."""
+    """Plots labels by row and predictions by column, colored by the fraction of the row."""
     counts = np.zeros((len(names), len(names)), np.int64)
     np.add.at(counts, (labels, predictions), 1)
     shown = [drawing.literal(name, 24) for name in names]
@@ -139,9 +139,9 @@ def _confusion_matrix(labels: np.ndarray, predictions: np.ndarray, names: Sequen
 
 
 def _confused_pairs(labels: np.ndarray, predictions: np.ndarray, names: Sequence[str]) -> Any:
-    """Plots the 30 most frequent mistakes as bars: how many, and which share of the label's examples."""
+    """Plots the 30 most frequent mistakes as bars, with counts and shares of the label's examples."""
     wrong = labels != predictions
-    # The pairs that occur, not the matrix: that of 20,000 classes has 3 GB.
+    # Only the pairs that occur: the matrix of 20,000 classes would take 3 GB.
     pairs, counts = np.unique(labels[wrong].astype(np.int64) * len(names) + predictions[wrong], return_counts=True)
     most = np.argsort(-counts, kind="stable")[:_MAX_CLASSES]
     pairs, counts = pairs[most], counts[most]
@@ -235,7 +235,7 @@ def scatter(points: np.ndarray, labels: np.ndarray, names: Sequence[str], title:
     axes.set_title(title, fontsize="medium")
     if len(names) > _MAX_CLASSES:
         dots = axes.scatter(*points.T, s=3, c=labels, cmap="turbo", vmin=0, vmax=len(names) - 1)
-        figure.colorbar(dots, label="label, by number")
+        figure.colorbar(dots, label="label number")
         return figure
     for label, (name, color) in enumerate(zip(names, _colors(len(names)))):
         axes.scatter(*points[labels == label].T, s=3, color=color, label=drawing.literal(name, 24))

@@ -11,7 +11,7 @@ import numpy as np
 
 VERSION = 1  # raise it when a seed's random numbers change: runs are not resumed with another version
 
-IMPLEMENTATION = "threefry2x32"  # whatever JAX's default is
+IMPLEMENTATION = "threefry2x32"  # independent of JAX's default
 
 
 class Stream(enum.IntEnum):
@@ -28,7 +28,7 @@ class Stream(enum.IntEnum):
     FIXED_BITS = 9  # thresholds of training images that are binarized once
     PRIOR_SAMPLES = 10
     STATISTICS = 11  # dropout while the batch statistics of averaged parameters are estimated
-    HOLD_OUT_TEST = 12  # HOLD_OUT: validation
+    HOLD_OUT_TEST = 12  # of the test split; HOLD_OUT is for validation
 
 
 def key(stream: Stream, seed: jax.typing.ArrayLike = 0) -> jax.Array:

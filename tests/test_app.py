@@ -92,7 +92,7 @@ def test_another_rule_brings_its_own_rate_and_momentum(name, preset):
         ("--config.model.width=-1", "must be at least 0"),
         ("--config.optimizer.learning_rate=nan", "must be a finite number"),
         ("--config.optimizer.learning_rate=inf", "must be a finite number"),
-        ("--config.optimizer.clip_norm=1e-46", "must be a finite number of float32's, 0 or 1.2e-38 to 3.4e+38"),
+        ("--config.optimizer.clip_norm=1e-46", "must be 0 or a finite float32, 1.2e-38 to 3.4e+38"),
         ("--config.optimizer.learning_rate=-1", "must be at least 0"),
         ("--config.optimizer.learning_rate=fast", "config.optimizer.learning_rate"),
         ("--config.optimizer.momentum=1", "must be below 1"),

@@ -1,4 +1,4 @@
-"""`--checkpoint`: evaluation, sampling and export of the best checkpoint, or of that of a step."""
+"""`--checkpoint`: evaluation, sampling and export of the best checkpoint or of a given step."""
 
 from unittest import mock
 
@@ -68,7 +68,7 @@ def test_the_artifact_of_the_best_checkpoint_names_its_step(run, tmp_path):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--mode=eval", "--checkpoint=7"], "--checkpoint=7: there is no checkpoint of step 7 but of step {}, {}, {}"),
+        (["--mode=eval", "--checkpoint=7"], "no checkpoint of step 7; the run has those of steps {}, {}, {}"),
         (["--mode=eval", "--checkpoint=last"], "--checkpoint=last: give newest, best or the number of a step"),
         (["--mode=eval", "--checkpoint=-1"], "--checkpoint=-1: give newest, best or the number of a step"),
         (["--checkpoint=best"], "--checkpoint=best is for evaluation, sampling and export: training resumes from"),
@@ -93,7 +93,7 @@ def test_without_a_validation_loss_no_checkpoint_is_the_best(run, monkeypatch):
 
 
 def test_a_damaged_checkpoint_that_was_asked_for_is_an_error(run, monkeypatch):
-    """No other is evaluated in its place, as happens with the newest."""
+    """It does not fall back to another checkpoint, as the newest does."""
 
     def read_record(self, step):
         raise ValueError("damaged here")

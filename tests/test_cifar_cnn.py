@@ -30,7 +30,7 @@ def test_it_trains_on_one_device_and_on_eight(env, tmp_path):
         assert summaries[-1]["device_count"] == devices
         _, last = done.stdout.split("epoch 2/2")
         assert re.search(r"^cifar_cnn on digits: test accuracy \d\.\d{4}, test loss \d\.\d{4}$", last, re.MULTILINE)
-        assert re.search(rf"[\d,]+ examples/s .* \(compiling apart: .* s\), {devices} cpu device", last)
+        assert re.search(rf"[\d,]+ examples/s .* \(compilation excluded: .* s\), {devices} cpu device", last)
         assert last.splitlines()[-1].strip() == f"record: runs/{devices}"
         lines = [json.loads(line) for line in (tmp_path / f"runs/{devices}/metrics.jsonl").read_text().splitlines()]
         assert lines[-1]["step"] == summaries[-1]["num_train_steps"] == 44

@@ -1,5 +1,6 @@
-"""data.json: evaluation uses the recorded statistics, other data are noticed, and a network works without its data."""
+"""data.json: evaluation uses its statistics, other data is detected, and a network works without its data."""
 
+import dataclasses
 import re
 from unittest import mock
 
@@ -149,6 +150,30 @@ def test_flags_of_the_data_set_are_not_ignored(run, no_data):
     command = flags.parse(linear.EXPERIMENT, [f"--workdir={run[0]}", "--mode=eval", "--config.dataset.name=mnist"])
     with pytest.raises(UserError, match="mnist is not prepared"):
         app.restored(linear.EXPERIMENT, command, None, with_examples=False)
+
+
+def test_the_runs_data_set_may_be_named_among_others(run, no_data):
+    """As in a preset."""
+    args = [f"--workdir={run[0]}", "--mode=eval", "--config.dataset.name=mnist | digits"]
+    command = flags.parse(linear.EXPERIMENT, args)
+    mesh = sharding.make_mesh(command.config, jax.devices()[:1])
+    assert app.restored(linear.EXPERIMENT, command, mesh, with_examples=False).dataset.name == "digits"
+
+
+def test_the_recorded_version_is_loaded(run, monkeypatch):
+    """Another version may have been prepared since."""
+    workdir, _ = run
+    names = []
+    load, read = sources.load, data_json.read
+
+    def load_version(config):
+        names.append(config.name)
+        return load(dataclasses.replace(config, name="digits"))
+
+    monkeypatch.setattr(sources, "load", load_version)
+    monkeypatch.setattr(data_json, "read", lambda path: dataclasses.replace(read(path), version="3.0.1"))
+    _app(f"--workdir={workdir}", "--mode=eval")
+    assert names == ["digits:3.0.1|digits"]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Text files are read and written as UTF-8, whatever the locale."""
+"""Text files are read and written as UTF-8 in every locale."""
 
 import ast
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FILES = [path for name in ("research", "experiments", "launch", "benchmarks") for path in (ROOT / name).rglob("*.py")]
-# Functions called `open` of other modules, which open no text file.
+# Functions of other modules that are called `open` but do not open text files.
 OTHER = ("Image.open", "os.open", "gzip.open", "tarfile.open", "self._open", "webbrowser.open")
 
 

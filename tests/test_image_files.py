@@ -1,4 +1,4 @@
-"""Image files of the network's size are read, alone or in folders; all else is refused in words."""
+"""Image files of the network's size are read, alone or in folders; everything else is a clear error."""
 
 import errno
 import os
@@ -44,7 +44,7 @@ def _cut(path):
         (
             "large.png",
             lambda p: _save(p, np.zeros((8, 12, 3), np.uint8)),
-            "has 12x8 pixels, not 6x4 as this network takes: resize or crop it first",
+            "has 12x8 pixels, not 6x4 as this network expects: resize or crop it first",
         ),
     ],
 )

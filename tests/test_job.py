@@ -24,7 +24,7 @@ RATE = "--search=optimizer.learning_rate=log(1e-3,1)"
 @pytest.mark.parametrize(
     ("launcher", "args", "said"),
     [
-        (plan, ["--help"], "--workdir=DIR  folder for the record (default: runs/plan/<experiment>/<date-time>)"),
+        (plan, ["--help"], "folder for the record (default: runs/plan/<experiment>/<date-time>-<random>)"),
         (export, ["--help"], "required: folder of the run to export"),
         (gke, ["--help"], "required: folder for the record that all machines can access, gs://BUCKET/FOLDER"),
         (tpu, ["up", "--help"], "required for `up` and `run`: folder for the record that all hosts can access"),
@@ -61,7 +61,7 @@ def test_what_is_no_module_is_named(module):
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """A home folder, and another one as the working directory."""
+    """A home folder, and a different working directory."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")

@@ -87,7 +87,7 @@ def test_the_command_trains_evaluates_and_samples(tmp_path, monkeypatch):
     ):
         with pytest.raises(UserError, match=words):
             app.run(mnist_vae.EXPERIMENT, [workdir, "--mode=eval", *args])
-    with pytest.raises(UserError, match=r"config.json: it is no summary.json of a run"):
+    with pytest.raises(UserError, match=r"config.json: this is not the summary.json of a run"):
         app.parse(mnist_vae.EXPERIMENT, [f"--reproduce={tmp_path / 'run/config.json'}"])
 
 

@@ -1,7 +1,8 @@
-"""The plots show the values that they are given, whatever their number and names; none fails a command."""
+"""The plots show the values that they are given, for any number and any names; none fails a command."""
 
 import io
 import itertools
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 from research import plots
+from research.process.signals import StoppedError
 from research.record import drawing
 from research.tasks import vae
 
@@ -181,6 +183,14 @@ def test_a_failure_is_a_warning(tmp_path, capsys):
     assert drawing.save(tmp_path / "nowhere/plot.png", lambda: drawing.figure(1, 1)) is None
     assert "WARNING: plot.png was not drawn: " in capsys.readouterr().err
     assert drawing.save(path, lambda: drawing.figure(1, 1)) == path.read_bytes()
+
+
+def test_a_stop_signal_while_drawing_stops(tmp_path):
+    def stop():
+        raise StoppedError("stopped by SIGTERM", signal.SIGTERM)
+
+    with pytest.raises(StoppedError):
+        drawing.save(tmp_path / "plot.png", stop)
 
 
 def test_plots_need_no_backend(env, tmp_path):

@@ -123,6 +123,7 @@ def test_nothing_of_research_is_imported_but_the_decoder(classifier, tmp_path, e
         "research.data",
         "research.data.decoding",
         "research.process",
+        "research.process.child",
         "research.process.xla_flags",
     }
 

@@ -114,6 +114,8 @@ def test_every_extension_is_recorded_and_cannot_be_reproduced(stop_at, tmp_path)
     _, summary = run(tmp_path, num_epochs=1, **decaying)
     assert "extended" not in summary
     stop_at(tmp_path, 14, num_epochs=2, steps_per_dispatch=1, **decaying)
+    with pytest.raises(UserError, match=r"of 1 epochs, but config\.json has 2: finish that extension"):
+        flags.parse(cifar_cnn.EXPERIMENT, [f"--reproduce={tmp_path}/summary.json"])
     _, summary = run(tmp_path, num_epochs=2, **decaying)
     assert summary["extended"] == [{"num_epochs": 1, "step": 11}]
     _, summary = run(tmp_path, num_epochs=3, **decaying)

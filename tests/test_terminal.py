@@ -49,7 +49,8 @@ def _launch(*argv):
 
 
 def _run_module(module, *argv):
-    with mock.patch("sys.argv", [module, *argv]):
+    with mock.patch("sys.argv", [module, *argv]), mock.patch.dict(sys.modules):
+        sys.modules.pop(module, None)  # runpy warns of a module that another test has imported
         runpy.run_module(module, run_name="__main__")
 
 
@@ -69,7 +70,7 @@ def test_a_character_that_stdout_cannot_encode_is_escaped(command, tmp_path, mon
     workdir.mkdir()
     (workdir / "config.json").write_text("{}")
     (workdir / "metrics.jsonl").touch()
-    # What takes long, and does not matter here.
+    # Replaces what is slow and does not matter here.
     monkeypatch.setattr(app, "run", lambda experiment, argv, signals: print(argv))
     monkeypatch.setattr(predict, "run", lambda argv: print(argv))
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")  # as with PYTHONIOENCODING=ascii

@@ -1,4 +1,4 @@
-"""`launch.sweeps.trials`: every place of a plan is trained once, whoever planned it and whoever was lost."""
+"""`launch.sweeps.trials`: every planned trial is trained once, whichever worker planned it and whichever was lost."""
 
 import os
 from datetime import timedelta

@@ -21,9 +21,9 @@ _NUM_SHOWN = 3  # skipped files
 
 
 def list_files(paths: Sequence[str]) -> list[str]:
-    """Returns image files: each of `paths` that is a folder is replaced by those in it and its subfolders, sorted.
+    """Lists image files: each folder in `paths` is replaced by those in it and its subfolders, sorted.
 
-    One line on stderr names what is skipped: files that are hidden or lack the suffix of an image, links to folders.
+    Warns about what is skipped: hidden files, files without the suffix of an image, and links to folders.
 
     Raises:
       ArtifactError: a folder has no image files or cannot be read.
@@ -77,7 +77,7 @@ def _read(path: str, shape: Sequence[int]) -> np.ndarray:
             raise ArtifactError(f"{path}: no such file")
         return decoding.decode(Path(path).read_bytes(), channels, (height, width))
     except decoding.SizeError as error:
-        raise ArtifactError(f"{path} {error} as this network takes: resize or crop it first") from None
+        raise ArtifactError(f"{path} {error} as this network expects: resize or crop it first") from None
     except decoding.ImageError as error:
         raise ArtifactError(f"{path} {error}") from None
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The HTML page of a sweep: its results, a table of all trials that sorts by a click, and plots."""
+"""Renders the HTML page of a sweep: its results, a sortable table of all trials, and plots."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -11,7 +11,7 @@ from launch.sweeps.trials import REASON, Study
 from launch.sweeps.worker import SEED_VALUES, Sweep, fields
 from research.record import drawing
 
-_MAX_CURVES, _MAX_TRIALS = 100, 1_000  # in the plots: the best; the table has all
+_MAX_CURVES, _MAX_TRIALS = 100, 1_000  # the best, in the plots; the table has all
 _MAX_EPOCHS, _MAX_TICKS = 500, 20
 _STATES = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
 _STYLE = """
@@ -69,7 +69,7 @@ def render(study: Study, sweep: Sweep, summary: Mapping[str, Any], ranked: Seque
         f"<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><title>{title}</title>\n"
         f"<style>{_STYLE}</style>\n<script>{plotly.offline.get_plotlyjs()}</script></head><body>\n"
         f"<h1>Sweep {title}</h1>\n{_results(sweep, summary)}{best if command else ''}"
-        f"<h2>Trials</h2>\n<p>A click on a column's name sorts by it. Point at a number to see all of its digits.</p>\n"
+        f"<h2>Trials</h2>\n<p>Click the name of a column to sort by it. Hover over a number to see all digits.</p>\n"
         f"<div class='trials'>{_table(study, sweep, ranked)}</div>\n"
         f"{sections}<script>{_SCRIPT}</script></body></html>\n"
     )
@@ -95,7 +95,7 @@ def _results(sweep: Sweep, summary: Mapping[str, Any]) -> str:
     if summary["best_trial"] is not None:
         seeds = ", ".join(map(number, summary["best_seed_values"]))
         rows["best trial"] = f"trial {summary['best_trial']}: {number(summary['best_value'])}" + (
-            f" (mean of the seeds' {seeds})" if sweep.seeds > 1 else ""
+            f" (mean of {seeds} over the seeds)" if sweep.seeds > 1 else ""
         )
         rows["its values"] = "\n".join(f"{name} = {number(value)}" for name, value in summary["best_params"].items())
     cells = (f"<tr><th>{escape(n)}</th><td>{escape(v).replace(chr(10), '<br>')}</td></tr>" for n, v in rows.items())
@@ -103,7 +103,7 @@ def _results(sweep: Sweep, summary: Mapping[str, Any]) -> str:
 
 
 def _table(study: Study, sweep: Sweep, ranked: Sequence[FrozenTrial]) -> str:
-    """All trials that have ended: the completed ones first, best first, then the others."""
+    """Returns the table of all trials that have ended: the completed ones first, best first, then the others."""
     others = [trial for trial in study.trials(*_STATES) if trial.state != TrialState.COMPLETE]
     trials = [*ranked, *others]
     columns: dict[str, Callable[[FrozenTrial], Any]] = {
@@ -113,7 +113,7 @@ def _table(study: Study, sweep: Sweep, ranked: Sequence[FrozenTrial]) -> str:
     for name in dict.fromkeys(name for trial in trials for name in fields(trial)):
         columns[name] = lambda trial, name=name: fields(trial).get(name)
     if sweep.seeds > 1:
-        columns["of each seed"] = lambda trial: ", ".join(map(number, trial.user_attrs.get(SEED_VALUES, ())))
+        columns["by seed"] = lambda trial: ", ".join(map(number, trial.user_attrs.get(SEED_VALUES, ())))
     columns |= {
         "epochs": lambda trial: max(trial.intermediate_values, default=None),
         "seconds": lambda trial: None if trial.duration is None else trial.duration.total_seconds(),
@@ -141,7 +141,7 @@ def _cell(value: Any) -> str:
 
 
 def _figures(study: Study, sweep: Sweep, ranked: Sequence[FrozenTrial]) -> Iterator[Any]:
-    """The plots that could be drawn."""
+    """Yields the plots; one that fails is left out, with a warning."""
     drawing.import_matplotlib()  # which `optuna.visualization` imports
     from optuna import visualization
 
@@ -160,7 +160,7 @@ def _figures(study: Study, sweep: Sweep, ranked: Sequence[FrozenTrial]) -> Itera
 
 
 def _best_of(study: Study, ranked: Sequence[FrozenTrial]) -> Any:
-    """Optuna's study, or a copy with only as many of the best trials as plots can show."""
+    """Returns Optuna's study, or a copy with only as many of the best trials as plots can show."""
     if len(ranked) <= _MAX_TRIALS:
         return study.optuna
     import optuna

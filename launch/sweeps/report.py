@@ -120,7 +120,7 @@ def _csv(study: Study) -> str:
 
 
 def line(trial: FrozenTrial, metric: str) -> str:
-    """An ended trial in one line."""
+    """Formats an ended trial as one line."""
     outcome = {
         TrialState.COMPLETE: f"{metric} {trial.value:.4f}" if trial.value is not None else "",
         TrialState.PRUNED: f"pruned after epoch {max(trial.intermediate_values, default=0)}",

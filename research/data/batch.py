@@ -1,4 +1,4 @@
-"""A batch of examples, and the pipeline's bookkeeping, apart from the features of the data set."""
+"""Defines a batch: features of examples, and separate from them the numbers that the pipeline adds."""
 
 import dataclasses
 from collections.abc import Mapping

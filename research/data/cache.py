@@ -84,7 +84,7 @@ def read_only(arrays: Arrays) -> Arrays:
 
 
 def fingerprint(arrays: Arrays) -> str:
-    """Returns a hash of the names, dtypes, shapes and contents of arrays: the same wherever they were read from."""
+    """Returns a hash of the names, dtypes, shapes and contents of arrays, which does not depend on their source."""
     summaries = {name: _summary(x, zlib.crc32(np.ascontiguousarray(x).data)) for name, x in arrays.items()}
     return hashlib.sha256(json.dumps(summaries, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -98,7 +98,7 @@ def _read(path: Path) -> Arrays | None:
     """Returns the entry's arrays, or None if there is no entry. Removes a damaged one.
 
     Raises:
-      OSError: the entry could not be read; it is left as it is.
+      OSError: the entry could not be read; it is left unchanged.
     """
     if not path.is_dir():
         return None

@@ -1,14 +1,14 @@
-"""Decodes image files: the one decoder of training, evaluation and `launch.predict`, which thus see the same pixels.
+"""Decodes image files for training, evaluation and `launch.predict`, so that all of them see the same pixels.
 
 It imports only NumPy and Pillow, so that an artifact runs without the rest of `research`. The rules:
 
-- PNG, JPEG (also MPO), BMP, WebP and GIF; of several frames the first. Color profiles are ignored.
-- An image of more than 89 million pixels, or of another size than asked for, is refused before it is decoded.
-- 16 bits per channel are rounded to 8, as the PNG specification does: round(value * 255 / 65535).
-- 1-bit images become 0 and 255, palettes colors, CMYK RGB (by Pillow's formula, without a profile).
+- PNG, JPEG (including MPO), BMP, WebP and GIF. Only the first frame is decoded. Color profiles are ignored.
+- An image with more than 89 million pixels, or not of the requested size, is refused before it is decoded.
+- 16 bits per channel are rounded to 8, as in the PNG specification: round(value * 255 / 65535).
+- 1-bit images become 0 and 255. Palettes and CMYK become RGB (CMYK by Pillow's formula, without a profile).
 - EXIF orientation is applied; damaged EXIF data is ignored.
-- Transparent pixels are put on white, unless 2 or 4 channels are asked for, the last of which is alpha.
-- Gray becomes color by repetition, color gray by ITU-R 601 luma.
+- Transparent pixels are composited onto white, unless 2 or 4 channels are requested, the last of which is alpha.
+- Gray becomes color by repetition, and color becomes gray by ITU-R 601 luma.
 """
 
 import io
@@ -21,9 +21,9 @@ from PIL import ExifTags, Image, ImageOps
 
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF")
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
-NAME = f"rules 1, Pillow {PIL.__version__}"  # part of the cache key; count up when a rule changes
+NAME = f"rules 1, Pillow {PIL.__version__}"  # part of the cache key; raise the number when a rule changes
 
-# The raw modes that give the low bytes of 16-bit channels, for those by which Pillow reads the high bytes.
+# Pillow reads the high bytes of 16-bit channels; for each such raw mode, the one that reads the low bytes.
 _LOW_BYTES = {"RGB;16B": "RGB;16L", "RGBA;16B": "RGBA;16L", "LA;16B": "RGBA"}
 
 
@@ -32,7 +32,7 @@ class ImageError(ValueError):
 
 
 class SizeError(ImageError):
-    """The image has another size than asked for."""
+    """The image does not have the requested size."""
 
 
 def decode(encoded: bytes, channels: int, size: tuple[int, int] | None = None) -> np.ndarray:
@@ -47,7 +47,7 @@ def decode(encoded: bytes, channels: int, size: tuple[int, int] | None = None) -
       uint8 [h, w, channels], possibly read-only.
 
     Raises:
-      SizeError: it has another size.
+      SizeError: it does not have this size.
       ImageError: it is damaged, too large, or of an unknown format.
     """
     try:

@@ -1,4 +1,4 @@
-"""Tells files that could not be read from files that are missing or damaged: only the latter are to be replaced."""
+"""Distinguishes unreadable files from missing and damaged ones: only the latter should be replaced."""
 
 import contextlib
 import errno
@@ -17,7 +17,7 @@ def is_unreadable(error: BaseException) -> bool:
 
 
 def unreadable(path: Path | str, error: OSError) -> UserError:
-    """Returns the `UserError` for an error of which `is_unreadable` is true."""
+    """Returns the `UserError` to raise for an error for which `is_unreadable` is true."""
     return UserError(
         f"{error.filename or path} could not be read ({error.strerror}); it is unchanged: fix the cause, such as its "
         "permissions or the file system, and run the same command again"
@@ -40,7 +40,7 @@ def exists(path: Path) -> bool:
     """Whether the path exists; unlike `Path.exists`, the same in every Python version.
 
     Raises:
-      UserError: that cannot be told, for lack of permission or because of an I/O error.
+      UserError: this cannot be determined, because of a missing permission or an I/O error.
     """
     try:
         path.stat()

@@ -1,7 +1,7 @@
 """The input pipeline: which examples each step sees, and how they reach the devices.
 
 The batch of a step is a pure function of (seed, step). The epochs are concatenated into one endless sequence of
-examples: each epoch is a permutation of the training set drawn from (seed, epoch), or the set in its own order where
+examples: each epoch is a permutation of the training set drawn from (seed, epoch), or the set in its stored order if
 examples continue each other (text). Step s takes positions s*B to (s+1)*B - 1 of that sequence. Therefore:
 
 - Each example is seen exactly once an epoch, even if the batch size does not divide the set: a batch may span two
@@ -51,7 +51,7 @@ def _order(seed: int | None, epoch: int, num_examples: int) -> np.ndarray:
 def example_numbers(seed: int | None, num_examples: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the examples at positions start..stop-1: their numbers and their epochs, both int32 [stop-start].
 
-    Without a seed, every epoch has the examples in their own order.
+    Without a seed, every epoch has the examples in their stored order.
     """
     numbers, epochs = [], []
     for epoch in range(start // num_examples, -(-stop // num_examples)):
@@ -77,7 +77,7 @@ def epoch_ends(num_examples: int, batch_size: int, num_epochs: int) -> list[int]
 
 
 def longest_epoch(epoch_end_steps: Sequence[int]) -> int:
-    """The most steps that an epoch has: where the batch size does not divide the data set, epochs differ by one."""
+    """Returns the most steps in an epoch: if the batch size does not divide the data set, epochs differ by one."""
     return max(end - start for start, end in itertools.pairwise([0, *epoch_end_steps]))
 
 
@@ -135,7 +135,7 @@ class TrainBatches(_Split):
 
     Args:
       arrays: the training set.
-      config: gives the batch size, the microbatch size and the seed.
+      config: its batch size, microbatch size and seed are used.
       mesh: of the run.
       resident: whether the training set lives on the devices.
       capacity: the largest number of steps of a dispatch; smaller dispatches are padded to it.
@@ -168,7 +168,7 @@ class TrainBatches(_Split):
         self._steps = self._iterate(step)
 
     def local_batch(self, step: int) -> Batch:
-        """This process's rows of one step, host arrays [m, b, ...], with the features of a streamed split."""
+        """Returns this process's rows of one step, host arrays [m, b, ...], with the features of a streamed split."""
         start = step * self._batch_size
         numbers = example_numbers(self._seed, self.num_examples, start, start + self._batch_size)
         rows = self._local_rows(self._microbatch_size)
@@ -184,7 +184,7 @@ class TrainBatches(_Split):
         return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=2 * self._capacity)))
 
     def with_seed(self, seed: int) -> "TrainBatches":
-        """Returns the batches of another seed, from the first step on, which share the resident arrays."""
+        """Returns the batches of another seed, from the first step on; they share the resident arrays."""
         other = copy.copy(self)
         other._seed = None if self._seed is None else seed
         other._steps = other._iterate(0)
@@ -199,7 +199,7 @@ class TrainBatches(_Split):
         return self._pack([next(self._steps) for _ in range(num_steps)])
 
     def example(self) -> Batch:
-        """Returns a value shaped as those of `take`, to compile for; does not advance."""
+        """Returns a batch with the shapes of `take`, to compile for; does not advance."""
         return self._to_devices(self._pack([self.local_batch(0)]), 2, self._microbatch_size)
 
     def batch(self, step: int) -> Batch:

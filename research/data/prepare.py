@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from research.data import archives, cache, tfds_records, tfds_sets
 from research.data.file_errors import is_unreadable, unreadable
 from research.data.tfds_sets import UnavailableError
-from research.errors import UserError, as_out_of_memory_error
+from research.errors import UserError
 
 Splits = dict[str, archives.LabeledImages] | dict[str, str]
 
@@ -42,7 +42,7 @@ class _Recipe:
 
 
 def is_preparable(name: str) -> bool:
-    """Whether `prepare` knows this set, and prepares this version if the name gives one."""
+    """Whether `prepare` can prepare this set, and the version in its name, if there is one."""
     base, version = tfds_sets.split_version(name)
     return base in _RECIPES and (not version or version == str(tfds_records.import_tfds().builder_cls(base).VERSION))
 
@@ -97,7 +97,7 @@ def _on_disk(name: str, folder: Path) -> tuple[list[Path], Callable[..., Splits]
     for parent in (folder, folder / "downloads" / "manual", keras):
         for files, read in _RECIPES[name].sources:
             paths = [parent / file for file in files]
-            # Not Path.exists: of a folder without permission, such as another user's home, no archive is expected.
+            # Not Path.exists, which may raise: an unreadable folder, such as another user's home, has no archive.
             if all(os.path.exists(path) for path in paths):
                 return paths, read
     return None
@@ -149,8 +149,6 @@ def _read(read: Callable[..., Splits], paths: list[Path]) -> Splits:
         names = ", ".join(map(str, paths))
         if isinstance(error, OSError) and is_unreadable(error):
             raise unreadable(names, error) from None
-        if memory := as_out_of_memory_error(error, f"{names} needs a larger host"):
-            raise memory from None
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UserError(f"{names}: damaged, or not the official file ({reason}); delete or replace it") from error
 

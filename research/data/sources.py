@@ -25,8 +25,8 @@ from research.randomness import Stream
 class Dataset:
     """A data set's splits. Those that `load` returns have read-only arrays, some of them memory maps.
 
-    `make_task` must not read the arrays' contents other than by `statistic`: without its data set, a network is
-    restored with arrays of 0 examples, as its run's data.json describes them.
+    `make_task` must read the arrays' contents through `statistic` only: without its data set, a network is restored
+    with arrays of 0 examples, which its run's data.json describes.
 
     Attributes:
       name: its TFDS name, or one of `embedded.DATASETS`.
@@ -35,10 +35,10 @@ class Dataset:
         text "text" (uint8 [n]), its bytes, with a newline between any two examples of a TFDS set.
       validation: held out from train, or the set's own split; None if there is neither.
       test: the split that results are reported on.
-      shuffle: whether every epoch is a new permutation of train; otherwise the examples come in their own order.
+      shuffle: whether every epoch is a new permutation of train; otherwise every epoch has the order of train.
       version: the version of the prepared set, if it has one.
       fingerprints: for each split that `load` returned, a hash of its contents.
-      statistics: what `statistic` has returned, and the number of training examples.
+      statistics: the values that `statistic` has returned, and the number of training examples.
     """
 
     name: str
@@ -49,11 +49,11 @@ class Dataset:
     shuffle: bool = True
     version: str = ""
     fingerprints: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    # Not an argument of `dataclasses.replace`: the copy may have another train split.
+    # `init=False`: `dataclasses.replace` must not copy it, since the copy may have another train split.
     statistics: dict[str, Any] = dataclasses.field(default_factory=dict, init=False)
 
     def statistic(self, compute: Callable[[np.ndarray], Any], feature: str) -> Any:
-        """Returns a statistic of a feature of train; when a run is continued or evaluated, the one in its record.
+        """Returns a statistic of a feature of train; if a run is resumed or evaluated, the one in its record.
 
         Args:
           compute: a named function of the feature's array, which returns numbers or (nested) tuples, lists or arrays of
@@ -61,7 +61,7 @@ class Dataset:
           feature: the feature's name.
 
         Returns:
-          The numbers, in tuples. Their floats are exact, in a record, too.
+          The numbers, in tuples. Floats are exact, also in a record.
 
         Raises:
           UserError: there are no examples, and the record does not have it.
@@ -76,17 +76,17 @@ class Dataset:
 
     @property
     def num_examples(self) -> int:
-        """The number of training examples, of which a record without examples knows, too."""
+        """The number of training examples, which is known even if there are no examples."""
         return self.statistics.setdefault("num_examples", len(next(iter(self.train.values()))))
 
     @property
     def has_examples(self) -> bool:
-        """Whether there are examples; otherwise this only describes them, as in a record."""
+        """Whether there are examples; a data set that was read from a record has none."""
         return len(next(iter(self.train.values()))) > 0
 
 
 def as_tuples(value: Any) -> Any:
-    """Turns lists into tuples, which are hashable, and cannot be changed by those who share them."""
+    """Turns nested lists into tuples, which are hashable and safe to share."""
     return tuple(map(as_tuples, value)) if isinstance(value, list) else value
 
 
@@ -97,11 +97,11 @@ def _to_list(array: np.ndarray) -> Any:
 def load(config: DatasetConfig) -> Dataset:
     """Loads the data set that the config names; the caller cannot change what later calls return.
 
-    - A name `a|b` means the first that is available; each unavailable one gives a warning on stderr. A set that is not
+    - A name `a|b` means the first that is available; each unavailable one prints a warning on stderr. A set that is not
       prepared yet is prepared if `research.data.prepare` supports it. `name:1.2.3` means this version.
-    - `train_split`, `validation_split` and `test_split` name splits of the set. By default train and test are those of
-      that name, or validation is the test split if the set has no test split; validation is the split of that name, or
-      None.
+    - `train_split`, `validation_split` and `test_split` name splits of the set. By default they are the splits called
+      train, validation and test. A set without a test split is tested on its validation split, and then, as without a
+      validation split, validation is None.
     - With `test_fraction` > 0 the test split is that fraction of train; with `validation_fraction` > 0 validation is
       that fraction of the rest: the same examples for every seed.
     - Of the rest of train, `train_fraction` is kept.
@@ -154,7 +154,7 @@ def _load(name: str, config: DatasetConfig) -> Dataset:
 
 
 def _choose_splits(name: str, config: DatasetConfig, present: Sequence[str]) -> dict[str, str]:
-    """Returns which split of the set serves as "train", "validation" and "test"; not those that are held out."""
+    """Returns the set's split for each of "train", "validation" and "test", except those that are held out."""
     for role in ("validation", "test"):
         split, fraction = getattr(config, f"{role}_split"), getattr(config, f"{role}_fraction")
         if split and fraction:
@@ -167,8 +167,8 @@ def _choose_splits(name: str, config: DatasetConfig, present: Sequence[str]) -> 
         test = next((split for split in ("test", "validation") if split in present), "")
         if not test:
             raise UserError(
-                f"--config.dataset.name={name}: the set has no test split, only {', '.join(present)}: choose one by "
-                "--config.dataset.test_split, or hold out examples by --config.dataset.test_fraction=0.1"
+                f"--config.dataset.name={name}: the set has no test split, only {', '.join(present)}: choose one with "
+                "--config.dataset.test_split, or hold out examples with --config.dataset.test_fraction=0.1"
             )
     validation = config.validation_split
     if not validation and not config.validation_fraction and "validation" not in (config.train_split, test):
@@ -184,13 +184,13 @@ def _choose_splits(name: str, config: DatasetConfig, present: Sequence[str]) -> 
         if chosen[one] == chosen[other]:
             raise UserError(
                 f"--config.dataset.name={name}: {one} and {other} would both be the split {chosen[one]}; choose "
-                f"another by --config.dataset.{one}_split or --config.dataset.{other}_split"
+                f"another with --config.dataset.{one}_split or --config.dataset.{other}_split"
             )
     return chosen
 
 
 def _number_classes(splits: dict[str, Arrays]) -> tuple[str, ...]:
-    """Returns the classes of unnamed labels, 0 to the largest in train; removes labels that number no classes."""
+    """Returns the names of integer labels, "0" to the largest in train; removes labels that are not class numbers."""
     largest = splits["train"]["label"].max()
     if 0 <= largest < tfds_records.MOST_CLASSES:
         return tuple(map(str, range(largest + 1)))

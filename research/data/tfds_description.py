@@ -1,7 +1,7 @@
-"""What a prepared TFDS data set says about itself in dataset_info.json, features.json and label.labels.txt.
+"""Reads the description of a prepared TFDS data set: dataset_info.json, features.json and label.labels.txt.
 
 The files are read here, not through TFDS, which takes most of a second to import and tries to download a set that is
-missing. TFDS also reads label names in the locale's encoding and skips blank ones, so that it refuses some sets that it
+missing. TFDS also reads label names in the locale's encoding and skips blank ones, so that it rejects some sets that it
 has written itself.
 """
 
@@ -75,7 +75,7 @@ def _is_integer(tensor: dict[str, Any]) -> bool:
 
 
 def _label_names(file: Path, num_classes: int) -> tuple[str, ...]:
-    """Reads one name per line, of any other characters; without the file, the names are the numbers of the classes."""
+    """Reads one name per line; if there is no file, the names are the numbers of the classes."""
     if not exists(file):
         return tuple(map(str, range(num_classes)))
     with reading(file):

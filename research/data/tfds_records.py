@@ -15,7 +15,7 @@ from research.data.file_errors import reading
 from research.data.tfds_description import Description
 from research.errors import UserError, as_out_of_memory_error
 
-MOST_CLASSES = 2**20  # larger integer labels are no class numbers, and are decoded as this one
+MOST_CLASSES = 2**20  # larger integer labels are not class numbers, and are decoded as this value
 _EXAMPLES_AT_ONCE = 2000
 
 
@@ -70,7 +70,7 @@ def _skip_images(builder: Any) -> dict[str, Any]:
 
 
 def _builder(path: Path) -> Any:
-    """Opens the set with TFDS, but without its label names, of which TFDS refuses some (see `tfds_description`)."""
+    """Opens the set with TFDS, but without its label names, some of which TFDS rejects (see `tfds_description`)."""
     tfds = import_tfds()
     label = tfds.features.ClassLabel
     original = label.load_metadata
@@ -98,7 +98,7 @@ def _read(source: Any, numbers: range) -> list[dict[str, Any]]:
 
 
 def _explained(error: Exception, label: str, path: Path, files: Sequence[Any]) -> UserError:
-    """Returns the error to raise: only if the files of the split can be read is it about their contents."""
+    """Returns the error to raise, which reports damage only if the files of the split can be read."""
     example = ""
     if isinstance(error, _ExampleError) and isinstance(error.__cause__, Exception):
         example, error = f"{error}: ", error.__cause__
@@ -107,7 +107,7 @@ def _explained(error: Exception, label: str, path: Path, files: Sequence[Any]) -
         return memory
     if isinstance(error, (ImportError, NotImplementedError)):
         return UserError(f"{label} is stored in a way that is not supported ({reason}); the data is intact")
-    # The readers' errors are texts without an errno.
+    # The readers' errors have no errno, so read the files to find out.
     for file in map(Path, files):
         with reading(file), file.open("rb") as stream:
             while stream.read(2**24):
@@ -131,7 +131,7 @@ def _images(
             images.append(decoding.decode(example["image"], channels, size))
         except decoding.SizeError as error:
             raise UserError(
-                f"{label}, example {i}: the image {error} as the first; all need the same shape: resize them and "
+                f"{label}, example {i}: the image {error} like the first; all need the same shape: resize them and "
                 "prepare the data set again"
             ) from None
         except decoding.ImageError as error:
@@ -143,7 +143,7 @@ def _images(
 
 
 def _labels(label: str, start: int, examples: list[dict[str, Any]], num_classes: int) -> np.ndarray:
-    """Returns the labels, int32 [n]; -1 is an unlabeled image, and `num_classes` is 0 where it is not declared."""
+    """Returns the labels, int32 [n]; -1 is an unlabeled image, and `num_classes` is 0 if it is not declared."""
     labels = [int(example["label"]) for example in examples]
     for i, label_number in enumerate(labels, start):
         if num_classes and not -1 <= label_number < num_classes:

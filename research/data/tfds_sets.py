@@ -16,7 +16,7 @@ from research.data.cache import Arrays
 from research.data.file_errors import exists, reading
 from research.errors import UserError
 
-_CACHE_VERSION = 2  # part of the cache key; raise it when reading the same source gives different arrays
+_CACHE_VERSION = 2  # part of the cache key; raise it when the same source is read to different arrays
 _VERSION = r"\d+\.\d+\.\d+"
 
 
@@ -61,7 +61,7 @@ def split_version(name: str) -> tuple[str, str]:
 
 
 def find(name: str, folder: Path) -> Path | None:
-    """Finds a prepared set under `folder`: the version that `name` (see `split_version`) gives, else the newest.
+    """Finds a prepared set under `folder`: the version in `name` (see `split_version`), else the newest.
 
     Returns:
       The folder of that version, or None if the set is not prepared in any version.
@@ -107,7 +107,7 @@ def _versions(folder: Path) -> dict[tuple[int, ...], Path]:
 
 
 def load(name: str, path: Path) -> tuple[tuple[str, ...], dict[str, Callable[[], Arrays]]]:
-    """Reads the description of the prepared set in the folder `path`; its splits are read when they are called.
+    """Reads the description of the prepared set in the folder `path`, but not yet its splits.
 
     Returns:
       The label names (none for text, for images without labels, and for labels that are plain integers), and a function
@@ -115,9 +115,9 @@ def load(name: str, path: Path) -> tuple[tuple[str, ...], dict[str, Callable[[],
       [n,h,w,c]) and, if the set has integer labels, "label" (int32 [n], -1: unlabeled); or "text" (uint8 [n]), the
       bytes of all examples with a newline between any two.
 
-      The examples come in the order in which TFDS stores them. It is the same on every machine for the same files, and
-      for every preparation with the same keys of the examples; unless the builder turned that off, TFDS shuffles by a
-      hash of these keys, so that texts which follow each other in the source do not in the set.
+      The examples have the order in which TFDS stores them. It depends only on their keys, not on the machine: unless
+      the builder turned that off, TFDS shuffles by a hash of the keys, so texts that are adjacent in the source are not
+      adjacent in the set.
 
     Raises:
       UnavailableError: the set is not stored as array_record.

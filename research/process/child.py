@@ -15,7 +15,7 @@ _VARIABLE = "MESHWORK_PARENT_PIPE"
 def _pipe() -> int:
     """Returns the read end of a pipe to which nobody writes: reading from it returns when this process has ended."""
     # The operating system closes the write end however the process ends, and child processes do not inherit it. Linux's
-    # parent-death signal would do as well, but macOS has none.
+    # parent-death signal would also work, but macOS has none.
     return os.pipe()[0]
 
 
@@ -32,7 +32,7 @@ def start(command: Sequence[str], environment: Mapping[str, str], **options: Any
 
 
 def stop_with_parent() -> None:
-    """Makes this process receive SIGTERM when its parent ends, if the parent has started it by `start`."""
+    """Makes this process receive SIGTERM when its parent ends, if the parent started it with `start`."""
     # Removed, since this process's own children do not inherit the pipe.
     if pipe := os.environ.pop(_VARIABLE, ""):
         threading.Thread(target=_signal_at_end, args=(int(pipe),), daemon=True).start()

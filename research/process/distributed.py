@@ -81,8 +81,8 @@ def join(config: DistributedConfig) -> None:
 
 @contextmanager
 def _without_proxies() -> Iterator[None]:
-    """Hides the proxies of the environment from gRPC, which chooses how to reach the coordinator within it."""
-    # Not NO_PROXY=host: the host is not known here where `jax.distributed` detects the cluster.
+    """Hides the environment's proxies from gRPC, which decides within the block how to reach the coordinator."""
+    # Not NO_PROXY=host: the host is not known here if `jax.distributed` detects the cluster.
     names = ("grpc_proxy", "https_proxy", "http_proxy")
     hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:

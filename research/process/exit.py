@@ -11,7 +11,7 @@ from research.process import distributed
 
 @contextmanager
 def own_exit_code() -> Iterator[None]:
-    """Makes an error in the block end the process with its own exit code, also where it means out of memory."""
+    """Makes an error in the block, including out of memory, end the process with its own exit code."""
     try:
         yield
     except Exception as error:

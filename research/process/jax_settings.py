@@ -1,8 +1,8 @@
-"""Pins the JAX settings that change results, whatever the environment says: a run has the same numbers everywhere.
+"""Pins the JAX settings that change results, so that a run computes the same numbers in every environment.
 
-With 64-bit numbers, arrays and checkpoints have other dtypes. Other random number generators than partitionable
-threefry2x32 draw other numbers on another mesh. `jax_default_matmul_precision`, which trades precision for speed, is
-the user's choice, and summary.json records it.
+With 64-bit numbers, arrays and checkpoints would have different dtypes. Random number generators other than
+partitionable threefry2x32 draw different numbers on a different mesh. `jax_default_matmul_precision`, which trades
+precision for speed, is the user's choice, and summary.json records it.
 """
 
 import sys
@@ -17,7 +17,7 @@ PINNED = {
     "jax_default_prng_impl": randomness.IMPLEMENTATION,
     "jax_threefry_partitionable": True,
     "jax_random_seed_offset": 0,
-    # These change no results, but end programs that rely on JAX's defaults.
+    # These do not change results, but other values are errors in programs that rely on JAX's defaults.
     "jax_numpy_dtype_promotion": "standard",
     "jax_numpy_rank_promotion": "allow",
 }

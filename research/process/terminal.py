@@ -10,7 +10,7 @@ from typing import Any, TextIO, cast
 
 @contextlib.contextmanager
 def ignore_output_errors() -> Iterator[None]:
-    """Within it, no output fails, so that neither `| head -1` nor a character ends a run.
+    """Ignores output errors within the block, so that neither `| head -1` nor an unencodable character ends a run.
 
     Output to a closed terminal or pipe is discarded. A character that stdout cannot encode, as in an ASCII locale, is
     printed as an escape, such as \\xe4. (Python does this for stderr.)

@@ -1,6 +1,6 @@
-"""data.json: which data a run was trained on, and all that its network needs to know of them.
+"""Reads and writes data.json: fingerprints, shapes, statistics and label names of the data of a run.
 
-It has a checksum: a network with damaged statistics would give wrong results without an error.
+It has a checksum, since a network with damaged statistics would compute wrong results without an error.
 """
 
 import json
@@ -56,7 +56,7 @@ def _features(split: Arrays) -> dict[str, Any]:
 
 
 def read(workdir: Path) -> Dataset | None:
-    """Returns the data set of the run in `workdir` with 0 examples, or None if the run has no data.json.
+    """Returns the data set of the run in `workdir`, without examples, or None if the run has no data.json.
 
     Raises:
       UserError: data.json is damaged or of another version.
@@ -83,7 +83,7 @@ def read(workdir: Path) -> Dataset | None:
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{workdir / _NAME} is damaged or of another version ({type(error).__name__}: {error}): restore it from a "
-            "copy, or delete it, and the data set that is here is used"
+            "copy, or delete it to use the data set on this machine"
         ) from None
     return dataset
 
@@ -93,13 +93,13 @@ def _empty(features: dict[str, Any]) -> Arrays:
 
 
 def differences(dataset: Dataset, recorded: Dataset) -> str:
-    """Names the splits that are not those of the record, with both fingerprints; empty if all are."""
+    """Names the splits whose fingerprints are not those of the record, with both; empty if there are none."""
     pairs = ((name, dataset.fingerprints.get(name), old) for name, old in recorded.fingerprints.items())
     return ", ".join(f"{name} {old} there, {new} here" for name, new, old in pairs if new != old)
 
 
-def check_suits(dataset: Dataset, recorded: Dataset, workdir: Path) -> None:
-    """Raises `UserError` if the classes, or the shapes or dtypes of the examples, are not those of the record."""
+def check_compatible(dataset: Dataset, recorded: Dataset, workdir: Path) -> None:
+    """Raises `UserError` if the classes, or the shapes or dtypes of the examples, differ from the record."""
     kinds = [
         {"label names": x.label_names}
         | {
@@ -114,8 +114,8 @@ def check_suits(dataset: Dataset, recorded: Dataset, workdir: Path) -> None:
         pair = there.get(name, "none"), here.get(name, "none")
         if pair[0] != pair[1]:
             raise UserError(
-                f"--workdir={workdir} holds a run on other data ({name}: {_short(pair[0])} there, {_short(pair[1])} "
-                "here): set --config.dataset.data_dir to the folder of its data set"
+                f"--workdir={workdir} holds a run trained on other data ({name}: {_short(pair[0])} there, "
+                f"{_short(pair[1])} here): set --config.dataset.data_dir to the folder of its data set"
             )
 
 

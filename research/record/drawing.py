@@ -1,4 +1,4 @@
-"""Plots that cannot harm a command: Figures of bounded size, text that is shown literally, failures that only warn.
+"""Draws and saves plots safely: Figures of bounded size, literal text, and warnings instead of errors.
 
 matplotlib is slow to import, so functions import it. `Figure` is used instead of pyplot: it needs no display and has no
 global state.
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from research.process.signals import StoppedError
 from research.record import storage
 
 if TYPE_CHECKING:
@@ -25,10 +26,10 @@ T = TypeVar("T")
 
 
 def import_matplotlib() -> None:
-    """Imports matplotlib, also if the environment's MPLBACKEND is not installed: then it is removed from there.
+    """Imports matplotlib; if MPLBACKEND names a backend that is not installed, removes it from the environment.
 
-    Jupyter sets the variable for the commands that it starts. Figures do not need a backend, but matplotlib and what
-    imports it, as `optuna.visualization`, refuse to be imported.
+    Jupyter sets this variable for the commands that it starts. Figures need no backend, but with a missing one the
+    import of matplotlib fails, and so does that of `optuna.visualization`, which imports it.
     """
     if "matplotlib" in sys.modules:
         return
@@ -42,7 +43,7 @@ def import_matplotlib() -> None:
 
 
 def figure(width: float, height: float) -> "Figure":
-    """Creates an empty Figure of `width` by `height` inches, but of 20 at most."""
+    """Creates an empty Figure of `width` by `height` inches, each at most 20."""
     import_matplotlib()
     from matplotlib.figure import Figure
 
@@ -50,14 +51,14 @@ def figure(width: float, height: float) -> "Figure":
 
 
 def literal(text: str, max_characters: int = _MAX_CHARACTERS) -> str:
-    r"""Returns `text` in the form that matplotlib shows literally; use it for all text that a user or a data set chose.
+    r"""Escapes `text` so that matplotlib shows it literally; use it for all text from a user or a data set.
 
-    Without it two "$" begin mathematics, a leading "_" hides a line from the legend, a line break changes the layout,
-    and a character that the font lacks is an empty box and a warning. Such characters become escapes, as in \u72ac.
+    Otherwise two "$" start math mode, a leading "_" hides a line from the legend, a line break changes the layout, and
+    a character that the font lacks becomes an empty box and a warning. Such characters become escapes, as in \u72ac.
 
     Args:
       text: any text.
-      max_characters: a longer text loses its middle.
+      max_characters: a longer text is shortened in the middle.
     """
     import_matplotlib()
     from matplotlib import font_manager, rcParams
@@ -89,9 +90,11 @@ def print_warning(text: str) -> None:
 
 
 def attempt(name: str, draw: Callable[[], T], warn: Callable[[str], None] = print_warning) -> T | None:
-    """Returns the result of `draw`, or None if it fails: that is only a warning, which names the plot."""
+    """Returns the result of `draw`; if it fails, warns with the name of the plot and returns None."""
     try:
         return draw()
+    except StoppedError:
+        raise
     except Exception as error:
         warn(f"{name} was not drawn: {error.__cause__ or error}")
         return None

@@ -19,7 +19,7 @@ _EXTRAS = {"gs": "gcs", "s3": "s3"}  # the object stores to which Orbax can writ
 
 
 def open_path(text: str) -> Path:
-    """Parses a local path, where ~ is the user's home, or a URL.
+    """Parses a URL, or a local path that may begin with ~, the user's home.
 
     Raises:
       UserError: the scheme is not gs:// or s3://, its package is not installed, the storage cannot be reached, the URL
@@ -70,7 +70,7 @@ def is_local(path: Path) -> bool:
 
 @contextmanager
 def writing(what: Any) -> Iterator[None]:
-    """Turns any error of the block but a `UserError` into a `RecordError`: `what` could not be written, and why."""
+    """Turns any error of the block except a `UserError` into a `RecordError`: `what` could not be written, and why."""
     try:
         yield
     except UserError:
@@ -111,7 +111,7 @@ def replace(path: Path, data: bytes) -> None:
 
 
 def truncate(path: Path, size: int) -> None:
-    """Cuts a file after its first `size` bytes, in place where it is local: a reader that has it open sees the end.
+    """Truncates a file to `size` bytes, a local one in place, so that readers that have it open see the new end.
 
     Raises:
       RecordError: it could not be written.

@@ -18,10 +18,12 @@ from research.errors import UserError
 from research.record.storage import is_local
 
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # some network file systems
+# Names this process: a restarted container may have the host name and the process number of the one before.
+_TOKEN = secrets.token_hex(8)
 
 
 def default_workdir(*names: str) -> str:
-    """Returns a folder for a record, such as runs/<name>/<date-time>-<random>; another one at every call."""
+    """Returns a new folder name for a record, runs/<name>/<date-time>-<random>; every call returns another one."""
     return "/".join(["runs", *names, f"{time.strftime('%Y-%m-%d-%H%M%S')}-{secrets.token_hex(3)}"])
 
 
@@ -29,7 +31,7 @@ class Workdir:
     """A context that creates a run's workdir and locks it against a second run.
 
     The lock is an `flock` on `.lock`, which names the process that holds it; the operating system releases it however
-    the process ends. A file system without locks has the file `.lock-holder` instead for as long as the run lasts.
+    the process ends. On a file system without locks, the file `.lock-holder` replaces it while the run lasts.
     Folders that the context created are removed on exit if the run wrote no config.json.
 
     Object stores have no locks, so there a second run is not detected.
@@ -61,6 +63,10 @@ class Workdir:
             advice = f", or delete {self._holder} if that process has ended" if self._holder else ""
             raise UserError(f"--workdir={self.path} is in use by {owner}: give another --workdir{advice}") from None
         except OSError as error:
+            if self._lock >= 0:
+                os.close(self._lock)
+            if self._holder:
+                self._holder.unlink(missing_ok=True)
             self._discard()
             raise UserError(f"--workdir={self.path} cannot be written: {error.strerror}") from None
         return self
@@ -84,11 +90,11 @@ class Workdir:
             if error.errno not in _NO_LOCKS:
                 raise
             self._holder = self.path / ".lock-holder"
-            if self._holder.exists() and _has_ended(self._holder.read_text(errors="replace")):
+            if self._holder.exists() and _has_ended(self._holder.read_text(encoding="utf-8", errors="replace")):
                 self._holder.unlink(missing_ok=True)
             try:
-                with self._holder.open("x") as file:
-                    file.write(_owner())
+                with self._holder.open("x", encoding="utf-8") as file:
+                    file.write(f"{_owner()}\n{_TOKEN}")
             except FileExistsError:
                 raise BlockingIOError from None
 
@@ -102,11 +108,14 @@ def _owner() -> str:
     return f"process {os.getpid()} on {socket.gethostname()}"
 
 
-def _has_ended(owner: str) -> bool:
-    """Whether the owner of a lock is a process of this machine that no longer runs."""
+def _has_ended(holder: str) -> bool:
+    """Whether a lock file is of a process of this machine that no longer runs."""
+    owner, _, token = holder.partition("\n")
     found = re.fullmatch(r"process (\d+) on (.+)", owner)
     if not found or found[2] != socket.gethostname():
         return False
+    if int(found[1]) == os.getpid():
+        return token != _TOKEN
     try:
         os.kill(int(found[1]), 0)
     except ProcessLookupError:

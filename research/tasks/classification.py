@@ -24,7 +24,7 @@ def check_labels(dataset: Dataset) -> None:
     """Checks that every example of the data set has a label.
 
     Raises:
-      UserError: the data set has no labels, or a split has examples without one or of a class that train does not have.
+      UserError: the data set has no labels, or a split has examples without a label or with one that train lacks.
     """
     splits = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
     for role, split in splits.items():
@@ -37,10 +37,10 @@ def check_labels(dataset: Dataset) -> None:
         unlabeled, unknown = np.sum(labels < 0), np.sum(labels > largest)
         if unlabeled or unknown:
             problem = "no label (-1)" if unlabeled else f"a label above {largest}, the largest in train"
-            hold_out = "" if role == "train" else f", or hold some out by --config.dataset.{role}_fraction=0.1"
+            hold_out = "" if role == "train" else f", or hold some out with --config.dataset.{role}_fraction=0.1"
             raise UserError(
                 f"--config.dataset.name={dataset.name}: {unlabeled or unknown:,} of {len(labels):,} {role} examples "
-                f"have {problem}; choose another split by --config.dataset.{role}_split{hold_out}"
+                f"have {problem}; choose another split with --config.dataset.{role}_split{hold_out}"
             )
 
 
@@ -134,7 +134,7 @@ class Classification(Task):
         return {"logits": self._logits(model, normalized, train=False, key=None)}
 
     def plots(self, predict: Predictor, dataset: Dataset) -> dict[str, Callable[[], Any]]:
-        """Plots the confusions of the test set, and its most confident mistakes."""
+        """Plots the confusion matrix and the most confident mistakes of the test set."""
         test, names = dataset.test, dataset.label_names
         predictions, confidences = predict(self.predicted, {"image": test["image"]})
         return {

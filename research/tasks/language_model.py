@@ -67,7 +67,7 @@ class LanguageModel(Task):
         return {"loss": (weights * loss).sum(1), "accuracy": (weights * correct).sum(1)}, carry
 
     def example_weights(self, batch: Batch) -> jax.Array:
-        """The number of characters that count."""
+        """Returns the number of characters that count, float32 [b]."""
         return batch["count"].astype(jnp.float32)
 
     def summarize(self, means: Mapping[str, Any]) -> dict[str, float]:

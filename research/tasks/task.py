@@ -82,7 +82,7 @@ class Task:
         return jnp.ones(batch.index.shape, jnp.float32)
 
     def with_hparams(self, hparams: Mapping[str, Any]) -> "Task":
-        """Returns this task with the hyperparameters of a step that it reads, by path; they may be traced."""
+        """Returns this task with the hyperparameters of a step that it reads; keys are paths, values may be traced."""
         del hparams
         return self
 

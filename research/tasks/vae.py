@@ -21,7 +21,7 @@ from research.tasks.task import ExportedFunction, Inputs, Metrics, Task
 
 _ACTIVE_VARIANCE = 0.01  # Burda et al. 2016, section 5.2
 _EVAL_BATCH = 1000  # examples of a batch of the log-likelihood's estimate
-_MAX_PLOTTED_PIXELS = 2**26  # of the test images that plots use: 256 MB as float32
+_MAX_PLOTTED_PIXELS = 2**26  # in the test images that are plotted: 256 MB as float32
 _GRID_SIZE = 10  # images in a row of a plot, and latents traversed
 _TRAVERSAL = np.linspace(-3, 3, 11, dtype=np.float32)  # covers nearly all of the prior's mass
 _TARGETS, _LATENTS, _RESAMPLING = 0, 1, 2  # purposes of the keys
@@ -253,7 +253,7 @@ class VAE(Task):
 
     def plots(self, predict: Predictor, dataset: Dataset) -> dict[str, Callable[[], Any]]:
         """Plots reconstructions, samples of the prior and latent traversals; if there are two latents, their means."""
-        # As many examples as there is memory for: the targets come with the means.
+        # Limits the memory: `encoded` returns the float32 targets of all these images along with the means.
         images = dataset.test["image"][: 5 * _GRID_SIZE + _MAX_PLOTTED_PIXELS // math.prod(self.image_shape)]
         targets, means = predict(self.encoded, {"image": images})
         count = len(targets[: 5 * _GRID_SIZE])

@@ -25,9 +25,9 @@ def mean_over_microbatches(
     """
     function = jax.jit(function, inline=True)  # traced once, for its shapes and in the loop
     count = len(batch.index)
-    first_carry, first_index = jax.tree.map(lambda x: x[0], (carry, batch))
+    first_carry, first_microbatch = jax.tree.map(lambda x: x[0], (carry, batch))
     if count == 1:
-        model_state, carry, means = function(model_state, first_carry, first_index, jnp.int32(0))
+        model_state, carry, means = function(model_state, first_carry, first_microbatch, jnp.int32(0))
         return model_state, jax.tree.map(lambda x: x[None], carry), means
 
     def accumulate(scanned: Any, xs: Any) -> tuple[Any, Any]:
@@ -36,7 +36,7 @@ def mean_over_microbatches(
         model_state, carry, values = function(model_state, carry, microbatch, number)
         return (model_state, jax.tree.map(jnp.add, sums, values)), carry
 
-    shapes = jax.eval_shape(function, model_state, first_carry, first_index, jnp.int32(0))[2]
+    shapes = jax.eval_shape(function, model_state, first_carry, first_microbatch, jnp.int32(0))[2]
     zeros = jax.tree.map(jnp.zeros_like, shapes)
     (model_state, sums), carry = jax.lax.scan(accumulate, (model_state, zeros), (jnp.arange(count), carry, batch))
     return model_state, carry, jax.tree.map(lambda x: x / count, sums)

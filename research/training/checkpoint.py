@@ -173,7 +173,7 @@ class Checkpoints:
 
         Args:
           like: the shapes, dtypes and shardings of the state to restore; if its carry is None, the carry is not read.
-          step: the checkpoint to restore, one that exists; there is no fallback from it.
+          step: the step of an existing checkpoint to restore, without falling back to another one.
 
         Returns:
           The state and its progress, or None if there is no checkpoint.
@@ -199,8 +199,10 @@ class Checkpoints:
                         "fix the cause, and the same command resumes from it"
                     ) from error
                 if chosen is not None:
+                    # A run that is still training deletes old checkpoints.
+                    state = f"is damaged ({reason})" if (self._folder / str(step)).exists() else "has been deleted"
                     raise UserError(
-                        f"checkpoint {step} in {self._place} is damaged ({reason}): choose another by --checkpoint"
+                        f"checkpoint {step} in {self._place} {state}: choose another by --checkpoint"
                     ) from None
                 self._fall_back(step, reason, seen_by_all=isinstance(error, _DamagedError))
         if steps or (self._folder.exists() and any(self._folder.glob("damaged-*"))):
@@ -211,7 +213,7 @@ class Checkpoints:
         return None
 
     def read_record(self, step: int) -> dict[str, Any]:
-        """Reads a checkpoint's record; any exception but `UserError` means that it is damaged or cannot be read."""
+        """Reads a checkpoint's record; any exception except `UserError` means that it is damaged or unreadable."""
         record = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
         if record.pop("crc32") != _crc(record):
             raise _DamagedError("its record's checksum differs")

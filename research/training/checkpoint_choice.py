@@ -26,10 +26,10 @@ def find_step(checkpoints: Checkpoints, choice: str) -> int | None:
     if step is None:
         raise UserError("--checkpoint=best: the run has no validation loss to choose by; use newest or a step")
     if step not in steps:
-        name = f"step {step}, the best," if choice == "best" else f"step {step}"
+        name = f"step {step}, the best" if choice == "best" else f"step {step}"
         raise UserError(
-            f"--checkpoint={choice}: there is no checkpoint of {name} but of "
-            + (f"step {', '.join(map(str, steps))}" if steps else "no step at all")
+            f"--checkpoint={choice}: there is no checkpoint of {name}; the run has "
+            + (f"those of steps {', '.join(map(str, steps))}" if steps else "no checkpoints")
         )
     return step
 

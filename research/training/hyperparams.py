@@ -68,6 +68,6 @@ def make_optimizer(config: Config, hparams: HParams, widths: Any) -> optax.Gradi
 
 @contextmanager
 def applied(task: Task, model: nnx.Module, hparams: HParams) -> Iterator[Task]:
-    """Yields the task with `hparams`, which may be traced; within the block the network's dropout has its rate."""
+    """Yields the task with `hparams`, which may be traced; within the block the network's dropout has their rate."""
     with rate_of(model, hparams.get(DROPOUT)):
         yield task.with_hparams(hparams)

@@ -161,7 +161,9 @@ class Loop:
         writer.plot("curves", curves, step)
         try:
             drawings = run.task.plots(run.predictor(), run.dataset)
-        except Exception as error:  # whatever it is: no run stops for a plot
+        except StoppedError:
+            raise
+        except Exception as error:  # of any type: a plot must not end a run
             writer.warning(f"no plots were drawn: {error}")
             return
         for name, draw in drawings.items():
@@ -242,7 +244,7 @@ def restore(
     Args:
       config: resolved; the batch size need not be the run's.
       task: what was learned.
-      dataset: the examples; or none, if the run is not evaluated and has no `stale_statistics`.
+      dataset: may lack examples if the run is not evaluated and has no `stale_statistics`.
       mesh: the devices.
       workdir: the run's folder.
       checkpoint: "newest", "best" (the lowest validation loss) or a step.

@@ -15,7 +15,7 @@ from research.training.steps import Steps
 
 
 class PopulationSteps:
-    """The programs, jitted; the leading axis of members' arrays is the population's size.
+    """Jits the steps of all members; the leading axis of their arrays is the population's size.
 
     Args:
       steps: of one member.
@@ -29,7 +29,7 @@ class PopulationSteps:
         states.
       evaluate: (params, model_state, carry, active, data, batches) -> (carry, sums), as `Steps.eval_steps`; zeros for
         members that are not active. All share the batches.
-      put: (states, slot, state) -> states with this member's; donates states.
+      put: (states, slot, state) -> states with `state` in `slot`; donates states.
     """
 
     def __init__(self, steps: Steps, mesh: Mesh, batch_size: int):

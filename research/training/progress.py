@@ -39,8 +39,8 @@ class Progress:
       rewinds: how many times the run went back to a checkpoint.
       batches_left_out: how many batches rewinds have left out: the data is ahead of the steps by as many.
       statistics_step: the step to whose averaged parameters the state's `ema_model_state` belongs.
-      num_epochs: the number of epochs for which the newest steps' schedules were made; 0: unknown.
-      extended: {"num_epochs", "step"} of each earlier such number: the last step with those schedules.
+      num_epochs: the number of epochs that the schedules of the newest steps span; 0: unknown.
+      extended: {"num_epochs", "step"} for each extension: the earlier number, and the last step with its schedules.
     """
 
     step: int = 0
@@ -86,7 +86,7 @@ class Progress:
         return values | ({"skipped": skipped.astype(np.float32)} if most_skipped else {}), error
 
     def extend(self, num_epochs: int) -> None:
-        """Notes that the following steps have the schedules of a run of `num_epochs`."""
+        """Records that the schedules of the following steps span `num_epochs` epochs."""
         if self.step and self.num_epochs not in (0, num_epochs):
             self.extended = [*self.extended, {"num_epochs": self.num_epochs, "step": self.step}]
         self.num_epochs = num_epochs
@@ -113,16 +113,16 @@ class Progress:
                 self.sums[name] = [sum(x[made].tolist(), total), count + len(x[made])]
 
     def means(self) -> dict[str, float]:
-        """Returns the mean of each metric over those steps of the epoch that measured it, without skipped ones.
+        """Returns the mean of each metric over the steps of the epoch that measured it, except skipped ones.
 
-        Not every step may have measured it: after a resume on another number of devices there may be no noise scale.
+        Some steps may not have measured it: on one device, without microbatches, there is no noise scale.
 
         Raises:
           NonFiniteLossError: all steps were skipped.
         """
         if not self.sums["loss"][1]:
             raise non_finite(f"every step of epoch {self.epoch + 1} was skipped, so nothing was trained", self.step)
-        return {name: total / count for name, (total, count) in self.sums.items()}
+        return {name: total / count for name, (total, count) in self.sums.items() if count}
 
     def updates_before(self, values: Values) -> np.ndarray:
         """Returns the number of updates before each of the steps just made, int [k]: the schedule's argument."""

@@ -128,9 +128,9 @@ class Training:
             self._steps.check_per_device(self.state, batches.data, batches.batch(0), self._hparams)
 
     def restore(self, checkpoints: Checkpoints, step: int | None = None, *, with_carry: bool = True) -> bool:
-        """Goes to the newest checkpoint, or to that of `step`; returns False if there is none.
+        """Restores the newest checkpoint, or that of `step`; returns False if there is none.
 
-        Without its carry, which only training needs, a checkpoint can be restored with any batch size.
+        Without the carry, which only training needs, a checkpoint can be restored with any batch size.
         """
         with_carry = with_carry or self.state.ema_model_state is not None  # `estimate_statistics` reads the carry
         replaced = self.state if with_carry else dataclasses.replace(self.state, carry=None)
@@ -213,7 +213,7 @@ class Training:
         return self.state.ema_model_state is not None and self.progress.statistics_step != self.progress.step
 
     def estimate_statistics(self) -> None:
-        """Gives the averaged parameters batch statistics of their own, from the newest steps' batches."""
+        """Estimates the batch statistics of the averaged parameters from the newest steps' batches."""
         progress, count = self.progress, np.int32(0)
         if not self.stale_statistics:
             return

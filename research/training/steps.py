@@ -119,7 +119,7 @@ class Steps:
     def _accumulate(
         self, state: TrainState, data: Data, batch: Batch, hparams: HParams, key: jax.Array
     ) -> tuple[Any, Any, tuple[Any, Metrics]]:
-        """As `_gradients`, for the examples of `batch` only: those of one device, or all.
+        """Like `_gradients`, but only for the examples of `batch`: those of one device, or all.
 
         If the batch has several microbatches or replicas, the metrics include "grad_square", the mean squared norm of
         their gradients.
@@ -256,7 +256,7 @@ class Steps:
     def _evaluate(
         self, params: Any, model_state: Any, carry: Any, data: Data, batches: Batch, seeds: jax.Array
     ) -> tuple[Any, Sums]:
-        """As `eval_steps`, for the examples of one device, or all; `seeds` are int [k]."""
+        """Like `eval_steps`, for the examples of one device, or all; `seeds` are int [k]."""
         params = sharding.gather(params, self._mesh)
 
         def body(carry: Any, xs: tuple[Batch, jax.Array]) -> tuple[Any, Sums]:

@@ -50,7 +50,7 @@ def make(experiment: str, run: Training, results: dict[str, float], compile_seco
 
 
 def conditions(dataset: Dataset) -> dict[str, Any]:
-    """Returns what results depend on besides the config and the hardware, as it appears in summary.json."""
+    """Returns the data fingerprints, JAX settings and versions on which results depend, as in summary.json."""
     return {"data_fingerprints": dict(dataset.fingerprints), **jax_settings.settings(), **versions()}
 
 

@@ -1,4 +1,4 @@
-"""The one decoder of images: the pixels of a set and of `launch.predict`, whatever form they are stored in."""
+"""The image decoder: a data set and `launch.predict` see the same pixels in every form of storage."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""What a set may hold: images with named, numbered or no labels, and texts of one or many examples."""
+"""Features of data sets: images with named, numbered or no labels, and texts of one or many examples."""
 
 import dataclasses
 import functools
@@ -124,7 +124,8 @@ def test_images_without_labels_suit_an_autoencoder_and_no_classifier(data_dir):
     assert jax.eval_shape(evaluate, batch, key=jax.random.key(0))["loss"].shape == (8,)
 
     def predict(function, arrays, **_):
-        shapes = jax.eval_shape(functools.partial(function, model), arrays, jax.random.key(0))
+        batch = Batch(arrays, np.arange(len(next(iter(arrays.values())))))
+        shapes = jax.eval_shape(functools.partial(function, model), batch, jax.random.key(0))
         return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
 
     (axes,) = task.plots(predict, pets)["latents"]().axes

@@ -1,4 +1,4 @@
-"""Which splits of a set are trained on, validated on and tested on, and which version of the set."""
+"""The choice of the splits to train, validate and test on, and of the version of a set."""
 
 import io
 
@@ -17,7 +17,7 @@ def load(data_dir, name="pets", **fields):
 
 
 def numbered(count, start=0):
-    """Examples that their gray value tells apart."""
+    """Examples with different gray values."""
     found = []
     for value in range(start, start + count):
         png = io.BytesIO()
@@ -32,7 +32,7 @@ def values(split):
 
 @pytest.fixture
 def pets(data_dir):
-    """A set of which every example has another gray value; the splits have 20, 5 and 5."""
+    """A set in which every example has a different gray value; the splits have 20, 5 and 5."""
     splits = {"train": numbered(20), "validation": numbered(5, 100), "test": numbered(5, 200)}
     make_set(data_dir, "pets", image_features, splits)
     return data_dir

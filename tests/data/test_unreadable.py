@@ -1,4 +1,4 @@
-"""What cannot be read is left alone: only damaged data is to be deleted, and an error says which example is."""
+"""Unreadable files are left alone: only damaged data should be deleted, and the error names the example."""
 
 import errno
 import os

@@ -21,7 +21,7 @@ from research.errors import UserError
 from research.models import cnn
 from research.models.airbench import whitening_kernel
 from research.parametrization import Network
-from research.tasks.classification import Classification, check_labels
+from research.tasks.classification import Classification
 
 
 @dataclasses.dataclass
@@ -86,11 +86,10 @@ def complete(config: CifarConfig, dataset: Dataset) -> CifarConfig:
     """The config with the published numbers of the architecture where it leaves them open.
 
     Raises:
-      UserError: the data set has no images or no labels, or they do not fit the architecture or the augmentation.
+      UserError: the data set has no images, or they do not fit the architecture or the augmentation.
     """
     if "image" not in dataset.train:
         raise UserError(f"--config.dataset.name={dataset.name} has no images to classify: use cifar10, mnist or digits")
-    check_labels(dataset)
     shape = dataset.train["image"].shape[1:]
     images.check(config.augment, shape)
     return dataclasses.replace(config, model=cnn.resolve(config.model, shape))

@@ -164,7 +164,7 @@ def _sweep(job: Job) -> tuple["Sweep", list[dict[str, Any]]]:
     resolved = job.experiment.resolve(config, dataset)
     devices = jax.local_devices()[: options.population or None]  # not jax.devices(): it includes those of other hosts
     single_run_devices = devices[:1] if split and devices[0].platform == "cpu" else None
-    population = Population(resolved, job.experiment.make_task(resolved, dataset), dataset, devices, len(devices))
+    population = Population(resolved, job.experiment.build_task(resolved, dataset), dataset, devices, len(devices))
     metric = _metric(options.metric, population.metric_names(), job.experiment.name)
     size = options.population or max(default_size(devices), options.seeds)
     trials = len(points) or options.trials or _DEFAULT_TRIALS

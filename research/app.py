@@ -119,7 +119,7 @@ def load(experiment: Experiment, config: Any) -> tuple[Any, sources.Dataset, Tas
     """
     dataset = experiment.prepare(config, sources.load(config.dataset))
     config = experiment.resolve(config, dataset)
-    return config, dataset, experiment.make_task(config, dataset)
+    return config, dataset, experiment.build_task(config, dataset)
 
 
 def _load_for(experiment: Experiment, command: Command) -> tuple[Any, sources.Dataset, Task]:
@@ -132,7 +132,7 @@ def _load_for(experiment: Experiment, command: Command) -> tuple[Any, sources.Da
     if recorded:
         _check_data(dataset, recorded, command)
         dataset.statistics.update(recorded.statistics)
-    return config, dataset, experiment.make_task(config, dataset)
+    return config, dataset, experiment.build_task(config, dataset)
 
 
 def _load_data(config: DatasetConfig, recorded: sources.Dataset | None) -> sources.Dataset:
@@ -195,7 +195,7 @@ def restored(experiment: Experiment, command: Command, mesh: Any, *, with_exampl
     else:
         dataset, config = recorded, experiment.resolve(command.config, recorded)
         _check_config(config, command)
-        task = experiment.make_task(config, dataset)
+        task = experiment.build_task(config, dataset)
     training = loop.restore(config, task, dataset, mesh, command.workdir, command.checkpoint)
     if training.stale_statistics:  # batch statistics of averaged parameters, which need examples
         del training  # or the devices would hold two states

@@ -64,6 +64,16 @@ class Experiment:
         resolved.optimizer = optimizers.resolve(resolved.optimizer)
         return self.complete(resolved, dataset)
 
+    def build_task(self, config: Any, dataset: sources.Dataset) -> Task:
+        """Calls `make_task`, and checks the data set.
+
+        Raises:
+          UserError: the task cannot learn from the data set.
+        """
+        task = self.make_task(config, dataset)
+        task.check_data(dataset)
+        return task
+
     @property
     def default_config(self) -> Config:
         """The config of the first preset."""

@@ -161,7 +161,7 @@ class Worker:
             experiment, sweep = self._sweep.experiment, self._sweep
             dataset = experiment.prepare(config, dataset)
             config = experiment.resolve(config, dataset)
-            task = experiment.make_task(config, dataset)
+            task = experiment.build_task(config, dataset)
             size = self._capacity * sweep.seeds
             share_data_with = next((population for population, _ in populations.values()), None)
             populations[signature] = Population(config, task, dataset, sweep.devices, size, share_data_with), dataset

@@ -20,30 +20,6 @@ from research.tasks.predictor import Predictor
 from research.tasks.task import ExportedFunction, Inputs, Metrics, Task
 
 
-def check_labels(dataset: Dataset) -> None:
-    """Checks that every example of the data set has a label.
-
-    Raises:
-      UserError: the data set has no labels, or a split has examples without a label or with one that train lacks.
-    """
-    splits = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
-    for role, split in splits.items():
-        if split is None:
-            continue
-        if "label" not in split:
-            raise UserError(f"--config.dataset.name={dataset.name} has no class labels, so it cannot be classified")
-        labels = split["label"]
-        largest = len(dataset.label_names) - 1
-        unlabeled, unknown = np.sum(labels < 0), np.sum(labels > largest)
-        if unlabeled or unknown:
-            problem = "no label (-1)" if unlabeled else f"a label above {largest}, the largest in train"
-            hold_out = "" if role == "train" else f", or hold some out with --config.dataset.{role}_fraction=0.1"
-            raise UserError(
-                f"--config.dataset.name={dataset.name}: {unlabeled or unknown:,} of {len(labels):,} {role} examples "
-                f"have {problem}; choose another split with --config.dataset.{role}_split{hold_out}"
-            )
-
-
 @dataclasses.dataclass(frozen=True)
 class Classification(Task):
     """Image classification by softmax cross-entropy, with augmentation, label smoothing and test-time views.
@@ -70,6 +46,29 @@ class Classification(Task):
     def with_hparams(self, hparams: Mapping[str, Any]) -> "Classification":
         """Returns this task with the label smoothing of a step."""
         return dataclasses.replace(self, label_smoothing=hparams.get("label_smoothing", self.label_smoothing))
+
+    def check_data(self, dataset: Dataset) -> None:
+        """Checks that every example has a label.
+
+        Raises:
+          UserError: the data set has no labels, or a split has examples without a label or with one that train lacks.
+        """
+        splits = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
+        for role, split in splits.items():
+            if split is None:
+                continue
+            if "label" not in split:
+                raise UserError(f"--config.dataset.name={dataset.name} has no class labels, so it cannot be classified")
+            labels = split["label"]
+            largest = len(dataset.label_names) - 1
+            unlabeled, unknown = np.sum(labels < 0), np.sum(labels > largest) if dataset.label_names else 0
+            if unlabeled or unknown:
+                problem = "no label (-1)" if unlabeled else f"a label above {largest}, the largest in train"
+                hold_out = "" if role == "train" else f", or hold some out with --config.dataset.{role}_fraction=0.1"
+                raise UserError(
+                    f"--config.dataset.name={dataset.name}: {unlabeled or unknown:,} of {len(labels):,} {role} "
+                    f"examples have {problem}; choose another split with --config.dataset.{role}_split{hold_out}"
+                )
 
     def evaluate(self, model: nnx.Module, batch: Batch, *, key: jax.Array, train: bool) -> Metrics:
         """Computes each example's cross-entropy in nats and accuracy; augmentation and smoothing are for training only.

@@ -57,6 +57,10 @@ class Task:
         """Builds the network with its initial parameters."""
         return self.network(rngs)
 
+    def check_data(self, dataset: "Dataset") -> None:
+        """Raises `UserError` if the task cannot learn from the data set."""
+        del dataset
+
     @property
     def widths(self) -> Any:
         """Each parameter's width relative to the base width (`research.parametrization`); None: one rate for all."""

@@ -4,18 +4,21 @@ import dataclasses
 import functools
 
 import jax
+import linear
 import numpy as np
 import pytest
 from flax import nnx
 from test_sources import examples, image_features, make_set
 
-from experiments import cifar_cnn, mnist_vae
+from experiments import mnist_vae
 from research import app
 from research.config import DatasetConfig
 from research.data import sources, tfds_records
 from research.data.batch import Batch
 from research.errors import UserError
-from research.tasks.classification import check_labels
+from research.tasks.classification import Classification
+
+CLASSIFICATION = Classification(nnx.Module, (0.5,), (0.25,))
 
 
 def load(data_dir, name="pets", **fields):
@@ -84,7 +87,7 @@ def test_integers_are_the_classes_up_to_the_largest_in_train(data_dir, dtype):
     assert pets.label_names == tuple("012345")
     assert (sorted(pets.train["label"].tolist()), sorted(pets.test["label"].tolist())) == ([0, 3, 5], [2, 5])
     assert pets.train["label"].dtype == np.int32
-    check_labels(pets)
+    CLASSIFICATION.check_data(pets)
     assert load(data_dir, train_fraction=0.34).label_names == tuple("012345"), (
         "a smaller part of train has fewer classes"
     )
@@ -93,7 +96,7 @@ def test_integers_are_the_classes_up_to_the_largest_in_train(data_dir, dtype):
 def test_integers_that_train_does_not_have_are_an_error_where_labels_are_needed(data_dir):
     make_set(data_dir, "pets", with_integers(np.int64), {"train": labeled(0, 1), "test": labeled(1, 7, 2**40)})
     with pytest.raises(UserError, match="2 of 3 test examples have a label above 1, the largest in train"):
-        check_labels(load(data_dir))
+        CLASSIFICATION.check_data(load(data_dir))
 
 
 @pytest.mark.parametrize("labels", [(0, 2**40), (-1, -7)])
@@ -116,7 +119,7 @@ def test_images_without_labels_suit_an_autoencoder_and_no_classifier(data_dir):
     config.dataset = DatasetConfig(name="pets", data_dir=str(data_dir), test_fraction=0.3)
     config.batch_size, config.model.width, config.model.latents = 4, 4, 2
     with pytest.raises(UserError, match="name=pets has no class labels, so it cannot be classified"):
-        app.load(cifar_cnn.EXPERIMENT, dataclasses.replace(cifar_cnn.get_config(), dataset=config.dataset))
+        app.load(linear.EXPERIMENT, dataclasses.replace(linear.get_config(), dataset=config.dataset))
     config, pets, task = app.load(mnist_vae.EXPERIMENT, config)
     model = task.create_model(nnx.Rngs(0))
     batch = Batch({"image": pets.train["image"]}, np.arange(8), step=np.int32(0))
@@ -141,10 +144,10 @@ def test_an_unlabeled_test_split_is_an_error_only_where_it_is_used(data_dir):
     with pytest.raises(
         UserError, match=r"2 of 2 test examples have no label .*--config\.dataset\.test_split"
     ) as caught:
-        cifar_cnn.EXPERIMENT.resolve(cifar_cnn.get_config(), pets)
+        CLASSIFICATION.check_data(pets)
     assert "--config.dataset.test_fraction" in str(caught.value)
-    check_labels(load(data_dir, test_split="validation"))
-    check_labels(load(data_dir, test_fraction=0.5))
+    CLASSIFICATION.check_data(load(data_dir, test_split="validation"))
+    CLASSIFICATION.check_data(load(data_dir, test_fraction=0.5))
 
 
 def texts(count):

@@ -105,6 +105,7 @@ def _replicas_are_equal(array):
         np.testing.assert_array_equal(np.asarray(shard.data), first)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_device(env, tmp_path):
     """The network Everything, trained by the command: the metrics and the checkpoint's arrays agree."""
     env |= {"PYTHONPATH": f"{env['PYTHONPATH']}:{Path(__file__).parent}"}

@@ -54,6 +54,7 @@ def _run(workdir, devices=1, axes=None, signals=None, **fields):
     return state, read_lines(workdir)
 
 
+@pytest.mark.slow
 def test_eight_devices_with_time_over_four_of_them_record_what_one_does(tmp_path):
     _, alone = _run(tmp_path / "one")
     _, together = _run(tmp_path / "eight", 8, {"data": 2, "sequence": 4})

@@ -41,6 +41,7 @@ def _train(workdir, devices=1, signals=None, **fields):
     return loop.train_and_evaluate("mnist_vae", config, task, dataset, mesh, workdir, signals)
 
 
+@pytest.mark.slow
 def test_one_device_and_eight_give_the_same_metrics_and_plots(tmp_path):
     metrics = []
     for devices in (1, 8):

@@ -71,6 +71,7 @@ def gcloud(tmp_path, env):
     return env | {"PATH": f"{path.parent}:{os.environ['PATH']}"}
 
 
+@pytest.mark.slow
 def test_up_creates_installs_trains_comes_back_from_preemption_and_deletes(gcloud, tmp_path):
     repository = Path(__file__).parent.parent
     python = shlex.quote(sys.executable)

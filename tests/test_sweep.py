@@ -20,6 +20,7 @@ from launch.sweeps import processes, report, search_space, worker  # noqa: E402
 from launch.sweeps.trials import Study, open_storage  # noqa: E402
 from research.errors import NonFiniteLossError, OutOfMemoryError, UserError  # noqa: E402
 from research.process.signals import Signals, StoppedError  # noqa: E402
+from research.tasks.task import Task  # noqa: E402
 from research.training import hyperparams  # noqa: E402
 from research.training.population import Report  # noqa: E402
 
@@ -69,7 +70,9 @@ def fake(monkeypatch, tmp_path):
     monkeypatch.setattr(worker, "Population", _Fake)
     monkeypatch.setattr(worker, "load", lambda _: SimpleNamespace(name="drawn"))
     _Fake.made = []
-    experiment = dataclasses.replace(cifar_cnn.EXPERIMENT, make_task=lambda *_: None, complete=lambda config, _: config)
+    experiment = dataclasses.replace(
+        cifar_cnn.EXPERIMENT, make_task=lambda *_: Task(), complete=lambda config, _: config
+    )
 
     def make(*texts, trials=12, seeds=1, size=4, sampler="random", pruner="none", epochs=3, signals=None):
         config = cifar_cnn.get_config()

@@ -146,7 +146,7 @@ def _load_data(config: DatasetConfig, recorded: sources.Dataset | None) -> sourc
 
 
 def _is_recorded(config: DatasetConfig, recorded: sources.Dataset) -> bool:
-    """Whether the config names the run's data set, perhaps among others."""
+    """Returns whether the config names the run's data set, perhaps among others."""
     return recorded.name in (name.strip() for name in config.name.split("|"))
 
 
@@ -241,8 +241,7 @@ def _devices(count: int, platform: str) -> str:
 
 
 def _first_line(experiment: Experiment, dataset: sources.Dataset, mesh: Any) -> str:
-    sizes = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
-    counts = ", ".join(f"{len(next(iter(split.values()))):,} {name}" for name, split in sizes.items() if split)
+    counts = ", ".join(f"{len(next(iter(split.values()))):,} {name}" for name, split in dataset.splits.items())
     return f"{experiment.name}: {dataset.name} ({counts}), {_devices(mesh.size, mesh.devices.flat[0].platform)}"
 
 

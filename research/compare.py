@@ -83,7 +83,7 @@ def run(argv: Sequence[str]) -> None:
         print("no plot: no run has recorded metrics yet")
         return
     path = open_path(str(values["plot"].value))
-    figure = drawing.attempt(path.name, lambda: plots.curves(lines))
+    figure = drawing.attempt(f"{path.name} was not drawn", lambda: plots.curves(lines))
     if figure is None:
         return
     try:

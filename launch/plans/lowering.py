@@ -38,7 +38,7 @@ class Workload:
 
     @property
     def num_examples(self) -> int:
-        return len(next(iter(self.dataset.train.values())))
+        return self.dataset.num_examples
 
     @functools.cached_property
     def num_train_steps(self) -> int:

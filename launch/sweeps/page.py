@@ -155,7 +155,7 @@ def _figures(study: Study, sweep: Sweep, ranked: Sequence[FrozenTrial]) -> Itera
         if len({trial.value for trial in ranked}) > 1:
             draws["importances"] = lambda: visualization.plot_param_importances(shown, **label)
     for name, draw in draws.items():
-        if figure := drawing.attempt(f"the sweep's plot of {name}", draw):
+        if figure := drawing.attempt(f"the sweep's plot of {name} was not drawn", draw):
             yield figure.update_yaxes(hoverformat=".3g").update_xaxes(exponentformat="e")
 
 

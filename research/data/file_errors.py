@@ -11,7 +11,7 @@ _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 
 
 def is_unreadable(error: BaseException) -> bool:
-    """Whether the error (permission, I/O, network) says nothing about the contents of the file."""
+    """Returns whether the error (permission, I/O, network) says nothing about the contents of the file."""
     # Decoders raise an OSError without an errno for bad contents: gzip.BadGzipFile, PIL.UnidentifiedImageError.
     return isinstance(error, OSError) and error.errno is not None and error.errno not in _MISSING
 
@@ -37,7 +37,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def exists(path: Path) -> bool:
-    """Whether the path exists; unlike `Path.exists`, the same in every Python version.
+    """Returns whether the path exists; unlike `Path.exists`, it behaves the same in every Python version.
 
     Raises:
       UserError: this cannot be determined, because of a missing permission or an I/O error.

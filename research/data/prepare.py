@@ -42,7 +42,7 @@ class _Recipe:
 
 
 def is_preparable(name: str) -> bool:
-    """Whether `prepare` can prepare this set, and the version in its name, if there is one."""
+    """Returns whether `prepare` can prepare this set, in the version that its name gives, if it gives one."""
     base, version = tfds_sets.split_version(name)
     return base in _RECIPES and (not version or version == str(tfds_records.import_tfds().builder_cls(base).VERSION))
 

@@ -75,13 +75,19 @@ class Dataset:
         return self.statistics[name]
 
     @property
+    def splits(self) -> dict[str, Arrays]:
+        """The splits that exist, by name: "train", "validation" and "test"."""
+        splits = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: split for name, split in splits.items() if split is not None}
+
+    @property
     def num_examples(self) -> int:
         """The number of training examples, which is known even if there are no examples."""
         return self.statistics.setdefault("num_examples", len(next(iter(self.train.values()))))
 
     @property
     def has_examples(self) -> bool:
-        """Whether there are examples; a data set that was read from a record has none."""
+        """True if there are examples; a data set that was read from a record has none."""
         return len(next(iter(self.train.values()))) > 0
 
 

@@ -204,7 +204,7 @@ def from_first(value: float) -> float:
 
 
 def asked_to_stop(call: int) -> bool:
-    """Whether all processes must stop at this call, because one of them received SIGTERM.
+    """Returns whether all processes must stop at this call, because one of them received SIGTERM.
 
     Args:
       call: 1, 2, 3, ...; all processes call this at the same places. JAX makes them agree on a call that none of them

@@ -17,7 +17,6 @@ from research.record import storage
 from research.record.workdir import read_json
 
 _NAME = "data.json"
-_SPLITS = ("train", "validation", "test")
 
 
 def write(workdir: Path, dataset: Dataset) -> None:
@@ -33,7 +32,7 @@ def write(workdir: Path, dataset: Dataset) -> None:
         "shuffle": dataset.shuffle,
         "label_names": dataset.label_names,
         "fingerprints": dict(dataset.fingerprints),
-        "splits": {name: _features(split) for name, split in _splits(dataset).items()},
+        "splits": {name: _features(split) for name, split in dataset.splits.items()},
         "statistics": {name: value for name, value in dataset.statistics.items() if name != "num_examples"},
     }
     values["crc32"] = _crc(values)
@@ -44,10 +43,6 @@ def write(workdir: Path, dataset: Dataset) -> None:
 
 def _crc(values: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(values, sort_keys=True).encode())
-
-
-def _splits(dataset: Dataset) -> dict[str, Arrays]:
-    return {name: split for name in _SPLITS if (split := getattr(dataset, name)) is not None}
 
 
 def _features(split: Arrays) -> dict[str, Any]:
@@ -104,7 +99,7 @@ def check_compatible(dataset: Dataset, recorded: Dataset, workdir: Path) -> None
         {"label names": x.label_names}
         | {
             f"{name} of {split}": f"{array.dtype}{list(array.shape[1:])}"
-            for split, arrays in _splits(x).items()
+            for split, arrays in x.splits.items()
             for name, array in arrays.items()
         }
         for x in (recorded, dataset)

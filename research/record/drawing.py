@@ -89,14 +89,14 @@ def print_warning(text: str) -> None:
     print(f"WARNING: {text}", file=sys.stderr)
 
 
-def attempt(name: str, draw: Callable[[], T], warn: Callable[[str], None] = print_warning) -> T | None:
-    """Returns the result of `draw`; if it fails, warns with the name of the plot and returns None."""
+def attempt(failure: str, draw: Callable[[], T], warn: Callable[[str], None] = print_warning) -> T | None:
+    """Returns the result of `draw`; if it fails, warns with the text `failure` and the reason, and returns None."""
     try:
         return draw()
     except StoppedError:
         raise
     except Exception as error:
-        warn(f"{name} was not drawn: {error.__cause__ or error}")
+        warn(f"{failure}: {error.__cause__ or error}")
         return None
 
 
@@ -117,4 +117,4 @@ def save(path: Path, draw: Callable[[], "Figure"], warn: Callable[[str], None] =
         storage.replace(path, data)
         return data
 
-    return attempt(path.name, draw_and_write, warn)
+    return attempt(f"{path.name} was not drawn", draw_and_write, warn)

@@ -64,7 +64,7 @@ def check_no_password(text: str) -> None:
 
 
 def is_local(path: Path) -> bool:
-    """Whether the path is on a file system, where files can be appended to, renamed and locked."""
+    """Returns whether the path is on a file system, where files can be appended to, renamed and locked."""
     return "://" not in str(path)
 
 

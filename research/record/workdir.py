@@ -109,7 +109,7 @@ def _owner() -> str:
 
 
 def _has_ended(holder: str) -> bool:
-    """Whether a lock file is of a process of this machine that no longer runs."""
+    """Returns whether the lock file belongs to a process of this machine that no longer runs."""
     owner, _, token = holder.partition("\n")
     found = re.fullmatch(r"process (\d+) on (.+)", owner)
     if not found or found[2] != socket.gethostname():

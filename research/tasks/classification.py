@@ -53,10 +53,7 @@ class Classification(Task):
         Raises:
           UserError: the data set has no labels, or a split has examples without a label or with one that train lacks.
         """
-        splits = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
-        for role, split in splits.items():
-            if split is None:
-                continue
+        for role, split in dataset.splits.items():
             if "label" not in split:
                 raise UserError(f"--config.dataset.name={dataset.name} has no class labels, so it cannot be classified")
             labels = split["label"]

@@ -49,7 +49,7 @@ class _SetAsideError(UserError):
 
 
 def _is_damage(error: Exception) -> bool:
-    """Whether the error means that files are truncated, changed or missing, not that they could not be read."""
+    """Returns whether the error means that files are truncated, changed or missing, not that they could not be read."""
     if isinstance(error, OSError):
         return isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError))
     return not as_out_of_memory_error(error, "") and not str(error).startswith(_READ_FAILURES)

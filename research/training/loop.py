@@ -12,7 +12,7 @@ from research.config import Config
 from research.data.sources import Dataset
 from research.errors import NonFiniteLossError, UserError
 from research.process.signals import Signals, StoppedError
-from research.record import data_json
+from research.record import data_json, drawing
 from research.record.workdir import read_metrics
 from research.record.writer import Writer
 from research.tasks.task import Task
@@ -159,14 +159,10 @@ class Loop:
             return plots.curves({self._experiment: [*read_metrics(writer.workdir), *filter(None, [row])]})
 
         writer.plot("curves", curves, step)
-        try:
-            drawings = run.task.plots(run.predictor(), run.dataset)
-        except StoppedError:
-            raise
-        except Exception as error:  # of any type: a plot must not end a run
-            writer.warning(f"no plots were drawn: {error}")
-            return
-        for name, draw in drawings.items():
+        drawings = drawing.attempt(
+            "no plots were drawn", lambda: run.task.plots(run.predictor(), run.dataset), writer.warning
+        )
+        for name, draw in (drawings or {}).items():
             writer.plot(name, draw, step)
 
 

@@ -87,7 +87,7 @@ class Population:
         self._mesh = share_data_with._mesh if share_data_with else population_devices.make_mesh(devices)
         shared = share_data_with if share_data_with and share_data_with._dataset is dataset else None
         self._members: dict[int, _Member] = {}
-        self._num_examples = len(next(iter(dataset.train.values())))
+        self._num_examples = dataset.num_examples
         epoch_end_steps = epoch_ends(self._num_examples, config.batch_size, config.num_epochs)
         resident = is_resident(config, dataset.train, dataset.validation)
         self._sizer = DispatchSizer(config, resident=resident, longest_epoch=longest_epoch(epoch_end_steps))

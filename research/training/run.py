@@ -88,8 +88,8 @@ class Training:
     def _eval_batches(self) -> dict[str, EvalBatches]:
         return {
             name: EvalBatches(split, self.config, self.mesh, resident=self._resident)
-            for name, split in (("validation", self.dataset.validation), ("test", self.dataset.test))
-            if split is not None
+            for name, split in self.dataset.splits.items()
+            if name != "train"
         }
 
     @functools.cached_property
@@ -201,7 +201,7 @@ class Training:
             last = now if pending else time.monotonic()
 
     def _is_stopping(self) -> bool:
-        """Whether the run is to stop before the next dispatch; several processes agree on which that is."""
+        """Returns whether the run must stop before the next dispatch; all processes agree on which dispatch that is."""
         self._stop_polls += 1
         if distributed.asked_to_stop(self._stop_polls):
             self.signals.received = signal.SIGTERM
@@ -209,7 +209,7 @@ class Training:
 
     @property
     def stale_statistics(self) -> bool:
-        """Whether the averaged parameters lack batch statistics of their own, as in a checkpoint within an epoch."""
+        """True if the averaged parameters lack batch statistics of their own, as in a checkpoint within an epoch."""
         return self.state.ema_model_state is not None and self.progress.statistics_step != self.progress.step
 
     def estimate_statistics(self) -> None:

@@ -152,15 +152,14 @@ def _sweep(job: Job) -> tuple["Sweep", list[dict[str, Any]]]:
     import jax
 
     from launch.sweeps.worker import Sweep, load
-    from research.data import sources
     from research.training.population import Population
     from research.training.population_devices import default_size
 
-    dataset = sources.load(job.config.dataset)
+    dataset = job.experiment.load_data(job.config.dataset)
     fraction = job.config.dataset.validation_fraction if dataset.validation else _VALIDATION_FRACTION
     found = dataclasses.replace(job.config.dataset, name=dataset.name, validation_fraction=fraction)
     config = dataclasses.replace(job.config, dataset=found)
-    dataset = job.experiment.prepare(config, load(config.dataset))
+    dataset = job.experiment.prepare(config, load(job.experiment, config.dataset))
     resolved = job.experiment.resolve(config, dataset)
     devices = jax.local_devices()[: options.population or None]  # not jax.devices(): it includes those of other hosts
     single_run_devices = devices[:1] if split and devices[0].platform == "cpu" else None

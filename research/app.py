@@ -117,7 +117,7 @@ def load(experiment: Experiment, config: Any) -> tuple[Any, sources.Dataset, Tas
     Raises:
       UserError: the data set is not available, or does not suit the config or the experiment.
     """
-    dataset = experiment.prepare(config, sources.load(config.dataset))
+    dataset = experiment.prepare(config, experiment.load_data(config.dataset))
     config = experiment.resolve(config, dataset)
     return config, dataset, experiment.build_task(config, dataset)
 
@@ -125,7 +125,7 @@ def load(experiment: Experiment, config: Any) -> tuple[Any, sources.Dataset, Tas
 def _load_for(experiment: Experiment, command: Command) -> tuple[Any, sources.Dataset, Task]:
     """Like `load`; if the workdir holds a run, checks config and data against its record and uses its statistics."""
     recorded = data_json.read(command.workdir) if command.earlier else None
-    dataset = experiment.prepare(command.config, _load_data(command.config.dataset, recorded))
+    dataset = experiment.prepare(command.config, _load_data(experiment, command.config.dataset, recorded))
     config = experiment.resolve(command.config, dataset)
     if command.earlier:
         _check_config(config, command)
@@ -135,14 +135,14 @@ def _load_for(experiment: Experiment, command: Command) -> tuple[Any, sources.Da
     return config, dataset, experiment.build_task(config, dataset)
 
 
-def _load_data(config: DatasetConfig, recorded: sources.Dataset | None) -> sources.Dataset:
+def _load_data(experiment: Experiment, config: DatasetConfig, recorded: sources.Dataset | None) -> sources.Dataset:
     """Loads the data set, in the version that the run's record names if that is available."""
     if recorded is None or not _is_recorded(config, recorded):
-        return sources.load(config)
+        return experiment.load_data(config)
     name = recorded.name
     if recorded.version and ":" not in name:
         name = f"{name}:{recorded.version}|{name}"
-    return dataclasses.replace(sources.load(dataclasses.replace(config, name=name)), name=recorded.name)
+    return dataclasses.replace(experiment.load_data(dataclasses.replace(config, name=name)), name=recorded.name)
 
 
 def _is_recorded(config: DatasetConfig, recorded: sources.Dataset) -> bool:

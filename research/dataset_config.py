@@ -29,7 +29,35 @@ class DatasetConfig:
     train_fraction: float = option(1.0, "fraction of the rest that is used for training", above=0, maximum=1)
     max_device_gib: float = option(
         2.0,
-        "data sets up to this size (GiB) are kept on the devices, larger ones are streamed",
+        "data sets of arrays up to this size (GiB) are kept on the devices; larger ones, and images that are cropped when "
+        "they are read, are streamed",
+        minimum=0,
+        may_change="resume",
+    )
+    image_size: int = option(
+        0,
+        "side of the square that images are cropped and resized to when they are read, for sets of any size and shape; "
+        "0: use the images as they are",
+        minimum=0,
+    )
+    train_crop: str = option(
+        "random_resized",
+        "crop of training images to image_size: a box of random area and shape, or the shorter side as a whole",
+        choices=("random_resized", "resize"),
+    )
+    crop_min_area: float = option(
+        0.08, "least area of a random_resized crop, as a fraction of the image's", above=0, maximum=1
+    )
+    center_crop: float = option(
+        0.875,
+        "side of the center square that evaluation resizes to image_size, as a fraction of the shorter side",
+        above=0,
+        maximum=1,
+        may_change="evaluation",
+    )
+    max_damaged: int = option(
+        0,
+        "how many damaged examples each process may replace by the next one (training) or leave out (evaluation)",
         minimum=0,
         may_change="resume",
     )

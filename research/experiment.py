@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from research import optimizers
-from research.config import Config
-from research.data import sources
+from research.config import Config, DatasetConfig
+from research.data import own_data, sources
 from research.process.signals import Signals
 from research.tasks.predictor import Predictor
 from research.tasks.task import Task
@@ -24,6 +24,8 @@ class Experiment:
       presets: functions that return a config, by name; the first is the default.
       make_task: builds the task from the resolved config and the data set, independently of the seed. It is pure, and
         reads the examples through `Dataset.statistic` only: sampling and export have no examples.
+      datasets: functions that load the experiment's own data sets, by name (`research.data.own_data.load` describes
+        what they return); --config.dataset.name chooses one of them, or one that every experiment has.
       prepare: turns the data set into what the task learns from; may raise `UserError`.
       complete: returns the config with the fields filled in that other fields or the data set decide. It is pure; may
         raise `UserError`.
@@ -37,6 +39,7 @@ class Experiment:
     doc: str
     presets: Mapping[str, Callable[[], Config]]
     make_task: Callable[[Any, sources.Dataset], Task]
+    datasets: Mapping[str, own_data.Load] = dataclasses.field(default_factory=dict)
     prepare: Callable[[Any, sources.Dataset], sources.Dataset] = lambda _, dataset: dataset
     complete: Callable[[Any, sources.Dataset], Any] = lambda config, _: config
     sample: Callable[[Predictor, Any, sources.Dataset, Any, Path], None] | None = None
@@ -48,6 +51,14 @@ class Experiment:
         """The values of `--mode`, and what each does."""
         modes = {"train": "train, or resume the run in --workdir", "eval": "evaluate a checkpoint"}
         return modes | ({"sample": "draw samples from the trained network"} if self.sample else {})
+
+    def load_data(self, config: DatasetConfig) -> sources.Dataset:
+        """Loads the data set that the config names, one of the experiment's own or another.
+
+        Raises:
+          UserError: as `sources.load`.
+        """
+        return sources.load(config, self.datasets)
 
     def resolve(self, config: Any, dataset: sources.Dataset) -> Any:
         """Returns the config with all defaults filled in, so that the record says what was run; pure.

@@ -29,6 +29,7 @@ class Stream(enum.IntEnum):
     PRIOR_SAMPLES = 10
     STATISTICS = 11  # dropout while the batch statistics of averaged parameters are estimated
     HOLD_OUT_TEST = 12  # of the test split; HOLD_OUT is for validation
+    CROP = 13  # of training images that are cropped on the host
 
 
 def key(stream: Stream, seed: jax.typing.ArrayLike = 0) -> jax.Array:

@@ -11,7 +11,7 @@ import numpy as np
 from research import app, sharding
 from research.config import Config, MeshConfig
 from research.data.batch import Batch
-from research.data.pipeline import epoch_ends, is_resident, longest_epoch
+from research.data.pipeline import batch_bytes, epoch_ends, is_resident, longest_epoch
 from research.data.sources import Dataset
 from research.experiment import Experiment
 from research.process import jax_settings
@@ -87,10 +87,9 @@ def lower(workload: Workload, config: Config, mesh: jax.sharding.Mesh) -> tuple[
     )
     steps = Steps(workload.task, graphdef, config, mesh)
     longest = longest_epoch(epoch_ends(workload.num_examples, config.batch_size, config.num_epochs))
-    size, capacity = (
-        config.examples_at_once,
-        dispatch_capacity(config, resident=workload.resident, longest_epoch=longest),
-    )
+    streamed_bytes = 0 if workload.resident else batch_bytes(config, workload.dataset.train)
+    size = config.examples_at_once
+    capacity = dispatch_capacity(config, streamed_bytes=streamed_bytes, longest_epoch=longest)
     shape = capacity, config.batch_size // size, size
 
     def struct(dims: tuple[int, ...], dtype: Any, placement: Any) -> jax.ShapeDtypeStruct:

@@ -14,7 +14,6 @@ from launch.sweeps.trials import DIVERGED_AT, REASON, Study
 from research import config as config_lib
 from research import optimizers
 from research.config import Config, DatasetConfig
-from research.data import sources
 from research.data.sources import Dataset
 from research.errors import NonFiniteLossError, UserError, as_out_of_memory_error
 from research.experiment import Experiment
@@ -154,7 +153,7 @@ class Worker:
             dataset, populations = self._loaded.pop(key)
         else:
             _keep_newest(self._loaded, _MAX_DATASETS - 1)
-            dataset, populations = load(config.dataset), {}
+            dataset, populations = load(self._sweep.experiment, config.dataset), {}
         self._loaded[key] = dataset, populations
         if signature not in populations:
             _keep_newest(populations, _MAX_POPULATIONS - 1)
@@ -268,13 +267,13 @@ def fields(trial: FrozenTrial) -> dict[str, Any]:
     return trial.user_attrs.get(FIELDS, trial.params)
 
 
-def load(config: DatasetConfig) -> Dataset:
+def load(experiment: Experiment, config: DatasetConfig) -> Dataset:
     """Loads the data set of a trial.
 
     Raises:
       UserError: it is not available, or has no validation split.
     """
-    dataset = sources.load(config)
+    dataset = experiment.load_data(config)
     if dataset.validation is None:
         raise UserError("a sweep ranks trials on a validation split: give --config.dataset.validation_fraction=0.1")
     return dataset

@@ -71,6 +71,40 @@ def decode(encoded: bytes, channels: int, size: tuple[int, int] | None = None) -
     return array[..., None] if array.ndim == 2 else array
 
 
+def decode_center(encoded: bytes | np.ndarray, channels: int, size: int, fraction: float) -> np.ndarray:
+    """Decodes an image file, and resizes its center to a square, as in evaluation.
+
+    The shorter side is resized to `size / fraction` and the center cropped, in one step (bilinear, with antialiasing).
+
+    Args:
+      encoded: the bytes of the file, or an image of uint8 [h, w, channels].
+      channels: as for `decode`.
+      size: the side of the result.
+      fraction: the side of the center square, as a fraction of the image's shorter side.
+
+    Returns:
+      uint8 [size, size, channels].
+
+    Raises:
+      ImageError: as `decode`.
+    """
+    array = decode(encoded, channels) if isinstance(encoded, bytes) else encoded
+    height, width = array.shape[:2]
+    side = min(height, width) * fraction
+    box = ((width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2)
+    image = Image.fromarray(array[..., 0] if channels == 1 else array)
+    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box)).reshape(size, size, channels)
+
+
+def is_rotated(encoded: bytes) -> bool:
+    """Returns whether the file's EXIF data says that its pixels are rotated or mirrored."""
+    try:
+        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+            return _orientation(image) != 1
+    except Exception:  # Pillow's decoders raise exceptions of many types
+        return False
+
+
 def _size_error(image: Image.Image, size: tuple[int, int]) -> SizeError:
     return SizeError(f"has {image.width}x{image.height} pixels, not {size[1]}x{size[0]}")
 
@@ -96,12 +130,15 @@ def _to_8_bits(image: Image.Image, encoded: bytes) -> Image.Image:
     return rounded
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _orientation(image: Image.Image) -> int:
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # the parser raises exceptions of many types
-        return image
-    return image if orientation == 1 else ImageOps.exif_transpose(image)
+        return 1
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    return image if _orientation(image) == 1 else ImageOps.exif_transpose(image)
 
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:

@@ -9,8 +9,8 @@ examples continue each other (text). Step s takes positions s*B to (s+1)*B - 1 o
 - Any number of processes see the same batches, and a resumed run needs only its step.
 
 There are two paths to the devices, with identical order. A data set that fits is *resident*: it is replicated to every
-device, and only example numbers are transferred. A larger one is *streamed*: each process gathers its rows on the
-host, ahead of the step, through grain.
+device, and only example numbers are transferred. Any other is *streamed*: each process gathers its rows on the host, or
+reads, decodes and crops them (`research.data.streamed`), ahead of the step, through grain.
 
 Indices:
   position: place in the endless sequence of examples; position // n is the epoch.
@@ -25,9 +25,11 @@ Leading axes of batches:
 """
 
 import copy
+import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -36,7 +38,8 @@ from jax.sharding import Mesh
 from research import randomness, sharding
 from research.config import Config
 from research.data.batch import Batch
-from research.data.cache import Arrays
+from research.data.sources import Split
+from research.data.streamed import StreamedSplit
 from research.errors import UserError
 from research.randomness import Stream
 
@@ -81,10 +84,17 @@ def longest_epoch(epoch_end_steps: Sequence[int]) -> int:
     return max(end - start for start, end in itertools.pairwise([0, *epoch_end_steps]))
 
 
-def is_resident(config: Config, *splits: Arrays | None) -> bool:
-    """Returns whether these splits together fit --config.dataset.max_device_gib, and so can live on the devices."""
+def is_resident(config: Config, *splits: Split | None) -> bool:
+    """Returns whether these splits are arrays that together fit --config.dataset.max_device_gib."""
+    if any(isinstance(split, StreamedSplit) for split in splits):
+        return False
     size = sum(array.nbytes for split in splits if split for array in split.values())
     return size <= config.dataset.max_device_gib * 2**30
+
+
+def batch_bytes(config: Config, split: Split) -> int:
+    """Returns the size of the examples of one step's batch, over all processes."""
+    return config.batch_size * sum(math.prod(x.shape[1:]) * x.dtype.itemsize for x in split.values())
 
 
 def _as_jax_memory(array: np.ndarray, mesh: Mesh) -> np.ndarray:
@@ -95,16 +105,24 @@ def _as_jax_memory(array: np.ndarray, mesh: Mesh) -> np.ndarray:
     return np.asarray(jax.device_put(array, mesh.local_devices[0]))
 
 
+def _ahead(read: Callable[[int], Batch], numbers: range, num_steps: int) -> Iterator[Batch]:
+    """Calls `read` for `numbers` in other threads, ahead of their use by at most `num_steps` + 2 batches."""
+    import grain  # slow to import, and most data sets are resident
+
+    batches = grain.MapDataset.range(numbers.start, numbers.stop).map(read)
+    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=num_steps)))
+
+
 class _Split:
     """A split's arrays, resident on the devices or streamed from the host, and the transfer of batches.
 
     `data` holds the resident arrays, replicated; it is empty for a streamed split.
     """
 
-    def __init__(self, arrays: Arrays, mesh: Mesh, *, resident: bool, data: dict[str, jax.Array] | None = None):
+    def __init__(self, arrays: Split, mesh: Mesh, *, resident: bool, data: dict[str, jax.Array] | None = None):
         self.num_examples = len(next(iter(arrays.values())))
         self._mesh = mesh
-        self._streamed = {} if resident else arrays
+        self._streamed: Split = {} if resident else arrays
         replicated = sharding.replicated(mesh)
         self.data = data or {
             name: jax.make_array_from_process_local_data(replicated, _as_jax_memory(array, mesh), array.shape)
@@ -146,7 +164,7 @@ class TrainBatches(_Split):
 
     def __init__(
         self,
-        arrays: Arrays,
+        arrays: Split,
         config: Config,
         mesh: Mesh,
         *,
@@ -157,7 +175,8 @@ class TrainBatches(_Split):
         data: dict[str, jax.Array] | None = None,
     ):
         super().__init__(arrays, mesh, resident=resident, data=data)
-        self._seed = config.seed if shuffle else None
+        self._seed = config.seed
+        self._shuffle = shuffle
         self._batch_size = config.batch_size
         self._microbatch_size = config.examples_at_once
         self._capacity = capacity
@@ -170,23 +189,23 @@ class TrainBatches(_Split):
     def local_batch(self, step: int) -> Batch:
         """Returns this process's rows of one step, host arrays [m, b, ...], with the features of a streamed split."""
         start = step * self._batch_size
-        numbers = example_numbers(self._seed, self.num_examples, start, start + self._batch_size)
+        seed = self._seed if self._shuffle else None
+        numbers = example_numbers(seed, self.num_examples, start, start + self._batch_size)
         rows = self._local_rows(self._microbatch_size)
         index, epoch = (x.reshape(-1, self._microbatch_size)[:, rows] for x in numbers)
+        if isinstance(self._streamed, StreamedSplit):
+            return Batch(self._streamed.training(index, epoch, self._seed), index, epoch)
         return Batch({}, index, epoch).gather(self._streamed)
 
     def _iterate(self, start: int) -> Iterator[Batch]:
         if not self._streamed:
             return map(self.local_batch, iter(range(start, 2**62)))
-        import grain  # slow to import, and most data sets are resident
-
-        steps = grain.MapDataset.range(start, 2**62).map(self.local_batch)
-        return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=2 * self._capacity)))
+        return _ahead(self.local_batch, range(start, 2**62), 2 * self._capacity)
 
     def with_seed(self, seed: int) -> "TrainBatches":
         """Returns the batches of another seed, from the first step on; they share the resident arrays."""
         other = copy.copy(self)
-        other._seed = None if self._seed is None else seed
+        other._seed = seed
         other._steps = other._iterate(0)
         return other
 
@@ -224,7 +243,7 @@ class EvalBatches(_Split):
 
     def __init__(
         self,
-        arrays: Arrays,
+        arrays: Split,
         config: Config,
         mesh: Mesh,
         *,
@@ -237,10 +256,23 @@ class EvalBatches(_Split):
 
     def __iter__(self) -> Iterator[Batch]:
         """Yields the batches of each dispatch, [k, b, ...]."""
+        dispatches = range(-(-self.num_examples // (self._batches_per_dispatch * self._batch_size)))
+        batches = _ahead(self._local_batch, dispatches, 2) if self._streamed else map(self._local_batch, dispatches)
+        for batch in batches:
+            yield self._to_devices(batch, 1, self._batch_size)
+
+    def example(self) -> Batch:
+        """Returns a batch with the shapes of those that are yielded, to compile for."""
+        return self._to_devices(self._local_batch(0), 1, self._batch_size)
+
+    def _local_batch(self, number: int) -> Batch:
+        """Returns this process's rows of a dispatch, as host arrays."""
         size = self._batches_per_dispatch * self._batch_size
         rows = self._local_rows(self._batch_size)
-        for start in range(0, self.num_examples, size):
-            numbers = np.arange(start, start + size, dtype=np.int32).reshape(-1, self._batch_size)[:, rows]
-            is_example = numbers < self.num_examples
-            batch = Batch({}, np.where(is_example, numbers, 0), mask=is_example.astype(np.float32))
-            yield self._to_devices(batch.gather(self._streamed), 1, self._batch_size)
+        numbers = np.arange(number * size, (number + 1) * size, dtype=np.int32).reshape(-1, self._batch_size)[:, rows]
+        is_example = numbers < self.num_examples
+        batch = Batch({}, np.where(is_example, numbers, 0), mask=is_example.astype(np.float32))
+        if not isinstance(self._streamed, StreamedSplit):
+            return batch.gather(self._streamed)
+        features, is_intact = self._streamed.evaluation(batch.index)
+        return dataclasses.replace(batch, features=features, mask=(is_example & is_intact).astype(np.float32))

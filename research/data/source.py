@@ -59,6 +59,26 @@ class Source(abc.ABC):
         return None
 
 
+class ArraySource(Source):
+    """The examples of arrays [n, ...], one of them "image", whose images are to be cropped.
+
+    Args:
+      arrays: by feature.
+      fingerprint: of the arrays.
+    """
+
+    def __init__(self, arrays: Mapping[str, np.ndarray], fingerprint: str):
+        self._arrays = arrays
+        self.fingerprint = fingerprint
+        self.labels = arrays.get("label")
+
+    def __len__(self) -> int:
+        return len(self._arrays["image"])
+
+    def __getitem__(self, number: int) -> Mapping[str, Any]:
+        return {name: array[number] for name, array in self._arrays.items()}
+
+
 class Subset(Source):
     """Some of the records of a source.
 
@@ -92,3 +112,16 @@ class Subset(Source):
             return None
         everything = list(keys)
         return [everything[number] for number in self._numbers]
+
+
+def held_out(keys: Iterable[bytes], fraction: float, salt: bytes) -> np.ndarray:
+    """Returns which records are held out, bool [n]: those whose key has a hash in the lowest `fraction` of its range.
+
+    Args:
+      keys: the records' keys.
+      fraction: the expected fraction of records, between 0 and 1.
+      salt: makes choices for different purposes independent; at most 16 bytes.
+    """
+    limit = int(fraction * 2**64)
+    hashes = (hashlib.blake2b(key, digest_size=8, salt=salt).digest() for key in keys)
+    return np.fromiter((int.from_bytes(digest, "big") < limit for digest in hashes), bool)

@@ -6,19 +6,22 @@ import functools
 import itertools
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from research import randomness
 from research.config import DatasetConfig
-from research.data import cache, embedded, prepare, tfds_records, tfds_sets
-from research.data.cache import Arrays
+from research.data import cache, embedded, own_data, prepare, splits, tfds_records, tfds_sets
+from research.data.source import ArraySource, Source
+from research.data.splits import Examples
+from research.data.streamed import Column, StreamedSplit
 from research.data.tfds_sets import UnavailableError
 from research.errors import UserError
-from research.randomness import Stream
+
+Split = Mapping[str, Any]  # `Arrays`, or a `StreamedSplit`, whose columns behave like arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +46,9 @@ class Dataset:
 
     name: str
     label_names: tuple[str, ...]
-    train: Arrays
-    validation: Arrays | None
-    test: Arrays
+    train: Split
+    validation: Split | None
+    test: Split
     shuffle: bool = True
     version: str = ""
     fingerprints: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -54,6 +57,8 @@ class Dataset:
 
     def statistic(self, compute: Callable[[np.ndarray], Any], feature: str) -> Any:
         """Returns a statistic of a feature of train; if a run is resumed or evaluated, the one in its record.
+
+        If the examples are read when they are needed, it is the statistic of a fixed sample (`Column.sample`).
 
         Args:
           compute: a named function of the feature's array, which returns numbers or (nested) tuples, lists or arrays of
@@ -71,11 +76,13 @@ class Dataset:
         if name not in self.statistics:
             if not self.has_examples:
                 raise UserError(f"the run's data.json does not have {name}: use the version that wrote it")
-            self.statistics[name] = as_tuples(json.loads(json.dumps(compute(self.train[feature]), default=_to_list)))
+            column = self.train[feature]
+            array = column.sample() if isinstance(column, Column) else column
+            self.statistics[name] = as_tuples(json.loads(json.dumps(compute(array), default=_to_list)))
         return self.statistics[name]
 
     @property
-    def splits(self) -> dict[str, Arrays]:
+    def splits(self) -> dict[str, Split]:
         """The splits that exist, by name: "train", "validation" and "test"."""
         splits = {"train": self.train, "validation": self.validation, "test": self.test}
         return {name: split for name, split in splits.items() if split is not None}
@@ -100,8 +107,12 @@ def _to_list(array: np.ndarray) -> Any:
     return array.tolist()
 
 
-def load(config: DatasetConfig) -> Dataset:
+def load(config: DatasetConfig, own: Mapping[str, own_data.Load] = MappingProxyType({})) -> Dataset:
     """Loads the data set that the config names; the caller cannot change what later calls return.
+
+    Args:
+      config: of the data set.
+      own: functions that load the experiment's own data sets, by name.
 
     - A name `a|b` means the first that is available; each unavailable one prints a warning on stderr. A set that is not
       prepared yet is prepared if `research.data.prepare` supports it. `name:1.2.3` means this version.
@@ -116,104 +127,100 @@ def load(config: DatasetConfig) -> Dataset:
       UserError: none of the names is available, a name, a folder or a split does not exist, the data is damaged,
         unreadable or unsuitable, or a fraction would leave a split empty.
     """
-    if config.data_dir:
-        tfds_sets.data_folder(config.data_dir)  # a missing folder is an error even if the data set needs none
+    _check_crops(config)
     names = [name.strip() for name in config.name.split("|")]
     if not all(names):
         raise UserError(f"--config.dataset.name={config.name!r}: name a data set, or several separated by |")
     for name, following in itertools.pairwise(names):
         try:
-            return _load(name, config)
+            return _load(name, config, own)
         except UnavailableError as error:
             remedy = f"To use {name}: {error.remedy}"
             print(f"WARNING: {name} {error.reason}: using {following} instead. {remedy}", file=sys.stderr)
-    return _load(names[-1], config)
+    return _load(names[-1], config, own)
 
 
-def _load(name: str, config: DatasetConfig) -> Dataset:
-    version = ""
-    if name in embedded.DATASETS:
-        label_names, own = embedded.DATASETS[name]()
-        loaders = {split: functools.partial(dict, arrays) for split, arrays in own.items()}
-    else:
-        label_names, loaders, version = _load_tfds(name, config.data_dir)
-    chosen = _choose_splits(name, config, tuple(loaders))
-    splits = {role: dict(loaders[split]()) for role, split in chosen.items()}
-    if not label_names and "label" in splits["train"]:
-        label_names = _number_classes(splits)
+def _check_crops(config: DatasetConfig) -> None:
+    """Raises `UserError` if a field of the crops was set but has no effect."""
+    for field in ("train_crop", "crop_min_area", "center_crop"):
+        if not config.image_size and getattr(config, field) != getattr(DatasetConfig(), field):
+            raise UserError(f"--config.dataset.{field} needs --config.dataset.image_size, the size of the crops")
+    if config.train_crop != "random_resized" and config.crop_min_area != DatasetConfig().crop_min_area:
+        raise UserError("--config.dataset.crop_min_area needs --config.dataset.train_crop=random_resized")
+
+
+def open_splits(
+    name: str, config: DatasetConfig, own: Mapping[str, own_data.Load] = MappingProxyType({})
+) -> tuple[tuple[str, ...], dict[str, Callable[[], Examples]], str]:
+    """Opens a data set by its name: (label names, a function for each split that loads it, version).
+
+    Raises:
+      UserError: as `load`.
+    """
+    if name in own or name in embedded.DATASETS:
+        if config.data_dir and name not in own:
+            tfds_sets.data_folder(config.data_dir)  # a missing folder is an error even if the data set needs none
+        label_names, splits = own_data.load(name, own[name], config) if name in own else embedded.DATASETS[name]()
+        return label_names, {split: functools.partial(_copied, examples) for split, examples in splits.items()}, ""
+    return _load_tfds(name, config)
+
+
+def _copied(examples: Examples) -> Examples:
+    return examples if isinstance(examples, Source) else dict(examples)
+
+
+def _load(name: str, config: DatasetConfig, own: Mapping[str, own_data.Load]) -> Dataset:
+    label_names, loaders, version = open_splits(name, config, own)
+    chosen = splits.choose(name, config, tuple(loaders))
+    examples = {role: loaders[split]() for role, split in chosen.items()}
+    label_names = label_names or splits.number_classes(examples)
     if config.test_fraction:
-        splits["train"], splits["test"] = _hold_out(splits["train"], config.test_fraction, "test")
+        examples["train"], examples["test"] = splits.hold_out(examples["train"], config.test_fraction, "test")
     if config.validation_fraction:
-        splits["train"], splits["validation"] = _hold_out(splits["train"], config.validation_fraction, "validation")
+        fraction = config.validation_fraction
+        examples["train"], examples["validation"] = splits.hold_out(examples["train"], fraction, "validation")
     if config.train_fraction < 1:
-        splits["train"] = _subset(splits["train"], config.train_fraction)
-    arrays = {role: cache.read_only(split) for role, split in splits.items()}
+        examples["train"] = splits.subset(examples["train"], config.train_fraction)
+    as_named = dataclasses.replace(config, name=name)
+    ready = {role: _ready(role, split, as_named, len(label_names)) for role, split in examples.items()}
+    if config.max_damaged and not any(isinstance(split, StreamedSplit) for split in ready.values()):
+        raise UserError("--config.dataset.max_damaged needs --config.dataset.image_size: other sets are decoded once")
     return Dataset(
         name,
         label_names,
-        arrays["train"],
-        arrays.get("validation"),
-        arrays["test"],
+        ready["train"],
+        ready.get("validation"),
+        ready["test"],
         version=version,
-        fingerprints={role: cache.fingerprint(split) for role, split in arrays.items()},
+        fingerprints={
+            role: split.fingerprint if isinstance(split, StreamedSplit) else cache.fingerprint(split)
+            for role, split in ready.items()
+        },
     )
 
 
-def _choose_splits(name: str, config: DatasetConfig, present: Sequence[str]) -> dict[str, str]:
-    """Returns the set's split for each of "train", "validation" and "test", except those that are held out."""
-    for role in ("validation", "test"):
-        split, fraction = getattr(config, f"{role}_split"), getattr(config, f"{role}_fraction")
-        if split and fraction:
+def _ready(role: str, examples: Examples, config: DatasetConfig, num_classes: int) -> Split:
+    """Returns the split with its images cropped when they are read, or as read-only arrays."""
+    if isinstance(examples, Source):
+        return StreamedSplit(role, examples, config, num_classes)
+    if config.image_size:
+        if "image" not in examples:
             raise UserError(
-                f"--config.dataset.{role}_split={split}: --config.dataset.{role}_fraction={fraction} holds out another "
-                "split; give one of the two"
+                f"--config.dataset.name={config.name} has no images, so --config.dataset.image_size must be 0"
             )
-    test = config.test_split
-    if not test and not config.test_fraction:
-        test = next((split for split in ("test", "validation") if split in present), "")
-        if not test:
-            raise UserError(
-                f"--config.dataset.name={name}: the set has no test split, only {', '.join(present)}: choose one with "
-                "--config.dataset.test_split, or hold out examples with --config.dataset.test_fraction=0.1"
-            )
-    validation = config.validation_split
-    if not validation and not config.validation_fraction and "validation" not in (config.train_split, test):
-        validation = "validation" if "validation" in present else ""
-    chosen = {"train": config.train_split, "validation": validation, "test": test}
-    chosen = {role: split for role, split in chosen.items() if split}
-    for role, split in chosen.items():
-        if split not in present:
-            raise UserError(
-                f"--config.dataset.{role}_split={split}: {name} has no such split, only {', '.join(present) or 'none'}"
-            )
-    for one, other in itertools.combinations(chosen, 2):
-        if chosen[one] == chosen[other]:
-            raise UserError(
-                f"--config.dataset.name={name}: {one} and {other} would both be the split {chosen[one]}; choose "
-                f"another with --config.dataset.{one}_split or --config.dataset.{other}_split"
-            )
-    return chosen
+        return StreamedSplit(role, ArraySource(examples, cache.fingerprint(examples)), config, num_classes)
+    return cache.read_only(examples)
 
 
-def _number_classes(splits: dict[str, Arrays]) -> tuple[str, ...]:
-    """Returns the names of integer labels, "0" to the largest in train; removes labels that are not class numbers."""
-    largest = splits["train"]["label"].max()
-    if 0 <= largest < tfds_records.MOST_CLASSES:
-        return tuple(map(str, range(largest + 1)))
-    for split in splits.values():
-        del split["label"]
-    return ()
-
-
-def _load_tfds(name: str, data_dir: str) -> tuple[tuple[str, ...], dict[str, Callable[[], Arrays]], str]:
-    folder = tfds_sets.data_folder(data_dir)
+def _load_tfds(name: str, config: DatasetConfig) -> tuple[tuple[str, ...], dict[str, Callable[[], Examples]], str]:
+    folder = tfds_sets.data_folder(config.data_dir)
     path = tfds_sets.find(name, folder)
     if path is None and prepare.is_preparable(name):
         prepare.prepare(tfds_sets.split_version(name)[0], folder)
         path = tfds_sets.find(name, folder)
     if path is None:
         raise _not_found(name, folder)
-    return *tfds_sets.load(name, path), path.name
+    return *tfds_sets.load(name, path, as_records=config.image_size > 0), path.name
 
 
 def _not_found(name: str, folder: Path) -> UserError:
@@ -225,34 +232,3 @@ def _not_found(name: str, folder: Path) -> UserError:
         return UserError(f"--config.dataset.name={name}: neither a TFDS data set nor prepared in {folder}{suggestion}")
     command = f"`tfds build {name} --file_format=array_record --data_dir={folder}`"
     return UnavailableError(name, f"is not prepared in {folder}", f"prepare it by {command} (it needs TensorFlow)")
-
-
-def _hold_out(train: Arrays, fraction: float, role: str) -> tuple[Arrays, Arrays]:
-    """Splits train into (train, `role`): a fixed random subset of examples, or the end of a text."""
-    count = len(next(iter(train.values())))
-    held_out = round(fraction * count)
-    if not 0 < held_out < count:
-        raise UserError(
-            f"--config.dataset.{role}_fraction={fraction} leaves {count - held_out} examples to train on and "
-            f"{held_out} to {'validate' if role == 'validation' else role} on"
-        )
-    if "text" in train:
-        text = train["text"]
-        return {"text": text[:-held_out]}, {"text": text[-held_out:]}
-    stream = Stream.HOLD_OUT if role == "validation" else Stream.HOLD_OUT_TEST
-    order = randomness.generator(stream).permutation(count)
-    parts = np.sort(order[held_out:]), np.sort(order[:held_out])
-    kept, taken = ({name: array[part] for name, array in train.items()} for part in parts)
-    return kept, taken
-
-
-def _subset(train: Arrays, fraction: float) -> Arrays:
-    """Returns a fixed random subset of the examples, or the beginning of a text; smaller fractions are nested in it."""
-    count = len(next(iter(train.values())))
-    kept = round(fraction * count)
-    if not kept:
-        raise UserError(f"--config.dataset.train_fraction={fraction} leaves none of {count} examples")
-    if "text" in train:
-        return {"text": train["text"][:kept]}
-    part = np.sort(randomness.generator(Stream.TRAIN_FRACTION).permutation(count)[:kept])
-    return {name: array[part] for name, array in train.items()}

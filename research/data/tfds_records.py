@@ -1,9 +1,10 @@
 """Decodes the records of a prepared TFDS data set to arrays."""
 
 import functools
+import hashlib
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from research.data import decoding
 from research.data.cache import Arrays
 from research.data.file_errors import reading
+from research.data.source import DamagedError, Source
 from research.data.tfds_description import Description
 from research.errors import UserError, as_out_of_memory_error
 
@@ -60,6 +62,55 @@ def decode(label: str, path: Path, split: str, description: Description) -> Iter
         raise
     except Exception as error:  # readers of records and protocol buffers raise other types
         raise _explained(error, f"{label} in {path}", path, files) from error
+
+
+class TfdsSource(Source):
+    """The records of a split, with their images encoded.
+
+    Args:
+      name: of the data set.
+      path: its folder.
+      description: of the data set.
+      split: the split's name.
+
+    Raises:
+      UserError: the set cannot be opened.
+    """
+
+    def __init__(self, name: str, path: Path, description: Description, split: str):
+        self._name = f"{name}/{split}"
+        self._path = path
+        try:
+            builder = _builder(path)
+            tfds, kept = import_tfds(), ["image", *["label"] * description.has_labels]
+            self._features = tfds.features.FeaturesDict({feature: builder.info.features[feature] for feature in kept})
+            self._decoders = {"image": tfds.decode.SkipDecoding()}
+            self._records = builder.as_data_source(
+                split, file_format="array_record", deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+            )
+            self.channels = builder.info.features["image"].shape[-1] or 3
+            with reading(path):
+                digest = hashlib.sha256(split.encode())
+                for file in ("dataset_info.json", "features.json"):
+                    digest.update((path / file).read_bytes())
+            self.fingerprint = digest.hexdigest()[:16]
+        except UserError:
+            raise
+        except Exception as error:  # readers of records and protocol buffers raise other types
+            raise _explained(error, f"{self._name} in {path}", path, ()) from error
+        if self.channels not in decoding.MODES:
+            raise UserError(f"{self._name}: the images have {self.channels} channels; there must be 1 to 4")
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, number: int) -> Mapping[str, Any]:
+        try:
+            return self._features.deserialize_example_np(self._records[number], decoders=self._decoders)
+        except Exception as error:
+            raise DamagedError(
+                f"of {self._path} cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+            ) from error
 
 
 def _skip_images(builder: Any) -> dict[str, Any]:
@@ -131,8 +182,8 @@ def _images(
             images.append(decoding.decode(example["image"], channels, size))
         except decoding.SizeError as error:
             raise UserError(
-                f"{label}, example {i}: the image {error} like the first; all need the same shape: resize them and "
-                "prepare the data set again"
+                f"{label}, example {i}: the image {error} like the first: choose the size that all are resized to, as in "
+                "--config.dataset.image_size=128"
             ) from None
         except decoding.ImageError as error:
             raise UserError(

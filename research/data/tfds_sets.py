@@ -14,6 +14,7 @@ from pathlib import Path
 from research.data import cache, decoding, tfds_description, tfds_records
 from research.data.cache import Arrays
 from research.data.file_errors import exists, reading
+from research.data.source import Source
 from research.errors import UserError
 
 _CACHE_VERSION = 2  # part of the cache key; raise it when the same source is read to different arrays
@@ -106,14 +107,17 @@ def _versions(folder: Path) -> dict[tuple[int, ...], Path]:
     }
 
 
-def load(name: str, path: Path) -> tuple[tuple[str, ...], dict[str, Callable[[], Arrays]]]:
+def load(
+    name: str, path: Path, *, as_records: bool = False
+) -> tuple[tuple[str, ...], dict[str, Callable[[], Arrays | Source]]]:
     """Reads the description of the prepared set in the folder `path`, but not yet its splits.
 
     Returns:
       The label names (none for text, for images without labels, and for labels that are plain integers), and a function
       for each split of the set, which decodes it unless it is cached, and returns its read-only arrays: "image" (uint8
       [n,h,w,c]) and, if the set has integer labels, "label" (int32 [n], -1: unlabeled); or "text" (uint8 [n]), the
-      bytes of all examples with a newline between any two.
+      bytes of all examples with a newline between any two. With `as_records`, splits of images are not decoded: the
+      function returns a source of their records.
 
       The examples have the order in which TFDS stores them. It depends only on their keys, not on the machine: unless
       the builder turned that off, TFDS shuffles by a hash of the keys, so texts that are adjacent in the source are not
@@ -135,6 +139,9 @@ def load(name: str, path: Path) -> tuple[tuple[str, ...], dict[str, Callable[[],
         )
     with reading(path):
         fingerprint = _fingerprint(path)
+    if as_records and not description.is_text:
+        source = functools.partial(tfds_records.TfdsSource, base, path, description)
+        return description.label_names, {split: functools.partial(source, split) for split in description.splits}
     splits = {}
     for split in description.splits:
         decode = functools.partial(tfds_records.decode, f"{base}/{split}", path, split, description)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from research.data.cache import Arrays
-from research.data.sources import Dataset, as_tuples
+from research.data.sources import Dataset, Split, as_tuples
 from research.errors import UserError
 from research.record import storage
 from research.record.workdir import read_json
@@ -45,7 +45,7 @@ def _crc(values: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(values, sort_keys=True).encode())
 
 
-def _features(split: Arrays) -> dict[str, Any]:
+def _features(split: Split) -> dict[str, Any]:
     """Returns the dtype and shape of each feature, with the number of examples as the first size."""
     return {name: {"dtype": str(array.dtype), "shape": array.shape} for name, array in split.items()}
 

@@ -15,9 +15,12 @@ from research.config import AugmentConfig
 from research.data import images
 from research.data.batch import Batch
 from research.data.sources import Dataset
+from research.data.streamed import Column, StreamedSplit
 from research.errors import UserError
 from research.tasks.predictor import Predictor
 from research.tasks.task import ExportedFunction, Inputs, Metrics, Task
+
+_NUM_CHECKED = 16  # labels that are known only after reading their records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +59,13 @@ class Classification(Task):
         for role, split in dataset.splits.items():
             if "label" not in split:
                 raise UserError(f"--config.dataset.name={dataset.name} has no class labels, so it cannot be classified")
+            if not dataset.label_names and isinstance(split, StreamedSplit):
+                raise UserError(
+                    f"--config.dataset.name={dataset.name}: the number of classes is unknown: name its labels"
+                )
             labels = split["label"]
+            if isinstance(labels, Column):
+                labels = labels.sample(_NUM_CHECKED)
             largest = len(dataset.label_names) - 1
             unlabeled, unknown = np.sum(labels < 0), np.sum(labels > largest) if dataset.label_names else 0
             if unlabeled or unknown:
@@ -133,7 +142,8 @@ class Classification(Task):
         """Plots the confusion matrix and the most confident mistakes of the test set."""
         test, names = dataset.test, dataset.label_names
         predictions, confidences = predict(self.predicted, {"image": test["image"]})
+        labels = np.asarray(test["label"])
         return {
-            "confusion": lambda: plots.confusion(test["label"], predictions, names),
-            "examples": lambda: plots.mistakes(test["image"], test["label"], predictions, confidences, names),
+            "confusion": lambda: plots.confusion(labels, predictions, names),
+            "examples": lambda: plots.mistakes(test["image"], labels, predictions, confidences, names),
         }

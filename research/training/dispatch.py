@@ -7,12 +7,23 @@ from research.process import distributed
 
 _SECONDS_PER_DISPATCH = 0.5
 _MAX_AGREEMENTS = 8  # with several processes, the size is adapted after each of the first dispatches only
-_MAX_STEPS = {True: 512, False: 8}  # key: whether the data set is resident; streamed batches take memory
+_MAX_STEPS = 512
+_MAX_STREAMED_STEPS = 8
+_MAX_STREAMED_BYTES = 2**24  # of the batches of one dispatch, of which several are in memory
 
 
-def dispatch_capacity(config: Config, *, resident: bool, longest_epoch: int) -> int:
-    """Returns the largest number of steps of a dispatch, for which the program is compiled."""
-    return min(config.steps_per_dispatch or _MAX_STEPS[resident], longest_epoch)
+def dispatch_capacity(config: Config, *, streamed_bytes: int, longest_epoch: int) -> int:
+    """Returns the largest number of steps of a dispatch, for which the program is compiled.
+
+    Args:
+      config: may set it.
+      streamed_bytes: the size of a step's batch, 0 if the data set is resident.
+      longest_epoch: its number of steps.
+    """
+    most = _MAX_STEPS
+    if streamed_bytes:
+        most = min(_MAX_STREAMED_STEPS, max(1, _MAX_STREAMED_BYTES // streamed_bytes))
+    return min(config.steps_per_dispatch or most, longest_epoch)
 
 
 class DispatchSizer:
@@ -23,8 +34,8 @@ class DispatchSizer:
       num_steps: the number of steps of the next dispatch.
     """
 
-    def __init__(self, config: Config, *, resident: bool, longest_epoch: int):
-        self.capacity = dispatch_capacity(config, resident=resident, longest_epoch=longest_epoch)
+    def __init__(self, config: Config, *, streamed_bytes: int, longest_epoch: int):
+        self.capacity = dispatch_capacity(config, streamed_bytes=streamed_bytes, longest_epoch=longest_epoch)
         self._adapts = not config.steps_per_dispatch
         self._agreements = _MAX_AGREEMENTS
         self.num_steps = 1 if self._adapts else self.capacity

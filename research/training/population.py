@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.config import Config
-from research.data.pipeline import EvalBatches, TrainBatches, epoch_ends, is_resident, longest_epoch
+from research.data.pipeline import EvalBatches, TrainBatches, batch_bytes, epoch_ends, is_resident, longest_epoch
 from research.data.sources import Dataset
 from research.tasks.task import Task
 from research.training import batch_statistics, hyperparams, population_devices
@@ -90,7 +90,11 @@ class Population:
         self._num_examples = dataset.num_examples
         epoch_end_steps = epoch_ends(self._num_examples, config.batch_size, config.num_epochs)
         resident = is_resident(config, dataset.train, dataset.validation)
-        self._sizer = DispatchSizer(config, resident=resident, longest_epoch=longest_epoch(epoch_end_steps))
+        self._sizer = DispatchSizer(
+            config,
+            streamed_bytes=0 if resident else batch_bytes(config, dataset.train),
+            longest_epoch=longest_epoch(epoch_end_steps),
+        )
         options = {"resident": resident, "capacity": self._sizer.capacity, "shuffle": dataset.shuffle}
         data = (shared._batches.data, shared._validation.data) if shared else (None, None)
         self._batches = TrainBatches(dataset.train, config, self._mesh, **options, data=data[0])
@@ -121,7 +125,7 @@ class Population:
     def metric_names(self) -> list[str]:
         """Returns the names of the metrics in a report."""
         with jax.set_mesh(self._mesh):
-            arrays = *self._eval_arrays(self._state_shapes()), next(iter(self._validation))
+            arrays = *self._eval_arrays(self._state_shapes()), self._validation.example()
             shapes = jax.eval_shape(self._steps.evaluate, *arrays)[1]
         sums, weight = jax.tree.map(lambda x: np.ones(x.shape[2:]), shapes)
         return list(self._task.split_metrics("validation", sums, weight))

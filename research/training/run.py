@@ -12,7 +12,7 @@ import numpy as np
 
 from research import optimizers, sharding
 from research.config import Config
-from research.data.pipeline import EvalBatches, TrainBatches, epoch_ends, is_resident, longest_epoch
+from research.data.pipeline import EvalBatches, TrainBatches, batch_bytes, epoch_ends, is_resident, longest_epoch
 from research.data.sources import Dataset
 from research.process import distributed
 from research.process.signals import Signals
@@ -57,7 +57,11 @@ class Training:
         self.signals, self.progress = signals or Signals(), Progress(num_epochs=config.num_epochs)
         self.epoch_end_steps = epoch_ends(dataset.num_examples, config.batch_size, config.num_epochs)
         self._resident = is_resident(config, dataset.train, dataset.validation, dataset.test)
-        self._sizer = DispatchSizer(config, resident=self._resident, longest_epoch=longest_epoch(self.epoch_end_steps))
+        self._sizer = DispatchSizer(
+            config,
+            streamed_bytes=0 if self._resident else batch_bytes(config, dataset.train),
+            longest_epoch=longest_epoch(self.epoch_end_steps),
+        )
         self._hparams = hyperparams.traced(config, self.epoch_end_steps[-1])
         self.learning_rate = optimizers.learning_rate(
             optimizers.scaled(config.optimizer, config.batch_size), self.epoch_end_steps[-1]
@@ -104,7 +108,7 @@ class Training:
         jitted = self._steps.jit_eval(self.state)
         params, model_state = self.state.eval_params, self.state.eval_model_state
         return {
-            name: jitted.lower(params, model_state, self._eval_carry(), batches.data, next(iter(batches))).compile()
+            name: jitted.lower(params, model_state, self._eval_carry(), batches.data, batches.example()).compile()
             for name, batches in self._eval_batches.items()
         }
 

@@ -1,0 +1,163 @@
+"""Cuts random crops out of encoded images for training, and resizes them.
+
+The size of an image is read first and the crop drawn; then only what the crop needs is decoded. JPEG files are decoded
+by simplejpeg (libjpeg-turbo) and resized by OpenCV; other files, and all files where these two are not installed, are
+decoded by `research.data.decoding` and resized by Pillow. Evaluation uses `decoding.decode_center` everywhere.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from research.data import decoding
+
+_RATIO = 3 / 4, 4 / 3  # of width to height: Szegedy et al. 2015, section 6
+_ATTEMPTS = 10
+_MARGIN = 32  # rows decoded below a crop: chroma of the last rows is interpolated, in blocks of 16
+_BASELINE = (0xC0, 0xC1)  # frame headers of JPEG files whose rows are stored once, from top to bottom
+_NOT_FRAMES = (0xC4, 0xC8, 0xCC)
+
+
+class Box(NamedTuple):
+    """A rectangle of pixels."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+
+
+Choose = Callable[[int, int], Box]  # from an image's height and width
+
+
+def random_resized(height: int, width: int, rng: np.random.Generator, min_area: float) -> Box:
+    """Draws a box of random area and aspect ratio (Szegedy et al. 2015, arXiv 1409.4842, section 6).
+
+    The area is uniform between `min_area` and 1 times the image's, the logarithm of width / height uniform between
+    those of 3/4 and 4/3. The first of ten attempts that fits in the image is used; if none does, the largest centered
+    box whose aspect ratio is in this range.
+    """
+    areas, log_ratios, lefts, tops = rng.random((4, _ATTEMPTS))
+    areas = height * width * (min_area + (1 - min_area) * areas)
+    ratios = np.exp(math.log(_RATIO[0]) + math.log(_RATIO[1] / _RATIO[0]) * log_ratios)
+    widths, heights = np.rint(np.sqrt(areas * ratios)), np.rint(np.sqrt(areas / ratios))
+    fits = (widths >= 1) & (widths <= width) & (heights >= 1) & (heights <= height)
+    if fits.any():
+        first = int(fits.argmax())
+        box_width, box_height = int(widths[first]), int(heights[first])
+        left, top = lefts[first] * (width - box_width + 1), tops[first] * (height - box_height + 1)
+        return Box(int(left), int(top), box_width, box_height)
+    box_width = min(width, max(1, round(height * _RATIO[1])))
+    box_height = min(height, max(1, round(width / _RATIO[0])))
+    return Box((width - box_width) // 2, (height - box_height) // 2, box_width, box_height)
+
+
+def random_square(height: int, width: int, rng: np.random.Generator) -> Box:
+    """Draws the position of the largest square in an image: the crop after its shorter side was resized."""
+    side = min(height, width)
+    left, top = rng.random(2) * (width - side + 1, height - side + 1)
+    return Box(int(left), int(top), side, side)
+
+
+def crop(image: bytes | np.ndarray, choose: Choose, out: np.ndarray) -> None:
+    """Writes a crop of an image into `out`.
+
+    Args:
+      image: an encoded image file, or uint8 [h, w, c].
+      choose: returns the crop for an image of some height and width.
+      out: uint8 [size, size, c], contiguous; the crop is resized to it.
+
+    Raises:
+      decoding.ImageError: the image is damaged, or larger than `decoding` allows.
+    """
+    channels = out.shape[-1]
+    region = _jpeg_region(image, choose, len(out)) if isinstance(image, bytes) and channels == 3 else None
+    if region is None:
+        pixels = decoding.decode(image, channels) if isinstance(image, bytes) else image
+        box = choose(*pixels.shape[:2])
+        region = pixels[box.top : box.top + box.height, box.left : box.left + box.width]
+    _resize(region, out)
+
+
+def _resize(region: np.ndarray, out: np.ndarray) -> None:
+    """Resizes bilinearly; when it shrinks to less than half, by the mean of each pixel's area."""
+    height, width, channels = region.shape
+    if (height, width) == out.shape[:2]:
+        out[...] = region
+    elif (cv2 := _opencv()) and channels != 2:
+        shrinks = min(height, width) >= 2 * len(out)
+        flat = out[..., 0] if channels == 1 else out
+        flat[...] = cv2.resize(region, out.shape[1::-1], interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+    else:
+        flat = Image.fromarray(region[..., 0] if channels == 1 else region)
+        out[...] = np.asarray(flat.resize(out.shape[1::-1], Image.Resampling.BILINEAR)).reshape(out.shape)
+
+
+def _jpeg_region(encoded: bytes, choose: Choose, size: int) -> np.ndarray | None:
+    """Decodes the crop of a JPEG file, perhaps reduced but not below `size`; None if the file is of another kind.
+
+    Three things are skipped: rows below the crop, and the resolution that a crop of twice the size or more does not
+    need (the decoder scales by 1/2, 1/4 or 1/8).
+    """
+    if not encoded.startswith(b"\xff\xd8") or (simplejpeg := _simplejpeg()) is None:
+        return None
+    if (frame := _frame(encoded)) is None:
+        return None
+    kind, position, height, width, components = frame
+    if components not in (1, 3) or not height or not width or height * width > (Image.MAX_IMAGE_PIXELS or math.inf):
+        return None
+    # A truncated file is damaged, though the decoder would fill it with gray. Rotated images take the other path.
+    if encoded.rfind(b"\xff\xd9") < position or (b"Exif\0" in encoded[:position] and decoding.is_rotated(encoded)):
+        return None
+    box = choose(height, width)
+    factor = next((f for f in (8, 4, 2) if min(box.width, box.height) >= f * size), 1)
+    bottom = box.top + box.height + _MARGIN * factor
+    if kind in _BASELINE and bottom < height:
+        # The rows of a baseline file follow each other: told that the image ends here, the decoder stops here.
+        height = bottom
+        encoded = b"".join((encoded[: position + 5], height.to_bytes(2, "big"), encoded[position + 7 :]))
+    least = {"min_height": -(-height // factor), "min_width": -(-width // factor)} if factor > 1 else {}
+    try:
+        # Not strict, since the decoder would complain about the rows left out.
+        pixels = simplejpeg.decode_jpeg(encoded, "RGB", strict=False, **least)
+    except ValueError as error:
+        raise decoding.ImageError(f"is not an intact JPEG file ({error})") from None
+    scale = len(pixels) / height  # 1 / factor, up to rounding
+    top, left = round(box.top * scale), round(box.left * scale)
+    return pixels[top : top + max(1, round(box.height * scale)), left : left + max(1, round(box.width * scale))]
+
+
+def _frame(encoded: bytes) -> tuple[int, int, int, int, int] | None:
+    """Finds the frame header of a JPEG file: (marker, position, height, width, number of components)."""
+    position = 2
+    while position + 9 < len(encoded) and encoded[position] == 0xFF:
+        marker = encoded[position + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in _NOT_FRAMES:
+            height, width = (int.from_bytes(encoded[position + i : position + i + 2], "big") for i in (5, 7))
+            return marker, position, height, width, encoded[position + 9]
+        # A marker may be preceded by any number of fill bytes.
+        position += 1 if marker == 0xFF else 2 + int.from_bytes(encoded[position + 2 : position + 4], "big")
+    return None
+
+
+@functools.cache
+def _simplejpeg() -> Any:
+    try:
+        import simplejpeg
+    except ImportError:  # no wheel for this platform
+        return None
+    return simplejpeg
+
+
+@functools.cache
+def _opencv() -> Any:
+    try:
+        import cv2
+    except ImportError:  # no wheel for this platform
+        return None
+    cv2.setNumThreads(1)  # the images of a batch are spread over threads already
+    return cv2

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -83,7 +83,7 @@ def read_only(arrays: Arrays) -> Arrays:
     return dict(arrays)
 
 
-def fingerprint(arrays: Arrays) -> str:
+def fingerprint(arrays: Mapping[str, np.ndarray]) -> str:
     """Returns a hash of the names, dtypes, shapes and contents of arrays, which does not depend on their source."""
     summaries = {name: _summary(x, zlib.crc32(np.ascontiguousarray(x).data)) for name, x in arrays.items()}
     return hashlib.sha256(json.dumps(summaries, sort_keys=True).encode()).hexdigest()[:16]

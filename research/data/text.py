@@ -8,7 +8,8 @@ import dataclasses
 
 import numpy as np
 
-from research.data.sources import Arrays, Dataset
+from research.data.cache import Arrays
+from research.data.sources import Dataset
 from research.errors import UserError
 
 

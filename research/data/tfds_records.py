@@ -182,8 +182,8 @@ def _images(
             images.append(decoding.decode(example["image"], channels, size))
         except decoding.SizeError as error:
             raise UserError(
-                f"{label}, example {i}: the image {error} like the first: choose the size that all are resized to, as in "
-                "--config.dataset.image_size=128"
+                f"{label}, example {i}: the image {error} like the first: choose the size that all are resized to, as "
+                "in --config.dataset.image_size=128"
             ) from None
         except decoding.ImageError as error:
             raise UserError(

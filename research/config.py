@@ -70,6 +70,17 @@ class CNNConfig(NetworkConfig):
 
 
 @dataclasses.dataclass
+class ResNetConfig(NetworkConfig):
+    """A residual network for images of ImageNet's size (`research.models.resnet`)."""
+
+    depth: int = option(18, "number of layers: 18 or 34")
+    width: int = option(64, "channels of the first group; each further group has twice as many", minimum=1)
+    dropout: float = option(0.0, "dropout rate before the classifier", minimum=0, below=1, step_input=True)
+    norm: str = option("batch", "normalization", choices=("none", "batch", "layer", "group"))
+    dtype: str = option("float32", "compute dtype; parameters stay float32", choices=DTYPES)
+
+
+@dataclasses.dataclass
 class RNNConfig(NetworkConfig):
     """A recurrent network (`research.models.rnn`)."""
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def max_pool(x: jax.Array, window: int) -> jax.Array:
+def max_pool(x: jax.Array, window: int, *, stride: int | None = None, padding: int = 0) -> jax.Array:
     """Computes the maximum over square windows.
 
     The first of several equal maxima, in row-major order, gets the whole gradient, as in `lax.reduce_window`, PyTorch
@@ -26,39 +26,53 @@ def max_pool(x: jax.Array, window: int) -> jax.Array:
     Args:
       x: float [b, h, w, c].
       window: side of the window.
+      stride: distance of the windows; default: `window`.
+      padding: rows and columns of -inf on all sides, less than `window`.
 
     Returns:
-      [b, h // window, w // window, c], of x's dtype.
+      [b, (h + 2 padding - window) // stride + 1, the same of w, c], of x's dtype.
     """
-    return _max_pool(x, window)
+    return _max_pool(x, window, stride or window, padding)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _max_pool(x: jax.Array, window: int) -> jax.Array:
-    return reduce(_maximum, _slices(x, window))
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _max_pool(x: jax.Array, window: int, stride: int, padding: int) -> jax.Array:
+    return reduce(_maximum, _slices(x, window, stride, padding))
 
 
-def _backward(window: int, x: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
+def _backward(window: int, stride: int, padding: int, x: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
     def selected(x: jax.Array, dy: jax.Array) -> jax.Array:
-        b, height, width, c = dy.shape
-        index = _first_maximum(x, window)[:, :, None, :, None]
-        position = jnp.arange(window**2).reshape(window, 1, window, 1)
-        dx = jnp.where(index == position, dy[:, :, None, :, None], 0).reshape(b, height * window, width * window, c)
-        return jnp.pad(dx, [(0, size - pooled) for size, pooled in zip(x.shape, dx.shape)])
+        index = _first_maximum(x, window, stride, padding)
+        # [b, blocks, offset, blocks, offset, c]
+        shifts = range(-(-window // stride))
+        position = jnp.arange(stride)
+        dx = 0
+        for down in shifts:
+            for right in shifts:
+                pads = ((0, 0), (down, len(shifts) - 1 - down), (right, len(shifts) - 1 - right), (0, 0))
+                rows, columns = down * stride + position, right * stride + position
+                place = rows[:, None] * window + columns
+                place = jnp.where((rows[:, None] < window) & (columns < window), place, -2)[:, None, :, None]
+                i = jnp.pad(index, pads, constant_values=-1)[:, :, None, :, None]
+                dx = dx + jnp.where(i == place, jnp.pad(dy, pads)[:, :, None, :, None], 0)
+        b, h, _, w, _, c = dx.shape
+        dx = dx.reshape(b, h * stride, w * stride, c)
+        config = [(-padding, size + padding - have, 0) for size, have in zip(x.shape[1:3], dx.shape[1:3])]
+        return lax.pad(dx, jnp.zeros((), dx.dtype), [(0, 0, 0), *config, (0, 0, 0)])
 
     def by_jax(x: jax.Array, dy: jax.Array) -> jax.Array:
-        return jax.vjp(lambda x: reduce(_maximum, _slices(x, window)), x)[1](dy)[0]
+        return jax.vjp(lambda x: reduce(_maximum, _slices(x, window, stride, padding)), x)[1](dy)[0]
 
     return (lax.platform_dependent(x, dy, cpu=selected, default=by_jax),)
 
 
-_max_pool.defvjp(lambda x, window: (_max_pool(x, window), x), _backward)
+_max_pool.defvjp(lambda x, *static: (_max_pool(x, *static), x), _backward)
 
 
-def _first_maximum(x: jax.Array, window: int) -> jax.Array:
+def _first_maximum(x: jax.Array, window: int, stride: int, padding: int) -> jax.Array:
     """Computes the row-major index of each window's first maximum: int32 [b, h // window, w // window, c]."""
     # In float32, as XLA:CPU would convert to and from bfloat16 at each operation.
-    largest, *others = (part.astype(jnp.float32) for part in _slices(x, window))
+    largest, *others = (part.astype(jnp.float32) for part in _slices(x, window, stride, padding))
     index = jnp.zeros(largest.shape, jnp.int32)
     for i, part in enumerate(others, 1):
         index = jnp.where(largest >= part, index, i)
@@ -83,11 +97,14 @@ def _maximum_jvp(
 
 
 def avg_pool(x: jax.Array, window: int) -> jax.Array:
-    """Computes the mean over square windows; arguments and result are those of `max_pool`."""
-    return reduce(jnp.add, _slices(x, window)) / window**2
+    """Computes the mean over square windows that tile the input: [b, h // window, w // window, c], of x's dtype."""
+    return reduce(jnp.add, _slices(x, window, window, 0)) / window**2
 
 
-def _slices(x: jax.Array, window: int) -> list[jax.Array]:
-    """Returns each window position's elements of all windows: window ** 2 arrays [b, h // window, w // window, c]."""
-    height, width = (size // window * window for size in x.shape[1:3])
-    return [x[:, i:height:window, j:width:window] for i in range(window) for j in range(window)]
+def _slices(x: jax.Array, window: int, stride: int, padding: int) -> list[jax.Array]:
+    """Returns each window position's elements of all windows: window ** 2 arrays [b, h', w', c]."""
+    if padding:
+        pads = (padding, padding, 0)
+        x = lax.pad(x, jnp.array(-jnp.inf, x.dtype), [(0, 0, 0), pads, pads, (0, 0, 0)])
+    height, width = (size - window + 1 for size in x.shape[1:3])
+    return [x[:, i : height + i : stride, j : width + j : stride] for i in range(window) for j in range(window)]

@@ -17,6 +17,7 @@ GLOROT = nnx.initializers.glorot_uniform()
 HE = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al. 2015, equation 14
 HE_FAN_IN = nnx.initializers.he_normal()
 LECUN = nnx.initializers.lecun_normal()
+ONES = nnx.initializers.ones_init()
 LECUN_THIRD = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # PyTorch's default
 
 
@@ -42,8 +43,9 @@ class Linear(nnx.Linear):
 class Norm(nnx.Module):
     """Normalizes the last axis's features: batch, layer or group norm (at most 32 groups), or only a bias."""
 
-    def __init__(self, style: "Style", features: int):
+    def __init__(self, style: "Style", features: int, scale_init: nnx.Initializer):
         options = {"use_scale": style.norm_scale, "epsilon": style.norm_epsilon, "dtype": style.dtype}
+        options["scale_init"] = scale_init
         match style.norm:
             case "batch":
                 self.layer = BatchNorm(features, momentum=style.norm_momentum, rngs=style.rngs, **options)
@@ -76,6 +78,7 @@ class Style:
       norm_scale: whether normalizations have a scale; all have a bias.
       norm_momentum: of batch norm's moving averages.
       norm_epsilon: added to the variance.
+      last_scale_init: initializer of the scale of each residual block's last normalization.
     """
 
     rngs: nnx.Rngs
@@ -87,6 +90,7 @@ class Style:
     norm_scale: bool = True
     norm_momentum: float = 0.9
     norm_epsilon: float = 1e-5
+    last_scale_init: nnx.Initializer = ONES
 
     def conv(
         self, inputs: int, outputs: int, size: int = 3, *, stride: int = 1, padding: str | None = None
@@ -112,7 +116,11 @@ class Style:
 
     def normalization(self, features: int) -> Norm:
         """Builds a normalization."""
-        return Norm(self, features)
+        return Norm(self, features, ONES)
+
+    def last_normalization(self, features: int) -> Norm:
+        """Builds the normalization at the end of a residual block."""
+        return Norm(self, features, self.last_scale_init)
 
     def dropout(self) -> Dropout:
         """Builds a dropout layer."""

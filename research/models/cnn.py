@@ -17,7 +17,7 @@ The tutorial CNN is the network of TensorFlow's tutorial: https://www.tensorflow
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +26,10 @@ from flax import nnx
 
 from research.config import CNNConfig
 from research.errors import UserError
-from research.layers.dropout import Dropout
 from research.layers.pooling import avg_pool, max_pool
 from research.models import airbench
 from research.models.blocks import GLOROT, HE, HE_FAN_IN, LECUN, LECUN_THIRD, Style
+from research.models.resnet import BLOCKS, BasicBlock, ResNet, WideBlock
 
 Pool = Callable[[jax.Array, int], jax.Array]
 
@@ -40,7 +40,6 @@ _PUBLISHED = {  # width, depth (0: not configurable), norm
     "airbench": (64, 2, "batch"),
 }
 _SMALLEST_IMAGE = {"simple": 18, "resnet": 8, "wide_resnet": 4, "airbench": 25}
-_RESNET_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
 
 
 def resolve(config: CNNConfig, image_shape: tuple[int, ...]) -> CNNConfig:
@@ -60,8 +59,8 @@ def resolve(config: CNNConfig, image_shape: tuple[int, ...]) -> CNNConfig:
         if config.depth not in airbench.CHANNELS:
             raise UserError(f"--config.model.depth={config.depth}: airbench has 2 or 3 convolutions per group")
         width = airbench.CHANNELS[config.depth][0]
-    if config.name == "resnet" and config.depth not in _RESNET_BLOCKS:
-        raise UserError(f"--config.model.depth={config.depth}: resnet supports {' or '.join(map(str, _RESNET_BLOCKS))}")
+    if config.name == "resnet" and config.depth not in BLOCKS:
+        raise UserError(f"--config.model.depth={config.depth}: resnet supports {' or '.join(map(str, BLOCKS))}")
     if config.name == "wide_resnet" and (config.depth < 10 or config.depth % 6 != 4):
         raise UserError(f"--config.model.depth={config.depth}: wide_resnet has 6 n + 4 layers: 10, 16, 22, 28, ...")
     if min(image_shape[:2]) < (smallest := _SMALLEST_IMAGE[config.name]):
@@ -102,7 +101,7 @@ def create(
             pool = max_pool if config.pool == "max" else avg_pool
             return Simple(style, width, pool, image_shape, num_classes)
         case "resnet":
-            groups = [(width * 2**i, count) for i, count in enumerate(_RESNET_BLOCKS[depth])]
+            groups = [(width * 2**i, count) for i, count in enumerate(BLOCKS[depth])]
             return ResNet(he, BasicBlock, width, groups, image_shape[-1], num_classes)
         case "wide_resnet":
             groups = [(16 * width * 2**i, (depth - 4) // 6) for i in range(3)]
@@ -145,74 +144,3 @@ class Simple(nnx.Module):
                 x = self.pool(nnx.relu(norm(x, train=train)), 2)
         x = nnx.relu(self.hidden(x.reshape(x.shape[0], -1)))
         return self.logits(self.dropout(x, train=train, key=key)).astype(jnp.float32)
-
-
-class BasicBlock(nnx.Module):
-    """He et al. 2016, figure 2: two 3x3 convolutions and a shortcut, with a 1x1 projection if the shape changes."""
-
-    def __init__(self, style: Style, inputs: int, outputs: int, stride: int):
-        self.conv1, self.norm1 = style.conv(inputs, outputs, stride=stride), style.normalization(outputs)
-        self.conv2, self.norm2 = style.conv(outputs, outputs), style.normalization(outputs)
-        projected = stride != 1 or inputs != outputs
-        self.shortcut = style.conv(inputs, outputs, 1, stride=stride) if projected else None
-        self.shortcut_norm = style.normalization(outputs) if projected else None
-
-    def __call__(self, x: jax.Array, *, train: bool, key: jax.Array | None) -> jax.Array:
-        y = nnx.relu(self.norm1(self.conv1(x), train=train))
-        y = self.norm2(self.conv2(y), train=train)
-        if self.shortcut is not None and self.shortcut_norm is not None:
-            x = self.shortcut_norm(self.shortcut(x), train=train)
-        return nnx.relu(x + y)
-
-
-class WideBlock(nnx.Module):
-    """Zagoruyko & Komodakis 2016: normalization and ReLU before each convolution, dropout between the two."""
-
-    def __init__(self, style: Style, inputs: int, outputs: int, stride: int):
-        self.norm1, self.conv1 = style.normalization(inputs), style.conv(inputs, outputs, stride=stride)
-        self.dropout = style.dropout()
-        self.norm2, self.conv2 = style.normalization(outputs), style.conv(outputs, outputs)
-        projected = stride != 1 or inputs != outputs
-        self.shortcut = style.conv(inputs, outputs, 1, stride=stride) if projected else None
-
-    def __call__(self, x: jax.Array, *, train: bool, key: jax.Array | None) -> jax.Array:
-        y = nnx.relu(self.norm1(x, train=train))
-        shortcut = x if self.shortcut is None else self.shortcut(y)
-        y = nnx.relu(self.norm2(self.conv1(y), train=train))
-        return shortcut + self.conv2(self.dropout(y, train=train, key=key))
-
-
-class ResNet(nnx.Module):
-    """Residual groups, each at half the resolution of the one before; global average pooling; linear classifier."""
-
-    per_device_gradients = True
-
-    def __init__(
-        self, style: Style, block: type, stem: int, groups: Sequence[tuple[int, int]], channels: int, classes: int
-    ):
-        """`groups` are (features, number of blocks)."""
-        # Blocks that begin with a normalization (pre-activation) need one after the last block, not after the stem.
-        self.norm_last = block is WideBlock
-        self.stem = style.conv(channels, stem)
-        self.blocks = nnx.List([])
-        inputs = stem
-        for number, (features, count) in enumerate(groups):
-            for i in range(count):
-                self.blocks.append(block(style, inputs, features, 2 if i == 0 and number > 0 else 1))
-                inputs = features
-        self.norm = style.normalization(inputs if self.norm_last else stem)
-        # Wide blocks have their own dropout.
-        self.dropout = Dropout(0.0) if self.norm_last else style.dropout()
-        self.logits = style.linear(inputs, classes)
-
-    def __call__(self, images: jax.Array, *, train: bool, key: jax.Array | None = None) -> jax.Array:
-        keys = [None] * (len(self.blocks) + 1) if key is None else list(jax.random.split(key, len(self.blocks) + 1))
-        x = self.stem(images.astype(self.logits.dtype))
-        if not self.norm_last:
-            x = nnx.relu(self.norm(x, train=train))
-        for block, block_key in zip(self.blocks, keys):
-            x = block(x, train=train, key=block_key)
-        if self.norm_last:
-            x = nnx.relu(self.norm(x, train=train))
-        x = self.dropout(x.mean((1, 2)), train=train, key=keys[-1])
-        return self.logits(x).astype(jnp.float32)

@@ -29,8 +29,8 @@ class DatasetConfig:
     train_fraction: float = option(1.0, "fraction of the rest that is used for training", above=0, maximum=1)
     max_device_gib: float = option(
         2.0,
-        "data sets of arrays up to this size (GiB) are kept on the devices; larger ones, and sets with an image_size, are "
-        "streamed",
+        "data sets of arrays up to this size (GiB) are kept on the devices; larger ones, and sets with an image_size, "
+        "are streamed",
         minimum=0,
         may_change="resume",
     )

@@ -1,0 +1,82 @@
+"""Classification of photographs of any size, from scratch, with a ResNet.
+
+python -m experiments.image_classifier --config.dataset.name=folder --config.dataset.data_dir=DIR
+
+trains on a folder of pictures: DIR/train/<class>/... and DIR/test/<class>/..., or DIR/<class>/..., of which a tenth is
+then held out for testing. Other sets: `--config.dataset.name=imagenet2012` and any other prepared TFDS set of images,
+or `hf:NAME` for a Hugging Face set. Training images are random crops, resized to `--config.dataset.image_size` and
+flipped; evaluation takes the center of each image.
+"""
+
+import dataclasses
+
+from flax import nnx
+
+from research import app
+from research.config import AugmentConfig, Config, DatasetConfig, OptimizerConfig, ResNetConfig, option
+from research.data import images
+from research.data.sources import Dataset
+from research.errors import UserError
+from research.models import resnet
+from research.parametrization import Network
+from research.tasks.classification import Classification
+
+
+@dataclasses.dataclass
+class ImageClassifierConfig(Config):
+    """Image classification."""
+
+    label_smoothing: float = option(
+        0.0, "fraction of the target spread over all classes", minimum=0, below=1, step_input=True
+    )
+    mirror: bool = option(
+        False, "evaluate with the mean logits of each image and its mirror image", may_change="evaluation"
+    )
+    model: ResNetConfig = dataclasses.field(default_factory=ResNetConfig)
+    augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
+
+
+def get_config() -> ImageClassifierConfig:
+    """ResNet-18 at 128 pixels: a recipe for a few thousand photographs on a CPU."""
+    return ImageClassifierConfig(
+        num_epochs=14,
+        batch_size=32,
+        dataset=DatasetConfig(name="folder", image_size=128, crop_min_area=0.35),
+        optimizer=OptimizerConfig(name="muon", schedule="linear", warmup=0.1, ema_decay=0.99),
+        label_smoothing=0.1,
+        mirror=True,
+        augment=AugmentConfig(flip="random"),
+    )
+
+
+def complete(config: ImageClassifierConfig, dataset: Dataset) -> ImageClassifierConfig:
+    """The config, checked against the data set.
+
+    Raises:
+      UserError: the data set has no images, or they are too small for the network or the augmentation.
+    """
+    if "image" not in dataset.train:
+        raise UserError(f"--config.dataset.name={dataset.name} has no images to classify: use folder or cifar10")
+    shape = dataset.train["image"].shape[1:]
+    images.check(config.augment, shape)
+    return dataclasses.replace(config, model=resnet.resolve(config.model, shape))
+
+
+def make_task(config: ImageClassifierConfig, dataset: Dataset) -> Classification:
+    """Builds the classification task of the data set's images and the config's network."""
+    mean, std = dataset.statistic(images.channel_statistics, "image")
+
+    def create(model: ResNetConfig, rngs: nnx.Rngs) -> nnx.Module:
+        shape = dataset.train["image"].shape[1:]
+        return resnet.create(model, image_shape=shape, num_classes=len(dataset.label_names), rngs=rngs)
+
+    network = Network(create, config.model)
+    return Classification(network, mean, std, config.augment, config.label_smoothing, config.mirror)
+
+
+EXPERIMENT = app.Experiment(
+    "image_classifier", str(__doc__), {"default": get_config}, make_task, complete=complete
+)
+
+if __name__ == "__main__":
+    app.main(EXPERIMENT)

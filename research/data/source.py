@@ -59,6 +59,22 @@ class Source(abc.ABC):
         return None
 
 
+def held_out(keys: Iterable[bytes], fraction: float, salt: bytes) -> np.ndarray:
+    """Decides for each key, by a hash of nothing else, whether its record is held out: others do not change that.
+
+    Args:
+      keys: names of records, see `Source.keys`.
+      fraction: the fraction of all possible keys that is held out.
+      salt: at most 16 bytes; another salt holds out others, independently.
+
+    Returns:
+      bool [n].
+    """
+    threshold = int(fraction * 2**64)
+    digests = (hashlib.blake2b(key, digest_size=8, salt=salt).digest() for key in keys)
+    return np.fromiter((int.from_bytes(digest, "big") < threshold for digest in digests), bool)
+
+
 class Subset(Source):
     """Some of the records of a source.
 

@@ -115,13 +115,16 @@ class Subset(Source):
 
 
 def held_out(keys: Iterable[bytes], fraction: float, salt: bytes) -> np.ndarray:
-    """Returns which records are held out, bool [n]: those whose key has a hash in the lowest `fraction` of its range.
+    """Decides for each key, by a hash of nothing else, whether its record is held out: others do not change that.
 
     Args:
-      keys: the records' keys.
-      fraction: the expected fraction of records, between 0 and 1.
-      salt: makes choices for different purposes independent; at most 16 bytes.
+      keys: names of records, see `Source.keys`.
+      fraction: the fraction of all possible keys that is held out.
+      salt: at most 16 bytes; another salt holds out others, independently.
+
+    Returns:
+      bool [n].
     """
-    limit = int(fraction * 2**64)
-    hashes = (hashlib.blake2b(key, digest_size=8, salt=salt).digest() for key in keys)
-    return np.fromiter((int.from_bytes(digest, "big") < limit for digest in hashes), bool)
+    threshold = int(fraction * 2**64)
+    digests = (hashlib.blake2b(key, digest_size=8, salt=salt).digest() for key in keys)
+    return np.fromiter((int.from_bytes(digest, "big") < threshold for digest in digests), bool)

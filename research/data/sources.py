@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from research.config import DatasetConfig
-from research.data import cache, embedded, own_data, prepare, splits, tfds_records, tfds_sets
+from research.data import cache, embedded, folder, own_data, prepare, splits, tfds_records, tfds_sets
 from research.data.source import ArraySource, Source
 from research.data.splits import Examples
 from research.data.streamed import Column, StreamedSplit
@@ -162,6 +162,8 @@ def open_splits(
             tfds_sets.data_folder(config.data_dir)  # a missing folder is an error even if the data set needs none
         label_names, splits = own_data.load(name, own[name], config) if name in own else embedded.DATASETS[name]()
         return label_names, {split: functools.partial(_copied, examples) for split, examples in splits.items()}, ""
+    if name == "folder":
+        return *folder.load(config.data_dir, hold_out=not config.test_fraction), ""
     return _load_tfds(name, config)
 
 
@@ -213,13 +215,13 @@ def _ready(role: str, examples: Examples, config: DatasetConfig, num_classes: in
 
 
 def _load_tfds(name: str, config: DatasetConfig) -> tuple[tuple[str, ...], dict[str, Callable[[], Examples]], str]:
-    folder = tfds_sets.data_folder(config.data_dir)
-    path = tfds_sets.find(name, folder)
+    data_folder = tfds_sets.data_folder(config.data_dir)
+    path = tfds_sets.find(name, data_folder)
     if path is None and prepare.is_preparable(name):
-        prepare.prepare(tfds_sets.split_version(name)[0], folder)
-        path = tfds_sets.find(name, folder)
+        prepare.prepare(tfds_sets.split_version(name)[0], data_folder)
+        path = tfds_sets.find(name, data_folder)
     if path is None:
-        raise _not_found(name, folder)
+        raise _not_found(name, data_folder)
     return *tfds_sets.load(name, path, as_records=config.image_size > 0), path.name
 
 

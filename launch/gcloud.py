@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from launch import mounts
 from launch.job import Job
 from research.config import option
 from research.errors import UserError
@@ -47,6 +48,7 @@ class TpuOptions:
     spot: bool = option(False, "use a spot TPU: cheaper, but may be preempted")
     reserved: bool = option(False, "use the project's reservation")
     install: str = option(_INSTALL, "shell command that creates meshwork/.venv on each host")
+    mount: tuple[str, ...] = option((), f"for `up` and `run`, {mounts.HELP}")
     max_restarts: int = option(10, "how many times `up` may replace a preempted TPU", minimum=0)
     keep: bool = option(False, "do not delete the TPU when `up` ends")
     dry_run: bool = option(False, "print the commands without running them")
@@ -82,6 +84,11 @@ class Tpu:
         copy = self._gcloud("tpu-vm", "scp", str(path), f"{self._options.name}:{path.name}", "--worker=all")
         return [copy, self.ssh(f"rm -rf meshwork && tar -xzf {path.name} && {self._options.install}")]
 
+    def mount(self) -> list[list[str]]:
+        """Mounts the buckets of `--mount` on all hosts; no commands without it."""
+        mounted = mounts.parse(self._options.mount)
+        return [self.ssh(mounts.shell_command(mounted))] if mounted else []
+
     def ssh(self, command: str, worker: str = "all") -> list[str]:
         return self._gcloud("tpu-vm", "ssh", self._options.name, f"--worker={worker}", f"--command={command}")
 
@@ -100,7 +107,8 @@ class Tpu:
 
 
 def check(options: TpuOptions) -> None:
-    """Raises `UserError` for an accelerator whose runtime version is unknown."""
+    """Raises `UserError` for an accelerator whose runtime version is unknown, or an invalid `--mount`."""
+    mounts.parse(options.mount)
     family = options.accelerator.partition("-")[0]
     if family.startswith("tpu7") or family == "v7x":
         raise UserError(f"--accelerator={options.accelerator}: not available as a TPU VM; use launch.gke")
@@ -117,14 +125,15 @@ class NameTakenError(GcloudError):
     """A TPU with this name exists already; this program did not create it."""
 
 
-def call(command: list[str]) -> None:
-    """Runs a command, with its output shown.
+def call(*commands: list[str]) -> None:
+    """Runs commands in order, with their output shown.
 
     Raises:
-      GcloudError: it failed.
+      GcloudError: one failed; the rest are not run.
     """
-    if code := subprocess.run(command).returncode:
-        raise GcloudError(_failure(command, code))
+    for command in commands:
+        if code := subprocess.run(command).returncode:
+            raise GcloudError(_failure(command, code))
 
 
 def _failure(command: list[str], code: int) -> str:

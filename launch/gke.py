@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from launch import job as job_lib
+from launch import mounts
 from launch.job import Job
 from launch.plans.chips import CHIPS
 from launch.plans.topologies import LARGEST_SLICE
@@ -53,7 +54,10 @@ class GkeOptions:
     nodes: int = option(1, "number of GPU nodes", minimum=1)
     gpus_per_node: int = option(8, "GPUs per node", minimum=1)
     spot: bool = option(False, "use spot nodes")
-    service_account: str = option("default", "Kubernetes service account with write access to the workdir")
+    service_account: str = option(
+        "default", "Kubernetes service account with write access to the workdir and read access to mounted buckets"
+    )
+    mount: tuple[str, ...] = option((), mounts.HELP)
     max_restarts: int = option(10, "how many times to restart all nodes after one was lost", minimum=0)
     dry_run: bool = option(False, "print the JobSet without creating it")
 
@@ -68,6 +72,7 @@ def _check(options: GkeOptions) -> None:
     if options.tpu:
         _check_topology(options.tpu)
     _check_ignored(options)
+    mounts.parse(options.mount)
 
 
 def _check_ignored(options: GkeOptions) -> None:
@@ -131,12 +136,13 @@ def _container(job: Job, pool: _Pool) -> dict[str, Any]:
         "env": environment,
         "ports": [{"containerPort": _PORT}],
         "resources": {"limits": {pool.resource: pool.count}},
+        "volumeMounts": mounts.volume_mounts(mounts.parse(options.mount)),
     }
 
 
 def _job(job: Job, pool: _Pool) -> dict[str, Any]:
     """The Kubernetes Job for one slice, or for all GPU nodes."""
-    options = job.options
+    options, mounted = job.options, mounts.parse(job.options.mount)
     spot = {"cloud.google.com/gke-spot": "true"} if options.spot else {}
     pod = {
         "restartPolicy": "Never",  # a lost node fails the Job, so that the JobSet restarts all pods together
@@ -144,6 +150,7 @@ def _job(job: Job, pool: _Pool) -> dict[str, Any]:
         "terminationGracePeriodSeconds": 120,  # time to save a checkpoint after SIGTERM
         "nodeSelector": pool.labels | spot,
         "containers": [_container(job, pool)],
+        "volumes": mounts.volumes(mounted),
     }
     non_retryable = {"containerName": _CONTAINER, "operator": "In", "values": list(job_lib.NON_RETRYABLE_EXIT_CODES)}
     return {
@@ -152,7 +159,7 @@ def _job(job: Job, pool: _Pool) -> dict[str, Any]:
         "completionMode": "Indexed",
         "backoffLimit": 0,
         "podFailurePolicy": {"rules": [{"action": "FailJob", "onExitCodes": non_retryable}]},
-        "template": {"spec": pod},
+        "template": {"metadata": {"annotations": mounts.annotations(mounted)}, "spec": pod},
     }
 
 

@@ -98,11 +98,6 @@ def _archived() -> Iterator[Path]:
         yield path
 
 
-def _setup(tpu: Tpu, path: Path) -> None:
-    for command in tpu.setup(path):
-        gcloud.call(command)
-
-
 def _run(tpu: Tpu, job: Job) -> int:
     """Runs the job, with the hosts' output shown and logged; returns the exit code."""
     log = Path(default_workdir("tpu", job.experiment.name), "log.txt")
@@ -137,7 +132,7 @@ def _train(tpu: Tpu, job: Job, path: Path) -> int:
             raise
     _wait(tpu)
     try:
-        _setup(tpu, path)
+        gcloud.call(*tpu.setup(path), *tpu.mount())
     except GcloudError:
         _check_ready(tpu)
         raise
@@ -213,17 +208,20 @@ def _commands(verb: str, tpu: Tpu, job: Job | None) -> list[list[str]]:
         case "delete":
             return [tpu.delete()]
     assert job
-    run = tpu.run(job)
+    run = [*tpu.mount(), tpu.run(job)]
     end = [] if job.options.keep else [tpu.delete()]
-    return [run] if verb == "run" else [tpu.create(), *tpu.setup(path), run, *end]
+    return run if verb == "run" else [tpu.create(), *tpu.setup(path), *run, *end]
 
 
 def _do(verb: str, tpu: Tpu, job: Job | None) -> int:
+    if job and verb == "up":
+        return _up(tpu, job)
     if job:
-        return _up(tpu, job) if verb == "up" else _run(tpu, job)
+        gcloud.call(*tpu.mount())
+        return _run(tpu, job)
     if verb == "setup":
         with _archived() as path:
-            _setup(tpu, path)
+            gcloud.call(*tpu.setup(path))
         return 0
     return subprocess.run(_commands(verb, tpu, job)[0]).returncode
 
@@ -245,6 +243,8 @@ def run(argv: Sequence[str]) -> int:
         _, rest = job_lib.parse_options("tpu", str(__doc__), options, argv[verb in _VERBS :])
         if verb not in _VERBS or rest:
             raise UserError(f"unexpected {(rest or argv)[0]!r}: the first argument is one of {', '.join(_VERBS)}")
+        if options.mount:
+            raise UserError(f"--mount is for `up` and `run`, which mount the buckets: leave it out of `{verb}`")
     gcloud.check(options)
     tpu = Tpu(options)
     if options.dry_run:

@@ -115,8 +115,8 @@ def help_text(experiment: Experiment) -> str:
 
 def field_help(path: str, field: dataclasses.Field, value: Any, when: str = "") -> list[str]:
     """The lines of `--help` for one flag: type, default, help and choices; `when` says in which mode it is used."""
-    kind = getattr(field.type, "__name__", "float")
-    default = {"": "empty", None: "see below"}.get(value, value)
+    kind = {float | None: "float", tuple[str, ...]: "str"}.get(field.type, getattr(field.type, "__name__", ""))
+    default = {"": "empty", (): "none", None: "see below"}.get(value, value)
     choices = " | ".join(c or "''" for c in field.metadata["choices"])
     first = f"  --{path}={kind} (default: {default}){when}"
     return [first, f"      {field.metadata['help']}" + (f": {choices}" if choices else "")]

@@ -25,6 +25,7 @@ CONTAINER = {
     "env": [{"name!": str, "value": str}],
     "ports": [{"containerPort!": PORT}],
     "resources": {"limits": {"*": NATURAL}},
+    "volumeMounts": [{"name!": str, "mountPath!": str, "readOnly": bool}],
 }
 POD = {
     "containers!": [CONTAINER],
@@ -32,6 +33,7 @@ POD = {
     "restartPolicy!": ("Never",),  # a Job may have OnFailure too, but none with a podFailurePolicy
     "serviceAccountName": str,
     "terminationGracePeriodSeconds": NATURAL,
+    "volumes": [{"name!": str, "csi": {"driver!": str, "readOnly": bool, "volumeAttributes": {"*": str}}}],
 }
 EXIT_CODES = {"containerName": str, "operator!": ("In", "NotIn"), "values!": [range(1, 256)]}
 JOB = {
@@ -42,7 +44,7 @@ JOB = {
     "podFailurePolicy": {
         "rules!": [{"action!": ("Count", "FailIndex", "FailJob", "Ignore"), "onExitCodes": EXIT_CODES}]
     },
-    "template!": {"spec!": POD},
+    "template!": {"metadata": {"annotations": {"*": str}}, "spec!": POD},
 }
 REASONS = ("BackoffLimitExceeded", "DeadlineExceeded", "FailedIndexes", "MaxFailedIndexesExceeded", "PodFailurePolicy")
 ACTIONS = (
@@ -100,6 +102,7 @@ SWEEP = ("launch.sweep", "experiments.cifar_cnn", "--storage=postgresql://h/d", 
         ("--tpu=tpu7x:2x2x2", "--name=t", "--namespace=true", "--service_account=1"),
         ("--gpu=nvidia-h100-80gb", "--nodes=2", "--gpus_per_node=4", "--spot"),
         (*SWEEP, "--gpu=1"),
+        ("--tpu=v6e:4x4", "--mount=gs://abc:/data", "--mount=gs://123/x:/x"),
     ],
 )
 def test_it_is_a_jobset(args, capsys):

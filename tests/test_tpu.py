@@ -131,6 +131,7 @@ def test_hosts_can_run_a_worker_of_a_sweep(capsys):
         ("delete",),
         ("delete", "--queued"),
         ("run", "experiments.cifar_cnn", "--workdir=gs://b/x"),
+        ("run", "experiments.cifar_cnn", "--workdir=gs://b/x", "--mount=gs://abc/d:/data"),
     ],
 )
 def test_gcloud_itself_takes_the_commands(args, env, capsys):

@@ -100,6 +100,12 @@ def test_one_that_is_lost_before_it_trains_is_replaced(up, fate, calls, said):
     assert f"the TPU was {said}: restart 1 of 10\n" in errors
 
 
+def test_buckets_are_mounted_again_on_a_replacement(up):
+    code, called, _ = up("--mount=gs://abc:/data", fates=["ssh PREEMPTED"])
+    first, replacement = [*ALL[:4], "describe", "delete"], [*ALL, "ssh", "delete"]
+    assert (code, called) == (0, ["describe", *first, *replacement])
+
+
 def test_a_suspended_queued_resource_is_replaced_too(up):
     code, called, errors = up("--queued", fates=["describe SUSPENDED"])
     assert (code, called.count("create"), called.count("delete")) == (0, 2, 2)

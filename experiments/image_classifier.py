@@ -74,9 +74,7 @@ def make_task(config: ImageClassifierConfig, dataset: Dataset) -> Classification
     return Classification(network, mean, std, config.augment, config.label_smoothing, config.mirror)
 
 
-EXPERIMENT = app.Experiment(
-    "image_classifier", str(__doc__), {"default": get_config}, make_task, complete=complete
-)
+EXPERIMENT = app.Experiment("image_classifier", str(__doc__), {"default": get_config}, make_task, complete=complete)
 
 if __name__ == "__main__":
     app.main(EXPERIMENT)

@@ -139,6 +139,7 @@ def _manifest(
     from research.training import summary
     from research.training.state import num_params
 
+    dataset = training.config.dataset
     return {
         "experiment": experiment,
         "dataset": training.dataset.name,
@@ -146,6 +147,8 @@ def _manifest(
         "num_params": num_params(training.state),
         "results": training.progress.results,
         "config": dataclasses.asdict(training.config),
+        # How images of any size become inputs; null: they must have the inputs' size.
+        "center_crop": dataset.center_crop if dataset.image_size else None,
         "classes": list(training.dataset.label_names),
         "platforms": list(PLATFORMS),
         "functions": {

@@ -45,7 +45,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """
     parser = _Parser("launch.predict", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.allow_abbrev = False
-    parser.add_argument("images", nargs="*", help="image files of the network's input size, or folders of such files")
+    parser.add_argument(
+        "images",
+        nargs="*",
+        help="image files, or folders of such files; of the network's input size, unless it was trained on crops",
+    )
     parser.add_argument("--artifact", required=True, type=_path, help="folder written by launch.export")
     parser.add_argument("--runtime", default="jax", choices=("jax", "iree"), help="compiles and runs the programs")
     parser.add_argument("--out", type=_path, help="folder for the output images, new or empty")
@@ -143,7 +147,7 @@ def _classify(artifact: Artifact, options: argparse.Namespace) -> None:
         raise ArtifactError("give images to classify, as in `python -m launch.predict --artifact=DIR image.png`")
     shape = artifact.manifest["functions"]["classify"]["inputs"]["image"]["shape"][1:]
     paths = image_files.list_files(options.images)
-    images = image_files.read(paths, shape)
+    images = image_files.read(paths, shape, artifact.manifest.get("center_crop"))
     classes = artifact.manifest["classes"]
     logits = _in_batches(_runtime(artifact, options), "classify", {"image": images}, "images")["logits"]
     for path, row in zip(paths, _softmax(logits)):
@@ -169,7 +173,10 @@ def _reconstruct_or_draw(artifact: Artifact, options: argparse.Namespace) -> Non
     if options.images:
         shape = artifact.manifest["functions"]["encode"]["inputs"]["image"]["shape"][1:]
         paths = image_files.list_files(options.images)
-        inputs = {"image": image_files.read(paths, shape), "index": _index(len(paths))}
+        inputs = {
+            "image": image_files.read(paths, shape, artifact.manifest.get("center_crop")),
+            "index": _index(len(paths)),
+        }
         _make_folder(options.out)
         runtime = _runtime(artifact, options)
         latents = _in_batches(runtime, "encode", inputs, "images")["mean"]

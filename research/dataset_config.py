@@ -40,6 +40,9 @@ class DatasetConfig:
         "0: use the images as they are",
         minimum=0,
     )
+    train_image_size: int = option(
+        0, "side of training images, where it differs from image_size; 0: image_size", minimum=0
+    )
     train_crop: str = option(
         "random_resized",
         "crop of training images to image_size: a box of random area and shape, or the shorter side as a whole",

@@ -39,7 +39,8 @@ class Artifact:
     """An artifact whose files have been checked.
 
     Attributes:
-      manifest: "functions" by name, each with "file", "inputs", "outputs" and "preprocessing"; "classes"; and more.
+      manifest: "functions" by name, each with "file", "inputs", "outputs" and "preprocessing"; "classes";
+        "center_crop", if images of any size are cropped and resized as in evaluation; and more.
       weights: the arrays by name, shared by all functions.
       programs: a serialized `jax.export.Exported` for each function name.
     """
@@ -123,6 +124,8 @@ def _check_form(manifest: Mapping[str, Any]) -> None:
     for name in ("classes", "platforms"):
         if not (isinstance(manifest[name], list) and all(isinstance(x, str) for x in manifest[name])):
             raise TypeError(f"{name} is not a list of names")
+    if (crop := manifest.get("center_crop")) is not None and not (isinstance(crop, float) and 0 < crop <= 1):
+        raise TypeError(f"center_crop is {crop!r}, not a fraction")
     arrays = [manifest["weights"]]
     for function in manifest["functions"].values():
         arrays += [function["inputs"], function["outputs"]]

@@ -1,7 +1,8 @@
 """Finds and reads image files, and writes arrays as PNG files.
 
-Files are decoded as in training and evaluation, by the rules of `research.data.decoding`. An image of another size is
-refused: the choice of resampling would change predictions.
+Files are decoded as in training and evaluation, by the rules of `research.data.decoding`. If the network was trained on
+crops, images of any size are cropped and resized as in its evaluation. Otherwise an image of another size is refused:
+the choice of resampling would change predictions.
 """
 
 import os
@@ -59,23 +60,31 @@ def _is_image(file: Path) -> bool:
     return file.suffix.lower() in _SUFFIXES and not file.name.startswith(".") and not file.is_dir()
 
 
-def read(paths: Sequence[str], shape: Sequence[int]) -> np.ndarray:
-    """Reads n image files of `shape` (h, w, c) as uint8 [n, h, w, c].
+def read(paths: Sequence[str], shape: Sequence[int], center_crop: float | None = None) -> np.ndarray:
+    """Reads n image files as uint8 [n, h, w, c].
+
+    Args:
+      paths: the files.
+      shape: (h, w, c) of the result.
+      center_crop: `fraction` of `decoding.decode_center`, for images of any size; None: they must have this shape.
 
     Raises:
       ArtifactError: a file is not an image, or not one that the network takes.
     """
     if shape[2] not in decoding.MODES:
         raise ArtifactError(f"this network takes {shape[2]} channels, and image files have 1 to 4")
-    return np.stack([_read(path, shape) for path in paths])
+    return np.stack([_read(path, shape, center_crop) for path in paths])
 
 
-def _read(path: str, shape: Sequence[int]) -> np.ndarray:
+def _read(path: str, shape: Sequence[int], center_crop: float | None) -> np.ndarray:
     height, width, channels = shape
     try:
         if not Path(path).is_file():
             raise ArtifactError(f"{path}: no such file")
-        return decoding.decode(Path(path).read_bytes(), channels, (height, width))
+        encoded = Path(path).read_bytes()
+        if center_crop is not None and height == width:
+            return decoding.decode_center(encoded, channels, height, center_crop)
+        return decoding.decode(encoded, channels, (height, width))
     except decoding.SizeError as error:
         raise ArtifactError(f"{path} {error} as this network expects: resize or crop it first") from None
     except decoding.ImageError as error:

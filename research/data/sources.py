@@ -142,7 +142,7 @@ def load(config: DatasetConfig, own: Mapping[str, own_data.Load] = MappingProxyT
 
 def _check_crops(config: DatasetConfig) -> None:
     """Raises `UserError` if a field of the crops was set but has no effect."""
-    for field in ("train_crop", "crop_min_area", "center_crop"):
+    for field in ("train_image_size", "train_crop", "crop_min_area", "center_crop"):
         if not config.image_size and getattr(config, field) != getattr(DatasetConfig(), field):
             raise UserError(f"--config.dataset.{field} needs --config.dataset.image_size, the size of the crops")
     if config.train_crop != "random_resized" and config.crop_min_area != DatasetConfig().crop_min_area:
@@ -151,7 +151,7 @@ def _check_crops(config: DatasetConfig) -> None:
 
 def open_splits(
     name: str, config: DatasetConfig, own: Mapping[str, own_data.Load] = MappingProxyType({})
-) -> tuple[tuple[str, ...], dict[str, Callable[[], Examples]], str]:
+) -> tuple[tuple[str, ...], Mapping[str, Callable[[], Examples]], str]:
     """Opens a data set by its name: (label names, a function for each split that loads it, version).
 
     Raises:
@@ -163,8 +163,28 @@ def open_splits(
         label_names, splits = own_data.load(name, own[name], config) if name in own else embedded.DATASETS[name]()
         return label_names, {split: functools.partial(_copied, examples) for split, examples in splits.items()}, ""
     if name == "folder":
-        return *folder.load(config.data_dir, hold_out=not config.test_fraction), ""
+        label_names, listings = folder.load(config.data_dir, hold_out=not config.test_fraction)
+        return label_names, listings, ""
     return _load_tfds(name, config)
+
+
+def open_records(name: str, data_dir: str) -> tuple[tuple[str, ...], dict[str, Source]]:
+    """Opens all splits of a set of images: (label names, the records of each split).
+
+    Raises:
+      UserError: as `load`, or the set has no images.
+    """
+    config = DatasetConfig(name=name, data_dir=data_dir, image_size=1)  # so that images are not decoded in advance
+    label_names, loaders, _ = open_splits(name, config)
+    return label_names, {split: _as_records(load_split(), config) for split, load_split in loaders.items()}
+
+
+def _as_records(examples: Examples, config: DatasetConfig) -> Source:
+    if isinstance(examples, Source):
+        return examples
+    if "image" not in examples:
+        raise UserError(f"--config.dataset.name={config.name} has no images, so it has no --config.dataset.image_size")
+    return ArraySource(examples, cache.fingerprint(examples))
 
 
 def _copied(examples: Examples) -> Examples:
@@ -203,18 +223,12 @@ def _load(name: str, config: DatasetConfig, own: Mapping[str, own_data.Load]) ->
 
 def _ready(role: str, examples: Examples, config: DatasetConfig, num_classes: int) -> Split:
     """Returns the split with its images cropped when they are read, or as read-only arrays."""
-    if isinstance(examples, Source):
-        return StreamedSplit(role, examples, config, num_classes)
-    if config.image_size:
-        if "image" not in examples:
-            raise UserError(
-                f"--config.dataset.name={config.name} has no images, so --config.dataset.image_size must be 0"
-            )
-        return StreamedSplit(role, ArraySource(examples, cache.fingerprint(examples)), config, num_classes)
+    if isinstance(examples, Source) or config.image_size:
+        return StreamedSplit(role, _as_records(examples, config), config, num_classes)
     return cache.read_only(examples)
 
 
-def _load_tfds(name: str, config: DatasetConfig) -> tuple[tuple[str, ...], dict[str, Callable[[], Examples]], str]:
+def _load_tfds(name: str, config: DatasetConfig) -> tuple[tuple[str, ...], Mapping[str, Callable[[], Examples]], str]:
     data_folder = tfds_sets.data_folder(config.data_dir)
     path = tfds_sets.find(name, data_folder)
     if path is None and prepare.is_preparable(name):

@@ -4,6 +4,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import os
+import shlex
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -24,12 +25,10 @@ _ROWS_AT_ONCE = 16  # of a batch, by one thread
 
 
 @functools.cache
-def _threads() -> concurrent.futures.ThreadPoolExecutor:
-    return concurrent.futures.ThreadPoolExecutor(_num_cores(), "read")
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def threads() -> concurrent.futures.ThreadPoolExecutor:
+    """Returns the threads that read and decode, one for each core that this process may use."""
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return concurrent.futures.ThreadPoolExecutor(num_cores, "read")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +60,9 @@ class StreamedSplit(Mapping[str, "Column"]):
         self._source = source
         self._config = config
         self._num_classes = num_classes
+        self._size = config.image_size
+        if role == "train":
+            self._size = config.train_image_size or self._size
         self._damaged: set[int] = set()
         self._lock = threading.Lock()
         if not len(source):
@@ -68,7 +70,7 @@ class StreamedSplit(Mapping[str, "Column"]):
         self._features = self._probe()
         if config.image_size and "image" not in self._features:
             raise UserError(
-                f"--config.dataset.name={config.name} has no images, so --config.dataset.image_size must be 0"
+                f"--config.dataset.name={config.name} has no images, so it has no --config.dataset.image_size"
             )
         self._columns: dict[str, Any] = {name: Column(self, name) for name in self._features}
         if source.labels is not None and "label" in self._columns:
@@ -170,7 +172,7 @@ class StreamedSplit(Mapping[str, "Column"]):
         if len(starts) <= 1:
             read_rows(0)
         else:
-            list(_threads().map(read_rows, starts))
+            list(threads().map(read_rows, starts))
 
     def _read(self, arrays: dict[str, np.ndarray], row: int, number: int, draw: _Draw | None) -> bool:
         """Reads an example into a row of `arrays`; returns False if it is damaged."""
@@ -209,7 +211,7 @@ class StreamedSplit(Mapping[str, "Column"]):
         return np.asarray(value, np.int32)
 
     def _image(self, image: Any, number: int, draw: _Draw | None) -> np.ndarray:
-        size, config = self._config.image_size, self._config
+        size, config = self._size, self._config
         if not size:
             if isinstance(image, bytes):
                 raise UserError(
@@ -240,9 +242,8 @@ class StreamedSplit(Mapping[str, "Column"]):
             count, most = len(self._damaged), self._config.max_damaged
         message = f"{self._role}, {self._source.record_name(number)} {error}"
         if count > most:
-            dataset = f"--config.dataset.name={self._config.name}"
-            if self._config.data_dir:
-                dataset += f" --config.dataset.data_dir={self._config.data_dir}"
+            data_dir = [f"--data_dir={self._config.data_dir}"] if self._config.data_dir else []
+            dataset = shlex.join([self._config.name, *data_dir])
             raise UserError(
                 f"{message}: `python -m research.data.check {dataset}` lists all damaged examples; "
                 f"--config.dataset.max_damaged={max(2 * most, 10)} does without up to as many"

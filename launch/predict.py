@@ -45,11 +45,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """
     parser = _Parser("launch.predict", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.allow_abbrev = False
-    parser.add_argument(
-        "images",
-        nargs="*",
-        help="image files, or folders of such files; of the network's input size, unless it was trained on crops",
-    )
+    images_help = "image files or folders of them, of the network's input size unless it was trained on crops"
+    parser.add_argument("images", nargs="*", help=images_help)
     parser.add_argument("--artifact", required=True, type=_path, help="folder written by launch.export")
     parser.add_argument("--runtime", default="jax", choices=("jax", "iree"), help="compiles and runs the programs")
     parser.add_argument("--out", type=_path, help="folder for the output images, new or empty")

@@ -118,7 +118,8 @@ def test_random_resized_boxes_have_the_published_distribution():
     boxes = np.array([crops.random_resized(1000, 1000, rng, 0.08) for _ in range(4000)], float)
     left, top, width, height = boxes.T
     areas, log_ratios = width * height / 1e6, np.log(width / height)
-    assert 0.079 < areas.min() and areas.max() <= 1
+    assert areas.min() > 0.079
+    assert areas.max() <= 1
     assert np.abs(log_ratios).max() < math.log(4 / 3) + 0.01
     # A box of less than 3/4 of the area always fits, so there both are uniform and independent.
     small = areas < 0.75
@@ -126,7 +127,8 @@ def test_random_resized_boxes_have_the_published_distribution():
         quantiles = np.quantile(values, [0.1, 0.3, 0.5, 0.7, 0.9])
         np.testing.assert_allclose(quantiles, low + (high - low) * np.array([0.1, 0.3, 0.5, 0.7, 0.9]), atol=0.03)
     for start, side in ((left, width), (top, height)):
-        assert (start >= 0).all() and (start + side <= 1000).all()
+        assert (start >= 0).all()
+        assert (start + side <= 1000).all()
         places = start[small] / (1001 - side[small])
         np.testing.assert_allclose(np.quantile(places, [0.1, 0.5, 0.9]), [0.1, 0.5, 0.9], atol=0.03)
 

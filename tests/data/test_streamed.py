@@ -1,0 +1,244 @@
+"""Examples that are read when needed: the same for any batch and restart; damaged ones are named or counted."""
+
+import threading
+
+import numpy as np
+import photographs
+import pytest
+
+from research.data import check, sources
+from research.data.source import DamagedError, Source, Subset
+from research.data.streamed import Column, StreamedSplit
+from research.dataset_config import DatasetConfig
+from research.errors import UserError
+
+
+class Records(Source):
+    """Images in memory; those in `damaged` cannot be read."""
+
+    fingerprint = "records"
+
+    def __init__(self, count=20, damaged=(), **features):
+        self._images = [photographs.encode(photographs.gradient(20 + 3 * i, 60, i), "PNG") for i in range(count)]
+        self._damaged = damaged
+        self._features = features
+        self.reads = []
+
+    def __len__(self):
+        return len(self._images)
+
+    def __getitem__(self, number):
+        self.reads.append((number, threading.current_thread().name))
+        if number in self._damaged:
+            raise DamagedError("is torn")
+        return {"image": self._images[number], "label": number % 3} | {
+            name: value(number) for name, value in self._features.items()
+        }
+
+    def record_name(self, number):
+        return f"page {number}"
+
+
+CONFIG = DatasetConfig(name="book", data_dir="my shelf", image_size=16)
+
+
+def _config(**changes):
+    return DatasetConfig(**{"name": "book", "image_size": 16} | changes)
+
+
+def _training(split, numbers, epoch=0, seed=0):
+    numbers = np.array(numbers)
+    return split.training(numbers, np.full_like(numbers, epoch), seed)
+
+
+def test_columns_behave_like_arrays():
+    split = StreamedSplit("train", Records(weight=lambda i: np.full(2, i / 2)), CONFIG)
+    assert {name: (x.shape, x.dtype.name, len(x), x.ndim) for name, x in split.items()} == {
+        "image": ((20, 16, 16, 3), "uint8", 20, 4),
+        "label": ((20,), "int32", 20, 1),
+        "weight": ((20, 2), "float32", 20, 2),
+    }
+    array = np.asarray(split["image"])
+    assert array.shape == (20, 16, 16, 3)
+    for index in (3, -1, slice(2, 9, 3), [5, 0, 5], np.array([[1, 2], [3, 4]]), np.arange(20) > 15):
+        np.testing.assert_array_equal(split["image"][index], array[index])
+    np.testing.assert_array_equal(split["image"][:5, ::2, 3], array[:5, ::2, 3])
+    np.testing.assert_array_equal(split["label"][:], np.arange(20) % 3)
+    np.testing.assert_array_equal(split["weight"][4], [2, 2])
+    with pytest.raises(IndexError):
+        split["image"][20]
+
+
+def test_reading_one_feature_does_not_decode_the_images(monkeypatch):
+    split = StreamedSplit("test", Records(), CONFIG)
+    monkeypatch.setattr(StreamedSplit, "_image", lambda *_: pytest.fail("an image was decoded"))
+    assert len(np.asarray(split["label"])) == 20
+
+
+def test_a_crop_depends_on_seed_epoch_and_number_only():
+    split = StreamedSplit("train", Records(), CONFIG)
+    together = _training(split, np.arange(20).reshape(4, 5))
+    assert together["image"].shape == (4, 5, 16, 16, 3)
+    assert together["label"].shape == (4, 5)
+    alone = np.stack([_training(split, [i])["image"][0] for i in reversed(range(20))])[::-1]
+    np.testing.assert_array_equal(together["image"].reshape(alone.shape), alone)
+    other = StreamedSplit("train", Records(), CONFIG)
+    np.testing.assert_array_equal(_training(other, [7])["image"][0], alone[7])
+    for changes in ({"epoch": 1}, {"seed": 1}):
+        changed = _training(split, np.arange(20), **changes)["image"]
+        assert all((x != y).any() for x, y in zip(changed, alone))
+
+
+def test_evaluation_is_the_center_of_each_image():
+    split = StreamedSplit("test", Records(), _config(center_crop=1.0))
+    arrays, intact = split.evaluation(np.array([[3, 4]]))
+    assert intact.all()
+    assert intact.shape == (1, 2)
+    assert arrays["image"].shape == (1, 2, 16, 16, 3)
+    np.testing.assert_array_equal(arrays["label"], [[0, 1]])
+
+
+def test_training_images_may_have_another_size():
+    config = _config(train_image_size=12)
+    train, test = (StreamedSplit(role, Records(), config) for role in ("train", "test"))
+    assert train["image"].shape[1:] == (12, 12, 3)
+    assert test["image"].shape[1:] == (16, 16, 3)
+    assert _training(train, [0])["image"].shape == (1, 12, 12, 3)
+
+
+def test_crops_follow_the_config():
+    whole = [
+        _training(StreamedSplit("train", Records(), _config(**changes)), np.arange(20))["image"]
+        for changes in ({}, {"crop_min_area": 1.0}, {"train_crop": "resize"})
+    ]
+    assert all((a != b).any() for a in whole for b in whole if a is not b)
+    fractions = [StreamedSplit("test", Records(), _config(center_crop=fraction))["image"][:] for fraction in (0.5, 1.0)]
+    assert (fractions[0] != fractions[1]).any()
+
+
+def test_a_batch_is_read_by_several_threads():
+    records = Records(64)
+    _training(StreamedSplit("train", records, CONFIG), np.arange(64))
+    assert len({name for number, name in records.reads[1:]} - {"MainThread"}) >= 1
+    assert sorted(number for number, _ in records.reads[1:]) == list(range(64))
+
+
+def test_a_damaged_example_ends_it_with_its_name_and_the_command_that_finds_the_others():
+    split = StreamedSplit("train", Records(damaged={3}), CONFIG)
+    command = r"`python -m research\.data\.check book '--data_dir=my shelf'` lists all"
+    with pytest.raises(UserError, match=f"^train, page 3 is torn: {command}"):
+        _training(split, np.arange(20))
+    split = StreamedSplit("test", Records(damaged={3}), CONFIG)
+    with pytest.raises(UserError, match="max_damaged=10"):
+        split.evaluation(np.arange(20))
+
+
+def test_damaged_examples_are_replaced_counted_and_logged_once(capsys):
+    split = StreamedSplit("train", Records(damaged={3, 4, 19}), _config(max_damaged=3))
+    for epoch in (0, 1):
+        arrays = _training(split, np.arange(20), epoch)
+        np.testing.assert_array_equal(arrays["label"][[3, 4, 19]], [5 % 3, 5 % 3, 0])
+    lines = capsys.readouterr().err.splitlines()
+    assert {line.split(":")[1] for line in lines} == {f" train, page {number} is torn" for number in (3, 4, 19)}
+    assert [line.split(":")[2] for line in lines] == [f" does without it ({i} of at most 3)" for i in (1, 2, 3)]
+    split = StreamedSplit("train", Records(damaged={3, 4, 19}), _config(max_damaged=2))
+    with pytest.raises(UserError, match=r"is torn.*max_damaged=10"):
+        _training(split, np.arange(20))
+
+
+def test_evaluation_leaves_damaged_examples_out():
+    split = StreamedSplit("test", Records(damaged={3}), _config(max_damaged=1))
+    arrays, intact = split.evaluation(np.arange(5))
+    np.testing.assert_array_equal(intact, [True, True, True, False, True])
+    assert not arrays["image"][3].any()
+
+
+def test_labels_out_of_range_are_damage():
+    split = StreamedSplit("train", Records(), CONFIG, num_classes=2)
+    with pytest.raises(UserError, match=r"page 2 has the label 2, which is not in 0\.\.1"):
+        _training(split, np.arange(20))
+
+
+def test_features_whose_shape_varies_are_named():
+    split = StreamedSplit("train", Records(boxes=lambda i: np.zeros(i + 1)), CONFIG)
+    with pytest.raises(UserError, match=r"train, page 1: the shape of boxes is \(2,\), not \(1,\) as in the first"):
+        _training(split, np.arange(20))
+
+
+@pytest.mark.parametrize(
+    ("records", "changes", "words"),
+    [
+        (Records(0), {}, "name=book: the train split has no examples"),
+        (Records(4, damaged=range(4)), {}, "no example of train is readable: page 0 is torn"),
+        (Records(4), {"image_size": 0}, "image files of any size: choose the size .* --config.dataset.image_size=128"),
+    ],
+)
+def test_a_split_that_cannot_be_used_is_named_before_training(records, changes, words):
+    with pytest.raises(UserError, match=words):
+        StreamedSplit("train", records, _config(**changes))
+
+
+def test_statistics_are_those_of_a_fixed_sample_spread_over_the_split():
+    records = Records(30)
+    column = StreamedSplit("train", records, CONFIG)["image"]
+    assert isinstance(column, Column)
+    np.testing.assert_array_equal(column.sample(4), np.asarray(column)[[0, 9, 19, 29]])
+    assert len(column.sample()) == 30
+
+
+def test_a_subset_has_the_records_labels_and_names_of_its_source():
+    records = Records(10)
+    records.labels = np.arange(10, dtype=np.int32)
+    part = Subset(records, np.array([7, 2]))
+    assert len(part) == 2
+    assert part[0]["label"] == 7 % 3
+    assert part.record_name(1) == "page 2"
+    np.testing.assert_array_equal(part.labels, [7, 2])
+    assert part.fingerprint != Subset(records, np.array([2, 7])).fingerprint != records.fingerprint
+    split = StreamedSplit("train", part, CONFIG)
+    np.testing.assert_array_equal(split["label"], [7, 2])  # known without reading
+
+
+def test_streaming_gives_the_pixels_of_the_resident_set():
+    resident = sources.load(DatasetConfig(name="digits"))
+    streamed = sources.load(DatasetConfig(name="digits", image_size=32, train_crop="resize", center_crop=1.0))
+    numbers = np.arange(100)
+    np.testing.assert_array_equal(_training(streamed.train, numbers)["image"], resident.train["image"][:100])
+    np.testing.assert_array_equal(streamed.test["image"][:], resident.test["image"])
+    np.testing.assert_array_equal(streamed.test["label"], resident.test["label"])
+    assert not resident.train.keys() - streamed.train.keys()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"train_crop": "resize"}, "train_crop needs --config.dataset.image_size"),
+        ({"crop_min_area": 0.5}, "crop_min_area needs --config.dataset.image_size"),
+        ({"center_crop": 0.5}, "center_crop needs --config.dataset.image_size"),
+        ({"train_image_size": 16}, "train_image_size needs --config.dataset.image_size"),
+        ({"max_damaged": 1}, "max_damaged needs --config.dataset.image_size"),
+        ({"image_size": 32, "train_crop": "resize", "crop_min_area": 0.5}, "needs --config.dataset.train_crop=random_"),
+        ({"name": "pydoc", "image_size": 32}, "pydoc has no images"),
+    ],
+)
+def test_fields_without_effect_are_refused(changes, words):
+    with pytest.raises(UserError, match=words):
+        sources.load(DatasetConfig(**{"name": "digits"} | changes))
+
+
+def test_the_check_lists_every_damaged_example(tmp_path, capsys):
+    folder = photographs.make_folder(tmp_path / "pets")
+    assert check.run(["folder", f"--data_dir={folder}"]) == 0
+    (folder / "train/cat/3.jpg").write_bytes(b"no image")
+    data = (folder / "test/dog/1.jpg").read_bytes()
+    (folder / "test/dog/1.jpg").write_bytes(data[: len(data) // 2])
+    capsys.readouterr()
+    assert check.run(["folder", f"--data_dir={folder}"]) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert lines[-1] == "folder: 2 of 36 examples are damaged"
+    assert any("train/cat/3.jpg is not an intact image" in line for line in lines)
+    assert any("test/dog/1.jpg is not an intact image" in line for line in lines)
+    assert check.run(["digits"]) == 0
+    with pytest.raises(UserError, match="pydoc has no images"):
+        check.run(["pydoc"])

@@ -234,6 +234,7 @@ def test_the_fingerprint_depends_on_names_and_labels_only(data_dir, tmp_path):
     add(data_dir, *paths)
     add(tmp_path / "copy", *reversed(paths), content=b"other")
     fingerprint = train(data_dir).fingerprint
+    assert list(train(data_dir).keys()) == [path.encode() for path in paths]
     assert train(tmp_path / "copy").fingerprint == fingerprint
     (tmp_path / "copy/cat/0.png").rename(tmp_path / "copy/dog/10.png")
     assert train(tmp_path / "copy").fingerprint != fingerprint

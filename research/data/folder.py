@@ -93,11 +93,11 @@ def load(data_dir: str, *, hold_out: bool) -> tuple[tuple[str, ...], Loaders]:
     folders = _split_folders(top, folder_listing.read_folder(top).folders)
     train = folders.get("train", top)
     classes = {name: label for label, name in enumerate(_class_folders(train))}
-    open_train = functools.cache(functools.partial(_open_train, train, classes))
     loaders: Loaders = {split: functools.partial(_open, folder, classes) for split, folder in folders.items()}
-    loaders["train"] = open_train
+    loaders["train"] = functools.partial(_open_train, train, classes)
     if hold_out and not folders:
-        loaders = {split: functools.partial(_part, open_train, split) for split in ("train", "test")}
+        open_parts = functools.cache(functools.partial(_open_parts, train, classes))
+        loaders = {split: lambda split=split: open_parts()[split] for split in ("train", "test")}
     return tuple(map(printable, classes)), loaders
 
 
@@ -144,13 +144,12 @@ def _open_train(root: bytes, classes: Mapping[bytes, int]) -> FolderSource:
     return source
 
 
-def _part(open_train: Callable[[], Source], split: str) -> Source:
-    source = open_train()
-    is_test = held_out(source.keys() or (), _TEST_FRACTION, b"test")
-    numbers = np.flatnonzero(is_test if split == "test" else ~is_test)
-    if not len(numbers):
+def _open_parts(root: bytes, classes: Mapping[bytes, int]) -> dict[str, Source]:
+    source = _open_train(root, classes)
+    is_test = held_out(source.keys(), _TEST_FRACTION, b"test")
+    if is_test.all() or not is_test.any():
         raise UserError(
-            f"{source.record_name(0)} and {len(source) - 1:,} more are too few images to hold out "
-            f"{_TEST_FRACTION:.0%} for the split test: add images, or use DIR/train/CLASS and DIR/test/CLASS"
+            f"{printable(root)} has too few images ({len(source):,}) to hold out {_TEST_FRACTION:.0%} for the split "
+            "test: add images, or use DIR/train/CLASS and DIR/test/CLASS"
         )
-    return Subset(source, numbers)
+    return {"train": Subset(source, np.flatnonzero(~is_test)), "test": Subset(source, np.flatnonzero(is_test))}

@@ -137,7 +137,7 @@ def load(root: bytes, classes: Mapping[bytes, int]) -> Arrays:
                 return listing
     listing = scan(root, classes)
     # A folder that is still changing may change again without another timestamp.
-    if (listing["stamps"][:, 0] >= 0).all():
+    if (listing["stamps"] != -1).all():
         name = of_classes + _hash(listing["folders"].tobytes() + listing["stamps"].tobytes())
         listing = cache.load(name, lambda listing=listing: iter([listing]))
     _remove_old(of_path)
@@ -212,7 +212,7 @@ class _Paths:
 
 
 def scan(root: bytes, classes: Mapping[bytes, int]) -> Arrays:
-    """Lists the images below `root`; see `load`. The stamps of folders that have just changed are negative."""
+    """Lists the images below `root`; see `load`. The stamps of folders that have just changed are -1."""
     images, folders = _Paths(), _Paths()
     labels, stamps = array.array("i"), array.array("q")
     skipped: collections.Counter[str] = collections.Counter()

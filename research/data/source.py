@@ -125,6 +125,5 @@ def held_out(keys: Iterable[bytes], fraction: float, salt: bytes) -> np.ndarray:
     Returns:
       bool [n].
     """
-    threshold = int(fraction * 2**64)
-    digests = (hashlib.blake2b(key, digest_size=8, salt=salt).digest() for key in keys)
-    return np.fromiter((int.from_bytes(digest, "big") < threshold for digest in digests), bool)
+    digests = b"".join(hashlib.blake2b(key, digest_size=8, salt=salt).digest() for key in keys)
+    return np.frombuffer(digests, ">u8") < int(fraction * 2**64)

@@ -61,6 +61,8 @@ def reading(name: str) -> Iterator[None]:
 
 def open_splits(name: str, data_dir: str) -> tuple[dict[str, "Dataset"], str]:
     """Returns the data set's splits and its revision."""
+    if not name:
+        raise UserError("--config.dataset.name=hf: names no data set; use hf:FOLDER or hf:OWNER/NAME")
     path = Path(os.path.expanduser(data_dir), os.path.expanduser(name)).absolute()
     if exists(path):
         return (_open_folder(name, path) if path.is_dir() else _open_parquet(name, {"train": [str(path)]})), ""

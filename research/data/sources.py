@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from research.config import DatasetConfig
-from research.data import cache, embedded, folder, own_data, prepare, splits, tfds_records, tfds_sets
+from research.data import cache, embedded, folder, hugging_face, own_data, prepare, splits, tfds_records, tfds_sets
 from research.data.source import ArraySource, Source
 from research.data.splits import Examples
 from research.data.streamed import Column, StreamedSplit
@@ -165,6 +165,8 @@ def open_splits(
     if name == "folder":
         label_names, listings = folder.load(config.data_dir, hold_out=not config.test_fraction)
         return label_names, listings, ""
+    if name.startswith("hf:"):
+        return hugging_face.load(name.removeprefix("hf:"), config.data_dir)
     return _load_tfds(name, config)
 
 

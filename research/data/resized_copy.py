@@ -208,9 +208,9 @@ def _check_parameters(job: "Job") -> None:
         "side": job.side,
         "quality": job.quality,
         "the data set": {split: [source.fingerprint, len(source)] for split, source in job.sources.items()},
-        "the features": [job.channels, job.label_names and list(job.label_names)],
+        "the set of features": [job.channels, job.label_names and list(job.label_names)],
         "the decoder": decoding.NAME,
-        "the shards": [_MOST_SHARDS, _LEAST_EXAMPLES],
+        "the size of shards": [_MOST_SHARDS, _LEAST_EXAMPLES],
     }
     file = job.folder / "parameters.json"
     if not file.exists():

@@ -217,7 +217,12 @@ def run(job: Job, shards: list[Shard], processes: int) -> Generator[tuple[Shard,
     job = dataclasses.replace(job, stop=context.Event())
     pool = ProcessPoolExecutor(processes, context, _start_worker, (job,))
     try:
-        futures = {pool.submit(_write_in_worker, shard): shard for shard in shards}
+        # Ctrl-C in a terminal sends SIGINT to all processes. This one stops the workers, which inherit the mask.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        try:
+            futures = {pool.submit(_write_in_worker, shard): shard for shard in shards}
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for future in as_completed(futures):
             yield futures[future], future.result()
     except BrokenProcessPool:
@@ -235,7 +240,6 @@ _worker_job: Job
 def _start_worker(job: Job) -> None:
     global _worker_job
     _worker_job = job
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all processes; the parent stops this one
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 

@@ -30,11 +30,11 @@ def encoded(array, file_format, mode="RGB", **options):
     return buffer.getvalue()
 
 
-def rotated():
-    """A JPEG file of 30 x 20 pixels that EXIF rotates to 20 x 30."""
+def rotated(array):
+    """A JPEG file that EXIF rotates by 90 degrees to the right."""
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
-    return encoded(pixels(20, 30), "JPEG", exif=exif, quality=95)
+    return encoded(array, "JPEG", exif=exif, quality=95)
 
 
 class ListSource(Source):
@@ -137,12 +137,13 @@ def test_this_project_reads_the_copy(tmp_path, monkeypatch):
     [
         (encoded(pixels(20, 45), "JPEG", "CMYK", quality=95), pixels(20, 45)),
         (encoded(pixels(45, 20), "PNG", "L"), np.repeat(pixels(45, 20).dot([0.299, 0.587, 0.114])[..., None], 3, -1)),
-        (rotated(), np.rot90(pixels(20, 30), -1)),
+        (rotated(pixels(20, 30)), np.rot90(pixels(20, 30), -1)),
+        (rotated(pixels(10, 12)), np.rot90(pixels(10, 12), -1)),
         (pixels(33, 66), pixels(33, 66)),
         (encoded(pixels(10, 12), "PNG"), pixels(10, 12)),
         (encoded(pixels(10, 12), "JPEG", progressive=True, quality=95), pixels(10, 12)),
     ],
-    ids=["CMYK", "gray PNG", "rotated", "array", "small PNG", "small progressive JPEG"],
+    ids=["CMYK", "gray PNG", "rotated", "small rotated", "array", "small PNG", "small progressive JPEG"],
 )
 def test_pixels(tmp_path, image, expected):
     (stored,) = read(write(tmp_path, {"image": image, "label": 0}, side=16).path)
@@ -263,9 +264,11 @@ def test_damaged_examples(tmp_path):
     records = [example(0), truncated, *examples(4), DamagedError("is missing")]
     with pytest.raises(UserError, match=r"train: picture 1\.jpg is not an intact image.*--max_damaged=N"):
         write(tmp_path, *records)
+    (tmp_path / "pets" / ".unfinished" / "of a killed process.partial").touch()
     with pytest.raises(UserError, match=r"picture 6\.jpg is missing, and with 1 others more than --max_damaged=1"):
         write(tmp_path, *records, max_damaged=1)
     assert tfds_sets.find("pets", tmp_path) is None
+    assert not list(tmp_path.rglob("*.partial"))
     copy = write(tmp_path, *records, max_damaged=2)  # continues, and leaves the last shard empty
     assert [text.partition(" is ")[0] for text in copy.damaged] == ["train: picture 1.jpg", "train: picture 6.jpg"]
     assert copy.num_examples == 5

@@ -64,6 +64,14 @@ def decode(label: str, path: Path, split: str, description: Description) -> Iter
         raise _explained(error, f"{label} in {path}", path, files) from error
 
 
+@functools.cache
+def _example_message() -> Any:
+    """Returns the class of the protocol buffer message that every record is."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    return getattr(tf_example_pb2, "Example")  # noqa: B009  # not declared for type checkers
+
+
 class TfdsSource(Source):
     """The records of a split, with their images encoded.
 
@@ -83,9 +91,6 @@ class TfdsSource(Source):
         self._has_labels = description.has_labels
         try:
             builder = _builder(path)
-            from tensorflow_datasets.proto import tf_example_pb2  # needs no TensorFlow
-
-            self._parse = tf_example_pb2.Example.FromString
             raw = import_tfds().decode.DeserializeMethod.RAW_BYTES
             self._records = builder.as_data_source(split, file_format="array_record", deserialize_method=raw)
             self.channels = builder.info.features["image"].shape[-1] or 3
@@ -107,7 +112,7 @@ class TfdsSource(Source):
     def __getitem__(self, number: int) -> Mapping[str, Any]:
         try:
             # TFDS's own parser takes four times as long, and as long as reading the record.
-            features = self._parse(self._records[number]).features.feature
+            features = _example_message().FromString(self._records[number]).features.feature
             image = features["image"].bytes_list.value[0]
             return {"image": image} | ({"label": features["label"].int64_list.value[0]} if self._has_labels else {})
         except Exception as error:  # readers of records and protocol buffers raise many types

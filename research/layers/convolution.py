@@ -31,6 +31,7 @@ Pair = tuple[int, int]
 
 _LAYOUTS = ("NHWC", "HWIO", "NHWC")
 _FEW_CHANNELS = 4
+_FEW_TAPS = 36  # as in a 3x3 kernel of 4 channels
 _CHUNK_BYTES = 4 * 2**20  # of the input, in the loop of a kernel's gradient
 
 
@@ -129,7 +130,7 @@ def _product(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads) -> jax.
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _conv2d(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
     plain = partial(_lax_conv, strides=strides, pads=pads)
-    if x.shape[-1] > _FEW_CHANNELS:
+    if x.shape[-1] > _FEW_CHANNELS or math.prod(kernel.shape[:3]) > _FEW_TAPS:
         return plain(x, kernel)
     return lax.platform_dependent(x, kernel, cpu=partial(_product, strides=strides, pads=pads), default=plain)
 

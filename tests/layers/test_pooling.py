@@ -1,5 +1,7 @@
 """Pooling equals that of `nnx` (`lax.reduce_window`); the first of equal maxima gets the gradient."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,43 +46,74 @@ def test_value_and_gradient_equal_those_of_nnx(pool, size, window, dtype, platfo
         np.testing.assert_allclose(np.float32(one), np.float32(other), rtol=1e-6 if dtype == "float32" else 2e-2)
 
 
-def _reference_gradient(x, dy, window):
+OVERLAPPING = [(3, 2, 1), (3, 2, 0), (3, 1, 1), (2, 1, 0), (5, 2, 2), (5, 3, 2)]  # window, stride, padding
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    size=st.tuples(st.integers(5, 9), st.integers(5, 9)),
+    shape=st.sampled_from(OVERLAPPING),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+    platform=st.sampled_from(["cpu", "default"]),
+)
+def test_overlapping_windows_equal_those_of_nnx(size, shape, dtype, platform):
+    window, stride, padding = shape
+    numbers = np.random.default_rng(0).permutation(2 * size[0] * size[1]).reshape(2, *size, 1) - 80
+    x = jnp.asarray(numbers, dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.lax, "platform_dependent", lambda *arrays, **forms: forms[platform](*arrays))
+        ours = _value_and_gradient(lambda x: max_pool(x, window, stride=stride, padding=padding), x)
+    pads = [(padding, padding)] * 2
+    theirs = _value_and_gradient(lambda x: nnx.max_pool(x, (window, window), (stride, stride), pads), x)
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_allclose(np.float32(one), np.float32(other), atol=1e-5 if dtype == "float32" else 0.1)
+
+
+def _reference_gradient(x, dy, window, stride, padding):
     """The reference: the first maximum of each window in row-major order (`argmax`) gets the gradient."""
+    pads = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+    x = np.pad(x, pads, constant_values=-np.inf)
     dx = np.zeros(x.shape)
     for b, i, j, c in np.ndindex(dy.shape):
-        rows = x[b, i * window : (i + 1) * window, j * window : (j + 1) * window, c]
+        top, left = i * stride, j * stride
+        rows = x[b, top : top + window, left : left + window, c]
         row, column = np.unravel_index(rows.argmax(), rows.shape)
-        dx[b, i * window + row, j * window + column, c] = dy[b, i, j, c]
-    return dx
+        dx[b, top + row, left + column, c] += dy[b, i, j, c]
+    return dx[:, padding : x.shape[1] - padding, padding : x.shape[2] - padding]
 
 
 @pytest.mark.parametrize("platform", ["cpu", "default"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("values", [1, 2, 4])
-@pytest.mark.parametrize("window", [2, 3])
-def test_the_first_of_equal_maxima_has_the_gradient(window, values, dtype, platform, monkeypatch):
+@pytest.mark.parametrize(("window", "stride", "padding"), [(2, 2, 0), (3, 3, 0), (3, 2, 1), (3, 1, 0)])
+def test_the_first_of_equal_maxima_has_the_gradient(window, stride, padding, values, dtype, platform, monkeypatch):
     """`values`: the number of different values; 1 makes all elements of every window equal."""
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *arrays, **forms: forms[platform](*arrays))
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.integers(0, values, (2, 7, 8, 3)), dtype)
-    dy = jnp.asarray(rng.integers(1, 100, (2, 7 // window, 8 // window, 3)), dtype)
-    ours = np.float64(_value_and_gradient(lambda x: max_pool(x, window), x, dy)[1])
-    np.testing.assert_array_equal(ours, _reference_gradient(np.float64(x), np.float64(dy), window))
-    sides = (window, window)
-    theirs = _value_and_gradient(lambda x: nnx.max_pool(x, sides, sides), x, dy)[1]
+    sizes = [(size + 2 * padding - window) // stride + 1 for size in (7, 8)]
+    dy = jnp.asarray(rng.integers(1, 12, (2, *sizes, 3)), dtype)  # their sums are exact in bfloat16
+    ours = np.float64(_value_and_gradient(lambda x: max_pool(x, window, stride=stride, padding=padding), x, dy)[1])
+    np.testing.assert_array_equal(ours, _reference_gradient(np.float64(x), np.float64(dy), window, stride, padding))
+    sides, pads = ((window, window), (stride, stride)), [(padding, padding)] * 2
+    theirs = _value_and_gradient(lambda x: nnx.max_pool(x, *sides, pads), x, dy)[1]
     np.testing.assert_array_equal(ours, np.float64(theirs))
 
 
 @pytest.mark.parametrize("values", [1, 2, 4])
-@pytest.mark.parametrize("window", [2, 3])
-def test_ties_agree_with_pytorch(window, values):
+@pytest.mark.parametrize(("window", "stride", "padding"), [(2, 2, 0), (3, 3, 0), (3, 2, 1)])
+def test_ties_agree_with_pytorch(window, stride, padding, values):
     torch = pytest.importorskip("torch")
     rng = np.random.default_rng(0)
     x = rng.integers(0, values, (2, 7, 8, 3)).astype(np.float32)
-    dy = rng.standard_normal((2, 7 // window, 8 // window, 3)).astype(np.float32)
-    ours = _value_and_gradient(lambda x: max_pool(x, window), jnp.asarray(x), jnp.asarray(dy))[1]
+    sizes = [(size + 2 * padding - window) // stride + 1 for size in (7, 8)]
+    dy = rng.integers(1, 100, (2, *sizes, 3)).astype(np.float32)
+    pool = functools.partial(max_pool, window=window, stride=stride, padding=padding)
+    ours = _value_and_gradient(pool, jnp.asarray(x), jnp.asarray(dy))[1]
     tensor = torch.tensor(x, requires_grad=True)
-    torch.nn.functional.max_pool2d(tensor.permute(0, 3, 1, 2), window).backward(torch.tensor(dy).permute(0, 3, 1, 2))
+    pooled = torch.nn.functional.max_pool2d(tensor.permute(0, 3, 1, 2), window, stride, padding)
+    pooled.backward(torch.tensor(dy).permute(0, 3, 1, 2))
     np.testing.assert_array_equal(ours, tensor.grad.numpy())
 
 
@@ -100,9 +133,11 @@ def test_the_gradient_of_a_window_is_never_lost_or_doubled(dtype):
     np.testing.assert_array_equal(shares.sum((2, 4)), 1.0)
 
 
-@pytest.mark.parametrize("pool", [max_pool, avg_pool])
-def test_no_reduce_window_where_windows_tile(pool):
-    text = str(jax.make_jaxpr(jax.grad(lambda x: pool(x, 2).sum()))(jnp.zeros((1, 5, 5, 2))))
+@pytest.mark.parametrize(
+    "pool", [lambda x: max_pool(x, 2), lambda x: avg_pool(x, 2), lambda x: max_pool(x, 3, stride=2, padding=1)]
+)
+def test_no_reduce_window(pool):
+    text = str(jax.make_jaxpr(jax.grad(lambda x: pool(x).sum()))(jnp.zeros((1, 5, 5, 2))))
     assert "reduce_window" not in text
     assert "select_and_scatter" not in text
 

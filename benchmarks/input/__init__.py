@@ -1,0 +1,1 @@
+"""Compares the input pipeline with those of other libraries."""

@@ -163,3 +163,19 @@ def test_no_gradient_is_lost_where_the_input_is_computed_twice():
 
     expected = gradient(lambda x: nnx.max_pool(x, (2, 2), (2, 2)))
     np.testing.assert_allclose(gradient(lambda x: max_pool(x, 2)), expected, atol=1e-4 * float(jnp.abs(expected).max()))
+
+
+@pytest.mark.parametrize("manual", [False, True])
+def test_overlapping_windows_of_a_sharded_batch(manual):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    x = jnp.asarray(np.random.default_rng(0).integers(0, 9, (16, 7, 8, 3)), jnp.float32)
+
+    def gradient(x):
+        return jax.grad(lambda x: jnp.square(max_pool(x, 3, stride=2, padding=1)).sum())(x)
+
+    expected, batch = jax.jit(gradient)(x), jax.P("data")
+    sharded = jax.shard_map(gradient, mesh=mesh, in_specs=batch, out_specs=batch) if manual else gradient
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(sharded).lower(jax.device_put(x, jax.NamedSharding(mesh, batch))).compile()
+        np.testing.assert_array_equal(compiled(jax.device_put(x, jax.NamedSharding(mesh, batch))), expected)
+    assert "all-gather" not in compiled.as_text()

@@ -75,6 +75,19 @@ def test_the_networks_shapes_agree_with_lax(inputs, outputs, side, strides, padd
     _agree(ours, theirs, tolerance)
 
 
+@pytest.mark.parametrize("side", [32, 33])
+def test_a_large_kernel_of_few_channels_is_not_multiplied_as_patches(side):
+    x, kernel = _random(0, 2, side, side, 3), _random(1, 7, 7, 3, 8)
+    options = {"strides": (2, 2), "padding": ((3, 3), (3, 3))}
+    assert len(_convolutions(lambda x: conv2d(x, kernel, **options), x)) == 1
+    assert not _convolutions(lambda x: conv2d(x, kernel[:3, :3], **options), x)
+    ours = _value_and_gradients(lambda x, k: conv2d(x, k, **options), x, kernel)
+    theirs = _value_and_gradients(
+        lambda x, k: lax.conv_general_dilated(x, k, *options.values(), dimension_numbers=LAYOUTS), x, kernel
+    )
+    _agree(ours, theirs, 1e-5)
+
+
 def test_gradients_in_a_loop_are_canonical_convolutions():
     """Every convolution in the body of a scan is NHWC x HWIO, which is fast on the CPU."""
     kernel = _random(1, 3, 3, 4, 8)

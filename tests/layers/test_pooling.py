@@ -10,6 +10,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from research import sharding
 from research.layers.pooling import avg_pool, max_pool
 
 PEERS = {max_pool: nnx.max_pool, avg_pool: nnx.avg_pool}
@@ -55,13 +56,15 @@ OVERLAPPING = [(3, 2, 1), (3, 2, 0), (3, 1, 1), (2, 1, 0), (5, 2, 2), (5, 3, 2)]
     shape=st.sampled_from(OVERLAPPING),
     dtype=st.sampled_from(["float32", "bfloat16"]),
     platform=st.sampled_from(["cpu", "default"]),
+    sharded=st.booleans(),
 )
-def test_overlapping_windows_equal_those_of_nnx(size, shape, dtype, platform):
+def test_overlapping_windows_equal_those_of_nnx(size, shape, dtype, platform, sharded):
     window, stride, padding = shape
     numbers = np.random.default_rng(0).permutation(2 * size[0] * size[1]).reshape(2, *size, 1) - 80
     x = jnp.asarray(numbers, dtype)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax.lax, "platform_dependent", lambda *arrays, **forms: forms[platform](*arrays))
+        patch.setattr(sharding, "is_unsharded", lambda: not sharded)
         ours = _value_and_gradient(lambda x: max_pool(x, window, stride=stride, padding=padding), x)
     pads = [(padding, padding)] * 2
     theirs = _value_and_gradient(lambda x: nnx.max_pool(x, (window, window), (stride, stride), pads), x)
@@ -160,3 +163,19 @@ def test_no_gradient_is_lost_where_the_input_is_computed_twice():
 
     expected = gradient(lambda x: nnx.max_pool(x, (2, 2), (2, 2)))
     np.testing.assert_allclose(gradient(lambda x: max_pool(x, 2)), expected, atol=1e-4 * float(jnp.abs(expected).max()))
+
+
+@pytest.mark.parametrize("manual", [False, True])
+def test_overlapping_windows_of_a_sharded_batch(manual):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    x = jnp.asarray(np.random.default_rng(0).integers(0, 9, (16, 7, 8, 3)), jnp.float32)
+
+    def gradient(x):
+        return jax.grad(lambda x: jnp.square(max_pool(x, 3, stride=2, padding=1)).sum())(x)
+
+    expected, batch = jax.jit(gradient)(x), jax.P("data")
+    sharded = jax.shard_map(gradient, mesh=mesh, in_specs=batch, out_specs=batch) if manual else gradient
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(sharded).lower(jax.device_put(x, jax.NamedSharding(mesh, batch))).compile()
+        np.testing.assert_array_equal(compiled(jax.device_put(x, jax.NamedSharding(mesh, batch))), expected)
+    assert "all-gather" not in compiled.as_text()

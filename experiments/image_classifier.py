@@ -39,10 +39,12 @@ class ImageClassifierConfig(Config):
 def get_config() -> ImageClassifierConfig:
     """ResNet-18 at 128 pixels: a recipe for a few thousand photographs on a CPU."""
     return ImageClassifierConfig(
-        num_epochs=14,
+        num_epochs=16,
         batch_size=32,
-        dataset=DatasetConfig(name="folder", image_size=128, crop_min_area=0.35),
-        optimizer=OptimizerConfig(name="muon", schedule="linear", warmup=0.1, ema_decay=0.99),
+        dataset=DatasetConfig(name="folder", image_size=128, train_image_size=96, crop_min_area=0.35, center_crop=1.0),
+        optimizer=OptimizerConfig(
+            name="nesterov", learning_rate=0.05, weight_decay=5e-4, schedule="linear", warmup=0.1, ema_decay=0.99
+        ),
         label_smoothing=0.1,
         mirror=True,
         augment=AugmentConfig(flip="random"),

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from absl import flags as absl_flags
 
-from experiments import char_rnn, cifar_cnn, cifar_speedrun, mnist_vae
+from experiments import char_rnn, cifar_cnn, cifar_speedrun, image_classifier, mnist_vae
 from launch import job, predict
 from research import app, flags
 from research import config as config_lib
@@ -28,11 +28,13 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = ("benchmarks", "docs", "experiments", "launch", "research", "tests")
 PAGES = sorted(path for path in (*ROOT.glob("*.md"), *(p for f in FOLDERS for p in (ROOT / f).rglob("*.md"))))
 PAGES = [path for path in PAGES if path.name != "CHANGELOG.md"]  # it may name what is gone
-EXPERIMENTS = {module.__name__: module.EXPERIMENT for module in (char_rnn, cifar_cnn, cifar_speedrun, mnist_vae)}
+MODULES = (char_rnn, cifar_cnn, cifar_speedrun, image_classifier, mnist_vae)
+EXPERIMENTS = {module.__name__: module.EXPERIMENT for module in MODULES}
 LAUNCHERS = ("export", "gke", "local", "plan", "scaling", "slurm", "sweep", "tpu")
 DRY_RUN = ("gke", "local", "scaling", "slurm", "tpu")
 EXAMPLE = "experiments.digits_linear"  # the README's own; a test below runs it
 NOT_OURS = ("--logdir", "--xla_force_host_platform_device_count", "--xla_cpu_experimental_onednn_custom_call")
+ONE_LINE = ("peers", "input")  # folders whose files have one line together
 MUP = ["--config.model.parametrization=mup", "--config.model.base_width=32"]  # each is an error without the other
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -211,18 +213,28 @@ def test_every_extra_exists():
 @pytest.mark.parametrize("folder", ["launch", "research", "benchmarks"])
 def test_a_folders_readme_names_its_files(folder):
     named = set(re.findall(r"(?<![\w/])\w+\.py", (ROOT / folder / "README.md").read_text()))
-    files = {path.name for path in (ROOT / folder).rglob("*.py") if path.parent.name != "peers"} - {"__init__.py"}
-    assert named == files  # the peers have one line for their folder
+    files = {path.name for path in (ROOT / folder).rglob("*.py") if path.parent.name not in ONE_LINE} - {"__init__.py"}
+    assert named == files
 
 
-def test_the_experiment_of_one_file_runs(tmp_path):
-    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    (tmp_path / "digits_linear.py").write_text(program)
-    args = [sys.executable, "digits_linear.py", "--config.num_epochs=10", "--workdir=run"]
+def _shown_program(number):
+    """A program of README.md, with the name that its commands give it."""
+    program = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[number]
+    return re.search(r'app\.Experiment\("(\w+)"', program).group(1), program
+
+
+@pytest.mark.parametrize(("number", "accuracy"), [(0, 0.85), (1, 0.75)])
+def test_an_experiment_of_one_file_runs(number, accuracy, tmp_path):
+    name, program = _shown_program(number)
+    (tmp_path / f"{name}.py").write_text(program)
+    args = [sys.executable, f"{name}.py", "--config.num_epochs=10", "--workdir=run"]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(args, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "run/summary.json").read_text())["test_accuracy"] > 0.85
+    assert json.loads((tmp_path / "run/summary.json").read_text())["test_accuracy"] > accuracy
+
+
+def test_the_flags_of_the_first_of_them_exist():
     (shown,) = {args for module, args in COMMANDS if module == EXAMPLE}
     flags.define_flags(cifar_cnn.EXPERIMENT)([EXAMPLE, *shown])
 

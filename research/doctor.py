@@ -16,7 +16,10 @@ from pathlib import Path
 
 from research.process.terminal import ignore_output_errors
 
-_PACKAGES = ("meshwork", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets", "grain")
+_PACKAGES = (
+    *("meshwork", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tensorflow-datasets", "grain"),
+    *("pillow", "simplejpeg", "opencv-python-headless"),
+)
 _SETTINGS = ("JAX_", "XLA_", "TFDS_", "MESHWORK_", "CUDA_VISIBLE_", "TPU_", "LIBTPU_")
 _SECRET_WORDS = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")
 _DATA_SETS = ("cifar10", "mnist", "tiny_shakespeare")

@@ -52,16 +52,16 @@ def get_config() -> ImageClassifierConfig:
 
 
 def complete(config: ImageClassifierConfig, dataset: Dataset) -> ImageClassifierConfig:
-    """The config, checked against the data set.
+    """Returns the config after checking it against the data set.
 
     Raises:
       UserError: the data set has no images, or they are too small for the network or the augmentation.
     """
     if "image" not in dataset.train:
-        raise UserError(f"--config.dataset.name={dataset.name} has no images to classify: use folder or cifar10")
-    shape = dataset.train["image"].shape[1:]
-    images.check(config.augment, shape)
-    return dataclasses.replace(config, model=resnet.resolve(config.model, shape))
+        raise UserError(f"--config.dataset.name={dataset.name} has no images to classify: choose a set of images")
+    shapes = [split["image"].shape[1:] for split in (dataset.train, dataset.test)]
+    images.check(config.augment, shapes[0])
+    return dataclasses.replace(config, model=resnet.resolve(config.model, min(shapes)))
 
 
 def make_task(config: ImageClassifierConfig, dataset: Dataset) -> Classification:

@@ -11,11 +11,13 @@ class DatasetConfig:
 
     name: str = option(
         "cifar10|digits",
-        "data set: digits, pydoc or a TFDS name; name:1.2.3: this version (default: the newest); a|b: the first that "
-        "is available",
+        "data set: folder, hf:NAME, digits, pydoc or a TFDS name; name:1.2.3: this version (default: the newest); a|b: "
+        "the first that is available",
     )
     data_dir: str = option(
-        "", "folder of prepared TFDS sets and archives; empty: TFDS_DATA_DIR, else TFDS's default", may_change="resume"
+        "",
+        "image folder, or folder of prepared TFDS sets and archives; empty: TFDS_DATA_DIR, else TFDS's default",
+        may_change="resume",
     )
     train_split: str = option("train", "split of the data set to train on")
     validation_split: str = option("", "split of the data set to validate on; empty: validation, if the set has it")
@@ -60,7 +62,7 @@ class DatasetConfig:
     )
     max_damaged: int = option(
         0,
-        "how many damaged examples each process may replace by the next one (training) or leave out (evaluation)",
+        "how many damaged examples of a split each process may skip; in training the next one replaces it",
         minimum=0,
         may_change="resume",
     )

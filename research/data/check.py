@@ -6,6 +6,7 @@ The exit code is 0 if all are intact, and 2 if some are damaged or the data set 
 """
 
 import argparse
+import functools
 import sys
 from collections.abc import Sequence
 
@@ -13,20 +14,20 @@ from tqdm import tqdm
 
 from research.data import decoding, sources
 from research.data.source import DamagedError, Source
-from research.data.streamed import threads
+from research.data.streamed import reader_pool
 from research.errors import UserError
 from research.process.exit import exit_with
 
 _AT_ONCE = 1024  # records, between updates of the progress bar
 
 
-def damage(source: Source, number: int, num_classes: int = 0) -> str:
+def find_damage(source: Source, num_classes: int, number: int) -> str:
     """Returns what is wrong with a record; empty if it is intact.
 
     Args:
       source: of the record.
-      number: of the record.
       num_classes: labels must be below it; 0: any.
+      number: of the record.
     """
     try:
         record = source[number]
@@ -57,7 +58,7 @@ def run(argv: Sequence[str]) -> int:
         with tqdm(total=len(source), desc=split, unit="image", disable=None) as bar:
             for start in range(0, len(source), _AT_ONCE):
                 numbers = range(start, min(start + _AT_ONCE, len(source)))
-                found = threads().map(lambda number, source=source: damage(source, number, len(label_names)), numbers)
+                found = reader_pool().map(functools.partial(find_damage, source, len(label_names)), numbers)
                 for number, problem in zip(numbers, found):
                     if problem:
                         num_damaged += 1

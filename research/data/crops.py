@@ -19,7 +19,7 @@ _RATIO = 3 / 4, 4 / 3  # of width to height: Szegedy et al. 2015, section 6
 _ATTEMPTS = 10
 _MARGIN = 32  # rows decoded below a crop: chroma of the last rows is interpolated, in blocks of 16
 _BASELINE = (0xC0, 0xC1)  # frame headers of JPEG files whose rows are stored once, from top to bottom
-_NOT_FRAMES = (0xC4, 0xC8, 0xCC)
+_NON_FRAME_MARKERS = (0xC4, 0xC8, 0xCC)
 
 
 class Box(NamedTuple):
@@ -111,7 +111,8 @@ def _jpeg_region(encoded: bytes, choose: Choose, size: int) -> np.ndarray | None
     if components not in (1, 3) or not height or not width or height * width > (Image.MAX_IMAGE_PIXELS or math.inf):
         return None
     # A truncated file is damaged, though the decoder would fill it with gray. Rotated images take the other path.
-    if encoded.rfind(b"\xff\xd9") < position or (b"Exif\0" in encoded[:position] and decoding.is_rotated(encoded)):
+    may_be_rotated = any(name in encoded[:position] for name in (b"Exif\0", b"ns.adobe.com/xap"))
+    if encoded.rfind(b"\xff\xd9") < position or (may_be_rotated and decoding.is_rotated(encoded)):
         return None
     box = choose(height, width)
     factor = next((f for f in (8, 4, 2) if min(box.width, box.height) >= f * size), 1)
@@ -120,12 +121,12 @@ def _jpeg_region(encoded: bytes, choose: Choose, size: int) -> np.ndarray | None
         # The rows of a baseline file follow each other: told that the image ends here, the decoder stops here.
         height = bottom
         encoded = b"".join((encoded[: position + 5], height.to_bytes(2, "big"), encoded[position + 7 :]))
-    least = {"min_height": -(-height // factor), "min_width": -(-width // factor)} if factor > 1 else {}
+    min_size = {"min_height": -(-height // factor), "min_width": -(-width // factor)} if factor > 1 else {}
     try:
         # Not strict, since the decoder would complain about the rows left out.
-        pixels = simplejpeg.decode_jpeg(encoded, "RGB", strict=False, **least)
-    except ValueError as error:
-        raise decoding.ImageError(f"is not an intact JPEG file ({error})") from None
+        pixels = simplejpeg.decode_jpeg(encoded, "RGB", strict=False, **min_size)
+    except ValueError:  # Pillow decides whether it is damaged
+        return None
     scale = len(pixels) / height  # 1 / factor, up to rounding
     top, left = round(box.top * scale), round(box.left * scale)
     return pixels[top : top + max(1, round(box.height * scale)), left : left + max(1, round(box.width * scale))]
@@ -136,12 +137,17 @@ def _frame(encoded: bytes) -> tuple[int, int, int, int, int] | None:
     position = 2
     while position + 9 < len(encoded) and encoded[position] == 0xFF:
         marker = encoded[position + 1]
-        if 0xC0 <= marker <= 0xCF and marker not in _NOT_FRAMES:
+        if 0xC0 <= marker <= 0xCF and marker not in _NON_FRAME_MARKERS:
             height, width = (int.from_bytes(encoded[position + i : position + i + 2], "big") for i in (5, 7))
             return marker, position, height, width, encoded[position + 9]
         # A marker may be preceded by any number of fill bytes.
         position += 1 if marker == 0xFF else 2 + int.from_bytes(encoded[position + 2 : position + 4], "big")
     return None
+
+
+def decoder() -> str:
+    """Names what crops are made with: their pixels differ a little."""
+    return "libjpeg" if _simplejpeg() and _opencv() else "pillow"
 
 
 @functools.cache

@@ -6,12 +6,13 @@ It imports only NumPy and Pillow, so that an artifact runs without the rest of `
 - An image with more than 89 million pixels, or not of the requested size, is refused before it is decoded.
 - 16 bits per channel are rounded to 8, as in the PNG specification: round(value * 255 / 65535).
 - 1-bit images become 0 and 255. Palettes and CMYK become RGB (CMYK by Pillow's formula, without a profile).
-- EXIF orientation is applied; damaged EXIF data is ignored.
+- The orientation in EXIF or XMP data is applied; damaged data of these kinds is ignored.
 - Transparent pixels are composited onto white, unless 2 or 4 channels are requested, the last of which is alpha.
 - Gray becomes color by repetition, and color becomes gray by ITU-R 601 luma.
 """
 
 import io
+import math
 import warnings
 from typing import Any
 
@@ -25,6 +26,10 @@ NAME = f"rules 1, Pillow {PIL.__version__}"  # part of the cache key; raise the 
 
 # Pillow reads the high bytes of 16-bit channels; for each such raw mode, the one that reads the low bytes.
 _LOW_BYTES = {"RGB;16B": "RGB;16L", "RGBA;16B": "RGBA;16L", "LA;16B": "RGBA"}
+
+
+# Pillow warns about harmless damage. Not `warnings.catch_warnings`, which does not work in several threads.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class ImageError(ValueError):
@@ -51,20 +56,20 @@ def decode(encoded: bytes, channels: int, size: tuple[int, int] | None = None) -
       ImageError: it is damaged, too large, or of an unknown format.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
-                # EXIF orientation may follow the pixels, so the exact check comes after decoding.
-                if size and sorted(size) != sorted(image.size):
-                    raise _size_error(image, size)
-                upright = _upright(_to_8_bits(image, encoded))
-                if size and size != (upright.height, upright.width):
-                    raise _size_error(upright, size)
-                array = np.asarray(_convert(upright, MODES[channels]))
+        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+            # Pillow refuses only twice as many by itself.
+            if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+                raise Image.DecompressionBombError
+            # EXIF orientation may follow the pixels, so the exact check comes after decoding.
+            if size and sorted(size) != sorted(image.size):
+                raise _size_error(image, size)
+            upright = _upright(_to_8_bits(image, encoded))
+            if size and size != (upright.height, upright.width):
+                raise _size_error(upright, size)
+            array = np.asarray(_convert(upright, MODES[channels]))
     except ImageError:
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+    except Image.DecompressionBombError:
         raise ImageError(f"has more than {Image.MAX_IMAGE_PIXELS:,} pixels") from None
     except Exception as error:  # Pillow's decoders raise exceptions of many types
         raise ImageError(f"is not an intact image ({', '.join(FORMATS)}): {type(error).__name__}") from None

@@ -16,11 +16,24 @@ def is_unreadable(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno is not None and error.errno not in _MISSING
 
 
-def unreadable(path: Path | str, error: OSError) -> UserError:
-    """Returns the `UserError` to raise for an error for which `is_unreadable` is true."""
-    return UserError(
+class UnreadableError(UserError):
+    """A file cannot be read now, which says nothing about its contents.
+
+    Attributes:
+      is_transient: whether another attempt may succeed.
+    """
+
+    def __init__(self, text: str, is_transient: bool):
+        super().__init__(text)
+        self.is_transient = is_transient
+
+
+def unreadable(path: Path | str, error: OSError) -> UnreadableError:
+    """Returns the error to raise for an error for which `is_unreadable` is true."""
+    return UnreadableError(
         f"{error.filename or path} could not be read ({error.strerror}); it is unchanged: fix the cause, such as its "
-        "permissions or the file system, and run the same command again"
+        "permissions or the file system, and run the same command again",
+        error.errno not in (errno.EACCES, errno.EPERM),
     )
 
 

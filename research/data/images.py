@@ -64,6 +64,15 @@ def check(config: AugmentConfig, image_shape: tuple[int, ...]) -> None:
         raise UserError(f"--config.augment.cutout={config.cutout}: must be at most the images' side, {side}")
 
 
+def check_one_size(train_shape: tuple[int, ...], test_shape: tuple[int, ...]) -> None:
+    """Raises `UserError` if the images of training and testing have different shapes (h, w, c)."""
+    if train_shape != test_shape:
+        raise UserError(
+            f"--config.dataset.train_image_size={train_shape[0]}: this network needs images of one size in training "
+            f"and evaluation, which has {test_shape[0]}; leave the flag out"
+        )
+
+
 def augment(
     images: jax.Array, key: jax.Array, config: AugmentConfig, *, index: jax.Array, epoch: jax.Array
 ) -> jax.Array:

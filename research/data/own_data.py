@@ -30,13 +30,16 @@ Load = Callable[[DatasetConfig], tuple[tuple[str, ...], Splits]]
 class _OwnSource(Source):
     """Records of a user's source; its fingerprint is a hash of the length and of three records."""
 
+    has_name = False
+
     def __init__(self, records: RandomAccess):
         self._records = records
         digest = hashlib.sha256(str(len(records)).encode())
         for number in np.linspace(0, len(records) - 1, _FINGERPRINTED).astype(int) if len(records) else ():
-            for name, value in sorted(self[int(number)].items()):
+            record = self[int(number)]
+            for name, value in sorted(record.items()) if isinstance(record, Mapping) else ():
                 digest.update(name.encode())
-                digest.update(value if isinstance(value, bytes) else np.ascontiguousarray(value).tobytes())
+                digest.update(value if isinstance(value, bytes) else np.asarray(value).tobytes())
         self.fingerprint = digest.hexdigest()[:16]
 
     def __len__(self) -> int:

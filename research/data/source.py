@@ -28,10 +28,12 @@ class Source(abc.ABC):
       fingerprint: depends on the contents as far as they are known without reading the records.
       channels: the number of channels that encoded images are decoded to.
       labels: int32 [n], if the labels are known without reading the records.
+      has_name: whether `research.data.check` can open it by its name.
     """
 
     fingerprint: str
     channels: int = 3
+    has_name: bool = True
     labels: np.ndarray | None = None
 
     @abc.abstractmethod
@@ -93,6 +95,7 @@ class Subset(Source):
         digest = hashlib.sha256(np.ascontiguousarray(numbers, np.int64).tobytes())
         self.fingerprint = f"{source.fingerprint}-{digest.hexdigest()[:8]}"
         self.channels = source.channels
+        self.has_name = source.has_name
         self.labels = None if source.labels is None else source.labels[numbers]
 
     def __len__(self) -> int:

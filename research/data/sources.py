@@ -141,12 +141,15 @@ def load(config: DatasetConfig, own: Mapping[str, own_data.Load] = MappingProxyT
 
 
 def _check_crops(config: DatasetConfig) -> None:
-    """Raises `UserError` if a field of the crops was set but has no effect."""
-    for field in ("train_image_size", "train_crop", "crop_min_area", "center_crop"):
-        if not config.image_size and getattr(config, field) != getattr(DatasetConfig(), field):
-            raise UserError(f"--config.dataset.{field} needs --config.dataset.image_size, the size of the crops")
-    if config.train_crop != "random_resized" and config.crop_min_area != DatasetConfig().crop_min_area:
-        raise UserError("--config.dataset.crop_min_area needs --config.dataset.train_crop=random_resized")
+    """Raises `UserError` if fields of the crops were set but have no effect."""
+    default, prefix = DatasetConfig(), "--config.dataset."
+    fields = ("train_image_size", "train_crop", "crop_min_area", "center_crop")
+    changed = [field for field in fields if getattr(config, field) != getattr(default, field)]
+    if changed and not config.image_size:
+        needs = "needs" if len(changed) == 1 else "need"
+        raise UserError(f"{', '.join(prefix + field for field in changed)} {needs} {prefix}image_size, of the crops")
+    if config.train_crop != "random_resized" and "crop_min_area" in changed:
+        raise UserError(f"{prefix}crop_min_area needs {prefix}train_crop=random_resized")
 
 
 def open_splits(
@@ -185,7 +188,7 @@ def _as_records(examples: Examples, config: DatasetConfig) -> Source:
     if isinstance(examples, Source):
         return examples
     if "image" not in examples:
-        raise UserError(f"--config.dataset.name={config.name} has no images, so it has no --config.dataset.image_size")
+        raise UserError(f"--config.dataset.name={config.name} has no images")
     return ArraySource(examples, cache.fingerprint(examples))
 
 

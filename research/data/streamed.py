@@ -1,42 +1,35 @@
-"""Splits that are too large or too irregular for arrays: their records are read, decoded and cropped when needed."""
+"""Splits that are too large or too irregular for arrays: their examples are read, in threads, when they are needed."""
 
 import concurrent.futures
-import dataclasses
 import functools
 import os
 import shlex
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from research import randomness
-from research.data import crops, decoding
+from research.data import crops
+from research.data.example_reader import CropKey, ExampleReader
 from research.data.source import DamagedError, Source
 from research.dataset_config import DatasetConfig
 from research.errors import UserError
-from research.randomness import Stream
 
 _SAMPLE_SIZE = 512  # examples that statistics are computed from
-_PROBES = 3  # examples that are read before training starts
+_PROBES = 3  # examples that are read before training starts, or more if more may be damaged
 _ROWS_AT_ONCE = 16  # of a batch, by one thread
 
 
 @functools.cache
-def threads() -> concurrent.futures.ThreadPoolExecutor:
+def reader_pool() -> concurrent.futures.ThreadPoolExecutor:
     """Returns the threads that read and decode, one for each core that this process may use."""
-    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return concurrent.futures.ThreadPoolExecutor(num_cores, "read")
+    return concurrent.futures.ThreadPoolExecutor(_num_threads(), "read")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Draw:
-    """What the random crop of a training example depends on, besides its number."""
-
-    seed: int
-    epoch: int
+def _num_threads() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class StreamedSplit(Mapping[str, "Column"]):
@@ -59,10 +52,7 @@ class StreamedSplit(Mapping[str, "Column"]):
         self._role = role
         self._source = source
         self._config = config
-        self._num_classes = num_classes
-        self._size = config.image_size
-        if role == "train":
-            self._size = config.train_image_size or self._size
+        self._reader = ExampleReader(role, source, config, num_classes)
         self._damaged: set[int] = set()
         self._lock = threading.Lock()
         if not len(source):
@@ -72,7 +62,9 @@ class StreamedSplit(Mapping[str, "Column"]):
             raise UserError(
                 f"--config.dataset.name={config.name} has no images, so it has no --config.dataset.image_size"
             )
-        self._columns: dict[str, Any] = {name: Column(self, name) for name in self._features}
+        self._columns: dict[str, Any] = {
+            name: Column(self, name, shape, dtype) for name, (shape, dtype) in self._features.items()
+        }
         if source.labels is not None and "label" in self._columns:
             self._columns["label"] = source.labels
 
@@ -92,19 +84,27 @@ class StreamedSplit(Mapping[str, "Column"]):
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the examples, as far as they are known without reading them."""
-        return self._source.fingerprint
+        """Changes with the examples, as far as they are known without reading them, and for train with the decoder."""
+        return self._source.fingerprint + (f"-{crops.decoder()}" if self._role == "train" else "")
+
+    def require_labels(self) -> None:
+        """From now on, an unlabeled example counts as damaged."""
+        self._reader.requires_labels = True
 
     def _probe(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """Returns the shape and dtype of each feature, from the first readable one of a few examples."""
+        numbers = spread(len(self._source), max(_PROBES, self._config.max_damaged + 1))
         reason = ""
-        for number in np.linspace(0, len(self._source) - 1, _PROBES).astype(int):
+        for number in numbers.tolist():
             try:
-                example = self._example(int(number), None)
+                example = self._reader.read(number)
                 return {name: (value.shape, value.dtype) for name, value in example.items()}
             except DamagedError as error:
-                reason = reason or f"{self._source.record_name(int(number))} {error}"
-        raise UserError(f"--config.dataset.name={self._config.name}: no example of {self._role} is readable: {reason}")
+                reason = reason or f"{self._source.record_name(number)} {error}"
+        raise UserError(
+            f"--config.dataset.name={self._config.name}: none of {len(numbers)} examples of {self._role} is readable: "
+            f"{reason}"
+        )
 
     def training(self, numbers: np.ndarray, epochs: np.ndarray, seed: int) -> dict[str, np.ndarray]:
         """Reads training examples, each with a random crop that depends on the seed, its epoch and its number only.
@@ -122,21 +122,18 @@ class StreamedSplit(Mapping[str, "Column"]):
         Raises:
           UserError: more examples are damaged than `max_damaged` allows.
         """
-        arrays = self._allocate(numbers.size, self._features)
-        pairs = list(zip(numbers.ravel().tolist(), epochs.ravel().tolist()))
+        flat_epochs = epochs.ravel().tolist()
 
-        def read(row: int) -> None:
-            number, epoch = pairs[row]
+        def read(number: int, row: int) -> dict[str, np.ndarray]:
+            key = CropKey(seed, flat_epochs[row])
             for replacement in range(number, number + self.num_examples):
-                if self._read(arrays, row, replacement % self.num_examples, _Draw(seed, epoch)):
-                    return
+                if example := self._read(replacement % self.num_examples, key, tuple(self._features)):
+                    return example
+            raise UserError(f"--config.dataset.name={self._config.name}: every example of {self._role} is damaged")
 
-        self._in_threads(read, numbers.size)
-        return {name: array.reshape(*numbers.shape, *array.shape[1:]) for name, array in arrays.items()}
+        return self._fill(numbers, tuple(self._features), read)
 
-    def evaluation(
-        self, numbers: np.ndarray, features: tuple[str, ...] = ()
-    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    def evaluation(self, numbers: np.ndarray, features: Sequence[str] = ()) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Reads examples as in evaluation, with the center of each image.
 
         Args:
@@ -149,89 +146,56 @@ class StreamedSplit(Mapping[str, "Column"]):
         Raises:
           UserError: more examples are damaged than `max_damaged` allows.
         """
-        chosen = {name: self._features[name] for name in features or self._features}
-        arrays, intact = self._allocate(numbers.size, chosen), np.ones(numbers.size, bool)
+        intact = np.ones(numbers.size, bool)
+        features = tuple(features) or tuple(self._features)
+
+        def read(number: int, row: int) -> dict[str, np.ndarray]:
+            example = self._read(number, None, features)
+            intact[row] = bool(example)
+            return example
+
+        return self._fill(numbers, features, read), intact.reshape(numbers.shape)
+
+    def _fill(
+        self,
+        numbers: np.ndarray,
+        features: Sequence[str],
+        read: Callable[[int, int], Mapping[str, np.ndarray]],
+    ) -> dict[str, np.ndarray]:
+        """Returns arrays of what `read(number, row)` returns for the numbers, in several threads; zeros if it is {}."""
+        described = {name: self._features[name] for name in features}
+        arrays = {name: np.zeros((numbers.size, *shape), dtype) for name, (shape, dtype) in described.items()}
         flat = numbers.ravel().tolist()
+        at_once = max(1, min(_ROWS_AT_ONCE, len(flat) // _num_threads()))
 
-        def read(row: int) -> None:
-            intact[row] = self._read(arrays, row, flat[row], None)
-
-        self._in_threads(read, numbers.size)
-        arrays = {name: array.reshape(*numbers.shape, *array.shape[1:]) for name, array in arrays.items()}
-        return arrays, intact.reshape(numbers.shape)
-
-    def _allocate(self, count: int, features: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> dict[str, np.ndarray]:
-        return {name: np.zeros((count, *shape), dtype) for name, (shape, dtype) in features.items()}
-
-    def _in_threads(self, read: Any, count: int) -> None:
         def read_rows(start: int) -> None:
-            for row in range(start, min(start + _ROWS_AT_ONCE, count)):
-                read(row)
+            for row in range(start, min(start + at_once, len(flat))):
+                for name, value in read(flat[row], row).items():
+                    arrays[name][row] = value
 
-        starts = range(0, count, _ROWS_AT_ONCE)
-        if len(starts) <= 1:
+        if len(flat) <= at_once:
             read_rows(0)
         else:
-            list(threads().map(read_rows, starts))
+            list(reader_pool().map(read_rows, range(0, len(flat), at_once)))
+        return {name: array.reshape(*numbers.shape, *array.shape[1:]) for name, array in arrays.items()}
 
-    def _read(self, arrays: dict[str, np.ndarray], row: int, number: int, draw: _Draw | None) -> bool:
-        """Reads an example into a row of `arrays`; returns False if it is damaged."""
+    def _read(self, number: int, key: CropKey | None, features: Sequence[str]) -> dict[str, np.ndarray]:
+        """Reads an example; returns {} if it is damaged."""
         if number in self._damaged:
-            return False
+            return {}
         try:
-            example = self._example(number, draw, arrays)
+            example = self._reader.read(number, key, features)
         except DamagedError as error:
             self._report(number, error)
-            return False
-        for name, array in arrays.items():
-            shape = example[name].shape if name in example else "none"
-            if shape != array.shape[1:]:
+            return {}
+        for name in features:
+            first = self._features[name]
+            if name not in example or (example[name].shape, example[name].dtype) != first:
+                kind = f"{example[name].dtype}{list(example[name].shape)}" if name in example else "missing"
                 raise UserError(
-                    f"{self._role}, {self._source.record_name(number)}: the shape of {name} is {shape}, not "
-                    f"{array.shape[1:]} as in the first example"
+                    f"{self._reader.name(number)}: {name} is {kind}, but {first[1]}{list(first[0])} in the first example"
                 )
-            array[row] = example[name]
-        return True
-
-    def _example(self, number: int, draw: _Draw | None, only: Any = None) -> dict[str, np.ndarray]:
-        """Reads the features of an example in `only` (None: all), with a random crop if `draw` is given."""
-        record = self._source[number]
-        return {
-            name: self._image(value, number, draw) if name == "image" else self._feature(name, value)
-            for name, value in record.items()
-            if only is None or name in only
-        }
-
-    def _feature(self, name: str, value: Any) -> np.ndarray:
-        if name != "label":
-            array = np.asarray(value)
-            return array.astype({"float64": np.float32, "int64": np.int32}.get(array.dtype.name, array.dtype))
-        if self._num_classes and not -1 <= value < self._num_classes:
-            raise DamagedError(f"has the label {value}, which is not in 0..{self._num_classes - 1}")
-        return np.asarray(value, np.int32)
-
-    def _image(self, image: Any, number: int, draw: _Draw | None) -> np.ndarray:
-        size, config = self._size, self._config
-        if not size:
-            if isinstance(image, bytes):
-                raise UserError(
-                    f"--config.dataset.name={config.name} has image files of any size: choose the size that they are "
-                    "resized to, as in --config.dataset.image_size=128"
-                )
-            return np.asarray(image)
-        channels = self._source.channels if isinstance(image, bytes) else image.shape[-1]
-        try:
-            if draw is None:
-                return decoding.decode_center(image, channels, size, config.center_crop)
-            rng = randomness.generator(Stream.CROP, draw.seed, draw.epoch, number)
-            out = np.empty((size, size, channels), np.uint8)
-            if config.train_crop == "resize":
-                crops.crop(image, lambda h, w: crops.random_square(h, w, rng), out)
-            else:
-                crops.crop(image, lambda h, w: crops.random_resized(h, w, rng, config.crop_min_area), out)
-            return out
-        except decoding.ImageError as error:
-            raise DamagedError(str(error)) from None
+        return example
 
     def _report(self, number: int, error: DamagedError) -> None:
         """Counts a damaged example and warns about it; raises `UserError` if there are more than allowed."""
@@ -239,24 +203,29 @@ class StreamedSplit(Mapping[str, "Column"]):
             if number in self._damaged:
                 return
             self._damaged.add(number)
-            count, most = len(self._damaged), self._config.max_damaged
-        message = f"{self._role}, {self._source.record_name(number)} {error}"
-        if count > most:
+            count, limit = len(self._damaged), self._config.max_damaged
+        message = f"{self._reader.name(number)} {error}"
+        if count > limit:
             data_dir = [f"--data_dir={self._config.data_dir}"] if self._config.data_dir else []
-            dataset = shlex.join([self._config.name, *data_dir])
+            command = shlex.join(["python", "-m", "research.data.check", self._config.name, *data_dir])
+            advice = f"`{command}` lists all damaged examples; " if self._source.has_name else ""
             raise UserError(
-                f"{message}: `python -m research.data.check {dataset}` lists all damaged examples; "
-                f"--config.dataset.max_damaged={max(2 * most, 10)} does without up to as many"
+                f"{message}: {advice}--config.dataset.max_damaged={max(2 * limit, 10)} skips up to that many"
             )
-        print(f"WARNING: {message}: does without it ({count} of at most {most})", file=sys.stderr, flush=True)
+        print(f"WARNING: {message}: skipped ({count} of at most {limit})", file=sys.stderr, flush=True)
+
+
+def spread(count: int, size: int) -> np.ndarray:
+    """Returns the numbers of at most `size` examples, spread evenly over `count`."""
+    return np.linspace(0, count - 1, min(count, size)).astype(int)
 
 
 class Column:
     """A feature of a `StreamedSplit`, which can be indexed like an array: rows are read as in evaluation."""
 
-    def __init__(self, split: StreamedSplit, feature: str):
-        shape, self.dtype = split._features[feature]
+    def __init__(self, split: StreamedSplit, feature: str, shape: tuple[int, ...], dtype: np.dtype):
         self.shape = (split.num_examples, *shape)
+        self.dtype = dtype
         self.ndim = len(self.shape)
         self._split = split
         self._feature = feature
@@ -275,5 +244,6 @@ class Column:
         return self[:].astype(self.dtype if dtype is None else dtype, copy=False)
 
     def sample(self, size: int = _SAMPLE_SIZE) -> np.ndarray:
-        """Returns a fixed sample of the rows, spread evenly: to compute statistics, and to look at a few."""
-        return self[np.linspace(0, len(self) - 1, min(len(self), size)).astype(int)]
+        """Returns a fixed sample of the intact rows, spread evenly: to compute statistics, and to look at a few."""
+        arrays, intact = self._split.evaluation(spread(len(self), size), (self._feature,))
+        return arrays[self._feature][intact]

@@ -19,6 +19,7 @@ from research.errors import UserError, as_out_of_memory_error
 
 MOST_CLASSES = 2**20  # larger integer labels are not class numbers, and are decoded as this value
 _EXAMPLES_AT_ONCE = 2000
+_OTHER_FILES = 256  # that a process has open
 
 
 @functools.cache
@@ -86,7 +87,6 @@ class TfdsSource(Source):
     """
 
     def __init__(self, name: str, path: Path, description: Description, split: str):
-        self._name = f"{name}/{split}"
         self._path = path
         self._has_labels = description.has_labels
         try:
@@ -94,6 +94,8 @@ class TfdsSource(Source):
             raw = import_tfds().decode.DeserializeMethod.RAW_BYTES
             self._records = builder.as_data_source(split, file_format="array_record", deserialize_method=raw)
             self.channels = builder.info.features["image"].shape[-1] or 3
+            self._files = [str(file) for file in builder.info.splits[split].filepaths]
+            self._file_ends = np.cumsum(builder.info.splits[split].shard_lengths)
             with reading(path):
                 digest = hashlib.sha256(split.encode())
                 for file in ("dataset_info.json", "features.json"):
@@ -102,9 +104,10 @@ class TfdsSource(Source):
         except UserError:
             raise
         except Exception as error:  # readers of records and protocol buffers raise other types
-            raise _explained(error, f"{self._name} in {path}", path, ()) from error
+            raise _explained(error, f"{name}/{split} in {path}", path, ()) from error
         if self.channels not in decoding.MODES:
-            raise UserError(f"{self._name}: the images have {self.channels} channels; there must be 1 to 4")
+            raise UserError(f"{name}/{split}: the images have {self.channels} channels; there must be 1 to 4")
+        _allow_open_files(len(self._files))
 
     def __len__(self) -> int:
         return len(self._records)
@@ -116,8 +119,31 @@ class TfdsSource(Source):
             image = features["image"].bytes_list.value[0]
             return {"image": image} | ({"label": features["label"].int64_list.value[0]} if self._has_labels else {})
         except Exception as error:  # readers of records and protocol buffers raise many types
+            self._check_readable(number)
             reason = " ".join(str(error).split())[:200]
             raise DamagedError(f"of {self._path} cannot be read ({type(error).__name__}: {reason})") from error
+
+    def _check_readable(self, number: int) -> None:
+        """Raises `UserError` if the file of a record is unreadable; the readers' errors do not say so."""
+        file = Path(self._files[int(np.searchsorted(self._file_ends, number, "right"))])
+        with reading(file), file.open("rb") as stream:
+            while stream.read(2**24):
+                pass
+
+
+def _allow_open_files(count: int) -> None:
+    """Raises this process's limit of open files, if it may be too low: one for each file of a split stays open."""
+    try:
+        import resource
+    except ImportError:  # not on Windows, which has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if hard != resource.RLIM_INFINITY and hard < count + _OTHER_FILES:
+        raise UserError(
+            f"the data set has {count:,} files, and this process may open only {hard:,}: raise the limit (ulimit -n)"
+        )
 
 
 def _skip_images(builder: Any) -> dict[str, Any]:

@@ -15,11 +15,12 @@ from research.config import AugmentConfig
 from research.data import images
 from research.data.batch import Batch
 from research.data.sources import Dataset
-from research.data.streamed import Column, StreamedSplit
+from research.data.streamed import Column, StreamedSplit, spread
 from research.errors import UserError
 from research.tasks.predictor import Predictor
 from research.tasks.task import ExportedFunction, Inputs, Metrics, Task
 
+_MAX_PLOTTED = 1024  # examples of a split that is read when it is needed
 _NUM_CHECKED = 16  # labels that are known only after reading their records
 
 
@@ -64,7 +65,8 @@ class Classification(Task):
                     f"--config.dataset.name={dataset.name}: the number of classes is unknown: name its labels"
                 )
             labels = split["label"]
-            if isinstance(labels, Column):
+            if isinstance(split, StreamedSplit) and isinstance(labels, Column):
+                split.require_labels()  # the others are checked when they are read
                 labels = labels.sample(_NUM_CHECKED)
             largest = len(dataset.label_names) - 1
             unlabeled, unknown = np.sum(labels < 0), np.sum(labels > largest) if dataset.label_names else 0
@@ -139,10 +141,16 @@ class Classification(Task):
         return {"logits": self._logits(model, normalized, train=False, key=None)}
 
     def plots(self, predict: Predictor, dataset: Dataset) -> dict[str, Callable[[], Any]]:
-        """Plots the confusion matrix and the most confident mistakes of the test set."""
+        """Plots the confusion matrix and the most confident mistakes of the test set.
+
+        If it is read when it is needed, of a sample.
+        """
         test, names = dataset.test, dataset.label_names
+        if isinstance(test, StreamedSplit):
+            numbers = spread(test.num_examples, _MAX_PLOTTED)
+            test = {name: column[numbers] for name, column in test.items() if name in ("image", "label")}
         predictions, confidences = predict(self.predicted, {"image": test["image"]})
-        labels = np.asarray(test["label"])
+        labels = test["label"]
         return {
             "confusion": lambda: plots.confusion(labels, predictions, names),
             "examples": lambda: plots.mistakes(test["image"], labels, predictions, confidences, names),

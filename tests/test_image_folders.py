@@ -12,11 +12,13 @@ import pytest
 from linear import EXPERIMENT
 from PIL import Image
 
+from experiments import cifar_cnn
 from launch import export, predict
 from research import app
 from research.data import decoding, sources
 from research.data.streamed import StreamedSplit
 from research.errors import UserError
+from research.tasks import classification
 
 FLAGS = ["--config.dataset.name=folder", "--config.dataset.image_size=16", "--config.batch_size=8"]
 
@@ -146,7 +148,7 @@ def test_photographs_may_be_gray_or_rotated(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--config.dataset.image_size=0"], "choose the size that they are resized to"),
+        (["--config.dataset.image_size=0"], "choose the size that they are"),
         (["--config.batch_size=104"], "batch_size=104 is larger than the training set"),
         (["--config.dataset.image_size=-1"], "image_size"),
         (["--config.dataset.train_crop=square"], "train_crop"),
@@ -157,3 +159,19 @@ def test_bad_input_is_named_before_training(flags, words, folder, tmp_path):
     with pytest.raises(UserError, match=words):
         app.run(EXPERIMENT, _args(folder, tmp_path / "run", *flags))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_network_for_one_size_refuses_another_in_training(folder, tmp_path):
+    args = [*_args(folder, tmp_path / "run"), "--config.dataset.train_image_size=24"]
+    with pytest.raises(UserError, match="needs images of one size"):
+        app.run(cifar_cnn.EXPERIMENT, args)
+
+
+def test_plots_of_a_streamed_split_show_a_sample(whole, folder, monkeypatch):
+    monkeypatch.setattr(classification, "_MAX_PLOTTED", 5)
+    command = app.parse(EXPERIMENT, [*_args(folder, whole[0]), "--mode=eval"])
+    training = app.restored(EXPERIMENT, command, app.start(command.config, jax.devices()[:1]))
+    sizes = []
+    monkeypatch.setattr(classification.plots, "confusion", lambda labels, *_: sizes.append(len(labels)))
+    training.task.plots(training.predictor(), training.dataset)["confusion"]()
+    assert sizes == [5]

@@ -193,7 +193,7 @@ class StreamedSplit(Mapping[str, "Column"]):
             if name not in example or (example[name].shape, example[name].dtype) != first:
                 kind = f"{example[name].dtype}{list(example[name].shape)}" if name in example else "missing"
                 raise UserError(
-                    f"{self._reader.name(number)}: {name} is {kind}, but {first[1]}{list(first[0])} in the first example"
+                    f"{self._reader.name(number)}: {name} is {kind}, but {first[1]}{list(first[0])} in other examples"
                 )
         return example
 

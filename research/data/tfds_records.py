@@ -1,5 +1,6 @@
 """Decodes the records of a prepared TFDS data set to arrays."""
 
+import contextlib
 import functools
 import hashlib
 import logging
@@ -137,8 +138,8 @@ def _allow_open_files(count: int) -> None:
         import resource
     except ImportError:  # not on Windows, which has no such limit
         return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # some systems have a lower limit than they say
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     if hard != resource.RLIM_INFINITY and hard < count + _OTHER_FILES:
         raise UserError(

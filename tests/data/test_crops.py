@@ -106,6 +106,15 @@ def test_damaged_files_are_found_whatever_the_crop(damage):
             _crop(damage(encoded), box, 50)
 
 
+def test_rotation_in_xmp_data_is_applied():
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    encoded = photographs.encode(photographs.gradient(40, 80), xmp=xmp)
+    whole = decoding.decode(encoded, 3)
+    found, size = _crop(encoded, (3, 30, 20, 20), 20)
+    assert size == whole.shape[:2] == (80, 40)
+    np.testing.assert_array_equal(found, whole[30:50, 3:23])
+
+
 def test_bombs_are_refused_before_they_are_decoded(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     for kind in ("JPEG", "PNG"):

@@ -1,0 +1,62 @@
+"""The command `python -m experiments.image_classifier`."""
+
+import json
+
+import photographs
+import pytest
+
+from experiments import image_classifier
+from research import app
+from research.errors import UserError
+
+EXPERIMENT = image_classifier.EXPERIMENT
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """An image folder of two classes."""
+    return photographs.make_folder(tmp_path_factory.mktemp("pets"), counts=(("train", 8), ("test", 4)))
+
+
+def _resolved(folder, *args):
+    command = app.parse(EXPERIMENT, [f"--config.dataset.data_dir={folder}", *args])
+    return app.load(EXPERIMENT, command.config)
+
+
+def test_the_default_is_resnet_18_at_128_pixels(folder):
+    config, dataset, task = _resolved(folder)
+    assert (config.model.depth, config.dataset.name) == (18, "folder")
+    assert dataset.test["image"].shape[1:] == (128, 128, 3)
+    assert (task.label_smoothing, task.mirror, task.augment.flip) == (0.1, True, "random")
+
+
+def test_fields_reach_the_task(folder):
+    flags = ["--config.label_smoothing=0.3", "--config.mirror=false", "--config.augment.flip=none"]
+    task = _resolved(folder, *flags)[2]
+    assert (task.label_smoothing, task.mirror, task.augment.flip) == (0.3, False, "none")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--config.dataset.image_size=16"], "a ResNet needs images of 32x32 or more, not 16x16"),
+        (["--config.dataset.train_image_size=16"], "a ResNet needs images of 32x32 or more, not 16x16"),
+        (["--config.dataset.image_size=0"], "train_image_size, .* need --config.dataset.image_size"),
+        (["--config.model.depth=20"], "depth=20: use 18 or 34"),
+        (["--config.augment.crop=100"], "augment.crop=100: must be below the images' side, 96"),
+        (["--config.dataset.name=pydoc", "--config.dataset.data_dir="], "pydoc has no images"),
+        (["--config.dataset.data_dir="], "folder needs --config.dataset.data_dir=DIR"),
+        (["--config.dataset.data_dir=nosuch"], "data_dir=nosuch: no such folder"),
+    ],
+)
+def test_bad_input_is_named(flags, words, folder):
+    with pytest.raises(UserError, match=words):
+        _resolved(folder, *flags)
+
+
+@pytest.mark.slow
+def test_it_trains(folder, tmp_path):
+    args = ["--config.num_epochs=4", "--config.batch_size=8", "--config.model.width=8", f"--workdir={tmp_path}"]
+    size = ["--config.dataset.image_size=48", "--config.dataset.train_image_size=32"]
+    app.run(EXPERIMENT, [f"--config.dataset.data_dir={folder}", *size, *args])
+    assert json.loads((tmp_path / "summary.json").read_text())["train_accuracy"] > 0.6

@@ -5,12 +5,15 @@ import errno
 import threading
 import warnings
 
+import jax
 import numpy as np
 import photographs
 import pytest
 from PIL import Image
 
-from research.data import check, decoding, example_reader, sources
+from research import sharding
+from research.config import Config
+from research.data import check, decoding, example_reader, pipeline, sources
 from research.data.file_errors import unreadable
 from research.data.source import DamagedError, Source, Subset
 from research.data.streamed import Column, StreamedSplit
@@ -349,3 +352,47 @@ def test_bombs_are_found_in_every_thread(monkeypatch):
         refused = list(threads.map(is_refused, [small, large] * 200))
     assert refused == [False, True] * 200
     assert warnings.filters == filters
+
+
+def test_each_process_reads_only_its_own_rows(monkeypatch):
+    config = Config(batch_size=8, microbatch_size=4, dataset=CONFIG)
+    mesh = sharding.make_mesh(config, jax.devices()[:1])
+
+    def batches():
+        records = Records(24)
+        split = StreamedSplit("train", records, CONFIG)
+        records.reads.clear()
+        return records, pipeline.TrainBatches(split, config, mesh, resident=False, capacity=1)
+
+    whole = batches()[1].local_batch(4)
+    for rows in ([0, 1], [2, 3], [1, 3]):
+        monkeypatch.setattr(pipeline.TrainBatches, "_local_rows", lambda *_, rows=rows: np.array(rows))
+        records, part = batches()
+        batch = part.local_batch(4)
+        for name in ("image", "label"):
+            np.testing.assert_array_equal(batch[name], whole[name][:, rows])
+        assert sorted(number for number, _ in records.reads) == sorted(whole.index[:, rows].ravel().tolist())
+
+
+def test_training_may_start_at_any_step_without_reading_what_came_before():
+    config = Config(batch_size=8, dataset=CONFIG)
+    mesh = sharding.make_mesh(config, jax.devices()[:1])
+    records = Records(24)
+    split = StreamedSplit("train", records, CONFIG)
+    first = pipeline.TrainBatches(split, config, mesh, resident=False, capacity=1)
+    steps = [first.take_local(1) for _ in range(5)]
+    late = pipeline.TrainBatches(split, config, mesh, resident=False, capacity=1, start=4)
+    np.testing.assert_array_equal(late.take_local(1)["image"], steps[4]["image"])
+    first.seek(2)
+    np.testing.assert_array_equal(first.take_local(1)["image"], steps[2]["image"])
+
+
+def test_every_example_is_evaluated_once_for_any_batch_size():
+    split = StreamedSplit("test", Records(21, damaged={5}), _config(max_damaged=1))
+    for size in (1, 4, 8, 32):
+        config = Config(batch_size=size, dataset=CONFIG)
+        batches = pipeline.EvalBatches(split, config, sharding.make_mesh(config, jax.devices()[:1]), resident=False)
+        seen = [(batch.index[batch.mask > 0], batch["label"][batch.mask > 0]) for batch in batches]
+        numbers, labels = (np.concatenate(part) for part in zip(*seen))
+        np.testing.assert_array_equal(numbers, [i for i in range(21) if i != 5])
+        np.testing.assert_array_equal(labels, numbers % 3)

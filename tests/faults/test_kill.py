@@ -10,6 +10,7 @@ import pytest
 COMMON = ["--config.batch_size=96", "--config.log_every_steps=1", "--config.checkpoint_every_steps=4"]
 EXPERIMENTS = {
     "linear": ["--config.num_epochs=2", "--config.model.width=4"],
+    "linear, random crops": ["--config.num_epochs=2", "--config.model.width=4", "--config.dataset.image_size=24"],
     "experiments.cifar_cnn": [
         *("--config.dataset.name=digits", "--config.num_epochs=2"),
         *("--config.model.width=4", "--config.optimizer.name=momentum"),
@@ -51,7 +52,7 @@ def _kill_often(forks, name, kills, rng, **options):
     shutil.rmtree(folder, ignore_errors=True)
 
     def train(number, **fault):
-        return forks.run(name, [*args, f"--workdir={folder / number}"], **options, **fault)
+        return forks.run(name.partition(",")[0], [*args, f"--workdir={folder / number}"], **options, **fault)
 
     first = train("whole", watch=folder)
     assert first.code == 0, first.output

@@ -1,9 +1,12 @@
 """Makes image files of many kinds, sizes and colors, and folders of them."""
 
 import io
+import threading
 
 import numpy as np
 from PIL import Image
+
+from research.data.source import DamagedError, Source
 
 
 def gradient(height, width, seed=0):
@@ -40,3 +43,29 @@ def make_folder(path, classes=("cat", "dog"), counts=(("train", 12), ("test", 6)
                 data = encode(pixels.astype(np.uint8), quality=90)
                 (path / split / name / f"{number}.jpg").write_bytes(data)
     return path
+
+
+class Records(Source):
+    """Images in memory; those in `damaged` cannot be read."""
+
+    fingerprint = "records"
+
+    def __init__(self, count=20, damaged=(), **features):
+        self._images = [photographs.encode(photographs.gradient(20 + 3 * i, 60, i), "PNG") for i in range(count)]
+        self._damaged = damaged
+        self._features = features
+        self.reads = []
+
+    def __len__(self):
+        return len(self._images)
+
+    def __getitem__(self, number):
+        self.reads.append((number, threading.current_thread().name))
+        if number in self._damaged:
+            raise DamagedError("is torn")
+        return {"image": self._images[number], "label": number % 3} | {
+            name: value(number) for name, value in self._features.items()
+        }
+
+    def record_name(self, number):
+        return f"page {number}"

@@ -51,7 +51,7 @@ class Records(Source):
     fingerprint = "records"
 
     def __init__(self, count=20, damaged=(), **features):
-        self._images = [photographs.encode(photographs.gradient(20 + 3 * i, 60, i), "PNG") for i in range(count)]
+        self._images = [encode(gradient(20 + 3 * i, 60, i), "PNG") for i in range(count)]
         self._damaged = damaged
         self._features = features
         self.reads = []

@@ -6,6 +6,9 @@ trains on a folder of pictures: DIR/train/<class>/... and DIR/test/<class>/..., 
 then held out for testing. Other sets: `--config.dataset.name=imagenet2012` and any other prepared TFDS set of images,
 or `hf:NAME` for a Hugging Face set. Training images are random crops, resized to `--config.dataset.image_size` and
 flipped; evaluation takes the center of each image.
+
+On Caltech-101 (100 classes, 30 photographs of each) the default reaches 36.4% in 30 minutes on 2 slow CPU cores, still
+improving (README.md); for better accuracy train longer, on a GPU, with `--config.dataset.train_image_size=128`.
 """
 
 import dataclasses

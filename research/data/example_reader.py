@@ -57,7 +57,11 @@ class ExampleReader:
         return f"{self._role}, {self._source.record_name(number)}"
 
     def read(
-        self, number: int, key: CropKey | None = None, features: Container[str] | None = None
+        self,
+        number: int,
+        key: CropKey | None = None,
+        features: Container[str] | None = None,
+        image_out: np.ndarray | None = None,
     ) -> dict[str, np.ndarray]:
         """Reads an example.
 
@@ -65,6 +69,7 @@ class ExampleReader:
           number: of the example.
           key: of a random crop; None: the center of the image.
           features: those to read; None: all.
+          image_out: where to put the random crop; None: in a new array.
 
         Returns:
           The features. Images are uint8 [size, size, c], or as they are if the config has no size.
@@ -78,7 +83,7 @@ class ExampleReader:
             raise UserError(f"{self.name(number)} is a {type(record).__name__}, not a dictionary of features")
         chosen = {name: value for name, value in record.items() if features is None or name in features}
         try:
-            return {name: self._as_array(name, value, number, key) for name, value in chosen.items()}
+            return {name: self._as_array(name, value, number, key, image_out) for name, value in chosen.items()}
         except decoding.ImageError as error:
             raise DamagedError(str(error)) from None
 
@@ -93,9 +98,11 @@ class ExampleReader:
                 time.sleep(seconds)
         return self._source[number]
 
-    def _as_array(self, name: str, value: Any, number: int, key: CropKey | None) -> np.ndarray:
+    def _as_array(
+        self, name: str, value: Any, number: int, key: CropKey | None, image_out: np.ndarray | None
+    ) -> np.ndarray:
         if name == "image":
-            return self._crop(self._checked_image(value, number), number, key)
+            return self._crop(self._checked_image(value, number), number, key, image_out)
         if name == "label":
             return self._checked_label(value, number)
         array = np.asarray(value)
@@ -129,19 +136,20 @@ class ExampleReader:
             )
         return image
 
-    def _crop(self, image: bytes | np.ndarray, number: int, key: CropKey | None) -> np.ndarray:
+    def _crop(self, image: bytes | np.ndarray, number: int, key: CropKey | None, out: np.ndarray | None) -> np.ndarray:
         if isinstance(image, np.ndarray) and not self._size:
             return image
         channels = self._source.channels if isinstance(image, bytes) else image.shape[-1]
         if key is None:
             return decoding.decode_center(image, channels, self._size, self._config.center_crop)
-        rng = randomness.generator(Stream.CROP, key.seed, key.epoch, number)
+        rng = randomness.example_generator(Stream.CROP, key.seed, key.epoch, number)
 
         def choose(height: int, width: int) -> crops.Box:
             if self._config.train_crop == "resize":
                 return crops.random_square(height, width, rng)
             return crops.random_resized(height, width, rng, self._config.crop_min_area)
 
-        out = np.empty((self._size, self._size, channels), np.uint8)
+        if out is None or out.shape[-1] != channels:
+            out = np.empty((self._size, self._size, channels), np.uint8)
         crops.crop(image, choose, out)
         return out

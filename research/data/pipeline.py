@@ -228,6 +228,8 @@ class TrainBatches(_Split):
 
     def _pack(self, steps: list[Batch]) -> Batch:
         def pack(*arrays: np.ndarray) -> np.ndarray:
+            if self._capacity == 1:
+                return arrays[0][None]  # without a copy
             packed = np.zeros((self._capacity, *arrays[0].shape), arrays[0].dtype)
             packed[: len(arrays)] = arrays
             return packed

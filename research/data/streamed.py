@@ -124,10 +124,10 @@ class StreamedSplit(Mapping[str, "Column"]):
         """
         flat_epochs = epochs.ravel().tolist()
 
-        def read(number: int, row: int) -> dict[str, np.ndarray]:
+        def read(number: int, row: int, image_out: np.ndarray | None) -> dict[str, np.ndarray]:
             key = CropKey(seed, flat_epochs[row])
             for replacement in range(number, number + self.num_examples):
-                if example := self._read(replacement % self.num_examples, key, tuple(self._features)):
+                if example := self._read(replacement % self.num_examples, key, tuple(self._features), image_out):
                     return example
             raise UserError(f"--config.dataset.name={self._config.name}: every example of {self._role} is damaged")
 
@@ -149,8 +149,8 @@ class StreamedSplit(Mapping[str, "Column"]):
         intact = np.ones(numbers.size, bool)
         features = tuple(features) or tuple(self._features)
 
-        def read(number: int, row: int) -> dict[str, np.ndarray]:
-            example = self._read(number, None, features)
+        def read(number: int, row: int, image_out: np.ndarray | None) -> dict[str, np.ndarray]:
+            example = self._read(number, None, features, image_out)
             intact[row] = bool(example)
             return example
 
@@ -160,9 +160,9 @@ class StreamedSplit(Mapping[str, "Column"]):
         self,
         numbers: np.ndarray,
         features: Sequence[str],
-        read: Callable[[int, int], Mapping[str, np.ndarray]],
+        read: Callable[[int, int, np.ndarray | None], Mapping[str, np.ndarray]],
     ) -> dict[str, np.ndarray]:
-        """Returns arrays of what `read(number, row)` returns for the numbers, in several threads; zeros if it is {}."""
+        """Returns arrays of what `read(number, row, image_out)` returns for the numbers; zeros where it is {}."""
         described = {name: self._features[name] for name in features}
         arrays = {name: np.zeros((numbers.size, *shape), dtype) for name, (shape, dtype) in described.items()}
         flat = numbers.ravel().tolist()
@@ -170,8 +170,10 @@ class StreamedSplit(Mapping[str, "Column"]):
 
         def read_rows(start: int) -> None:
             for row in range(start, min(start + at_once, len(flat))):
-                for name, value in read(flat[row], row).items():
-                    arrays[name][row] = value
+                image_out = arrays["image"][row] if "image" in arrays else None
+                for name, value in read(flat[row], row, image_out).items():
+                    if value is not image_out:
+                        arrays[name][row] = value
 
         if len(flat) <= at_once:
             read_rows(0)
@@ -179,12 +181,14 @@ class StreamedSplit(Mapping[str, "Column"]):
             list(reader_pool().map(read_rows, range(0, len(flat), at_once)))
         return {name: array.reshape(*numbers.shape, *array.shape[1:]) for name, array in arrays.items()}
 
-    def _read(self, number: int, key: CropKey | None, features: Sequence[str]) -> dict[str, np.ndarray]:
+    def _read(
+        self, number: int, key: CropKey | None, features: Sequence[str], image_out: np.ndarray | None
+    ) -> dict[str, np.ndarray]:
         """Reads an example; returns {} if it is damaged."""
         if number in self._damaged:
             return {}
         try:
-            example = self._reader.read(number, key, features)
+            example = self._reader.read(number, key, features, image_out)
         except DamagedError as error:
             self._report(number, error)
             return {}

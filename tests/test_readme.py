@@ -220,7 +220,7 @@ def test_a_folders_readme_names_its_files(folder):
 def _shown_program(number):
     """A program of README.md, with the name that its commands give it."""
     program = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[number]
-    return re.search(r'app\.Experiment\("(\w+)"', program).group(1), program
+    return re.search(r'app\.Experiment\(\s*"(\w+)"', program).group(1), program
 
 
 @pytest.mark.parametrize(("number", "accuracy"), [(0, 0.85), (1, 0.75)])

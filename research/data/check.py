@@ -16,7 +16,6 @@ from research.data import decoding, sources
 from research.data.source import DamagedError, Source
 from research.data.streamed import reader_pool
 from research.errors import UserError
-from research.process.exit import exit_with
 
 _AT_ONCE = 1024  # records, between updates of the progress bar
 
@@ -72,4 +71,5 @@ if __name__ == "__main__":
     try:
         sys.exit(2 if run(sys.argv[1:]) else 0)
     except UserError as error:
-        exit_with(error)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(error.exit_code)

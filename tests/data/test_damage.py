@@ -155,7 +155,6 @@ def test_missing_permission_is_not_tried_again(monkeypatch):
         ({"label": 2**40}, "has the label 1099511627776"),
         ({"caption": "a cat"}, "caption has the dtype <U5; use numbers"),
     ],
-    ids=str,
 )
 def test_records_of_users_that_do_not_fit_are_named(record, words):
     class Own(Records):

@@ -21,6 +21,17 @@ _ATTEMPTS = 10
 _MARGIN = 32  # rows decoded below a crop: chroma of the last rows is interpolated, in blocks of 16
 _BASELINE = (0xC0, 0xC1)  # frame headers of JPEG files whose rows are stored once, from top to bottom
 _NON_FRAME_MARKERS = (0xC4, 0xC8, 0xCC)
+# How the upright image is made, by EXIF orientation: (axes exchanged after the others, rows and columns reversed).
+_ORIENTATIONS = {
+    1: (False, False, False),
+    2: (False, False, True),
+    3: (False, True, True),
+    4: (False, True, False),
+    5: (True, False, False),
+    6: (True, True, False),
+    7: (True, True, True),
+    8: (True, False, True),
+}
 
 
 class Box(NamedTuple):
@@ -121,39 +132,66 @@ class _Buffers(threading.local):
 _buffers = _Buffers()
 
 
+class _Frame(NamedTuple):
+    """What the header of a JPEG file says: how its rows are stored, where this is said, and its size."""
+
+    marker: int
+    position: int
+    height: int
+    width: int
+    components: int
+
+
 def _jpeg_region(encoded: bytes, choose: Choose, size: int) -> np.ndarray | None:
     """Decodes the crop of a JPEG file, perhaps reduced but not below `size`; None if the file is of another kind.
 
-    The result is valid until the next call in this thread.
-
-    Three things are skipped: rows below the crop, and the resolution that a crop of twice the size or more does not
-    need (the decoder scales by 1/2, 1/4 or 1/8).
+    Two things are skipped: rows below the crop, and the resolution that a crop of twice the size or more does not need
+    (the decoder scales by 1/2, 1/4 or 1/8). The result is valid until the next call in this thread.
     """
-    if not encoded.startswith(b"\xff\xd8") or (simplejpeg := _simplejpeg()) is None:
+    frame = _frame(encoded) if encoded.startswith(b"\xff\xd8") else None
+    if frame is None or _simplejpeg() is None or not _is_supported(frame, encoded):
         return None
-    if (frame := _frame(encoded)) is None:
-        return None
-    kind, position, height, width, components = frame
-    if components not in (1, 3) or not height or not width or height * width > (Image.MAX_IMAGE_PIXELS or math.inf):
-        return None
-    # A truncated file is damaged, though the decoder would fill it with gray. Rotated images take the other path.
+    _, position, height, width, _ = frame
     may_be_rotated = any(name in encoded[:position] for name in (b"Exif\0", b"ns.adobe.com/xap"))
-    if encoded.rfind(b"\xff\xd9") < position or (may_be_rotated and decoding.is_rotated(encoded)):
-        return None
-    box = choose(height, width)
+    orientation = decoding.orientation(encoded) if may_be_rotated else 1
+    transposed, flipped_rows, flipped_columns = _ORIENTATIONS.get(orientation, _ORIENTATIONS[1])
+    box = choose(width, height) if transposed else choose(height, width)
+    if transposed:
+        box = Box(box.top, box.left, box.height, box.width)
+    if flipped_columns:
+        box = box._replace(left=width - box.left - box.width)
+    if flipped_rows:
+        box = box._replace(top=height - box.top - box.height)
     factor = next((f for f in (8, 4, 2) if min(box.width, box.height) >= f * size), 1)
+    if (region := _decode_box(encoded, frame, box, factor)) is None or orientation == 1:
+        return region
+    region = region[:: -1 if flipped_rows else 1, :: -1 if flipped_columns else 1]
+    return np.ascontiguousarray(region.transpose(1, 0, 2) if transposed else region)
+
+
+def _is_supported(frame: _Frame, encoded: bytes) -> bool:
+    """Returns whether the file is a whole gray or RGB image that is not too large."""
+    area = frame.height * frame.width
+    # The decoder would fill what is missing of a truncated file with gray, so the marker of its end must be there.
+    is_whole = encoded.rfind(b"\xff\xd9") >= frame.position
+    return is_whole and frame.components in (1, 3) and 0 < area <= (Image.MAX_IMAGE_PIXELS or math.inf)
+
+
+def _decode_box(encoded: bytes, frame: _Frame, box: Box, factor: int) -> np.ndarray | None:
+    """Decodes a box of a JPEG file, reduced by a factor of 1, 2, 4 or 8; None if the decoder cannot."""
+    marker, position, height, width, _ = frame
+    data: bytes | memoryview = encoded
     bottom = box.top + box.height + _MARGIN * factor
-    if kind in _BASELINE and bottom < height:
+    if marker in _BASELINE and bottom < height:
         # The rows of a baseline file follow each other: told that the image ends here, the decoder stops here.
         height = bottom
-        encoded = _buffers.copy(encoded)
-        encoded[position + 5 : position + 7] = height.to_bytes(2, "big")
+        data = _buffers.copy(encoded)
+        data[position + 5 : position + 7] = height.to_bytes(2, "big")
     min_size = {"min_height": -(-height // factor), "min_width": -(-width // factor)} if factor > 1 else {}
+    buffer = _buffers.pixels(3 * height * width)
     try:
         # Not strict, since the decoder would complain about the rows left out.
-        pixels = simplejpeg.decode_jpeg(
-            encoded, "RGB", strict=False, buffer=_buffers.pixels(3 * height * width), **min_size
-        )
+        pixels = _simplejpeg().decode_jpeg(data, "RGB", strict=False, buffer=buffer, **min_size)
     except ValueError:  # Pillow decides whether it is damaged
         return None
     scale = len(pixels) / height  # 1 / factor, up to rounding
@@ -161,14 +199,14 @@ def _jpeg_region(encoded: bytes, choose: Choose, size: int) -> np.ndarray | None
     return pixels[top : top + max(1, round(box.height * scale)), left : left + max(1, round(box.width * scale))]
 
 
-def _frame(encoded: bytes) -> tuple[int, int, int, int, int] | None:
-    """Finds the frame header of a JPEG file: (marker, position, height, width, number of components)."""
+def _frame(encoded: bytes) -> _Frame | None:
+    """Finds the frame header of a JPEG file."""
     position = 2
     while position + 9 < len(encoded) and encoded[position] == 0xFF:
         marker = encoded[position + 1]
         if 0xC0 <= marker <= 0xCF and marker not in _NON_FRAME_MARKERS:
             height, width = (int.from_bytes(encoded[position + i : position + i + 2], "big") for i in (5, 7))
-            return marker, position, height, width, encoded[position + 9]
+            return _Frame(marker, position, height, width, encoded[position + 9])
         # A marker may be preceded by any number of fill bytes.
         position += 1 if marker == 0xFF else 2 + int.from_bytes(encoded[position + 2 : position + 4], "big")
     return None

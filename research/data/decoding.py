@@ -101,13 +101,13 @@ def decode_center(encoded: bytes | np.ndarray, channels: int, size: int, fractio
     return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box)).reshape(size, size, channels)
 
 
-def is_rotated(encoded: bytes) -> bool:
-    """Returns whether the file's EXIF data says that its pixels are rotated or mirrored."""
+def orientation(encoded: bytes) -> int:
+    """Returns the EXIF orientation of an image file, 1 to 8; 1, upright, if it has none or cannot be read."""
     try:
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
-            return _orientation(image) != 1
+            return _orientation(image)
     except Exception:  # Pillow's decoders raise exceptions of many types
-        return False
+        return 1
 
 
 def _size_error(image: Image.Image, size: tuple[int, int]) -> SizeError:

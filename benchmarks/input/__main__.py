@@ -3,7 +3,7 @@
 python -m benchmarks.input --images=DIR [--cores=1,2] [--rounds=5] [--peers=tf_data,dali]
 
 Needs `pip install -e ".[bench]" torchvision`, and `nvidia-dali-cuda120` for DALI; a peer that is not installed is left
-out. Each way runs in a process of its own on the given number of cores, in turn, in every round. The JPEG files of DIR
+out. Each pipeline runs in a process of its own on the given number of cores, in turn, in every round. The JPEG files of DIR
 are repeated to at least 1,000. `meshwork_resized` reads a copy with a shorter side of 256 pixels.
 """
 
@@ -15,12 +15,12 @@ from pathlib import Path
 from absl import flags
 
 from benchmarks import command, output
-from benchmarks.input.ways import WAYS
+from benchmarks.input.pipelines import PIPELINES
 from research.errors import UserError
 
 _IMAGES = flags.DEFINE_string("images", None, "folder of JPEG files", required=True)
 _CORES = flags.DEFINE_list("cores", ["1", "2"], "numbers of cores to use")
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "how often each way is measured", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "how often each pipeline is measured", lower_bound=1)
 _SECONDS = flags.DEFINE_float("seconds", 5.0, "seconds of each measurement", lower_bound=0.01)
 _SIZE = flags.DEFINE_integer("size", 224, "side of the crops", lower_bound=1)
 _BATCH = flags.DEFINE_integer("batch_size", 64, "images of a batch", lower_bound=1)
@@ -62,9 +62,9 @@ def _resized_copy(files: list[str], folder: Path) -> Path:
     return folder / "copy" / "photographs"
 
 
-def _speed(way: str, files: Path, cores: str) -> float:
-    arguments = [way, files, _SIZE.value, _BATCH.value, _SECONDS.value, cores]
-    return float(command.run(way, ["-m", "benchmarks.input.ways", *map(str, arguments)]).split()[-1])
+def _speed(name: str, files: Path, cores: str) -> float:
+    arguments = [name, files, _SIZE.value, _BATCH.value, _SECONDS.value, cores]
+    return float(command.run(name, ["-m", "benchmarks.input.pipelines", *map(str, arguments)]).split()[-1])
 
 
 def main() -> None:
@@ -74,26 +74,28 @@ def main() -> None:
     if not files:
         raise UserError(f"--images={images}: no JPEG files there")
     with tempfile.TemporaryDirectory() as temporary:
-        lists = {way: Path(temporary) / way for way in ("original", "meshwork_resized")}
+        lists = {name: Path(temporary) / name for name in ("original", "meshwork_resized")}
         files *= -(-_LEAST_FILES // len(files))
         lists["original"].write_text("\n".join(files))
         lists["meshwork_resized"].write_text(str(_resized_copy(files, Path(temporary))))
         rows = []
         for cores in _CORES.value:
-            speeds: dict[str, list[float]] = {way: [] for way in WAYS if way.startswith("meshwork") or way in peers}
+            speeds: dict[str, list[float]] = {
+                name: [] for name in PIPELINES if name.startswith("meshwork") or name in peers
+            }
             for _ in range(_ROUNDS.value):
-                for way, measured in speeds.items():
-                    measured.append(_speed(way, lists.get(way, lists["original"]), cores))
-                    print(f"{cores} cores, {way}: {measured[-1]:,.0f} images/s", flush=True)
+                for name, measured in speeds.items():
+                    measured.append(_speed(name, lists.get(name, lists["original"]), cores))
+                    print(f"{cores} cores, {name}: {measured[-1]:,.0f} images/s", flush=True)
             rows += [
                 {
-                    "peer": way,
+                    "peer": name,
                     "cores": int(cores),
                     "images_per_second": round(statistics.median(measured), 1),
                     "ratio": round(statistics.median(ours / x for ours, x in zip(speeds["meshwork"], measured)), 3),
                     "rounds": len(measured),
                 }
-                for way, measured in speeds.items()
+                for name, measured in speeds.items()
             ]
     for row in output.merge(out, "input", rows, ("peer", "cores")):
         print(f"{row['peer']:<20} {row['cores']} cores  {row['images_per_second']:>8,.0f} images/s  {row['ratio']:.2f}")

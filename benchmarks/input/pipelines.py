@@ -1,6 +1,6 @@
-"""Ways of reading photographs: each yields batches of random-resized crops, uint8 [batch, size, size, 3], endlessly.
+"""Pipelines that read photographs: each yields batches of random-resized crops, uint8 [batch, size, size, 3], endlessly.
 
-`python -m benchmarks.input.ways WAY FILES SIZE BATCH SECONDS CORES` measures one and prints images per second. FILES
+`python -m benchmarks.input.pipelines NAME FILES SIZE BATCH SECONDS CORES` measures one and prints images per second. FILES
 has one path a line. All draw crops of 8 to 100% of the area and 3/4 to 4/3 in aspect ratio (Szegedy et al. 2015) and
 resize bilinearly; none flips or normalizes.
 """
@@ -158,21 +158,24 @@ def dali(files: list[str], size: int, batch: int, cores: int) -> Iterator[Any]:
         yield images.as_array()
 
 
-WAYS = {way.__name__: way for way in (meshwork, meshwork_resized, tf_data, torchvision_pil, torchvision_tensors, dali)}
+PIPELINES = {
+    pipeline.__name__: pipeline
+    for pipeline in (meshwork, meshwork_resized, tf_data, torchvision_pil, torchvision_tensors, dali)
+}
 
 
-def main(way: str, files: str, size: str, batch: str, seconds: str, cores: str) -> None:
-    """Prints the images per second of one way, without its first two batches."""
+def main(name: str, files: str, size: str, batch: str, seconds: str, cores: str) -> None:
+    """Prints the images per second of one pipeline, without its first two batches."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(cores)])  # before any library starts its threads
-    batches = WAYS[way](Path(files).read_text().splitlines(), int(size), int(batch), int(cores))
+    batches = PIPELINES[name](Path(files).read_text().splitlines(), int(size), int(batch), int(cores))
     for _ in range(2):
         next(batches)
-    start, count = time.monotonic(), 0
-    while (elapsed := time.monotonic() - start) < float(seconds) or not count:
-        assert next(batches) is not None
-        count += 1
-        elapsed = time.monotonic() - start
-    print(count * int(batch) / elapsed)
+    start = now = time.monotonic()
+    count = 0
+    while now - start < float(seconds):
+        next(batches)
+        count, now = count + 1, time.monotonic()
+    print(count * int(batch) / (now - start))
 
 
 if __name__ == "__main__":

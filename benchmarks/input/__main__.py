@@ -3,8 +3,8 @@
 python -m benchmarks.input --images=DIR [--cores=1,2] [--rounds=5] [--peers=tf_data,dali]
 
 Needs `pip install -e ".[bench]" torchvision`, and `nvidia-dali-cuda120` for DALI; a peer that is not installed is left
-out. Each pipeline runs in a process of its own on the given number of cores, in turn, in every round. The JPEG files of DIR
-are repeated to at least 1,000. `meshwork_resized` reads a copy with a shorter side of 256 pixels.
+out. Each pipeline runs in a process of its own on the given number of cores, in turn, in every round. The JPEG files of
+DIR are repeated to at least 1,000. `meshwork_resized` reads a copy with a shorter side of 256 pixels.
 """
 
 import importlib.util

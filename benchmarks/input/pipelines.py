@@ -1,8 +1,8 @@
-"""Pipelines that read photographs: each yields batches of random-resized crops, uint8 [batch, size, size, 3], endlessly.
+"""Pipelines that read photographs: each yields batches of random crops, uint8 [batch, size, size, 3], endlessly.
 
-`python -m benchmarks.input.pipelines NAME FILES SIZE BATCH SECONDS CORES` measures one and prints images per second. FILES
-has one path a line. All draw crops of 8 to 100% of the area and 3/4 to 4/3 in aspect ratio (Szegedy et al. 2015) and
-resize bilinearly; none flips or normalizes.
+`python -m benchmarks.input.pipelines NAME FILES SIZE BATCH SECONDS CORES` measures one and prints images per second.
+FILES has one path a line. All draw crops of 8 to 100% of the area and 3/4 to 4/3 in aspect ratio (Szegedy et al. 2015)
+and resize bilinearly; none flips or normalizes.
 """
 
 import itertools

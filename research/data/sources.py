@@ -26,7 +26,7 @@ Split = Mapping[str, Any]  # `Arrays`, or a `StreamedSplit`, whose columns behav
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A data set's splits. Those that `load` returns have read-only arrays, some of them memory maps.
+    """A data set's splits. Those that `load` returns have read-only arrays, some of them memory maps, or are streamed.
 
     `make_task` must read the arrays' contents through `statistic` only: without its data set, a network is restored
     with arrays of 0 examples, which its run's data.json describes.
@@ -35,7 +35,8 @@ class Dataset:
       name: its TFDS name, or one of `embedded.DATASETS`.
       label_names: the name of each class, by label; () for text and for images without labels.
       train: "image" (uint8 [n,h,w,c]) and, unless the images have no labels, "label" (int32 [n], -1: unlabeled); for
-        text "text" (uint8 [n]), its bytes, with a newline between any two examples of a TFDS set.
+        text "text" (uint8 [n]), its bytes, with a newline between any two examples of a TFDS set. The features of an
+        experiment's own data have the names that it gives them.
       validation: held out from train, or the set's own split; None if there is neither.
       test: the split that results are reported on.
       shuffle: whether every epoch is a new permutation of train; otherwise every epoch has the order of train.
@@ -110,10 +111,7 @@ def _to_list(array: np.ndarray) -> Any:
 def load(config: DatasetConfig, own: Mapping[str, own_data.Load] = MappingProxyType({})) -> Dataset:
     """Loads the data set that the config names; the caller cannot change what later calls return.
 
-    Args:
-      config: of the data set.
-      own: functions that load the experiment's own data sets, by name.
-
+    - `folder`, `hf:NAME`, a name in `own`, an embedded or a TFDS set.
     - A name `a|b` means the first that is available; each unavailable one prints a warning on stderr. A set that is not
       prepared yet is prepared if `research.data.prepare` supports it. `name:1.2.3` means this version.
     - `train_split`, `validation_split` and `test_split` name splits of the set. By default they are the splits called
@@ -122,6 +120,11 @@ def load(config: DatasetConfig, own: Mapping[str, own_data.Load] = MappingProxyT
     - With `test_fraction` > 0 the test split is that fraction of train; with `validation_fraction` > 0 validation is
       that fraction of the rest: the same examples for every seed.
     - Of the rest of train, `train_fraction` is kept.
+    - With `image_size`, and if it is no dictionary of arrays, a split is a `StreamedSplit`.
+
+    Args:
+      config: of the data set.
+      own: functions that load the experiment's own data sets, by name.
 
     Raises:
       UserError: none of the names is available, a name, a folder or a split does not exist, the data is damaged,
@@ -245,7 +248,7 @@ def _load_tfds(name: str, config: DatasetConfig) -> tuple[tuple[str, ...], Mappi
 
 
 def _not_found(name: str, folder: Path) -> UserError:
-    known = [*tfds_records.import_tfds().list_builders(with_community_datasets=False), *embedded.DATASETS]
+    known = [*tfds_records.import_tfds().list_builders(with_community_datasets=False), "folder", *embedded.DATASETS]
     base, _ = tfds_sets.split_version(name)
     if base.partition("/")[0] not in known:
         near = difflib.get_close_matches(base, known)

@@ -43,7 +43,7 @@ class Linear(nnx.Linear):
 class Norm(nnx.Module):
     """Normalizes the last axis's features: batch, layer or group norm (at most 32 groups), or only a bias."""
 
-    def __init__(self, style: "Style", features: int, scale_init: nnx.Initializer):
+    def __init__(self, style: "Style", features: int, scale_init: nnx.Initializer = ONES):
         options = {"use_scale": style.norm_scale, "epsilon": style.norm_epsilon, "dtype": style.dtype}
         options["scale_init"] = scale_init
         match style.norm:
@@ -116,7 +116,7 @@ class Style:
 
     def normalization(self, features: int) -> Norm:
         """Builds a normalization."""
-        return Norm(self, features, ONES)
+        return Norm(self, features)
 
     def last_normalization(self, features: int) -> Norm:
         """Builds the normalization at the end of a residual block."""

@@ -224,7 +224,7 @@ def test_the_newest_version_is_taken(data_dir):
 @pytest.mark.parametrize(
     ("features", "splits", "message"),
     [
-        (image_features, {"test": examples(3) + examples(1, (5, 4, 3))}, r"pets/test, example \d: .* image_size=128"),
+        (image_features, {"test": examples(3) + examples(1, (5, 4, 3))}, r"pets/test, example \d: .*image_size=128"),
         (image_features, {"unsupervised": examples(3)}, "has no test split"),
         (lambda f: f.FeaturesDict({"x": f.Text()}), {"test": [{"x": "a"}]}, "needs a feature image or text"),
     ],

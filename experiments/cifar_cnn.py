@@ -91,7 +91,7 @@ def complete(config: CifarConfig, dataset: Dataset) -> CifarConfig:
     if "image" not in dataset.train:
         raise UserError(f"--config.dataset.name={dataset.name} has no images to classify: use cifar10, mnist or digits")
     shape = dataset.train["image"].shape[1:]
-    images.check_one_size(shape, dataset.test["image"].shape[1:])
+    images.check_one_size(config.dataset)
     images.check(config.augment, shape)
     return dataclasses.replace(config, model=cnn.resolve(config.model, shape))
 

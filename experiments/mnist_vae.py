@@ -116,7 +116,7 @@ def complete(config: MnistVAEConfig, dataset: Dataset) -> MnistVAEConfig:
     """
     if "image" not in dataset.train:
         raise UserError(f"--config.dataset.name={dataset.name} has no images: use mnist, cifar10 or digits")
-    images.check_one_size(*(split["image"].shape[1:] for split in (dataset.train, dataset.test)))
+    images.check_one_size(config.dataset)
     vae.check(config.model, dataset.train["image"].shape[1:])
     gaussian = config.model.likelihood == "gaussian"
     if gaussian and config.binarize:

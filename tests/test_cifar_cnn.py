@@ -107,7 +107,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(args, words, env, tmp_path, mo
 
 def test_a_text_is_not_classified(env, tmp_path, monkeypatch, capsys):
     text = {"text": np.zeros(9, np.uint8)}
-    monkeypatch.setattr(sources, "load", lambda config: sources.Dataset(config.name, (), text, None, text))
+    monkeypatch.setattr(sources, "load", lambda config, own: sources.Dataset(config.name, (), text, None, text))
     complains(run_here(["--config.dataset.name=tiny_shakespeare"], capsys), "tiny_shakespeare has no images")
     assert not list(tmp_path.iterdir())
 

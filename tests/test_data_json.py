@@ -59,7 +59,7 @@ def _darker(*names):
 def no_data(monkeypatch):
     """Every data set is unavailable."""
 
-    def load(config):
+    def load(config, own):
         raise UnavailableError(config.name, "is not prepared", "prepare it")
 
     monkeypatch.setattr(sources, "load", load)
@@ -166,9 +166,9 @@ def test_the_recorded_version_is_loaded(run, monkeypatch):
     names = []
     load, read = sources.load, data_json.read
 
-    def load_version(config):
+    def load_version(config, own):
         names.append(config.name)
-        return load(dataclasses.replace(config, name="digits"))
+        return load(dataclasses.replace(config, name="digits"), own)
 
     monkeypatch.setattr(sources, "load", load_version)
     monkeypatch.setattr(data_json, "read", lambda path: dataclasses.replace(read(path), version="3.0.1"))

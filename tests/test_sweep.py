@@ -68,7 +68,7 @@ class _Fake:
 def fake(monkeypatch, tmp_path):
     """`fake(*search, ...)` makes a sweep whose trials take no time: (sweep, study, a function that makes a worker)."""
     monkeypatch.setattr(worker, "Population", _Fake)
-    monkeypatch.setattr(worker, "load", lambda _: SimpleNamespace(name="drawn"))
+    monkeypatch.setattr(worker, "load", lambda *_: SimpleNamespace(name="drawn"))
     _Fake.made = []
     experiment = dataclasses.replace(
         cifar_cnn.EXPERIMENT, make_task=lambda *_: Task(), complete=lambda config, _: config
@@ -188,7 +188,7 @@ def test_a_trial_that_there_was_no_memory_to_start_is_planned_once_more(fake, mo
 
 def test_only_the_newest_programs_are_kept(fake, monkeypatch):
     loads, load = [], worker.load
-    monkeypatch.setattr(worker, "load", lambda config: loads.append(config.train_fraction) or load(config))
+    monkeypatch.setattr(worker, "load", lambda *args: loads.append(args[1].train_fraction) or load(*args))
     widths = [8 * n for n in range(1, 21)]
     _, study, made = fake(f"model.width={widths}", "dataset.train_fraction=[0.5,1]", sampler="grid")
     made.run()

@@ -24,7 +24,7 @@ def test_sizes_are_counted(sweep):
         0.5 * (1437 - 144)
     )
     classes = 10
-    images = linear.EXPERIMENT.prepare(sweep.config, worker.load(sweep.config.dataset)).train["image"]
+    images = linear.EXPERIMENT.prepare(sweep.config, worker.load(sweep.experiment, sweep.config.dataset)).train["image"]
     inputs = images[0].size
     for width in (4, 8):
         weights = (inputs + 1) * width + (width + 1) * classes
@@ -32,7 +32,7 @@ def test_sizes_are_counted(sweep):
 
 
 def test_flops_are_those_of_the_products_and_little_else(sweep):
-    images = worker.load(sweep.config.dataset).train["image"]
+    images = worker.load(sweep.experiment, sweep.config.dataset).train["image"]
     width, steps = 64, len(images) // sweep.config.batch_size
     forward = 2 * sweep.config.batch_size * width * (images[0].size + 10)
     backward = 2 * forward - 2 * sweep.config.batch_size * width * images[0].size  # no gradient of the images

@@ -76,8 +76,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         lists = {name: Path(temporary) / name for name in ("original", "meshwork_resized")}
         files *= -(-_LEAST_FILES // len(files))
-        lists["original"].write_text("\n".join(files))
-        lists["meshwork_resized"].write_text(str(_resized_copy(files, Path(temporary))))
+        lists["original"].write_text("\n".join(files), encoding="utf-8")
+        lists["meshwork_resized"].write_text(str(_resized_copy(files, Path(temporary))), encoding="utf-8")
         rows = []
         for cores in _CORES.value:
             speeds: dict[str, list[float]] = {

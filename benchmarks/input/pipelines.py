@@ -167,7 +167,8 @@ PIPELINES = {
 def main(name: str, files: str, size: str, batch: str, seconds: str, cores: str) -> None:
     """Prints the images per second of one pipeline, without its first two batches."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(cores)])  # before any library starts its threads
-    batches = PIPELINES[name](Path(files).read_text().splitlines(), int(size), int(batch), int(cores))
+    lines = Path(files).read_text(encoding="utf-8").splitlines()
+    batches = PIPELINES[name](lines, int(size), int(batch), int(cores))
     for _ in range(2):
         next(batches)
     start = now = time.monotonic()

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from research import randomness, sharding
-from research.config import AugmentConfig
+from research.config import AugmentConfig, DatasetConfig
 from research.errors import UserError
 from research.randomness import Stream
 
@@ -64,12 +64,12 @@ def check(config: AugmentConfig, image_shape: tuple[int, ...]) -> None:
         raise UserError(f"--config.augment.cutout={config.cutout}: must be at most the images' side, {side}")
 
 
-def check_one_size(train_shape: tuple[int, ...], test_shape: tuple[int, ...]) -> None:
-    """Raises `UserError` if the images of training and testing have different shapes (h, w, c)."""
-    if train_shape != test_shape:
+def check_one_size(config: DatasetConfig) -> None:
+    """Raises `UserError` if images have another size in training than in evaluation."""
+    if config.train_image_size not in (0, config.image_size):
         raise UserError(
-            f"--config.dataset.train_image_size={train_shape[0]}: this network needs images of one size in training "
-            f"and evaluation, which has {test_shape[0]}; leave the flag out"
+            f"--config.dataset.train_image_size={config.train_image_size}: this network needs images of one size in "
+            f"training and evaluation, which has {config.image_size}; leave the flag out"
         )
 
 

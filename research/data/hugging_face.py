@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -53,6 +55,9 @@ def load(name: str, data_dir: str) -> tuple[tuple[str, ...], dict[str, Callable[
       UserError: no such file or folder, not a data set, damaged or unreadable files, no config was chosen among
         several, or no image or label column can be chosen.
     """
+    if "datasets" not in sys.modules:
+        # The import logs the versions of JAX and PyTorch before it sets the level.
+        logging.getLogger("datasets").setLevel(logging.WARNING)
     try:
         import datasets  # noqa: F401
     except ImportError:

@@ -68,14 +68,11 @@ def load(name: str, data_dir: str) -> tuple[tuple[str, ...], dict[str, Callable[
         splits, revision = open_splits(name, data_dir)
         reference = "train" if "train" in splits else next(iter(splits))
         label_names = _label_names(f"{name}/{reference}", splits[reference])
-    return (
-        label_names,
-        {
-            split: partial(_open_split, f"{name}/{split}", dataset, label_names, reference)
-            for split, dataset in splits.items()
-        },
-        revision,
-    )
+    loaders: dict[str, Callable[[], Source]] = {
+        split: partial(_open_split, f"{name}/{split}", dataset, label_names, reference)
+        for split, dataset in splits.items()
+    }
+    return label_names, loaders, revision
 
 
 def _choose_column(name: str, features: Mapping[str, Any], kind: type, preferred: tuple[str, ...]) -> str | None:

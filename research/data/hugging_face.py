@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -53,6 +55,9 @@ def load(name: str, data_dir: str) -> tuple[tuple[str, ...], dict[str, Callable[
       UserError: no such file or folder, not a data set, damaged or unreadable files, no config was chosen among
         several, or no image or label column can be chosen.
     """
+    if "datasets" not in sys.modules:
+        # The import logs the versions of JAX and PyTorch before it sets the level.
+        logging.getLogger("datasets").setLevel(logging.WARNING)
     try:
         import datasets  # noqa: F401
     except ImportError:
@@ -63,14 +68,11 @@ def load(name: str, data_dir: str) -> tuple[tuple[str, ...], dict[str, Callable[
         splits, revision = open_splits(name, data_dir)
         reference = "train" if "train" in splits else next(iter(splits))
         label_names = _label_names(f"{name}/{reference}", splits[reference])
-    return (
-        label_names,
-        {
-            split: partial(_open_split, f"{name}/{split}", dataset, label_names, reference)
-            for split, dataset in splits.items()
-        },
-        revision,
-    )
+    loaders: dict[str, Callable[[], Source]] = {
+        split: partial(_open_split, f"{name}/{split}", dataset, label_names, reference)
+        for split, dataset in splits.items()
+    }
+    return label_names, loaders, revision
 
 
 def _choose_column(name: str, features: Mapping[str, Any], kind: type, preferred: tuple[str, ...]) -> str | None:

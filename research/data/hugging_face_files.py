@@ -128,11 +128,9 @@ def _open_parquet(name: str, files: dict[str, list[str]]) -> dict[str, "Dataset"
 
 
 def _convert(name: str, builder: "DatasetBuilder") -> dict[str, "Dataset"]:
-    import datasets
-
     if not exists(Path(builder.cache_dir)):
         print(f"converting hf:{name} to Arrow in {builder.cache_dir} once ...", file=sys.stderr, flush=True)
-    builder.download_and_prepare(download_config=datasets.DownloadConfig(local_files_only=True))
+    builder.download_and_prepare()
     return _by_name(builder.as_dataset())
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import logging
 import os
 import re
 import shutil
@@ -187,11 +188,12 @@ def store(cache_dir, config="big", repo_id="someone/MyPets"):
     builder.download_and_prepare()
 
 
-def test_arrow_files_in_the_cache(cache, tmp_path, capfd):
+def test_arrow_files_in_the_cache(cache, tmp_path, capfd, caplog):
     store(cache / "datasets")
     store(tmp_path / "other")
     store(cache / "datasets", repo_id="oldpets")
     capfd.readouterr()
+    caplog.clear()
     for name, data_dir in (
         ("someone/MyPets", ""),
         ("someone/MyPets/big", ""),
@@ -200,6 +202,7 @@ def test_arrow_files_in_the_cache(cache, tmp_path, capfd):
     ):
         assert check_pets(name, data_dir)[0] == REVISION
     assert capfd.readouterr() == ("", "")
+    assert not caplog.messages
 
 
 def test_of_several_configs_one_must_be_chosen(cache, tmp_path):
@@ -235,6 +238,13 @@ def test_configs_of_a_folder(tmp_path):
         with pytest.raises(UserError, match=f"choose a config of the data set: hf:{folder}/small, hf:{folder}/big$"):
             hugging_face.load(str(name), "")
     check_pets(configs(tmp_path / "default", "  default: true\n"))
+
+
+def test_configs_in_the_working_directory_do_not_hide_the_cache(cache):
+    configs(Path.cwd())
+    store(cache / "datasets", repo_id="pets")
+    assert check_pets("pets")[0] == REVISION
+    check_pets("./big")
 
 
 def test_downloaded_files_in_the_cache(pets, cache, tmp_path):
@@ -281,6 +291,18 @@ def test_settings_of_the_library_are_restored(pets, tmp_path, monkeypatch):
     assert (datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()) == before
     assert not datasets.config.HF_HUB_OFFLINE
     assert not huggingface_hub.constants.HF_HUB_OFFLINE
+
+
+def test_the_import_logs_nothing(tmp_path, monkeypatch, caplog):
+    text = "import logging; logging.getLogger('datasets').info('JAX version'); raise ImportError"
+    (tmp_path / "datasets.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "datasets")
+    level = logging.getLogger("datasets").level
+    with caplog.at_level(logging.INFO), caplog.at_level(logging.NOTSET, "datasets"), pytest.raises(UnavailableError):
+        hugging_face.load("x", "")
+    assert not caplog.messages
+    assert logging.getLogger("datasets").level == level
 
 
 def test_without_the_extra(monkeypatch):

@@ -42,7 +42,7 @@ def _lines(workdir):
 def whole(folder, tmp_path_factory):
     """The workdir of a run on one device, and its summary."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
-    args = _args(folder, workdir, "--config.log_every_steps=1")
+    args = _args(folder, workdir, "--config.log_every_steps=1", "--config.steps_per_dispatch=1")
     return workdir, app.run(EXPERIMENT, args, devices=jax.devices()[:1])
 
 

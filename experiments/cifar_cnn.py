@@ -14,31 +14,24 @@ import numpy as np
 from flax import nnx
 
 from research import app
-from research.config import AugmentConfig, CNNConfig, Config, DatasetConfig, OptimizerConfig, option
+from research.config import AugmentConfig, CNNConfig, DatasetConfig, OptimizerConfig, option
 from research.data import images
 from research.data.sources import Dataset
 from research.errors import UserError
 from research.models import cnn
 from research.models.airbench import whitening_kernel
 from research.parametrization import Network
-from research.tasks.classification import Classification
+from research.tasks.classification import Classification, ClassificationConfig
 
 
 @dataclasses.dataclass
-class CifarConfig(Config):
+class CifarConfig(ClassificationConfig):
     """Image classification."""
 
-    label_smoothing: float = option(
-        0.0, "fraction of the target spread over all classes", minimum=0, below=1, step_input=True
-    )
-    mirror: bool = option(
-        False, "evaluate with the mean logits of each image and its mirror image", may_change="evaluation"
-    )
     translate: bool = option(
         False, "evaluate with the mean logits of each image and the image shifted by a pixel", may_change="evaluation"
     )
     model: CNNConfig = dataclasses.field(default_factory=CNNConfig)
-    augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
 
 
 def get_config() -> CifarConfig:

@@ -16,27 +16,20 @@ import dataclasses
 from flax import nnx
 
 from research import app
-from research.config import AugmentConfig, Config, DatasetConfig, OptimizerConfig, ResNetConfig, option
+from research.config import AugmentConfig, DatasetConfig, OptimizerConfig, ResNetConfig
 from research.data import images
 from research.data.sources import Dataset
 from research.errors import UserError
 from research.models import resnet
 from research.parametrization import Network
-from research.tasks.classification import Classification
+from research.tasks.classification import Classification, ClassificationConfig
 
 
 @dataclasses.dataclass
-class ImageClassifierConfig(Config):
+class ImageClassifierConfig(ClassificationConfig):
     """Image classification."""
 
-    label_smoothing: float = option(
-        0.0, "fraction of the target spread over all classes", minimum=0, below=1, step_input=True
-    )
-    mirror: bool = option(
-        False, "evaluate with the mean logits of each image and its mirror image", may_change="evaluation"
-    )
     model: ResNetConfig = dataclasses.field(default_factory=ResNetConfig)
-    augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
 
 
 def get_config() -> ImageClassifierConfig:

@@ -133,5 +133,5 @@ def _csi(mount: Mount) -> dict[str, Any]:
 
 
 def volume_mounts(mounts: Sequence[Mount]) -> list[dict[str, Any]]:
-    """Where a Kubernetes container sees the `volumes`."""
+    """Returns the `volumeMounts` of a Kubernetes container: the path of each of the `volumes`."""
     return [{"name": f"mount-{i}", "mountPath": mount.path, "readOnly": True} for i, mount in enumerate(mounts)]

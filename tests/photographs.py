@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from research.data.source import DamagedError, Source
+from research.dataset_config import DatasetConfig
 
 
 def gradient(height, width, seed=0):
@@ -69,3 +70,14 @@ class Records(Source):
 
     def record_name(self, number):
         return f"page {number}"
+
+
+def book_config(**changes):
+    """The config of a data set of `Records`."""
+    return DatasetConfig(**{"name": "book", "image_size": 16} | changes)
+
+
+def read_training(split, numbers, epoch=0, seed=0):
+    """The training examples of these numbers, in one epoch."""
+    numbers = np.array(numbers)
+    return split.training(numbers, np.full_like(numbers, epoch), seed)

@@ -12,31 +12,22 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from research.data import decoding, sources
-from research.data.source import DamagedError, Source
+from research.data import sources
+from research.data.example_reader import ExampleReader
+from research.data.source import DamagedError
 from research.data.streamed import reader_pool
+from research.dataset_config import DatasetConfig
 from research.errors import UserError
 
 _AT_ONCE = 1024  # records, between updates of the progress bar
 
 
-def find_damage(source: Source, num_classes: int, number: int) -> str:
-    """Returns what is wrong with a record; empty if it is intact.
-
-    Args:
-      source: of the record.
-      num_classes: labels must be below it; 0: any.
-      number: of the record.
-    """
+def find_damage(reader: ExampleReader, number: int) -> str:
+    """Returns what is wrong with an example; empty if it is intact."""
     try:
-        record = source[number]
-        if isinstance(record["image"], bytes):
-            decoding.decode(record["image"], source.channels)
-    except (DamagedError, decoding.ImageError) as error:
+        reader.read(number)
+    except DamagedError as error:
         return str(error)
-    label = int(record.get("label", -1))
-    if num_classes and not -1 <= label < num_classes:
-        return f"has the label {label}, which is not in 0..{num_classes - 1}"
     return ""
 
 
@@ -54,14 +45,15 @@ def run(argv: Sequence[str]) -> int:
     num_damaged = num_examples = 0
     for split, source in splits.items():
         num_examples += len(source)
+        reader = ExampleReader(split, source, DatasetConfig(name=options.name, image_size=1), len(label_names))
         with tqdm(total=len(source), desc=split, unit="image", disable=None) as bar:
             for start in range(0, len(source), _AT_ONCE):
                 numbers = range(start, min(start + _AT_ONCE, len(source)))
-                found = reader_pool().map(functools.partial(find_damage, source, len(label_names)), numbers)
+                found = reader_pool().map(functools.partial(find_damage, reader), numbers)
                 for number, problem in zip(numbers, found):
                     if problem:
                         num_damaged += 1
-                        tqdm.write(f"{split}, {source.record_name(number)} {problem}", file=sys.stdout)
+                        tqdm.write(f"{reader.name(number)} {problem}", file=sys.stdout)
                 bar.update(len(numbers))
     print(f"{options.name}: {num_damaged:,} of {num_examples:,} examples are damaged")
     return num_damaged

@@ -133,7 +133,7 @@ _buffers = _Buffers()
 
 
 class _Frame(NamedTuple):
-    """What the header of a JPEG file says: how its rows are stored, where this is said, and its size."""
+    """The frame header of a JPEG file: its marker and position, and the size of the image."""
 
     marker: int
     position: int

@@ -12,18 +12,17 @@ import numpy as np
 from research import randomness
 from research.data import crops, decoding
 from research.data.file_errors import UnreadableError
-from research.data.source import DamagedError, Source
+from research.data.source import DamagedError, Source, as_feature
 from research.dataset_config import DatasetConfig
 from research.errors import UserError
 from research.randomness import Stream
 
 _RETRY_SECONDS = (1, 4, 16, 64)  # a network file system may be away for a while
-_AS_ON_DEVICE = {"float64": np.float32, "int64": np.int32, "uint64": np.uint32}  # JAX's defaults
 
 
 @dataclasses.dataclass(frozen=True)
 class CropKey:
-    """What the random crop of a training example depends on, besides its number."""
+    """The seed and the epoch of the random crop of a training example."""
 
     seed: int
     epoch: int
@@ -105,10 +104,7 @@ class ExampleReader:
             return self._crop(self._checked_image(value, number), number, key, image_out)
         if name == "label":
             return self._checked_label(value, number)
-        array = np.asarray(value)
-        if array.dtype.kind not in "biuf":
-            raise UserError(f"{self.name(number)}: {name} has the dtype {array.dtype}; use numbers or booleans")
-        return array.astype(_AS_ON_DEVICE.get(array.dtype.name, array.dtype), copy=False)
+        return as_feature(f"{self.name(number)}: the feature {name}", value)
 
     def _checked_label(self, value: Any, number: int) -> np.ndarray:
         try:

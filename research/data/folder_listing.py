@@ -47,7 +47,7 @@ def printable(path: bytes) -> str:
 
 @dataclasses.dataclass
 class Contents:
-    """What a folder contains, by name; hidden entries excluded.
+    """The contents of a folder, by name; hidden entries excluded.
 
     Attributes:
       images: files with a suffix of `SUFFIXES`, sorted.

@@ -7,16 +7,15 @@ from typing import Any, Protocol
 import numpy as np
 
 from research.data.cache import Arrays
-from research.data.source import Source
+from research.data.source import Source, as_feature
 from research.dataset_config import DatasetConfig
 from research.errors import UserError
 
 _FINGERPRINTED = 3  # records
-_AS_ON_DEVICE = {"float64": np.float32, "int64": np.int32, "uint64": np.uint32}  # JAX's defaults
 
 
 class RandomAccess(Protocol):
-    """What is needed of a grain `RandomAccessDataSource` or `MapDataset`: a length, and records by number."""
+    """The part of the interface of grain's `RandomAccessDataSource` and `MapDataset` that is used."""
 
     def __len__(self) -> int: ...
 
@@ -77,10 +76,4 @@ def _checked(label: str, examples: Mapping[str, Any]) -> Arrays:
     lengths = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
     if not all(lengths.values()) or len(set(lengths.values())) != 1:
         raise UserError(f"{label}: every feature needs an array of the same number of examples, not {lengths}")
-    for name, array in arrays.items():
-        if array.dtype.kind not in "biuf":
-            raise UserError(f"{label}: the feature {name} has the dtype {array.dtype}; use numbers or booleans")
-    return {
-        name: array.astype(_AS_ON_DEVICE.get(array.dtype.name, array.dtype), copy=False)
-        for name, array in arrays.items()
-    }
+    return {name: as_feature(f"{label}: the feature {name}", array) for name, array in arrays.items()}

@@ -11,9 +11,25 @@ from typing import Any
 
 import numpy as np
 
+from research.errors import UserError
+
+_AS_ON_DEVICE = {"float64": np.float32, "int64": np.int32, "uint64": np.uint32}
+
 
 class DamagedError(Exception):
     """A record cannot be read or decoded; the text continues a sentence that begins with the record's name."""
+
+
+def as_feature(name: str, value: Any) -> np.ndarray:
+    """Returns the value or values of a feature, with the dtype that they get on a device by JAX's defaults.
+
+    Raises:
+      UserError: they are neither numbers nor booleans; `name` says where they are.
+    """
+    array = np.asarray(value)
+    if array.dtype.kind not in "biuf":
+        raise UserError(f"{name} has the dtype {array.dtype}; use numbers or booleans")
+    return array.astype(_AS_ON_DEVICE.get(array.dtype.name, array.dtype), copy=False)
 
 
 class Source(abc.ABC):

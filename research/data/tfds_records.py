@@ -120,16 +120,9 @@ class TfdsSource(Source):
             image = features["image"].bytes_list.value[0]
             return {"image": image} | ({"label": features["label"].int64_list.value[0]} if self._has_labels else {})
         except Exception as error:  # readers of records and protocol buffers raise many types
-            self._check_readable(number)
+            _check_readable(Path(self._files[int(np.searchsorted(self._file_ends, number, "right"))]))
             reason = " ".join(str(error).split())[:200]
             raise DamagedError(f"of {self._path} cannot be read ({type(error).__name__}: {reason})") from error
-
-    def _check_readable(self, number: int) -> None:
-        """Raises `UserError` if the file of a record is unreadable; the readers' errors do not say so."""
-        file = Path(self._files[int(np.searchsorted(self._file_ends, number, "right"))])
-        with reading(file), file.open("rb") as stream:
-            while stream.read(2**24):
-                pass
 
 
 def _allow_open_files(count: int) -> None:
@@ -192,12 +185,16 @@ def _explained(error: Exception, label: str, path: Path, files: Sequence[Any]) -
         return memory
     if isinstance(error, (ImportError, NotImplementedError)):
         return UserError(f"{label} is stored in a way that is not supported ({reason}); the data is intact")
-    # The readers' errors have no errno, so read the files to find out.
     for file in map(Path, files):
-        with reading(file), file.open("rb") as stream:
-            while stream.read(2**24):
-                pass
+        _check_readable(file)
     return UserError(f"{label} is damaged ({reason}): delete {path} and prepare it again")
+
+
+def _check_readable(file: Path) -> None:
+    """Raises `UserError` if a file is unreadable: reads it, since the errors of readers of records have no errno."""
+    with reading(file), file.open("rb") as stream:
+        while stream.read(2**24):
+            pass
 
 
 def _declared_channels(label: str, feature: Any) -> int:

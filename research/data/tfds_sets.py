@@ -137,11 +137,11 @@ def load(
             f"prepare it again by `tfds build {name} --file_format=array_record --data_dir=ANOTHER_DIR` (it needs "
             "TensorFlow) and set --config.dataset.data_dir=ANOTHER_DIR",
         )
-    with reading(path):
-        fingerprint = _fingerprint(path)
     if as_records and not description.is_text:
         source = functools.partial(tfds_records.TfdsSource, base, path, description)
         return description.label_names, {split: functools.partial(source, split) for split in description.splits}
+    with reading(path):
+        fingerprint = _fingerprint(path)
     splits = {}
     for split in description.splits:
         decode = functools.partial(tfds_records.decode, f"{base}/{split}", path, split, description)

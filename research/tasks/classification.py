@@ -11,7 +11,7 @@ import optax
 from flax import nnx
 
 from research import plots
-from research.config import AugmentConfig
+from research.config import AugmentConfig, Config, option
 from research.data import images
 from research.data.batch import Batch
 from research.data.sources import Dataset
@@ -22,6 +22,19 @@ from research.tasks.task import ExportedFunction, Inputs, Metrics, Task
 
 _MAX_PLOTTED = 1024  # examples of a split that is read when it is needed
 _NUM_CHECKED = 16  # labels that are known only after reading their records
+
+
+@dataclasses.dataclass
+class ClassificationConfig(Config):
+    """The fields that image classifiers share."""
+
+    label_smoothing: float = option(
+        0.0, "fraction of the target spread over all classes", minimum=0, below=1, step_input=True
+    )
+    mirror: bool = option(
+        False, "evaluate with the mean logits of each image and its mirror image", may_change="evaluation"
+    )
+    augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
 
 
 @dataclasses.dataclass(frozen=True)

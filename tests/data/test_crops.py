@@ -62,7 +62,7 @@ def _ramps(height, width):
 
 
 def _expected(start, length, size):
-    """Where the centers of `size` pixels lie in `length` pixels from `start`."""
+    """Returns the positions of the centers of `size` pixels that cover `length` pixels from `start`."""
     return start + (np.arange(size) + 0.5) * length / size - 0.5
 
 

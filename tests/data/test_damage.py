@@ -7,52 +7,42 @@ import warnings
 import numpy as np
 import photographs
 import pytest
-from photographs import Records
+from photographs import Records, book_config, read_training
 from PIL import Image
 
 from research.data import decoding, example_reader
 from research.data.file_errors import unreadable
 from research.data.streamed import StreamedSplit
-from research.dataset_config import DatasetConfig
 from research.errors import UserError
 
-CONFIG = DatasetConfig(name="book", data_dir="my shelf", image_size=16)
-
-
-def _config(**changes):
-    return DatasetConfig(**{"name": "book", "image_size": 16} | changes)
-
-
-def _training(split, numbers, epoch=0, seed=0):
-    numbers = np.array(numbers)
-    return split.training(numbers, np.full_like(numbers, epoch), seed)
+CONFIG = book_config(data_dir="my shelf")
 
 
 def test_a_damaged_example_ends_it_with_its_name_and_the_command_that_finds_the_others():
     split = StreamedSplit("train", Records(damaged={3}), CONFIG)
     command = r"`python -m research\.data\.check book '--data_dir=my shelf'` lists all"
     with pytest.raises(UserError, match=f"^train, page 3 is torn: {command}"):
-        _training(split, np.arange(20))
+        read_training(split, np.arange(20))
     split = StreamedSplit("test", Records(damaged={3}), CONFIG)
     with pytest.raises(UserError, match="max_damaged=10"):
         split.evaluation(np.arange(20))
 
 
 def test_damaged_examples_are_replaced_counted_and_logged_once(capsys):
-    split = StreamedSplit("train", Records(damaged={3, 4, 19}), _config(max_damaged=3))
+    split = StreamedSplit("train", Records(damaged={3, 4, 19}), book_config(max_damaged=3))
     for epoch in (0, 1):
-        arrays = _training(split, np.arange(20), epoch)
+        arrays = read_training(split, np.arange(20), epoch)
         np.testing.assert_array_equal(arrays["label"][[3, 4, 19]], [5 % 3, 5 % 3, 0])
     lines = capsys.readouterr().err.splitlines()
     assert {line.split(":")[1] for line in lines} == {f" train, page {number} is torn" for number in (3, 4, 19)}
     assert [line.split(":")[2] for line in lines] == [f" skipped ({i} of at most 3)" for i in (1, 2, 3)]
-    split = StreamedSplit("train", Records(damaged={3, 4, 19}), _config(max_damaged=2))
+    split = StreamedSplit("train", Records(damaged={3, 4, 19}), book_config(max_damaged=2))
     with pytest.raises(UserError, match=r"is torn.*max_damaged=10"):
-        _training(split, np.arange(20))
+        read_training(split, np.arange(20))
 
 
 def test_evaluation_leaves_damaged_examples_out():
-    split = StreamedSplit("test", Records(damaged={3}), _config(max_damaged=1))
+    split = StreamedSplit("test", Records(damaged={3}), book_config(max_damaged=1))
     arrays, intact = split.evaluation(np.arange(5))
     np.testing.assert_array_equal(intact, [True, True, True, False, True])
     assert not arrays["image"][3].any()
@@ -61,13 +51,13 @@ def test_evaluation_leaves_damaged_examples_out():
 def test_labels_out_of_range_are_damage():
     split = StreamedSplit("train", Records(), CONFIG, num_classes=2)
     with pytest.raises(UserError, match=r"page 2 has the label 2, which is not in 0\.\.1"):
-        _training(split, np.arange(20))
+        read_training(split, np.arange(20))
 
 
 def test_features_whose_shape_varies_are_named():
     split = StreamedSplit("train", Records(boxes=lambda i: np.zeros(i + 1)), CONFIG)
     with pytest.raises(UserError, match=r"train, page 1: boxes is float32\[2\], but float32\[1\] in other examples"):
-        _training(split, np.arange(20))
+        read_training(split, np.arange(20))
 
 
 @pytest.mark.parametrize(
@@ -78,23 +68,23 @@ def test_features_whose_shape_varies_are_named():
         (Records(4), {"image_size": 0}, "image files of any size: choose the size .* --config.dataset.image_size=128"),
     ],
 )
-def test_a_split_that_cannot_be_used_is_named_before_training(records, changes, words):
+def test_a_split_that_cannot_be_used_is_named_beforeread_training(records, changes, words):
     with pytest.raises(UserError, match=words):
-        StreamedSplit("train", records, _config(**changes))
+        StreamedSplit("train", records, book_config(**changes))
 
 
 def test_all_examples_may_be_damaged_but_one():
-    split = StreamedSplit("train", Records(4, damaged={0, 1, 2}), _config(max_damaged=3))
-    np.testing.assert_array_equal(_training(split, np.arange(4))["label"], [0, 0, 0, 0])
+    split = StreamedSplit("train", Records(4, damaged={0, 1, 2}), book_config(max_damaged=3))
+    np.testing.assert_array_equal(read_training(split, np.arange(4))["label"], [0, 0, 0, 0])
     broken = Records(4)
-    split = StreamedSplit("train", broken, _config(max_damaged=4))
+    split = StreamedSplit("train", broken, book_config(max_damaged=4))
     broken._damaged = range(4)
     with pytest.raises(UserError, match="every example of train is damaged"):
-        _training(split, np.arange(4))
+        read_training(split, np.arange(4))
 
 
 def test_statistics_leave_damaged_examples_out():
-    split = StreamedSplit("train", Records(damaged={0}), _config(max_damaged=1))
+    split = StreamedSplit("train", Records(damaged={0}), book_config(max_damaged=1))
     assert split["image"].sample().shape == (19, 16, 16, 3)
 
 
@@ -102,10 +92,10 @@ def test_labels_may_be_required():
     unlabeled = Records(4)
     unlabeled._features["label"] = lambda number: -1
     split = StreamedSplit("train", unlabeled, CONFIG)
-    np.testing.assert_array_equal(_training(split, np.arange(4))["label"], [-1] * 4)
+    np.testing.assert_array_equal(read_training(split, np.arange(4))["label"], [-1] * 4)
     split.require_labels()
     with pytest.raises(UserError, match="has the label -1"):
-        _training(split, np.arange(4))
+        read_training(split, np.arange(4))
 
 
 def test_a_file_system_that_is_away_for_a_while_delays_reading(monkeypatch, capsys):

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import photographs
 import pytest
-from photographs import Records
+from photographs import Records, book_config, read_training
 
 from research import sharding
 from research.config import Config
@@ -14,16 +14,7 @@ from research.data.streamed import Column, StreamedSplit
 from research.dataset_config import DatasetConfig
 from research.errors import UserError
 
-CONFIG = DatasetConfig(name="book", data_dir="my shelf", image_size=16)
-
-
-def _config(**changes):
-    return DatasetConfig(**{"name": "book", "image_size": 16} | changes)
-
-
-def _training(split, numbers, epoch=0, seed=0):
-    numbers = np.array(numbers)
-    return split.training(numbers, np.full_like(numbers, epoch), seed)
+CONFIG = book_config(data_dir="my shelf")
 
 
 def test_columns_behave_like_arrays():
@@ -52,20 +43,20 @@ def test_reading_one_feature_does_not_decode_the_images(monkeypatch):
 
 def test_a_crop_depends_on_seed_epoch_and_number_only():
     split = StreamedSplit("train", Records(), CONFIG)
-    together = _training(split, np.arange(20).reshape(4, 5))
+    together = read_training(split, np.arange(20).reshape(4, 5))
     assert together["image"].shape == (4, 5, 16, 16, 3)
     assert together["label"].shape == (4, 5)
-    alone = np.stack([_training(split, [i])["image"][0] for i in reversed(range(20))])[::-1]
+    alone = np.stack([read_training(split, [i])["image"][0] for i in reversed(range(20))])[::-1]
     np.testing.assert_array_equal(together["image"].reshape(alone.shape), alone)
     other = StreamedSplit("train", Records(), CONFIG)
-    np.testing.assert_array_equal(_training(other, [7])["image"][0], alone[7])
+    np.testing.assert_array_equal(read_training(other, [7])["image"][0], alone[7])
     for changes in ({"epoch": 1}, {"seed": 1}):
-        changed = _training(split, np.arange(20), **changes)["image"]
+        changed = read_training(split, np.arange(20), **changes)["image"]
         assert all((x != y).any() for x, y in zip(changed, alone))
 
 
 def test_evaluation_is_the_center_of_each_image():
-    split = StreamedSplit("test", Records(), _config(center_crop=1.0))
+    split = StreamedSplit("test", Records(), book_config(center_crop=1.0))
     arrays, intact = split.evaluation(np.array([[3, 4]]))
     assert intact.all()
     assert intact.shape == (1, 2)
@@ -74,26 +65,27 @@ def test_evaluation_is_the_center_of_each_image():
 
 
 def test_training_images_may_have_another_size():
-    config = _config(train_image_size=12)
+    config = book_config(train_image_size=12)
     train, test = (StreamedSplit(role, Records(), config) for role in ("train", "test"))
     assert train["image"].shape[1:] == (12, 12, 3)
     assert test["image"].shape[1:] == (16, 16, 3)
-    assert _training(train, [0])["image"].shape == (1, 12, 12, 3)
+    assert read_training(train, [0])["image"].shape == (1, 12, 12, 3)
 
 
-def test_crops_follow_the_config():
+def test_crops_follow_thebook_config():
     whole = [
-        _training(StreamedSplit("train", Records(), _config(**changes)), np.arange(20))["image"]
+        read_training(StreamedSplit("train", Records(), book_config(**changes)), np.arange(20))["image"]
         for changes in ({}, {"crop_min_area": 1.0}, {"train_crop": "resize"})
     ]
     assert all((a != b).any() for a in whole for b in whole if a is not b)
-    fractions = [StreamedSplit("test", Records(), _config(center_crop=fraction))["image"][:] for fraction in (0.5, 1.0)]
+    configs = [book_config(center_crop=fraction) for fraction in (0.5, 1.0)]
+    fractions = [StreamedSplit("test", Records(), config)["image"][:] for config in configs]
     assert (fractions[0] != fractions[1]).any()
 
 
 def test_a_batch_is_read_by_several_threads():
     records = Records(64)
-    _training(StreamedSplit("train", records, CONFIG), np.arange(64))
+    read_training(StreamedSplit("train", records, CONFIG), np.arange(64))
     assert len({name for number, name in records.reads[1:]} - {"MainThread"}) >= 1
     assert sorted(number for number, _ in records.reads[1:]) == list(range(64))
 
@@ -123,7 +115,7 @@ def test_streaming_gives_the_pixels_of_the_resident_set():
     resident = sources.load(DatasetConfig(name="digits"))
     streamed = sources.load(DatasetConfig(name="digits", image_size=32, train_crop="resize", center_crop=1.0))
     numbers = np.arange(100)
-    np.testing.assert_array_equal(_training(streamed.train, numbers)["image"], resident.train["image"][:100])
+    np.testing.assert_array_equal(read_training(streamed.train, numbers)["image"], resident.train["image"][:100])
     np.testing.assert_array_equal(streamed.test["image"][:], resident.test["image"])
     np.testing.assert_array_equal(streamed.test["label"], resident.test["label"])
     assert not resident.train.keys() - streamed.train.keys()
@@ -198,7 +190,7 @@ def test_training_may_start_at_any_step_without_reading_what_came_before():
 
 
 def test_every_example_is_evaluated_once_for_any_batch_size():
-    split = StreamedSplit("test", Records(21, damaged={5}), _config(max_damaged=1))
+    split = StreamedSplit("test", Records(21, damaged={5}), book_config(max_damaged=1))
     for size in (1, 4, 8, 32):
         config = Config(batch_size=size, dataset=CONFIG)
         batches = pipeline.EvalBatches(split, config, sharding.make_mesh(config, jax.devices()[:1]), resident=False)

@@ -7,165 +7,31 @@ the help text, the bounds and the other properties, which `--help`, the parser, 
 import dataclasses
 import functools
 
+from research.augment_config import AugmentConfig
 from research.config_fields import assign, check_fields, is_on, option, walk
 from research.dataset_config import DatasetConfig
 from research.errors import UserError
+from research.model_config import CNNConfig, NetworkConfig, ResNetConfig, RNNConfig, VAEConfig
+from research.optimizer_config import OPTIMIZERS, SCHEDULES, OptimizerConfig
 
-__all__ = ["DatasetConfig", "assign", "check_fields", "is_on", "option", "walk"]  # besides what is defined here
-
-OPTIMIZERS = ("sgd", "momentum", "nesterov", "adagrad", "rmsprop", "adam", "adamw", "lion", "muon", "lars", "lamb")
-SCHEDULES = ("constant", "cosine", "linear", "one_cycle", "step", "tripling")
-DTYPES = ("float32", "bfloat16")
-
-
-@dataclasses.dataclass
-class AugmentConfig:
-    """Augmentation of training images, on the device, inside the step."""
-
-    crop: int = option(0, "random shift by up to this many pixels, with reflect padding; 0: none", minimum=0)
-    flip: str = option(
-        "none", "horizontal flip: random, or alternating by epoch", choices=("none", "random", "alternating")
-    )
-    cutout: int = option(
-        0,
-        "side in pixels of a square around a random pixel that is set to the mean, clipped at the borders; of an even "
-        "square the extra row is above, the extra column left; 0: none",
-        minimum=0,
-    )
-
-
-@dataclasses.dataclass
-class NetworkConfig:
-    """The fields of every network that has a width."""
-
-    parametrization: str = option(
-        "standard",
-        "how initialization and learning rates scale with the width (mup: research/parametrization.py)",
-        choices=("standard", "mup"),
-    )
-    base_width: int = option(0, "mup: the width for which the learning rate was tuned", minimum=0)
-
-
-@dataclasses.dataclass
-class CNNConfig(NetworkConfig):
-    """A convolutional network (`research.models.cnn`)."""
-
-    name: str = option(
-        "simple", "architecture", choices=("simple", "resnet", "wide_resnet", "airbench"), decides_others=True
-    )
-    width: int = option(
-        0, "channels of the first convolution (wide_resnet: widening factor); 0: the published value", minimum=0
-    )
-    depth: int = option(
-        0,
-        "number of layers (airbench: convolutions per group), if the architecture has a choice; 0: the published value",
-        minimum=0,
-    )
-    pool: str = option("max", "pooling of the simple network", choices=("max", "average"))
-    dropout: float = option(
-        0.0, "dropout rate before the classifier (wide_resnet: within blocks)", minimum=0, below=1, step_input=True
-    )
-    norm: str = option("", "normalization; empty: the published one", choices=("", "none", "batch", "layer", "group"))
-    dtype: str = option("float32", "compute dtype; parameters stay float32", choices=DTYPES)
-
-
-@dataclasses.dataclass
-class ResNetConfig(NetworkConfig):
-    """A residual network for images of ImageNet's size (`research.models.resnet`)."""
-
-    depth: int = option(18, "number of layers: 18 or 34")
-    width: int = option(64, "channels of the first group; each further group has twice as many", minimum=1)
-    dropout: float = option(0.0, "dropout rate before the classifier", minimum=0, below=1, step_input=True)
-    norm: str = option("batch", "normalization", choices=("none", "batch", "layer", "group"))
-    dtype: str = option("float32", "compute dtype; parameters stay float32", choices=DTYPES)
-
-
-@dataclasses.dataclass
-class RNNConfig(NetworkConfig):
-    """A recurrent network (`research.models.rnn`)."""
-
-    name: str = option("lstm", "cell", choices=("simple", "gru", "lstm", "mingru", "lru"), decides_others=True)
-    width: int = option(256, "features between layers, and recurrent units per layer", minimum=1)
-    layers: int = option(2, "recurrent layers", minimum=1)
-    dropout: float = option(0.0, "dropout rate of each layer's output", minimum=0, below=1, step_input=True)
-    tied: bool = option(False, "share the kernel of the output layer with the embedding")
-    dtype: str = option(
-        "float32", "dtype of matrix products; parameters and recurrent state stay float32", choices=DTYPES
-    )
-
-
-@dataclasses.dataclass
-class VAEConfig(NetworkConfig):
-    """A variational autoencoder (`research.models.vae`)."""
-
-    name: str = option("dense", "architecture of encoder and decoder", choices=("dense", "conv"), decides_others=True)
-    latents: int = option(50, "dimensions of the latent space", minimum=1)
-    width: int = option(200, "units per hidden layer; conv: channels at full resolution", minimum=1)
-    depth: int = option(
-        2, "hidden layers of the encoder and of the decoder; conv: how often the resolution is halved", minimum=1
-    )
-    activation: str = option("tanh", "activation function", choices=("tanh", "relu", "silu", "gelu"))
-    likelihood: str = option(
-        "bernoulli",
-        "distribution of a pixel given the latents; gaussian: with learned mean and variance",
-        choices=("bernoulli", "gaussian"),
-        decides_others=True,
-    )
-    dtype: str = option("float32", "compute dtype; parameters and likelihoods stay float32", choices=DTYPES)
-
-
-@dataclasses.dataclass
-class OptimizerConfig:
-    """The training algorithm (`research.optimizers`)."""
-
-    name: str = option("nesterov", "update rule", choices=OPTIMIZERS, decides_others=True)
-    learning_rate: float | None = option(
-        None, "peak learning rate; default: the update rule's customary one", minimum=0, step_input=True
-    )
-    batch_scaling: str = option(
-        "none",
-        "how the learning rate scales with batch_size / base_batch_size",
-        choices=("none", "linear", "sqrt"),
-    )
-    base_batch_size: int = option(
-        256, "with batch_scaling: the batch size for which learning_rate was tuned", minimum=1
-    )
-    momentum: float | None = option(
-        None,
-        "momentum (beta1 of Adam and Lion); default: the update rule's customary one",
-        minimum=0,
-        below=1,
-        step_input=True,
-    )
-    weight_decay: float | None = option(
-        None,
-        "weight decay of kernels, not of biases and norms; 0: none; default: the update rule's customary one",
-        minimum=0,
-        step_input=True,
-    )
-    fixed_norm: bool = option(
-        False,
-        "keep the norm of convolution kernels at 1 per output, for networks that normalize after each convolution",
-    )
-    schedule: str = option("constant", "learning-rate schedule", choices=SCHEDULES)
-    warmup: float = option(
-        0.0, "fraction of training for linear learning-rate warm-up", minimum=0, below=1, signature=False
-    )
-    end_factor: float = option(
-        0.0,
-        "final learning rate of a decaying schedule, as a fraction of the peak",
-        minimum=0,
-        maximum=1,
-        step_input=True,
-    )
-    clip_norm: float = option(0.0, "gradient clipping by global norm; 0: none", minimum=0, step_input=True)
-    ema_decay: float = option(
-        0.0,
-        "decay of an exponential moving average of the parameters, which evaluation then uses; 0: none",
-        minimum=0,
-        below=1,
-        step_input=True,
-    )
+# Besides what is defined here: a user finds every part of the configuration in this module.
+__all__ = [
+    "OPTIMIZERS",
+    "SCHEDULES",
+    "AugmentConfig",
+    "CNNConfig",
+    "DatasetConfig",
+    "NetworkConfig",
+    "OptimizerConfig",
+    "RNNConfig",
+    "ResNetConfig",
+    "VAEConfig",
+    "assign",
+    "check_fields",
+    "is_on",
+    "option",
+    "walk",
+]
 
 
 # Fields that say where a run is, not what it computes.

@@ -1,0 +1,87 @@
+"""The networks' part of the configuration (`research.models`)."""
+
+import dataclasses
+
+from research.config_fields import option
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass
+class NetworkConfig:
+    """The fields of every network that has a width."""
+
+    parametrization: str = option(
+        "standard",
+        "how initialization and learning rates scale with the width (mup: research/parametrization.py)",
+        choices=("standard", "mup"),
+    )
+    base_width: int = option(0, "mup: the width for which the learning rate was tuned", minimum=0)
+
+
+@dataclasses.dataclass
+class CNNConfig(NetworkConfig):
+    """A convolutional network (`research.models.cnn`)."""
+
+    name: str = option(
+        "simple", "architecture", choices=("simple", "resnet", "wide_resnet", "airbench"), decides_others=True
+    )
+    width: int = option(
+        0, "channels of the first convolution (wide_resnet: widening factor); 0: the published value", minimum=0
+    )
+    depth: int = option(
+        0,
+        "number of layers (airbench: convolutions per group), if the architecture has a choice; 0: the published value",
+        minimum=0,
+    )
+    pool: str = option("max", "pooling of the simple network", choices=("max", "average"))
+    dropout: float = option(
+        0.0, "dropout rate before the classifier (wide_resnet: within blocks)", minimum=0, below=1, step_input=True
+    )
+    norm: str = option("", "normalization; empty: the published one", choices=("", "none", "batch", "layer", "group"))
+    dtype: str = option("float32", "compute dtype; parameters stay float32", choices=DTYPES)
+
+
+@dataclasses.dataclass
+class ResNetConfig(NetworkConfig):
+    """A residual network for images of ImageNet's size (`research.models.resnet`)."""
+
+    depth: int = option(18, "number of layers: 18 or 34")
+    width: int = option(64, "channels of the first group; each further group has twice as many", minimum=1)
+    dropout: float = option(0.0, "dropout rate before the classifier", minimum=0, below=1, step_input=True)
+    norm: str = option("batch", "normalization", choices=("none", "batch", "layer", "group"))
+    dtype: str = option("float32", "compute dtype; parameters stay float32", choices=DTYPES)
+
+
+@dataclasses.dataclass
+class RNNConfig(NetworkConfig):
+    """A recurrent network (`research.models.rnn`)."""
+
+    name: str = option("lstm", "cell", choices=("simple", "gru", "lstm", "mingru", "lru"), decides_others=True)
+    width: int = option(256, "features between layers, and recurrent units per layer", minimum=1)
+    layers: int = option(2, "recurrent layers", minimum=1)
+    dropout: float = option(0.0, "dropout rate of each layer's output", minimum=0, below=1, step_input=True)
+    tied: bool = option(False, "share the kernel of the output layer with the embedding")
+    dtype: str = option(
+        "float32", "dtype of matrix products; parameters and recurrent state stay float32", choices=DTYPES
+    )
+
+
+@dataclasses.dataclass
+class VAEConfig(NetworkConfig):
+    """A variational autoencoder (`research.models.vae`)."""
+
+    name: str = option("dense", "architecture of encoder and decoder", choices=("dense", "conv"), decides_others=True)
+    latents: int = option(50, "dimensions of the latent space", minimum=1)
+    width: int = option(200, "units per hidden layer; conv: channels at full resolution", minimum=1)
+    depth: int = option(
+        2, "hidden layers of the encoder and of the decoder; conv: how often the resolution is halved", minimum=1
+    )
+    activation: str = option("tanh", "activation function", choices=("tanh", "relu", "silu", "gelu"))
+    likelihood: str = option(
+        "bernoulli",
+        "distribution of a pixel given the latents; gaussian: with learned mean and variance",
+        choices=("bernoulli", "gaussian"),
+        decides_others=True,
+    )
+    dtype: str = option("float32", "compute dtype; parameters and likelihoods stay float32", choices=DTYPES)

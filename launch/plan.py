@@ -1,7 +1,7 @@
 """Plans a run on hardware that is not available here: memory, FLOPs, collectives and an estimate of the step time.
 
 python -m launch.plan experiments.cifar_cnn --topology=v5e:16x16 [--price_per_chip_hour=1.2] [flags of the experiment]
-python -m launch.plan experiments.cifar_cnn --topology=v5e-256,v5p-512,v6e-256
+python -m launch.plan experiments.cifar_cnn --topology=h100-8,v5e-16,v6e-16 --price_per_chip_hour=h100=3,v5e=1.2,v6e=2.7
 python -m launch.plan experiments.cifar_cnn --topology=v4-4096 --sweep_topology     from one chip to the topology
 python -m launch.plan experiments.cifar_cnn --topology=v5e:4x4 --search             the fastest mesh that fits
 
@@ -9,20 +9,21 @@ The train step is compiled ahead of time, on any machine: for TPUs by libtpu (ex
 plugin (extra "cuda12" or "cuda13") or, without the plugin, by XLA:CPU for the same number of devices. Memory, FLOPs and
 collectives are read from the compiled program. Times are estimates from the vendors' specifications
 (`plans/chips.py`). With --sweep_topology, `batch_size` and `microbatch_size` are per device. So is the default batch
-size if it cannot be split evenly over the devices. The workdir gets `plan.json`, and `plan.png` for several plans.
+size if it cannot be split evenly over the devices. A set of images whose size is known (`plans/known_datasets.py`)
+need not be on disk. The workdir gets `plan.json`, and `plan.png` for several plans.
 """
 
 import copy
 import dataclasses
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from launch import job as job_lib
 from launch.job import Job
-from launch.plans import report, topologies
+from launch.plans import chips, report, topologies
 from launch.plans.topologies import Topology
 from research.config import MeshConfig, option
 from research.errors import UserError
@@ -41,7 +42,12 @@ class PlanOptions:
         False, "plan sizes from one chip to the topology, with data parallelism and with FSDP"
     )
     search: bool = option(False, "plan several meshes and microbatch sizes, and report the fastest that fits")
-    price_per_chip_hour: float = option(0.0, "if given, print the cost of an epoch and of the training", minimum=0)
+    price_per_chip_hour: str = option(
+        "", "if given, print costs: a price for all chips, or one for each kind, as in h100=3,v5e=1.2"
+    )
+    decoded_per_vcpu: int = option(
+        400, "images per second that a vCPU of the hosts decodes, as benchmarks.input measures it", minimum=1
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +161,26 @@ def _write(workdir: Path, rows: Sequence[dict[str, Any]], options: PlanOptions) 
     return chosen
 
 
+def _rows(
+    planner: Any, wanted: Sequence[Candidate], options: PlanOptions, prices: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Compiles the programs, and prints a table of several."""
+    rows: list[dict[str, Any]] = []
+    if len(wanted) > 1:
+        print(report.table_head(costs=bool(prices)), flush=True)
+    for one in wanted:
+        row = planner.row(one.topology, one.config) | ({"strategy": one.strategy} if one.strategy else {})
+        row |= report.cost(row, prices)
+        if planner.workload.decodes_images:
+            row |= report.host(row, options.decoded_per_vcpu)
+        rows.append(row)
+        if len(wanted) > 1:
+            print(report.table_row(row, costs=bool(prices)), flush=True)
+    if len(wanted) > 1 and planner.workload.decodes_images:
+        print(*(report.input_line(row) for row in rows if "host_vcpus_per_chip" in row), sep="\n")
+    return rows
+
+
 def run(argv: Sequence[str]) -> int:
     """Compiles and reports the plans; returns the exit code.
 
@@ -163,6 +189,7 @@ def run(argv: Sequence[str]) -> int:
     """
     job = job_lib.parse("plan", str(__doc__), PlanOptions(), argv)
     options, wanted = job.options, candidates(job)
+    prices = chips.prices(options.price_per_chip_hour, [one.topology.chip.name for one in wanted])
     import jax
 
     from research.process import backend
@@ -180,14 +207,7 @@ def run(argv: Sequence[str]) -> int:
         print(
             f"batch_size={job.config.batch_size} is per device here; give --config.batch_size=N for a global batch size"
         )
-    rows = []
-    if len(wanted) > 1:
-        print(report.table_head(), flush=True)
-    for one in wanted:
-        row = planner.row(one.topology, one.config) | ({"strategy": one.strategy} if one.strategy else {})
-        rows.append(row | report.price(row, options.price_per_chip_hour, one.config.num_epochs))
-        if len(wanted) > 1:
-            print(report.table_row(rows[-1]), flush=True)
+    rows = _rows(planner, wanted, options, prices)
     chosen = _write(workdir, rows, options)
     if not chosen["fits"]:
         raise UserError(f"{report.too_large(chosen)} (record: {workdir})")

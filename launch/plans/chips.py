@@ -1,6 +1,10 @@
 """Specifications of TPU and GPU chips, each with its source."""
 
 import dataclasses
+import math
+from collections.abc import Iterable
+
+from research.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +23,7 @@ class Chip:
       ring: a dimension whose size is a multiple of this wraps around to a ring; others are open lines.
       network_bandwidth: outgoing bytes/s of a chip between slices, or between GPU machines.
       devices: JAX devices per chip.
+      vcpus: vCPUs of Google Cloud's host per chip.
       source: URLs of these specifications.
     """
 
@@ -32,6 +37,7 @@ class Chip:
     ring: int
     network_bandwidth: float
     devices: int
+    vcpus: int
     source: str
 
     def flops(self, dtype: str) -> float:
@@ -47,19 +53,48 @@ _BOOK = "https://jax-ml.github.io/scaling-book"
 # A hop between neighbors takes about a microsecond (https://jax-ml.github.io/scaling-book/sharding).
 HOP_SECONDS = 1e-6
 
+# vCPUs: ct5lp-hightpu-4t, ct5p-hightpu-4t, ct6e-standard-4t and tpu7x-standard-4t have 112, 208, 180 and 224 for four
+# chips, a host of v4 240; a2-ultragpu-8g, a3-highgpu-8g and a3-ultragpu-8g 96, 208 and 224 for eight GPUs.
 # A link's bandwidth is the vendor's "bidirectional ICI bandwidth per chip", divided by two directions and all links.
 CHIPS = {
     chip.name: chip
     for chip in (
         # Links: https://arxiv.org/abs/2304.01433, table 4; network: 25 GB/s per host of 4 chips, from the scaling book.
-        Chip("v4", 275e12, 275e12, 32 * _GIB, 1.2e12, 3, 50e9, 4, 6.25e9, 1, f"{_DOCS}/v4 {_BOOK}/tpus"),
-        Chip("v5e", 197e12, 197e12, 16 * _GIB, 819e9, 2, 50e9, 16, 3.125e9, 1, f"{_DOCS}/v5e"),
-        Chip("v5p", 459e12, 459e12, 95 * _GIB, 2765e9, 3, 100e9, 4, 6.25e9, 1, f"{_DOCS}/v5p"),
-        Chip("v6e", 918e12, 918e12, 32 * _GIB, 1638e9, 2, 100e9, 16, 12.5e9, 1, f"{_DOCS}/v6e {_DOCS}/tpu7x"),
-        Chip("tpu7x", 2307e12, 2307e12, 192 * _GIB, 7380e9, 3, 100e9, 4, 12.5e9, 2, f"{_DOCS}/tpu7x"),
+        Chip("v4", 275e12, 275e12, 32 * _GIB, 1.2e12, 3, 50e9, 4, 6.25e9, 1, 60, f"{_DOCS}/v4 {_BOOK}/tpus"),
+        Chip("v5e", 197e12, 197e12, 16 * _GIB, 819e9, 2, 50e9, 16, 3.125e9, 1, 28, f"{_DOCS}/v5e"),
+        Chip("v5p", 459e12, 459e12, 95 * _GIB, 2765e9, 3, 100e9, 4, 6.25e9, 1, 52, f"{_DOCS}/v5p"),
+        Chip("v6e", 918e12, 918e12, 32 * _GIB, 1638e9, 2, 100e9, 16, 12.5e9, 1, 45, f"{_DOCS}/v6e {_DOCS}/tpu7x"),
+        Chip("tpu7x", 2307e12, 2307e12, 192 * _GIB, 7380e9, 3, 100e9, 4, 12.5e9, 2, 56, f"{_DOCS}/tpu7x"),
         # NVLink's 600 and 900 GB/s sum both directions. Network: one port of 200 or 400 Gb/s per GPU, as in a DGX.
-        Chip("a100", 312e12, 156e12, 80 * 10**9, 2039e9, 1, 150e9, 1, 25e9, 1, f"{_NVIDIA}/a100"),
-        Chip("h100", 989.4e12, 494.7e12, 80 * 10**9, 3350e9, 1, 225e9, 1, 50e9, 1, f"{_NVIDIA}/h100"),
-        Chip("h200", 989.4e12, 494.7e12, 141 * 10**9, 4800e9, 1, 225e9, 1, 50e9, 1, f"{_NVIDIA}/h200"),
+        Chip("a100", 312e12, 156e12, 80 * 10**9, 2039e9, 1, 150e9, 1, 25e9, 1, 12, f"{_NVIDIA}/a100"),
+        Chip("h100", 989.4e12, 494.7e12, 80 * 10**9, 3350e9, 1, 225e9, 1, 50e9, 1, 26, f"{_NVIDIA}/h100"),
+        Chip("h200", 989.4e12, 494.7e12, 141 * 10**9, 4800e9, 1, 225e9, 1, 50e9, 1, 28, f"{_NVIDIA}/h200"),
     )
 }
+
+
+def prices(text: str, chips: Iterable[str]) -> dict[str, float]:
+    """Parses prices per chip-hour: one for all chips ("1.2"), or one for each kind ("h100=3,v5e=1.2"); {} for "".
+
+    Args:
+      text: the value of --price_per_chip_hour.
+      chips: the names of the chips that need one.
+
+    Raises:
+      UserError: a price is not a number above 0, or a chip is unknown or has none.
+    """
+    chips = sorted(set(chips))
+    if not text:
+        return {}
+    pairs = [part.rpartition("=") for part in text.split(",")]
+    try:
+        given = {chip.strip(): float(price) for chip, _, price in pairs}
+    except ValueError:
+        given = {"": 0.0}
+    if not all(0 < price < math.inf for price in given.values()):
+        raise UserError(f"--price_per_chip_hour={text}: give a number, or one for each chip, as in h100=3,v5e=1.2")
+    if unknown := sorted(given.keys() - {"", *CHIPS}):
+        raise UserError(f"--price_per_chip_hour={text}: {', '.join(unknown)} is not one of {', '.join(CHIPS)}")
+    if missing := [chip for chip in chips if "" not in given and chip not in given]:
+        raise UserError(f"--price_per_chip_hour={text} has no price of {', '.join(missing)}")
+    return {chip: given.get(chip, given.get("", 0.0)) for chip in chips}

@@ -8,11 +8,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from launch.plans import known_datasets
 from research import app, sharding
 from research.config import Config, MeshConfig
 from research.data.batch import Batch
 from research.data.pipeline import batch_bytes, epoch_ends, is_resident, longest_epoch
 from research.data.sources import Dataset
+from research.data.streamed import StreamedSplit
 from research.experiment import Experiment
 from research.process import jax_settings
 from research.tasks.task import Task
@@ -46,6 +48,11 @@ class Workload:
         return epoch_ends(self.num_examples, self.config.batch_size, self.config.num_epochs)[-1]
 
     @property
+    def decodes_images(self) -> bool:
+        """Whether hosts decode each image when it is needed."""
+        return isinstance(self.dataset.train, StreamedSplit) and "image" in self.dataset.train
+
+    @property
     def resident(self) -> bool:
         return is_resident(self.config, self.dataset.train, self.dataset.validation, self.dataset.test)
 
@@ -57,7 +64,7 @@ class Workload:
 
 
 def load(experiment: Experiment, config: Config, mesh: MeshConfig) -> Workload:
-    """Loads the experiment's data set and builds its task.
+    """Loads the experiment's data set, or blank images in place of a known one, and builds its task.
 
     Args:
       experiment: the experiment.
@@ -70,7 +77,7 @@ def load(experiment: Experiment, config: Config, mesh: MeshConfig) -> Workload:
     jax_settings.pin()
     config = copy.deepcopy(config)
     config.mesh = mesh
-    return Workload(*app.load(experiment, config))
+    return Workload(*app.load(known_datasets.add_missing(experiment, config.dataset), config))
 
 
 def lower(workload: Workload, config: Config, mesh: jax.sharding.Mesh) -> tuple[jax.stages.Lowered, TrainState]:

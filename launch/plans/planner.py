@@ -78,6 +78,7 @@ class Planner:
         bytes_per_chip = (compiled.bytes_per_device + self.workload.evaluation_bytes) * chip.devices
         row = {
             "topology": topology.name,
+            "chip": chip.name,
             "num_chips": topology.num_chips,
             "mesh": dict(mesh.shape),
             "batch_size": config.batch_size,
@@ -99,7 +100,7 @@ class Planner:
         """Costs, collectives and times; all None if the program does not fit in memory."""
         names = (
             "flops_per_chip bytes_accessed_per_chip collectives compute_seconds memory_seconds interconnect_seconds "
-            "step_seconds examples_per_second scaling_efficiency epoch_seconds"
+            "step_seconds examples_per_second scaling_efficiency epoch_seconds training_seconds"
         )
         if program is None:
             return dict.fromkeys(names.split())
@@ -121,7 +122,8 @@ class Planner:
         rate = config.batch_size / times.step
         values = (flops, moved, collectives, times.compute, times.memory, times.interconnect, times.step, rate)
         efficiency = ideal / times.step if ideal else None
-        return dict(zip(names.split(), (*values, efficiency, self.workload.num_examples / rate)))
+        epoch = self.workload.num_examples / rate
+        return dict(zip(names.split(), (*values, efficiency, epoch, epoch * config.num_epochs)))
 
     def _times(
         self, topology: Topology, config: Any, mesh: jax.sharding.Mesh, program: hlo.Program

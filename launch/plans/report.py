@@ -1,10 +1,14 @@
 """The output of `launch.plan` in words and as a Markdown table."""
 
+from collections.abc import Mapping
 from typing import Any
 
+from launch.plans.chips import CHIPS
 from launch.plans.lowering import Workload
 
-_HEAD = "topology|mesh|batch|microbatch|GiB/chip|compute ms|memory ms|interconnect ms|step ms|examples/s|efficiency"
+_HEAD = (
+    "topology|mesh|batch|microbatch|GiB/chip|compute ms|memory ms|interconnect ms|step ms|examples/s|efficiency|hours"
+)
 
 
 def _bytes(count: float) -> str:
@@ -49,30 +53,56 @@ def first_line(experiment: str, workload: Workload, count: int) -> str:
     )
 
 
-def table_head() -> str:
-    """The header of the Markdown table."""
-    names = _HEAD.split("|")
+def table_head(*, costs: bool) -> str:
+    """The header of the Markdown table; the hours and the cost are those of the whole training."""
+    names = [*_HEAD.split("|"), *(["cost"] if costs else [])]
     return f"| {' | '.join(names)} |\n| {' | '.join('---' for _ in names)} |"
 
 
-def table_row(row: dict[str, Any]) -> str:
+def table_row(row: dict[str, Any], *, costs: bool) -> str:
     """A plan as a row of the Markdown table."""
     gib = f"{row['bytes_per_chip'] / 2**30:,.2f}" + ("" if row["fits"] else ": too large")
     cells = [row["topology"], _mesh(row), f"{row['batch_size']:,}", f"{row['microbatch_size'] or '-'}", gib]
     if row["step_seconds"] is None:
-        return f"| {' | '.join([*cells, *['-'] * 6])} |"
+        return f"| {' | '.join([*cells, *['-'] * (7 + costs)])} |"
     cells += [f"{row[f'{term}_seconds'] * 1e3:,.3f}" for term in ("compute", "memory", "interconnect", "step")]
     efficiency = row["scaling_efficiency"]
     cells += [f"{row['examples_per_second']:,.0f}", "-" if efficiency is None else f"{efficiency:.3f}"]
+    cells += [f"{row['training_seconds'] / 3600:,.2f}", *([f"{row['training_cost']:,.2f}"] if costs else [])]
     return f"| {' | '.join(cells)} |"
 
 
-def price(row: dict[str, Any], per_chip_hour: float, num_epochs: int) -> dict[str, float]:
-    """The estimated cost of an epoch and of the training; {} without a price."""
-    if not per_chip_hour or row["epoch_seconds"] is None:
+def cost(row: dict[str, Any], prices: Mapping[str, float]) -> dict[str, float]:
+    """The estimated cost of an epoch and of the training; {} without prices."""
+    if not prices or row["epoch_seconds"] is None:
         return {}
-    epoch = row["epoch_seconds"] / 3600 * row["num_chips"] * per_chip_hour
-    return {"price_per_chip_hour": per_chip_hour, "epoch_cost": epoch, "training_cost": epoch * num_epochs}
+    price = prices[row["chip"]]
+    epoch, training = (row[f"{span}_seconds"] / 3600 * row["num_chips"] * price for span in ("epoch", "training"))
+    return {"price_per_chip_hour": price, "epoch_cost": epoch, "training_cost": training}
+
+
+def host(row: dict[str, Any], decoded_per_vcpu: int) -> dict[str, float]:
+    """How many images per second the host of a chip must decode for it, and how many it can."""
+    if row["examples_per_second"] is None:
+        return {}
+    vcpus = CHIPS[row["chip"]].vcpus
+    return {
+        "host_vcpus_per_chip": vcpus,
+        "images_per_second_per_chip": row["examples_per_second"] / row["num_chips"],
+        "decoded_per_second_per_chip": vcpus * decoded_per_vcpu,
+    }
+
+
+def input_line(row: dict[str, Any]) -> str:
+    """Compares the images that a chip consumes with those that its host decodes."""
+    needed, decoded = row["images_per_second_per_chip"], row["decoded_per_second_per_chip"]
+    verdict = "enough"
+    if needed > decoded:
+        verdict = f"too few, the chips would wait: {needed / decoded:.1f} times as long; research.data.resize may help"
+    return (
+        f"{row['topology']}: a chip consumes {needed:,.0f} images/s; its {row['host_vcpus_per_chip']} vCPUs decode "
+        f"about {decoded:,.0f}: {verdict}"
+    )
 
 
 def too_large(row: dict[str, Any]) -> str:
@@ -129,9 +159,11 @@ def _estimates(row: dict[str, Any]) -> list[str]:
         f"  memory           {_seconds(row['memory_seconds'])} if all arrays are in HBM",
         f"  interconnect     {_seconds(row['interconnect_seconds'])}",
         f"  step             {_seconds(row['step_seconds'])}: {row['examples_per_second']:,.0f} examples/s, "
-        f"{_seconds(row['epoch_seconds'])} per epoch",
+        f"{_seconds(row['epoch_seconds'])} per epoch, {_seconds(row['training_seconds'])} for the training",
         f"  efficiency       {known}",
     ]
+    if "host_vcpus_per_chip" in row:
+        lines.append(f"  input            {input_line(row).partition(': ')[2]}")
     if "epoch_cost" in row:
         lines.append(
             f"  cost             {row['epoch_cost']:,.4f} per epoch, {row['training_cost']:,.2f} for the training, at "

@@ -16,11 +16,11 @@ import dataclasses
 from flax import nnx
 
 from research import app
-from research.config import AugmentConfig, DatasetConfig, OptimizerConfig, ResNetConfig
+from research.config import AugmentConfig, DatasetConfig, ImageNetworkConfig, OptimizerConfig
 from research.data import images
 from research.data.sources import Dataset
 from research.errors import UserError
-from research.models import resnet
+from research.models import image_networks
 from research.parametrization import Network
 from research.tasks.classification import Classification, ClassificationConfig
 
@@ -29,7 +29,7 @@ from research.tasks.classification import Classification, ClassificationConfig
 class ImageClassifierConfig(ClassificationConfig):
     """Image classification."""
 
-    model: ResNetConfig = dataclasses.field(default_factory=ResNetConfig)
+    model: ImageNetworkConfig = dataclasses.field(default_factory=ImageNetworkConfig)
 
 
 def get_config() -> ImageClassifierConfig:
@@ -57,16 +57,16 @@ def complete(config: ImageClassifierConfig, dataset: Dataset) -> ImageClassifier
         raise UserError(f"--config.dataset.name={dataset.name} has no images to classify: choose a set of images")
     shapes = [split["image"].shape[1:] for split in (dataset.train, dataset.test)]
     images.check(config.augment, shapes[0])
-    return dataclasses.replace(config, model=resnet.resolve(config.model, min(shapes)))
+    return dataclasses.replace(config, model=image_networks.resolve(config.model, min(shapes)))
 
 
 def make_task(config: ImageClassifierConfig, dataset: Dataset) -> Classification:
     """Builds the classification task of the data set's images and the config's network."""
     mean, std = dataset.statistic(images.channel_statistics, "image")
 
-    def create(model: ResNetConfig, rngs: nnx.Rngs) -> nnx.Module:
+    def create(model: ImageNetworkConfig, rngs: nnx.Rngs) -> nnx.Module:
         shape = dataset.train["image"].shape[1:]
-        return resnet.create(model, image_shape=shape, num_classes=len(dataset.label_names), rngs=rngs)
+        return image_networks.create(model, image_shape=shape, num_classes=len(dataset.label_names), rngs=rngs)
 
     network = Network(create, config.model)
     return Classification(network, mean, std, config.augment, config.label_smoothing, config.mirror)

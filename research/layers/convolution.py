@@ -12,8 +12,9 @@ derives have other layouts. On the CPU, this module therefore differs in three w
 A train step of ResNet-18 at batch 128 takes 1.60 s instead of 1.94 (2 x86 cores with AVX-512, medians of 4 interleaved
 runs). XLA:CPU's kernels are slow for few input channels, as images have; there the patches are gathered and multiplied
 by a matrix product (3 channels, 3x3, batch 32 on 2 x86 cores: 0.65 ms against 1.6). Patches of larger kernels are too
-many bytes: 7x7 with stride 2 on [32, 128, 128, 3] would take 238 ms against 44. On other platforms everything is JAX's
-own.
+many bytes: 7x7 with stride 2 on [32, 128, 128, 3] would take 238 ms against 44. XLA:CPU has no fast kernel at all where
+the convolution's kernel has more pixels than its input; products of patches take its place (3x3, 512 to 512 channels on
+[32, 2, 2, 512], 2 x86 cores with AVX2: 6 against 449). On other platforms everything is JAX's own.
 """
 
 import math
@@ -26,6 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from research import sharding
+from research.layers import depthwise
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
 Pair = tuple[int, int]
@@ -50,11 +52,16 @@ def conv2d(
     Returns:
       [b, h', w', out], of x's dtype.
     """
+    return _crop_and_convolve(_conv2d, x, kernel, (strides[0], strides[1]), _pads(x, kernel, strides, padding))
+
+
+def _pads(x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: str | Sequence[tuple[int, int]]) -> Pads:
+    """Returns the padding as numbers."""
     pads = (
         lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding) if isinstance(padding, str) else padding
     )
     top_bottom, left_right = ((int(low), int(high)) for low, high in pads)
-    return _crop_and_convolve(_conv2d, x, kernel, (strides[0], strides[1]), (top_bottom, left_right))
+    return top_bottom, left_right
 
 
 def conv_general_dilated(
@@ -67,7 +74,7 @@ def conv_general_dilated(
     dimension_numbers: Any = None,
     **others: Any,
 ) -> jax.Array:
-    """Replaces `lax.conv_general_dilated`, using `conv2d` if it can; made for `nnx.Conv(conv_general_dilated=...)`.
+    """Replaces `lax.conv_general_dilated`, using `conv2d` or `depthwise_conv2d` if it can; made for `nnx.Conv`.
 
     Args:
       others: further arguments of `lax.conv_general_dilated`. If any is set, or with dilation, the call goes to `lax`.
@@ -80,12 +87,17 @@ def conv_general_dilated(
             f"padding={padding!r} is not defined with lhs_dilation={tuple(lhs_dilation or ())} (the input_dilation of "
             "nnx.Conv): give (low, high) pairs, or use nnx.ConvTranspose or lax.conv_transpose"
         )
-    plain = all(value is None or value == 1 for value in others.values())
+    used = {name: value for name, value in others.items() if value is not None and value != 1}
     dilated = any(d != 1 for d in (*(lhs_dilation or ()), *(rhs_dilation or ())))
-    if plain and not dilated and lhs.ndim == 4 and lhs.dtype == rhs.dtype:
+    if not dilated and lhs.ndim == 4 and lhs.dtype == rhs.dtype:
         canonical = lax.conv_dimension_numbers(lhs.shape, rhs.shape, _LAYOUTS)
         if lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers) == canonical:
-            return conv2d(lhs, rhs, strides=window_strides, padding=padding)
+            if not used:
+                return conv2d(lhs, rhs, strides=window_strides, padding=padding)
+            if used == {"feature_group_count": lhs.shape[-1]} and all(stride == 1 for stride in window_strides):
+                pads = _pads(lhs, rhs, window_strides, padding)
+                if depthwise.is_supported(lhs, rhs, pads):
+                    return depthwise.depthwise_conv2d(lhs, rhs, pads)
     return lax.conv_general_dilated(
         lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, **others
     )
@@ -131,9 +143,15 @@ def _product(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads) -> jax.
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _conv2d(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
     plain = partial(_lax_conv, strides=strides, pads=pads)
-    if x.shape[-1] > _FEW_CHANNELS or math.prod(kernel.shape[:3]) > _SMALL_PATCH:
+    few_channels = x.shape[-1] <= _FEW_CHANNELS and math.prod(kernel.shape[:3]) <= _SMALL_PATCH
+    if not few_channels and not _exceeds(kernel, x):
         return plain(x, kernel)
     return lax.platform_dependent(x, kernel, cpu=partial(_product, strides=strides, pads=pads), default=plain)
+
+
+def _exceeds(kernel: jax.Array, x: jax.Array) -> bool:
+    """Returns whether the kernel has more pixels than the image."""
+    return math.prod(kernel.shape[:2]) > math.prod(x.shape[1:3])
 
 
 def _forward(
@@ -169,7 +187,8 @@ def _input_gradient(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pai
             low = len(range(kernel.shape[axis])[taps[axis]]) - 1 - shift
             backward_pads.append((low, sizes[axis] + shift - dy.shape[axis + 1]))
         mirrored = kernel[tuple(taps)][::-1, ::-1].transpose(0, 1, 3, 2)
-        return _crop_and_convolve(_lax_conv, dy, mirrored, (1, 1), (backward_pads[0], backward_pads[1]))
+        convolve = _product if _exceeds(mirrored, dy) else _lax_conv
+        return _crop_and_convolve(convolve, dy, mirrored, (1, 1), (backward_pads[0], backward_pads[1]))
 
     sizes = [-(-size // stride) for size, stride in zip(x.shape[1:3], strides)]
     down, right = (range(stride) for stride in strides)

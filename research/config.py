@@ -140,7 +140,13 @@ def check(config: Config) -> None:
             f"--config.batch_size={config.batch_size} is not a multiple of "
             f"--config.microbatch_size={config.microbatch_size}"
         )
-    if isinstance(model := getattr(config, "model", None), NetworkConfig):
+    model = getattr(config, "model", None)
+    if config.examples_at_once % (group := getattr(model, "norm_group", 0) or 1):
+        raise UserError(
+            f"--config.model.norm_group={group} does not divide the {config.examples_at_once} examples of a batch or "
+            "microbatch"
+        )
+    if isinstance(model, NetworkConfig):
         _check_parametrization(model, config.optimizer.name)
 
 

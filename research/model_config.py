@@ -41,6 +41,11 @@ class CNNConfig(NetworkConfig):
         0.0, "dropout rate before the classifier (wide_resnet: within blocks)", minimum=0, below=1, step_input=True
     )
     norm: str = option("", "normalization; empty: the published one", choices=("", "none", "batch", "layer", "group"))
+    norm_group: int = option(
+        0,
+        "batch norm: how many examples are normalized by their own statistics in training; 0: the whole (micro)batch",
+        minimum=0,
+    )
     dtype: str = option("float32", "compute dtype; parameters stay float32", choices=DTYPES)
 
 
@@ -61,6 +66,11 @@ class ImageNetworkConfig(NetworkConfig):
         step_input=True,
     )
     norm: str = option("", "normalization; empty: the published one", choices=("", "none", "batch", "layer", "group"))
+    norm_group: int = option(
+        0,
+        "batch norm: how many examples are normalized by their own statistics in training; 0: the whole (micro)batch",
+        minimum=0,
+    )
     dtype: str = option("float32", "compute dtype; parameters stay float32", choices=DTYPES)
 
 

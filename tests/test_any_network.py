@@ -213,7 +213,7 @@ def test_a_declaration_is_not_inherited():
 
     mesh = sharding.make_mesh(_config("Noise"), jax.devices()[:4])
     task = outsider.make_task(_config("Noise"), DATASET)
-    counts = [per_device.num_replicas(dataclasses.replace(task, network=each), mesh) for each in (Base, Derived)]
+    counts = [per_device.num_replicas(dataclasses.replace(task, network=each), mesh, 8) for each in (Base, Derived)]
     assert counts == [4, 1]
 
 

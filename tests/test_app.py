@@ -102,6 +102,7 @@ def test_another_rule_brings_its_own_rate_and_momentum(name, preset):
         ("--config.model.name=vgg", "'wide_resnet'"),
         ("--config.dataset.validation_fraction=1", "must be below 1"),
         ("--config.mesh.data=-2", "must be at least -1"),
+        ("--config.model.norm_group=5", "norm_group=5 does not divide the 64 examples"),
         ("--config.microbatch_size=5", "is not a multiple of --config.microbatch_size=5"),
         ("--config=tutorials", "tutorial"),
         ("train", "unexpected argument 'train'"),

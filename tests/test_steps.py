@@ -56,7 +56,7 @@ class Build:
         )
         self.initial = jax.tree.map(np.array, state), jax.tree.map(lambda x: x.sharding, state)
         steps = Steps(task, graphdef, config, mesh)
-        self.train, self.eval = steps.jit_train(state), steps.jit_eval(state)
+        self.train, self.eval, self.num_replicas = steps.jit_train(state), steps.jit_eval(state), steps.num_replicas
         self.train_batches = functools.partial(TrainBatches, dataset.train, config, mesh, resident=True, capacity=10)
         self.eval_batches = EvalBatches(dataset.test, config, mesh, resident=True)
 
@@ -129,6 +129,18 @@ def test_eight_devices_learn_what_one_learns(mesh, microbatch_size, rule):
     if mesh != "data":
         shards = {leaf.addressable_shards[0].data.size < leaf.size for leaf in jax.tree.leaves(eight.state.params)}
         assert True in shards
+
+
+@pytest.mark.parametrize(("group", "mesh", "replicas"), [(4, "data", 8), (8, "data", 1), (8, "all", 1)])
+def test_eight_devices_normalize_the_same_groups_as_one(group, mesh, replicas):
+    """Each of eight devices has 4 examples; a group is one device's, or spans two."""
+    config = _config(batch_size=32, model=CNNConfig(width=8, norm="batch", norm_group=group))
+    one, eight = Run(config), Run(dataclasses.replace(config, mesh=MESHES[mesh]), devices=8)
+    assert _BUILDS[repr((dataclasses.replace(config, mesh=MESHES[mesh]), None)), 8].num_replicas == replicas
+    np.testing.assert_allclose(one.steps(10), eight.steps(10), rtol=1e-3)
+    for name in ("params", "model_state"):
+        for a, b in zip(one.leaves(name), eight.leaves(name), strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-3)
 
 
 def test_without_batch_norm_microbatches_change_no_result():

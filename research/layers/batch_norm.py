@@ -6,6 +6,7 @@ accurate than two passes, where the second subtracts a mean rounded to float32. 
 so the shift has no gradient.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import jax
@@ -17,7 +18,14 @@ from research.network import replaced
 
 
 class BatchNorm(nnx.BatchNorm):
-    """`nnx.BatchNorm` over all axes but the last, with exact statistics, computed in float32 for any dtype."""
+    """`nnx.BatchNorm` over all axes but the last, with exact statistics, computed in float32 for any dtype.
+
+    Attributes:
+      group_size: in training, how many consecutive examples are normalized by their own statistics, which the running
+        averages are means of; 0: all examples (of all devices).
+    """
+
+    group_size: int = 0
 
     def __call__(self, x: jax.Array, use_running_average: bool) -> jax.Array:
         """Normalizes x, float [b, ..., features]; training updates the running averages.
@@ -28,19 +36,36 @@ class BatchNorm(nnx.BatchNorm):
         dtype = self.dtype or x.dtype
         x = x.astype(dtype).astype(jnp.float32)
         if use_running_average:
-            centered, variance = x - self.mean[...], self.var[...]
+            return self._scaled(x - self.mean[...], self.var[...]).astype(dtype)
+        if self.group_size:
+            groups = x.reshape(-1, self.group_size, *x.shape[1:])
+            y, means, variances = jax.vmap(lambda group: self._by_own_statistics(group, lambda statistic: statistic))(
+                groups
+            )
+            # Nothing waits for the means over the groups, so one all-reduce per step serves all layers.
+            mean, variance = self._across_devices(jnp.stack([means.mean(0), variances.mean(0)]))
         else:
-            shift = self._across_devices(_near_mean(x))
-            x = x - shift
-            mean, square = self._across_devices(jnp.stack([_mean(x), _mean(x * x)]))
-            centered, variance = x - mean, jnp.maximum(0, square - mean * mean)
-            for average, value in ((self.mean, shift + mean), (self.var, variance)):
-                average[...] = self.momentum * average[...] + (1 - self.momentum) * value
+            y, mean, variance = self._by_own_statistics(x, self._across_devices)
+        for average, value in ((self.mean, mean), (self.var, variance)):
+            average[...] = self.momentum * average[...] + (1 - self.momentum) * value
+        return y.reshape(x.shape).astype(dtype)
+
+    def _by_own_statistics(
+        self, x: jax.Array, across_devices: Callable[[jax.Array], jax.Array]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Normalizes x by its mean and variance, and returns these, too."""
+        shift = across_devices(_near_mean(x))
+        x = x - shift
+        mean, square = across_devices(jnp.stack([_mean(x), _mean(x * x)]))
+        variance = jnp.maximum(0, square - mean * mean)
+        return self._scaled(x - mean, variance), shift + mean, variance
+
+    def _scaled(self, centered: jax.Array, variance: jax.Array) -> jax.Array:
         scale = lax.rsqrt(variance + self.epsilon)
         if self.scale is not None:
             scale = scale * self.scale[...]
         y = centered * scale
-        return (y if self.bias is None else y + self.bias[...]).astype(dtype)
+        return y if self.bias is None else y + self.bias[...]
 
     def _across_devices(self, statistic: jax.Array) -> jax.Array:
         return lax.pmean(statistic, self.axis_name) if self.axis_name else statistic
@@ -49,6 +74,12 @@ class BatchNorm(nnx.BatchNorm):
 def momentum_of(model: nnx.Module, momentum: jax.Array | None) -> AbstractContextManager[None]:
     """Within it every batch norm of the model, Flax's too, has this momentum, unless it is None; it may be traced."""
     return replaced(model, lambda module: isinstance(module, nnx.BatchNorm), "momentum", momentum)
+
+
+def group_sizes(model: nnx.Module) -> set[int]:
+    """Returns the sizes of the groups in which the model's batch norms take their statistics, without 0."""
+    found = {module.group_size for _, module in nnx.iter_modules(model) if isinstance(module, BatchNorm)}
+    return found - {0}
 
 
 def _mean(x: jax.Array) -> jax.Array:

@@ -22,6 +22,12 @@ ONES = nnx.initializers.ones_init()
 LECUN_THIRD = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # PyTorch's default
 
 
+def check_norm_group(norm: str, norm_group: int) -> None:
+    """Raises `UserError` if batch norm's groups are set for another normalization."""
+    if norm_group and norm != "batch":
+        raise UserError(f"--config.model.norm_group={norm_group} is for batch norm, not for norm={norm}; leave it out")
+
+
 def check_image_size(name: str, image_shape: tuple[int, ...], smallest: int) -> None:
     """Raises `UserError` if images (h, w, c) are too small for the network of that name."""
     if min(image_shape[:2]) < smallest:
@@ -57,6 +63,7 @@ class Norm(nnx.Module):
         match style.norm:
             case "batch":
                 self.layer = BatchNorm(features, momentum=style.norm_momentum, rngs=style.rngs, **options)
+                self.layer.group_size = style.norm_group
             case "layer":
                 self.layer = nnx.LayerNorm(features, use_fast_variance=False, rngs=style.rngs, **options)
             case "group":
@@ -86,6 +93,7 @@ class Style:
       norm_scale: whether normalizations have a scale; all have a bias.
       norm_momentum: of batch norm's moving averages.
       norm_epsilon: added to the variance.
+      norm_group: how many examples batch norm takes its statistics of, 0: all.
       last_scale_init: initializer of the scale of each residual block's last normalization.
       drop_path_rate: the rate of `drop_path` in the last block.
       depth: of the block that is built, from 0, the first, to 1, the last (`at_depth`).
@@ -100,6 +108,7 @@ class Style:
     norm_scale: bool = True
     norm_momentum: float = 0.9
     norm_epsilon: float = 1e-5
+    norm_group: int = 0
     last_scale_init: nnx.Initializer = ONES
     drop_path_rate: float = 0.0
     depth: float = 0.0

@@ -28,7 +28,7 @@ from research.config import CNNConfig
 from research.errors import UserError
 from research.layers.pooling import avg_pool, max_pool
 from research.models import airbench
-from research.models.blocks import GLOROT, HE, HE_FAN_IN, LECUN, LECUN_THIRD, Style, check_image_size
+from research.models.blocks import GLOROT, HE, HE_FAN_IN, LECUN, LECUN_THIRD, Style, check_image_size, check_norm_group
 from research.models.resnet import BLOCKS, BasicBlock, ResNet, WideBlock
 
 Pool = Callable[[jax.Array, int], jax.Array]
@@ -64,6 +64,7 @@ def resolve(config: CNNConfig, image_shape: tuple[int, ...]) -> CNNConfig:
     if config.name == "wide_resnet" and (config.depth < 10 or config.depth % 6 != 4):
         raise UserError(f"--config.model.depth={config.depth}: wide_resnet has 6 n + 4 layers: 10, 16, 22, 28, ...")
     check_image_size(config.name, image_shape, _SMALLEST_IMAGE[config.name])
+    check_norm_group(config.norm, config.norm_group)
     return dataclasses.replace(config, width=config.width or width)
 
 
@@ -91,11 +92,12 @@ def create(
     width, depth = config.width, config.depth
     dtype = jnp.dtype(config.dtype)
     by_fan_in = config.parametrization == "mup"  # muP scales the initial variance by fan-in
-    he = Style(rngs, dtype, config.dropout, config.norm, HE_FAN_IN if by_fan_in else HE, LECUN_THIRD)
+    group = {"norm_group": config.norm_group}
+    he = Style(rngs, dtype, config.dropout, config.norm, HE_FAN_IN if by_fan_in else HE, LECUN_THIRD, **group)
     match config.name:
         case "simple":
             init = LECUN if by_fan_in else GLOROT
-            style = Style(rngs, dtype, config.dropout, config.norm, init, init)
+            style = Style(rngs, dtype, config.dropout, config.norm, init, init, **group)
             pool = max_pool if config.pool == "max" else avg_pool
             return Simple(style, width, pool, image_shape, num_classes)
         case "resnet":
@@ -105,7 +107,7 @@ def create(
             groups = [(16 * width * 2**i, (depth - 4) // 6) for i in range(3)]
             return ResNet(he, WideBlock, 16, groups, image_shape[-1], num_classes)
         case _:
-            norm = {"norm_scale": False, "norm_momentum": norm_momentum, "norm_epsilon": 1e-12}
+            norm = {"norm_scale": False, "norm_momentum": norm_momentum, "norm_epsilon": 1e-12} | group
             style = Style(rngs, dtype, config.dropout, config.norm, airbench.dirac_init, LECUN_THIRD, **norm)
             assert whitening is not None
             return airbench.Airbench(style, width, depth, whitening, image_shape, num_classes)

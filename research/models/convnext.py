@@ -45,6 +45,7 @@ def create(config: ImageNetworkConfig, *, channels: int, num_classes: int, rngs:
         init,
         norm_epsilon=_EPSILON,
         drop_path_rate=config.drop_path,
+        norm_group=config.norm_group,
     )
     return ConvNeXt(style, config.width, _PUBLISHED[config.name][1], channels, num_classes)
 

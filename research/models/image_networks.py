@@ -7,7 +7,7 @@ from flax import nnx
 from research.config import ImageNetworkConfig
 from research.model_config import CONVNEXTS
 from research.models import convnext, resnet
-from research.models.blocks import check_image_size
+from research.models.blocks import check_image_size, check_norm_group
 
 _SMALLEST_IMAGE = 32  # the resolution of the last blocks is 1/32
 
@@ -20,10 +20,12 @@ def resolve(config: ImageNetworkConfig, image_shape: tuple[int, ...]) -> ImageNe
     """Returns the config with the network's published values in the fields that are left open.
 
     Raises:
-      UserError: the images (h, w, c) are too small.
+      UserError: the images (h, w, c) are too small, or `norm_group` is set without batch norm.
     """
     check_image_size(config.name, image_shape, _SMALLEST_IMAGE)
-    return _module(config).resolve(config)
+    resolved = _module(config).resolve(config)
+    check_norm_group(resolved.norm, resolved.norm_group)
+    return resolved
 
 
 def create(config: ImageNetworkConfig, *, image_shape: tuple[int, ...], num_classes: int, rngs: nnx.Rngs) -> nnx.Module:

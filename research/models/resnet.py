@@ -37,7 +37,7 @@ def create(config: ImageNetworkConfig, *, channels: int, num_classes: int, rngs:
     """Builds the network of a resolved config for images of that many channels (`image_networks.create`)."""
     kernel_init = HE_FAN_IN if config.parametrization == "mup" else HE  # muP scales the initial variance by fan-in
     zeros = nnx.initializers.zeros_init()
-    options = {"last_scale_init": zeros, "drop_path_rate": config.drop_path}
+    options = {"last_scale_init": zeros, "drop_path_rate": config.drop_path, "norm_group": config.norm_group}
     style = Style(rngs, jnp.dtype(config.dtype), config.dropout, config.norm, kernel_init, LECUN_THIRD, **options)
     block, counts = _structure(config.name)
     groups = [(config.width * 2**i, count) for i, count in enumerate(counts)]

@@ -26,21 +26,24 @@ from jax.sharding import Mesh
 
 from research import sharding
 from research.errors import UserError
+from research.layers.batch_norm import group_sizes
 from research.tasks.task import Task
 
 _ADVICE = "leave out per_device_gradients, or see research/training/per_device.py for its requirements"
 
 
-def num_replicas(task: Task, mesh: Mesh) -> int:
+def num_replicas(task: Task, mesh: Mesh, examples_at_once: int) -> int:
     """Returns how many devices compute per-device gradients: all, if declared and the mesh has only `data`; else 1.
 
-    The declaration is not inherited: a subclass may override a method so that it no longer holds.
+    The declaration is not inherited: a subclass may override a method so that it no longer holds. It is 1, too, if a
+    device's part of the `examples_at_once` does not consist of whole groups of batch norm.
     """
     if mesh.size == 1 or mesh.shape.get("data") != mesh.size:
         return 1
     network = nnx.eval_shape(lambda: task.create_model(nnx.Rngs(0)))
     declared = all(vars(type(x)).get("per_device_gradients", False) for x in (task, network))
-    return mesh.size if declared else 1
+    whole = not any(examples_at_once // mesh.size % size for size in group_sizes(network))
+    return mesh.size if declared and whole else 1
 
 
 def on_each_device(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable[..., Any]:

@@ -65,7 +65,7 @@ class Steps:
         self._graphdef = graphdef
         self._config = config
         self._mesh = mesh
-        self.num_replicas = per_device.num_replicas(task, mesh)
+        self.num_replicas = per_device.num_replicas(task, mesh, config.examples_at_once)
         if config.mesh.reduce_dtype != "float32" and mesh.shape.get("data", 1) > self.num_replicas:
             raise UserError(
                 f"--config.mesh.reduce_dtype={config.mesh.reduce_dtype}: GSPMD sums this network's gradients, in "

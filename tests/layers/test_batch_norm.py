@@ -79,6 +79,17 @@ def test_training_agrees_with_float64(shape, mean, dtype):
     _agree(ours, _reference(norm, x, dy), dtype)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_each_group_has_its_own_statistics(shape):
+    norm, (x, dy) = _norm("float32", norm_group=4), _draw(shape, 1e3, "float32")
+    x = x + jnp.arange(len(x)).reshape(-1, *[1] * (len(shape) - 1))
+    ours = jax.jit(lambda x, dy: _trained(norm, x, dy))(x, dy)
+    groups = [_reference(norm, x[i : i + 4], dy[i : i + 4]) for i in range(0, len(x), 4)]
+    y, mean, variance, d_x, d_scale, d_bias = zip(*groups)
+    together = np.concatenate(y), np.mean(mean, 0), np.mean(variance, 0), np.concatenate(d_x)
+    _agree(ours, (*together, np.sum(d_scale, 0), np.sum(d_bias, 0)), "float32", 5e-5)
+
+
 @pytest.mark.parametrize("manual", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mean", [0.0, 1e3, 1e4])

@@ -284,3 +284,10 @@ def test_the_smallest_images_and_larger_ones_work(name, side, more):
 def test_dropout_keeps_the_dtype(rate):
     x = jnp.ones((2, 8), jnp.bfloat16)
     assert Dropout(rate)(x, train=True, key=jax.random.key(0)).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("name", ["simple", "resnet"])
+def test_only_batch_norm_has_groups(name):
+    config = CNNConfig(name=name, norm="layer", norm_group=8)
+    with pytest.raises(UserError, match=r"norm_group=8 is for batch norm, not for norm=layer"):
+        cnn.resolve(config, (32, 32, 3))

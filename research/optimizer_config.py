@@ -56,6 +56,13 @@ class OptimizerConfig:
         minimum=0,
         step_input=True,
     )
+    freeze: str = option(
+        "", "regular expression: parameters whose path, as in blocks/0/conv1/kernel, contains a match are not trained"
+    )
+    learning_rate_scale: str = option(
+        "",
+        "REGEX:FACTOR,...: parameters whose path contains a match have FACTOR times the learning rate (first match)",
+    )
     fixed_norm: bool = option(
         False,
         "keep the norm of convolution kernels at 1 per output, for networks that normalize after each convolution",

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from research import parameter_groups
 from research.config import OptimizerConfig, is_on
 from research.errors import UserError
 from research.update_rules import kernel_mask, make_rule
@@ -77,6 +78,7 @@ def check(config: OptimizerConfig) -> None:
         if config.schedule != "step" and getattr(config, name) != getattr(OptimizerConfig, name):
             raise UserError(f"--config.optimizer.{name} needs --config.optimizer.schedule=step")
     _milestones(config)
+    parameter_groups.check_syntax(config)
     if config.batch_scaling == "none" and config.base_batch_size != OptimizerConfig.base_batch_size:
         raise UserError("--config.optimizer.base_batch_size needs --config.optimizer.batch_scaling=linear or sqrt")
 
@@ -199,7 +201,8 @@ def make_optimizer(config: OptimizerConfig, boundaries: Any, widths: Any = None)
     Only kernels (arrays of two or more axes) decay. For AdamW, Lion, Muon and LAMB the decay is decoupled, as
     published. For the other rules it is coupled, as in PyTorch: weight_decay * kernel is added to the gradient (for
     LARS before its norm is computed). The learning rate and the schedule scale the rule's update after momentum, as in
-    PyTorch; in Keras the learning rate is within the momentum (v = m v - rate g).
+    PyTorch; in Keras the learning rate is within the momentum (v = m v - rate g). A parameter's scaled learning rate
+    (`learning_rate_scale`) scales its decay, too, as in a parameter group of PyTorch.
 
     Args:
       config: after `resolve`; its numbers may be traced.
@@ -216,10 +219,11 @@ def make_optimizer(config: OptimizerConfig, boundaries: Any, widths: Any = None)
     elif config.name not in _OWN_DECAY:
         coupled = [_add_coupled_decay(weight_decay, widths)]
     by_width = [] if widths is None else [_scale_by_width(config.name, widths)]
+    scaled = [parameter_groups.scale_rates(config.learning_rate_scale)] if config.learning_rate_scale else []
     rate = optax.scale(config.learning_rate)  # pyright: ignore[reportArgumentType]
     schedule = optax.scale_by_schedule(unit_schedule(config, boundaries))
     fixed = [_fix_norms()] if config.fixed_norm else []
-    return optax.chain(*clip, *coupled, rule, *by_width, *decoupled, rate, schedule, *fixed)
+    return optax.chain(*clip, *coupled, rule, *by_width, *decoupled, *scaled, rate, schedule, *fixed)
 
 
 def _add_coupled_decay(weight_decay: Any, widths: Any) -> optax.GradientTransformation:

@@ -18,7 +18,7 @@ import optax
 from flax import nnx
 
 from research import config as config_lib
-from research import optimizers
+from research import optimizers, parameter_groups
 from research.config import Config
 from research.layers.dropout import rate_of
 from research.tasks.task import Task
@@ -63,12 +63,13 @@ def _is_input(config: Config, field: Any, value: Any) -> bool:
 def make_optimizer(config: Config, hparams: HParams, widths: Any) -> optax.GradientTransformation:
     """Builds the optimizer of a resolved config, with `hparams`, which may be traced, instead of their fields.
 
-    `widths` are those of the task (`Task.widths`).
+    `widths` are those of the task (`Task.widths`). The optimizer is for the parameters that are not frozen.
     """
     prefix = "optimizer."
     numbers = {path.removeprefix(prefix): value for path, value in hparams.items() if path.startswith(prefix)}
     boundaries = numbers.pop(BOUNDARIES.removeprefix(prefix))
     optimizer = dataclasses.replace(config.optimizer, **numbers)
+    widths = parameter_groups.trained_only(widths, optimizer)
     return optimizers.make_optimizer(optimizers.scaled(optimizer, config.batch_size), boundaries, widths)
 
 

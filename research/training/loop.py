@@ -21,7 +21,7 @@ from research.training.checkpoint import Checkpoints, checksums_of
 from research.training.checkpoint_choice import find_step
 from research.training.progress import non_finite
 from research.training.run import Training
-from research.training.state import TrainState, is_finite, num_params
+from research.training.state import TrainState, is_finite
 
 
 class Loop:
@@ -210,7 +210,7 @@ def train_and_evaluate(
             data_json.write(workdir, dataset)
         writer.config(config)
         writer.resume(run.progress.step, run.progress.row)
-        writer.message(f"{num_params(run.state):,} parameters; compiled in {compile_seconds:.1f} s")
+        writer.message(f"{summary.params_line(run.state)}; compiled in {compile_seconds:.1f} s")
         if mesh.size > 1:
             writer.message(summary.memory_line(run.state))
         if resumes:

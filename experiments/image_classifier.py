@@ -16,7 +16,7 @@ import dataclasses
 from flax import nnx
 
 from research import app
-from research.config import AugmentConfig, DatasetConfig, OptimizerConfig, ResNetConfig
+from research.config import AugmentConfig, DatasetConfig, ImageNetworkConfig, OptimizerConfig
 from research.data import images
 from research.data.sources import Dataset
 from research.errors import UserError
@@ -29,7 +29,7 @@ from research.tasks.classification import Classification, ClassificationConfig
 class ImageClassifierConfig(ClassificationConfig):
     """Image classification."""
 
-    model: ResNetConfig = dataclasses.field(default_factory=ResNetConfig)
+    model: ImageNetworkConfig = dataclasses.field(default_factory=ImageNetworkConfig)
 
 
 def get_config() -> ImageClassifierConfig:
@@ -64,7 +64,7 @@ def make_task(config: ImageClassifierConfig, dataset: Dataset) -> Classification
     """Builds the classification task of the data set's images and the config's network."""
     mean, std = dataset.statistic(images.channel_statistics, "image")
 
-    def create(model: ResNetConfig, rngs: nnx.Rngs) -> nnx.Module:
+    def create(model: ImageNetworkConfig, rngs: nnx.Rngs) -> nnx.Module:
         shape = dataset.train["image"].shape[1:]
         return resnet.create(model, image_shape=shape, num_classes=len(dataset.label_names), rngs=rngs)
 

@@ -11,7 +11,7 @@ from research.augment_config import AugmentConfig
 from research.config_fields import assign, check_fields, is_on, option, walk
 from research.dataset_config import DatasetConfig
 from research.errors import UserError
-from research.model_config import CNNConfig, NetworkConfig, ResNetConfig, RNNConfig, VAEConfig
+from research.model_config import CNNConfig, ImageNetworkConfig, NetworkConfig, RNNConfig, VAEConfig
 from research.optimizer_config import OPTIMIZERS, SCHEDULES, OptimizerConfig
 
 # Besides what is defined here: a user finds every part of the configuration in this module.
@@ -21,10 +21,10 @@ __all__ = [
     "AugmentConfig",
     "CNNConfig",
     "DatasetConfig",
+    "ImageNetworkConfig",
     "NetworkConfig",
     "OptimizerConfig",
     "RNNConfig",
-    "ResNetConfig",
     "VAEConfig",
     "assign",
     "check_fields",

@@ -5,6 +5,8 @@ import dataclasses
 from research.config_fields import option
 
 DTYPES = ("float32", "bfloat16")
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+CONVNEXTS = ("convnext_tiny", "convnext_small", "convnext_base")
 
 
 @dataclasses.dataclass
@@ -43,13 +45,22 @@ class CNNConfig(NetworkConfig):
 
 
 @dataclasses.dataclass
-class ResNetConfig(NetworkConfig):
-    """A residual network for images of ImageNet's size (`research.models.resnet`)."""
+class ImageNetworkConfig(NetworkConfig):
+    """A network for images of ImageNet's size (`research.models.resnet`, `research.models.convnext`)."""
 
-    depth: int = option(18, "number of layers: 18 or 34")
-    width: int = option(64, "channels of the first group; each further group has twice as many", minimum=1)
+    name: str = option("resnet18", "architecture", choices=(*RESNETS, *CONVNEXTS), decides_others=True)
+    width: int = option(
+        0, "channels of the first group; each further group has twice as many; 0: the published value", minimum=0
+    )
     dropout: float = option(0.0, "dropout rate before the classifier", minimum=0, below=1, step_input=True)
-    norm: str = option("batch", "normalization", choices=("none", "batch", "layer", "group"))
+    drop_path: float = option(
+        0.0,
+        "stochastic depth: probability that an example skips the last block; 0 at the first block, linear in between",
+        minimum=0,
+        below=1,
+        step_input=True,
+    )
+    norm: str = option("", "normalization; empty: the published one", choices=("", "none", "batch", "layer", "group"))
     dtype: str = option("float32", "compute dtype; parameters stay float32", choices=DTYPES)
 
 

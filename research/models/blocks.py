@@ -11,7 +11,7 @@ from research import sharding
 from research.layers.batch_norm import BatchNorm
 from research.layers.bias import bias_add
 from research.layers.convolution import conv_general_dilated
-from research.layers.dropout import Dropout
+from research.layers.dropout import DropPath, Dropout
 
 GLOROT = nnx.initializers.glorot_uniform()
 HE = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al. 2015, equation 14
@@ -79,6 +79,8 @@ class Style:
       norm_momentum: of batch norm's moving averages.
       norm_epsilon: added to the variance.
       last_scale_init: initializer of the scale of each residual block's last normalization.
+      drop_path_rate: the rate of `drop_path` in the last block.
+      depth: of the block that is built, from 0, the first, to 1, the last (`at_depth`).
     """
 
     rngs: nnx.Rngs
@@ -91,18 +93,33 @@ class Style:
     norm_momentum: float = 0.9
     norm_epsilon: float = 1e-5
     last_scale_init: nnx.Initializer = ONES
+    drop_path_rate: float = 0.0
+    depth: float = 0.0
+
+    def at_depth(self, index: int, num_blocks: int) -> "Style":
+        """Returns the style of one of the network's blocks."""
+        return dataclasses.replace(self, depth=index / max(1, num_blocks - 1))
 
     def conv(
-        self, inputs: int, outputs: int, size: int = 3, *, stride: int = 1, padding: str | None = None
+        self,
+        inputs: int,
+        outputs: int,
+        size: int = 3,
+        *,
+        stride: int = 1,
+        padding: str | None = None,
+        groups: int = 1,
+        use_bias: bool = False,
     ) -> nnx.Conv:
-        """Builds a convolution without bias; the default padding is `size // 2` on all sides, whatever the stride."""
+        """Builds a convolution; the default padding is `size // 2` on all sides, whatever the stride."""
         return nnx.Conv(
             inputs,
             outputs,
             (size, size),
             stride,
             padding=padding or size // 2,
-            use_bias=False,
+            feature_group_count=groups,
+            use_bias=use_bias,
             dtype=self.dtype,
             kernel_init=self.kernel_init,
             conv_general_dilated=conv_general_dilated,
@@ -125,3 +142,7 @@ class Style:
     def dropout(self) -> Dropout:
         """Builds a dropout layer."""
         return Dropout(self.dropout_rate)
+
+    def drop_path(self) -> DropPath:
+        """Builds the stochastic depth of a residual block."""
+        return DropPath(self.drop_path_rate, self.depth)

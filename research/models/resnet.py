@@ -1,45 +1,52 @@
-"""Residual networks of basic or wide blocks; `create` builds the ImageNet network of a `ResNetConfig`.
+"""Residual networks; `create` builds the ImageNet network of an `ImageNetworkConfig`.
 
 He et al. 2016, arXiv 1512.03385, tables 1 and 5: a 7x7 convolution with stride 2, 3x3 max pooling with stride 2,
-and four groups of basic blocks with 64, 128, 256 and 512 channels. The structure is that of torchvision's `resnet18`
-and `resnet34`, with 11,689,512 and 21,797,672 parameters at 1,000 classes. Two initial values differ: the scale of each
-block's last normalization is 0 (Goyal et al. 2017, arXiv 1706.02677, section 5.1), so that a block starts as its
-shortcut, and the classifier's bias is 0.
+and four groups of basic blocks with 64, 128, 256 and 512 channels, or of bottlenecks with four times as many outputs.
+A bottleneck's stride is that of its 3x3 convolution ("v1.5", as in torchvision), not of its first 1x1 convolution. The
+structure is that of torchvision's `resnet18` to `resnet152`. Two initial values differ: the scale of each block's last
+normalization is 0 (Goyal et al. 2017, arXiv 1706.02677, section 5.1), so that a block starts as its shortcut, and the
+classifier's bias is 0.
 
 The networks for CIFAR (`research.models.cnn`) have a 3x3 stem with stride 1 and no pooling.
 """
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from research.config import ResNetConfig
+from research.config import ImageNetworkConfig
 from research.errors import UserError
 from research.layers.dropout import Dropout
 from research.layers.pooling import max_pool
+from research.models import torch_layout
 from research.models.blocks import HE, HE_FAN_IN, LECUN_THIRD, Style
 
-BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}  # depth -> blocks per group
+BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}  # depth -> basic blocks per group
+_BOTTLENECKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 _SMALLEST_IMAGE = 32  # the last group's resolution is 1/32
 
 
-def resolve(config: ResNetConfig, image_shape: tuple[int, ...]) -> ResNetConfig:
-    """Returns the config unchanged.
+def resolve(config: ImageNetworkConfig, image_shape: tuple[int, ...]) -> ImageNetworkConfig:
+    """Returns the config with the published values in the fields that are left open.
 
     Raises:
-      UserError: there is no network of this depth, or the images (h, w, c) are too small.
+      UserError: the images (h, w, c) are too small.
     """
-    if config.depth not in BLOCKS:
-        raise UserError(f"--config.model.depth={config.depth}: use {' or '.join(map(str, BLOCKS))}")
     if min(image_shape[:2]) < _SMALLEST_IMAGE:
         size = "x".join(map(str, image_shape[:2]))
-        raise UserError(f"a ResNet needs images of {_SMALLEST_IMAGE}x{_SMALLEST_IMAGE} or more, not {size}")
-    return config
+        raise UserError(
+            f"--config.model.name={config.name} needs images of {_SMALLEST_IMAGE}x{_SMALLEST_IMAGE} or more, not {size}"
+        )
+    return dataclasses.replace(config, width=config.width or 64, norm=config.norm or "batch")
 
 
-def create(config: ResNetConfig, *, image_shape: tuple[int, ...], num_classes: int, rngs: nnx.Rngs) -> nnx.Module:
+def create(
+    config: ImageNetworkConfig, *, image_shape: tuple[int, ...], num_classes: int, rngs: nnx.Rngs
+) -> nnx.Module:
     """Builds a network with its initial parameters.
 
     It is called as `network(images, train=..., key=...)` with normalized images, float [b, h, w, c] of any size, and
@@ -53,33 +60,112 @@ def create(config: ResNetConfig, *, image_shape: tuple[int, ...], num_classes: i
     """
     kernel_init = HE_FAN_IN if config.parametrization == "mup" else HE  # muP scales the initial variance by fan-in
     zeros = nnx.initializers.zeros_init()
-    style = Style(
-        rngs, jnp.dtype(config.dtype), config.dropout, config.norm, kernel_init, LECUN_THIRD, last_scale_init=zeros
-    )
-    groups = [(config.width * 2**i, count) for i, count in enumerate(BLOCKS[config.depth])]
-    return ResNet(style, BasicBlock, config.width, groups, image_shape[-1], num_classes, large_images=True)
+    options = {"last_scale_init": zeros, "drop_path_rate": config.drop_path}
+    style = Style(rngs, jnp.dtype(config.dtype), config.dropout, config.norm, kernel_init, LECUN_THIRD, **options)
+    block, counts = _structure(config.name)
+    groups = [(config.width * 2**i, count) for i, count in enumerate(counts)]
+    return ResNet(style, block, config.width, groups, image_shape[-1], num_classes, large_images=True)
 
 
-class BasicBlock(nnx.Module):
-    """He et al. 2016, figure 2: two 3x3 convolutions and a shortcut, with a 1x1 projection if the shape changes."""
+def _structure(name: str) -> tuple[Any, tuple[int, ...]]:
+    """Returns the class of the blocks, and how many there are per group."""
+    depth = int(name.removeprefix("resnet"))
+    return (BasicBlock, BLOCKS[depth]) if depth in BLOCKS else (Bottleneck, _BOTTLENECKS[depth])
 
-    def __init__(self, style: Style, inputs: int, outputs: int, stride: int):
-        self.conv1, self.norm1 = style.conv(inputs, outputs, stride=stride), style.normalization(outputs)
-        self.conv2, self.norm2 = style.conv(outputs, outputs), style.last_normalization(outputs)
+
+def torch_names(config: ImageNetworkConfig) -> dict[str, tuple[str, ...]]:
+    """Returns the names of every parameter and batch statistic in torchvision and timm, which have the same ones.
+
+    Args:
+      config: resolved (`resolve`).
+
+    Returns:
+      Such as {"blocks.0.conv1.kernel": ("layer1.0.conv1.weight",)}. `research.models.torch_layout` converts the arrays.
+    """
+    named = torch_layout.names("logits", torch_layout.LINEAR, "fc")
+    for conv, norm, torch_conv, torch_norm in _layers(config.name):
+        named |= torch_layout.names(conv, torch_layout.CONV, torch_conv)
+        named |= torch_layout.names(f"{norm}.layer", torch_layout.NORM[config.norm], torch_norm)
+    return named
+
+
+def _layers(name: str) -> Iterator[tuple[str, str, str, str]]:
+    """Yields the paths of each convolution and of its normalization: here, then in PyTorch."""
+    yield "stem", "norm", "conv1", "bn1"
+    block, counts = _structure(name)
+    number = 0
+    for group, count in enumerate(counts):
+        for i in range(count):
+            ours, peer = f"blocks.{number}.", f"layer{group + 1}.{i}."
+            for conv in range(1, block.num_convs + 1):
+                yield f"{ours}conv{conv}", f"{ours}norm{conv}", f"{peer}conv{conv}", f"{peer}bn{conv}"
+            if i == 0 and (group > 0 or block.expansion > 1):
+                yield f"{ours}shortcut", f"{ours}shortcut_norm", f"{peer}downsample.0", f"{peer}downsample.1"
+            number += 1
+
+
+class _Block(nnx.Module):
+    """A residual block: ReLU of the sum of its convolutions and of a shortcut, which is projected if the shape changes.
+
+    Attributes:
+      expansion: how many times the block's features its output has.
+      num_convs: the convolutions, each with a normalization.
+    """
+
+    expansion: ClassVar[int] = 1
+    num_convs: ClassVar[int]
+
+    def _init_shortcut(self, style: Style, inputs: int, outputs: int, stride: int) -> None:
         projected = stride != 1 or inputs != outputs
+        self.drop_path = style.drop_path()
         self.shortcut = style.conv(inputs, outputs, 1, stride=stride) if projected else None
         self.shortcut_norm = style.normalization(outputs) if projected else None
+
+    def _add(self, x: jax.Array, y: jax.Array, *, train: bool, key: jax.Array | None) -> jax.Array:
+        if self.shortcut is not None and self.shortcut_norm is not None:
+            x = self.shortcut_norm(self.shortcut(x), train=train)
+        return nnx.relu(x + self.drop_path(y, train=train, key=key))
+
+
+class BasicBlock(_Block):
+    """He et al. 2016, figure 2: two 3x3 convolutions and a shortcut, with a 1x1 projection if the shape changes."""
+
+    num_convs = 2
+
+    def __init__(self, style: Style, inputs: int, features: int, stride: int):
+        self.conv1, self.norm1 = style.conv(inputs, features, stride=stride), style.normalization(features)
+        self.conv2, self.norm2 = style.conv(features, features), style.last_normalization(features)
+        self._init_shortcut(style, inputs, features, stride)
 
     def __call__(self, x: jax.Array, *, train: bool, key: jax.Array | None) -> jax.Array:
         y = nnx.relu(self.norm1(self.conv1(x), train=train))
         y = self.norm2(self.conv2(y), train=train)
-        if self.shortcut is not None and self.shortcut_norm is not None:
-            x = self.shortcut_norm(self.shortcut(x), train=train)
-        return nnx.relu(x + y)
+        return self._add(x, y, train=train, key=key)
+
+
+class Bottleneck(_Block):
+    """He et al. 2016, figure 5, right: 1x1, 3x3 and 1x1 convolutions, the last of which has four times the features."""
+
+    expansion, num_convs = 4, 3
+
+    def __init__(self, style: Style, inputs: int, features: int, stride: int):
+        outputs = self.expansion * features
+        self.conv1, self.norm1 = style.conv(inputs, features, 1), style.normalization(features)
+        self.conv2, self.norm2 = style.conv(features, features, stride=stride), style.normalization(features)
+        self.conv3, self.norm3 = style.conv(features, outputs, 1), style.last_normalization(outputs)
+        self._init_shortcut(style, inputs, outputs, stride)
+
+    def __call__(self, x: jax.Array, *, train: bool, key: jax.Array | None) -> jax.Array:
+        y = nnx.relu(self.norm1(self.conv1(x), train=train))
+        y = nnx.relu(self.norm2(self.conv2(y), train=train))
+        y = self.norm3(self.conv3(y), train=train)
+        return self._add(x, y, train=train, key=key)
 
 
 class WideBlock(nnx.Module):
     """Zagoruyko & Komodakis 2016: normalization and ReLU before each convolution, dropout between the two."""
+
+    expansion: ClassVar[int] = 1
 
     def __init__(self, style: Style, inputs: int, outputs: int, stride: int):
         self.norm1, self.conv1 = style.normalization(inputs), style.conv(inputs, outputs, stride=stride)
@@ -103,7 +189,7 @@ class ResNet(nnx.Module):
     def __init__(
         self,
         style: Style,
-        block: type,
+        block: Any,
         stem: int,
         groups: Sequence[tuple[int, int]],
         channels: int,
@@ -117,11 +203,12 @@ class ResNet(nnx.Module):
         self.large_images = large_images
         self.stem = style.conv(channels, stem, 7, stride=2) if large_images else style.conv(channels, stem)
         self.blocks = nnx.List([])
-        inputs = stem
+        inputs, num_blocks = stem, sum(count for _, count in groups)
         for number, (features, count) in enumerate(groups):
             for i in range(count):
-                self.blocks.append(block(style, inputs, features, 2 if i == 0 and number > 0 else 1))
-                inputs = features
+                at_depth = style.at_depth(len(self.blocks), num_blocks)
+                self.blocks.append(block(at_depth, inputs, features, 2 if i == 0 and number > 0 else 1))
+                inputs = features * block.expansion
         self.norm = style.normalization(inputs if self.norm_last else stem)
         # Wide blocks have their own dropout.
         self.dropout = Dropout(0.0) if self.norm_last else style.dropout()

@@ -20,11 +20,12 @@ from flax import nnx
 from research import config as config_lib
 from research import optimizers, parameter_groups
 from research.config import Config
-from research.layers.dropout import rate_of
+from research.layers.dropout import drop_path_rate_of, rate_of
 from research.tasks.task import Task
 
 HParams = Mapping[str, Any]
-SEED, BOUNDARIES, DROPOUT = "seed", "optimizer.boundaries", "model.dropout"
+SEED, BOUNDARIES = "seed", "optimizer.boundaries"
+DROPOUT, DROP_PATH = "model.dropout", "model.drop_path"
 
 
 def traced(config: Config, num_train_steps: int) -> dict[str, Any]:
@@ -75,6 +76,6 @@ def make_optimizer(config: Config, hparams: HParams, widths: Any) -> optax.Gradi
 
 @contextmanager
 def applied(task: Task, model: nnx.Module, hparams: HParams) -> Iterator[Task]:
-    """Yields the task with `hparams`, which may be traced; within the block the network's dropout has their rate."""
-    with rate_of(model, hparams.get(DROPOUT)):
+    """Yields the task with `hparams`, which may be traced; within the block the network's dropout has their rates."""
+    with rate_of(model, hparams.get(DROPOUT)), drop_path_rate_of(model, hparams.get(DROP_PATH)):
         yield task.with_hparams(hparams)

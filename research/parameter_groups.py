@@ -29,8 +29,9 @@ def names(tree: Any) -> list[str]:
 
 
 def _name(path: tuple[Any, ...]) -> str:
-    variable = isinstance(path[-1], jax.tree_util.GetAttrKey)  # the array of an `nnx.Variable`
-    return jax.tree_util.keystr(path[:-1] if variable else path, simple=True, separator="/")
+    while isinstance(path[-1], jax.tree_util.GetAttrKey):  # the array of an `nnx.Variable`
+        path = path[:-1]
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def selects(regex: str) -> Any:

@@ -11,7 +11,7 @@ from research import sharding
 from research.layers.batch_norm import BatchNorm
 from research.layers.bias import bias_add
 from research.layers.convolution import conv_general_dilated
-from research.layers.dropout import DropPath, Dropout
+from research.layers.dropout import Dropout, DropPath
 
 GLOROT = nnx.initializers.glorot_uniform()
 HE = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al. 2015, equation 14

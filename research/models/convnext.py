@@ -43,9 +43,7 @@ def resolve(config: ImageNetworkConfig, image_shape: tuple[int, ...]) -> ImageNe
     return dataclasses.replace(config, width=width, norm=config.norm or "layer")
 
 
-def create(
-    config: ImageNetworkConfig, *, image_shape: tuple[int, ...], num_classes: int, rngs: nnx.Rngs
-) -> "ConvNeXt":
+def create(config: ImageNetworkConfig, *, image_shape: tuple[int, ...], num_classes: int, rngs: nnx.Rngs) -> "ConvNeXt":
     """Builds a network with its initial parameters.
 
     It is called as `network(images, train=..., key=...)` with normalized images, float [b, h, w, c] of any size, and

@@ -44,9 +44,7 @@ def resolve(config: ImageNetworkConfig, image_shape: tuple[int, ...]) -> ImageNe
     return dataclasses.replace(config, width=config.width or 64, norm=config.norm or "batch")
 
 
-def create(
-    config: ImageNetworkConfig, *, image_shape: tuple[int, ...], num_classes: int, rngs: nnx.Rngs
-) -> nnx.Module:
+def create(config: ImageNetworkConfig, *, image_shape: tuple[int, ...], num_classes: int, rngs: nnx.Rngs) -> nnx.Module:
     """Builds a network with its initial parameters.
 
     It is called as `network(images, train=..., key=...)` with normalized images, float [b, h, w, c] of any size, and

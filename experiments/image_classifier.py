@@ -20,7 +20,7 @@ from research.config import AugmentConfig, DatasetConfig, ImageNetworkConfig, Op
 from research.data import images
 from research.data.sources import Dataset
 from research.errors import UserError
-from research.models import resnet
+from research.models import image_networks
 from research.parametrization import Network
 from research.tasks.classification import Classification, ClassificationConfig
 
@@ -57,7 +57,7 @@ def complete(config: ImageClassifierConfig, dataset: Dataset) -> ImageClassifier
         raise UserError(f"--config.dataset.name={dataset.name} has no images to classify: choose a set of images")
     shapes = [split["image"].shape[1:] for split in (dataset.train, dataset.test)]
     images.check(config.augment, shapes[0])
-    return dataclasses.replace(config, model=resnet.resolve(config.model, min(shapes)))
+    return dataclasses.replace(config, model=image_networks.resolve(config.model, min(shapes)))
 
 
 def make_task(config: ImageClassifierConfig, dataset: Dataset) -> Classification:
@@ -66,9 +66,9 @@ def make_task(config: ImageClassifierConfig, dataset: Dataset) -> Classification
 
     def create(model: ImageNetworkConfig, rngs: nnx.Rngs) -> nnx.Module:
         shape = dataset.train["image"].shape[1:]
-        return resnet.create(model, image_shape=shape, num_classes=len(dataset.label_names), rngs=rngs)
+        return image_networks.create(model, image_shape=shape, num_classes=len(dataset.label_names), rngs=rngs)
 
-    network = Network(create, config.model, resnet.torch_names)
+    network = Network(create, config.model, image_networks.torch_names)
     return Classification(network, mean, std, config.augment, config.label_smoothing, config.mirror)
 
 

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from research import sharding
+from research.layers import depthwise
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
 Pair = tuple[int, int]
@@ -50,11 +51,16 @@ def conv2d(
     Returns:
       [b, h', w', out], of x's dtype.
     """
+    return _crop_and_convolve(_conv2d, x, kernel, (strides[0], strides[1]), _pads(x, kernel, strides, padding))
+
+
+def _pads(x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: str | Sequence[tuple[int, int]]) -> Pads:
+    """Returns the padding as numbers."""
     pads = (
         lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding) if isinstance(padding, str) else padding
     )
     top_bottom, left_right = ((int(low), int(high)) for low, high in pads)
-    return _crop_and_convolve(_conv2d, x, kernel, (strides[0], strides[1]), (top_bottom, left_right))
+    return top_bottom, left_right
 
 
 def conv_general_dilated(
@@ -67,7 +73,7 @@ def conv_general_dilated(
     dimension_numbers: Any = None,
     **others: Any,
 ) -> jax.Array:
-    """Replaces `lax.conv_general_dilated`, using `conv2d` if it can; made for `nnx.Conv(conv_general_dilated=...)`.
+    """Replaces `lax.conv_general_dilated`, using `conv2d` or `depthwise_conv2d` if it can; made for `nnx.Conv`.
 
     Args:
       others: further arguments of `lax.conv_general_dilated`. If any is set, or with dilation, the call goes to `lax`.
@@ -80,12 +86,17 @@ def conv_general_dilated(
             f"padding={padding!r} is not defined with lhs_dilation={tuple(lhs_dilation or ())} (the input_dilation of "
             "nnx.Conv): give (low, high) pairs, or use nnx.ConvTranspose or lax.conv_transpose"
         )
-    plain = all(value is None or value == 1 for value in others.values())
+    used = {name: value for name, value in others.items() if value is not None and value != 1}
     dilated = any(d != 1 for d in (*(lhs_dilation or ()), *(rhs_dilation or ())))
-    if plain and not dilated and lhs.ndim == 4 and lhs.dtype == rhs.dtype:
+    if not dilated and lhs.ndim == 4 and lhs.dtype == rhs.dtype:
         canonical = lax.conv_dimension_numbers(lhs.shape, rhs.shape, _LAYOUTS)
         if lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers) == canonical:
-            return conv2d(lhs, rhs, strides=window_strides, padding=padding)
+            if not used:
+                return conv2d(lhs, rhs, strides=window_strides, padding=padding)
+            if used == {"feature_group_count": lhs.shape[-1]} and all(stride == 1 for stride in window_strides):
+                pads = _pads(lhs, rhs, window_strides, padding)
+                if depthwise.is_supported(lhs, rhs, pads):
+                    return depthwise.depthwise_conv2d(lhs, rhs, pads)
     return lax.conv_general_dilated(
         lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, **others
     )

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from research import sharding
+from research.errors import UserError
 from research.layers.batch_norm import BatchNorm
 from research.layers.bias import bias_add
 from research.layers.convolution import conv_general_dilated
@@ -19,6 +20,13 @@ HE_FAN_IN = nnx.initializers.he_normal()
 LECUN = nnx.initializers.lecun_normal()
 ONES = nnx.initializers.ones_init()
 LECUN_THIRD = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # PyTorch's default
+
+
+def check_image_size(name: str, image_shape: tuple[int, ...], smallest: int) -> None:
+    """Raises `UserError` if images (h, w, c) are too small for the network of that name."""
+    if min(image_shape[:2]) < smallest:
+        size = "x".join(map(str, image_shape[:2]))
+        raise UserError(f"--config.model.name={name} needs images of {smallest}x{smallest} or more, not {size}")
 
 
 class Bias(nnx.Module):

@@ -28,7 +28,7 @@ from research.config import CNNConfig
 from research.errors import UserError
 from research.layers.pooling import avg_pool, max_pool
 from research.models import airbench
-from research.models.blocks import GLOROT, HE, HE_FAN_IN, LECUN, LECUN_THIRD, Style
+from research.models.blocks import GLOROT, HE, HE_FAN_IN, LECUN, LECUN_THIRD, Style, check_image_size
 from research.models.resnet import BLOCKS, BasicBlock, ResNet, WideBlock
 
 Pool = Callable[[jax.Array, int], jax.Array]
@@ -63,9 +63,7 @@ def resolve(config: CNNConfig, image_shape: tuple[int, ...]) -> CNNConfig:
         raise UserError(f"--config.model.depth={config.depth}: resnet supports {' or '.join(map(str, BLOCKS))}")
     if config.name == "wide_resnet" and (config.depth < 10 or config.depth % 6 != 4):
         raise UserError(f"--config.model.depth={config.depth}: wide_resnet has 6 n + 4 layers: 10, 16, 22, 28, ...")
-    if min(image_shape[:2]) < (smallest := _SMALLEST_IMAGE[config.name]):
-        size = "x".join(map(str, image_shape[:2]))
-        raise UserError(f"--config.model.name={config.name} needs images of {smallest}x{smallest} or more, not {size}")
+    check_image_size(config.name, image_shape, _SMALLEST_IMAGE[config.name])
     return dataclasses.replace(config, width=config.width or width)
 
 

@@ -1,4 +1,4 @@
-"""ConvNeXt (Liu et al. 2022, arXiv 2201.03545); `create` builds the network of an `ImageNetworkConfig`.
+"""ConvNeXt (Liu et al. 2022, arXiv 2201.03545); `create` builds one.
 
 A 4x4 convolution with stride 4 and three 2x2 convolutions with stride 2 divide four stages of blocks. A block is a
 depthwise 7x7 convolution and, at each pixel, an MLP of two layers. The structure and the initialization are those of
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from research.config import ImageNetworkConfig
-from research.errors import UserError
+from research.layers.gelu import gelu
 from research.models import torch_layout
 from research.models.blocks import LECUN, Style
 
@@ -22,43 +22,31 @@ _PUBLISHED = {  # width, blocks per stage
     "convnext_small": (96, (3, 3, 27, 3)),
     "convnext_base": (128, (3, 3, 27, 3)),
 }
-_SMALLEST_IMAGE = 32  # the last stage's resolution is 1/32
 _LAYER_SCALE = 1e-6
 _EPSILON = 1e-6  # of the normalizations
 _INIT = nnx.initializers.truncated_normal(0.02)
 
 
-def resolve(config: ImageNetworkConfig, image_shape: tuple[int, ...]) -> ImageNetworkConfig:
-    """Returns the config with the published values in the fields that are left open.
-
-    Raises:
-      UserError: the images (h, w, c) are too small.
-    """
-    if min(image_shape[:2]) < _SMALLEST_IMAGE:
-        size = "x".join(map(str, image_shape[:2]))
-        raise UserError(
-            f"--config.model.name={config.name} needs images of {_SMALLEST_IMAGE}x{_SMALLEST_IMAGE} or more, not {size}"
-        )
+def resolve(config: ImageNetworkConfig) -> ImageNetworkConfig:
+    """Returns the config with the published values in the fields that are left open."""
     width = config.width or _PUBLISHED[config.name][0]
     return dataclasses.replace(config, width=width, norm=config.norm or "layer")
 
 
-def create(config: ImageNetworkConfig, *, image_shape: tuple[int, ...], num_classes: int, rngs: nnx.Rngs) -> "ConvNeXt":
-    """Builds a network with its initial parameters.
-
-    It is called as `network(images, train=..., key=...)` with normalized images, float [b, h, w, c] of any size, and
-    returns logits, float32 [b, classes]. `key` is for dropout and stochastic depth and is needed in training only.
-
-    Args:
-      config: resolved (`resolve`).
-      image_shape: (h, w, c).
-      num_classes: the number of logits.
-      rngs: for initialization.
-    """
+def create(config: ImageNetworkConfig, *, channels: int, num_classes: int, rngs: nnx.Rngs) -> "ConvNeXt":
+    """Builds the network of a resolved config for images of that many channels (`image_networks.create`)."""
     init = LECUN if config.parametrization == "mup" else _INIT  # muP scales the initial variance by fan-in
-    options = {"norm_epsilon": _EPSILON, "drop_path_rate": config.drop_path}
-    style = Style(rngs, jnp.dtype(config.dtype), config.dropout, config.norm, init, init, **options)
-    return ConvNeXt(style, config.width, _PUBLISHED[config.name][1], image_shape[-1], num_classes)
+    style = Style(
+        rngs,
+        jnp.dtype(config.dtype),
+        config.dropout,
+        config.norm,
+        init,
+        init,
+        norm_epsilon=_EPSILON,
+        drop_path_rate=config.drop_path,
+    )
+    return ConvNeXt(style, config.width, _PUBLISHED[config.name][1], channels, num_classes)
 
 
 def torch_names(config: ImageNetworkConfig) -> dict[str, tuple[str, ...]]:
@@ -109,7 +97,7 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array, *, train: bool, key: jax.Array | None) -> jax.Array:
         y = self.expand(self.norm(self.conv(x), train=train))
-        y = self.contract(nnx.gelu(y, approximate=False)) * self.layer_scale[...].astype(x.dtype)
+        y = self.contract(gelu(y)) * self.layer_scale[...].astype(x.dtype)
         return x + self.drop_path(y, train=train, key=key)
 
 

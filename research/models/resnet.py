@@ -1,4 +1,4 @@
-"""Residual networks; `create` builds the ImageNet network of an `ImageNetworkConfig`.
+"""Residual networks; `create` builds a ResNet for ImageNet.
 
 He et al. 2016, arXiv 1512.03385, tables 1 and 5: a 7x7 convolution with stride 2, 3x3 max pooling with stride 2,
 and four groups of basic blocks with 64, 128, 256 and 512 channels, or of bottlenecks with four times as many outputs.
@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from research.config import ImageNetworkConfig
-from research.errors import UserError
 from research.layers.dropout import Dropout
 from research.layers.pooling import max_pool
 from research.models import torch_layout
@@ -27,42 +26,22 @@ from research.models.blocks import HE, HE_FAN_IN, LECUN_THIRD, Style
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}  # depth -> basic blocks per group
 _BOTTLENECKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
-_SMALLEST_IMAGE = 32  # the last group's resolution is 1/32
 
 
-def resolve(config: ImageNetworkConfig, image_shape: tuple[int, ...]) -> ImageNetworkConfig:
-    """Returns the config with the published values in the fields that are left open.
-
-    Raises:
-      UserError: the images (h, w, c) are too small.
-    """
-    if min(image_shape[:2]) < _SMALLEST_IMAGE:
-        size = "x".join(map(str, image_shape[:2]))
-        raise UserError(
-            f"--config.model.name={config.name} needs images of {_SMALLEST_IMAGE}x{_SMALLEST_IMAGE} or more, not {size}"
-        )
+def resolve(config: ImageNetworkConfig) -> ImageNetworkConfig:
+    """Returns the config with the published values in the fields that are left open."""
     return dataclasses.replace(config, width=config.width or 64, norm=config.norm or "batch")
 
 
-def create(config: ImageNetworkConfig, *, image_shape: tuple[int, ...], num_classes: int, rngs: nnx.Rngs) -> nnx.Module:
-    """Builds a network with its initial parameters.
-
-    It is called as `network(images, train=..., key=...)` with normalized images, float [b, h, w, c] of any size, and
-    returns logits, float32 [b, classes]. `key` is for dropout and is needed in training only.
-
-    Args:
-      config: resolved (`resolve`).
-      image_shape: (h, w, c).
-      num_classes: the number of logits.
-      rngs: for initialization.
-    """
+def create(config: ImageNetworkConfig, *, channels: int, num_classes: int, rngs: nnx.Rngs) -> "ResNet":
+    """Builds the network of a resolved config for images of that many channels (`image_networks.create`)."""
     kernel_init = HE_FAN_IN if config.parametrization == "mup" else HE  # muP scales the initial variance by fan-in
     zeros = nnx.initializers.zeros_init()
     options = {"last_scale_init": zeros, "drop_path_rate": config.drop_path}
     style = Style(rngs, jnp.dtype(config.dtype), config.dropout, config.norm, kernel_init, LECUN_THIRD, **options)
     block, counts = _structure(config.name)
     groups = [(config.width * 2**i, count) for i, count in enumerate(counts)]
-    return ResNet(style, block, config.width, groups, image_shape[-1], num_classes, large_images=True)
+    return ResNet(style, block, config.width, groups, channels, num_classes, large_images=True)
 
 
 def _structure(name: str) -> tuple[Any, tuple[int, ...]]:

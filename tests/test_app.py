@@ -160,8 +160,8 @@ NEEDS = {
     "optimizer.initial_accumulator": {"optimizer.name": "adagrad"},
     "optimizer.milestones": {"optimizer.schedule": "step"},
 }
-# Fields that only the host reads, each tested with its feature (data sources, checkpoints, logging, distributed start),
-# and mesh.sequence, which convolutional networks do not support.
+# Fields that only the host reads, each tested with its feature (data sources, checkpoints, weights to start from,
+# logging, distributed start), and mesh.sequence, which convolutional networks do not support.
 TESTED_ELSEWHERE = {
     "plot_every_epochs",
     "max_rewinds",
@@ -184,6 +184,8 @@ TESTED_ELSEWHERE = {
     "dataset.max_damaged",
     "distributed.start",
     "distributed.timeout",
+    "init.path",
+    "init.reset",
     "mesh.sequence",
     "optimizer.decay_factor",
 }

@@ -165,6 +165,8 @@ def _run(config: Any, dataset: Dataset, mesh: Any, workdir: Path, signals: Signa
     """Trains and evaluates once, without files; returns the seed, the accuracies and the times."""
     training = Training(config, make_task(config, dataset), dataset, mesh, signals)
     end = training.epoch_end_steps[-1]
+    if line := training.start_from_weights():
+        print(line, flush=True)
     with jax.set_mesh(mesh), Writer(workdir, end, active=True) as writer:
         compile_seconds = training.compile(train=True)
         with signals.deferred():

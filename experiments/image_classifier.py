@@ -68,7 +68,7 @@ def make_task(config: ImageClassifierConfig, dataset: Dataset) -> Classification
         shape = dataset.train["image"].shape[1:]
         return image_networks.create(model, image_shape=shape, num_classes=len(dataset.label_names), rngs=rngs)
 
-    network = Network(create, config.model)
+    network = Network(create, config.model, image_networks.torch_names)
     return Classification(network, mean, std, config.augment, config.label_smoothing, config.mirror)
 
 

@@ -22,7 +22,7 @@ from research.process.terminal import ignore_output_errors
 from research.record import config_json, data_json
 from research.record.workdir import Workdir, read_json
 from research.tasks.task import Task
-from research.training import loop, summary
+from research.training import initialization, loop, summary, weights
 from research.training.run import Training
 
 __all__ = ["Experiment", "load", "main", "parse", "restored", "run", "start"]
@@ -52,6 +52,8 @@ def run(
         return _sample(experiment, command, mesh)
     if command.earlier is None and (found := _remains(workdir)):
         raise UserError(f"--workdir={workdir} holds {found}, but no config.json: give another --workdir")
+    if command.earlier is None and config.init.path:
+        weights.check(config.init.path)  # before the data is loaded
     with Workdir(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
         distributed.wait("the first process has claimed the workdir")
         with distributed.first_process_first("the data set is on disk"):
@@ -99,6 +101,7 @@ def start(config: Config, devices: Sequence[Any] | None = None) -> Any:
     """
     compilation_cache.enable()
     optimizers.check(config.optimizer)
+    initialization.check(config.init)
     distributed.join(config.distributed)
     backend.check()
     jax_settings.pin()

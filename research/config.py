@@ -11,6 +11,7 @@ from research.augment_config import AugmentConfig
 from research.config_fields import assign, check_fields, is_on, option, walk
 from research.dataset_config import DatasetConfig
 from research.errors import UserError
+from research.init_config import InitConfig
 from research.model_config import CNNConfig, ImageNetworkConfig, NetworkConfig, RNNConfig, VAEConfig
 from research.optimizer_config import OPTIMIZERS, SCHEDULES, OptimizerConfig
 
@@ -22,6 +23,7 @@ __all__ = [
     "CNNConfig",
     "DatasetConfig",
     "ImageNetworkConfig",
+    "InitConfig",
     "NetworkConfig",
     "OptimizerConfig",
     "RNNConfig",
@@ -122,6 +124,7 @@ class Config:
         0, "how many times to rewind to the newest checkpoint before giving up", minimum=0, record_only=True
     )
     dataset: DatasetConfig = dataclasses.field(default_factory=DatasetConfig)
+    init: InitConfig = dataclasses.field(default_factory=InitConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)

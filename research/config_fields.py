@@ -21,6 +21,7 @@ def option(
     maximum: float | None = None,
     below: float | None = None,
     step_input: bool = False,
+    constant_default: bool = False,
     signature: bool = True,
     may_change: str = "never",
     not_searchable: str = "",
@@ -36,6 +37,7 @@ def option(
       minimum, above, maximum, below: bounds; `minimum` and `maximum` are themselves allowed.
       step_input: the number is a traced argument of the train step, not a compile-time constant, unless it is 0
         (`training/hyperparams.py`).
+      constant_default: with `step_input`, for fields of the optimizer: the default is a compile-time constant, too.
       signature: whether another value needs another compiled program, if it is not a `step_input`.
       may_change: whether the value may differ from that of the recorded run: "never", on "evaluation", or on "resume"
         (and evaluation).
@@ -52,6 +54,7 @@ def option(
         "maximum": maximum,
         "below": below,
         "step_input": step_input,
+        "constant_default": constant_default,
         "signature": signature,
         "may_change": may_change,
         "not_searchable": not_searchable,

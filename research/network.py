@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from research import sharding
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -19,9 +21,12 @@ class _StoredKey:
     impl: str = dataclasses.field(metadata={"static": True})
 
 
-def split_network(network: nnx.Module) -> tuple[nnx.GraphDef, Any, Any]:
-    """Returns (static part, trained arrays, other arrays), all keys as plain numbers; inverse of `merge_network`."""
-    graphdef, params, model_state = nnx.split(network, nnx.Param, ...)
+def split_network(network: nnx.Module, frozen: Any = False) -> tuple[nnx.GraphDef, Any, Any]:
+    """Returns (static part, trained arrays, other arrays), all keys as plain numbers; inverse of `merge_network`.
+
+    `frozen` is the filter of the parameters that are not trained, which are among the other arrays.
+    """
+    graphdef, params, model_state = nnx.split(network, nnx.All(nnx.Param, nnx.Not(frozen)), ...)
 
     def stored(x: Any) -> Any:
         if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
@@ -29,6 +34,12 @@ def split_network(network: nnx.Module) -> tuple[nnx.GraphDef, Any, Any]:
         return _StoredKey(jax.random.key_data(x), str(jax.random.key_impl(x)))
 
     return graphdef, params, jax.tree.map(stored, model_state)
+
+
+def split_frozen(model_state: Any) -> tuple[Any, Any]:
+    """Splits the other arrays of a network into (frozen parameters, what the network changes itself)."""
+    frozen, changing = nnx.split_state(model_state, nnx.Param, ...)
+    return frozen, changing
 
 
 def merge_network(graphdef: nnx.GraphDef, params: Any, model_state: Any) -> Any:
@@ -41,6 +52,15 @@ def merge_network(graphdef: nnx.GraphDef, params: Any, model_state: Any) -> Any:
         return jax.random.wrap_key_data(x.data, impl=x.impl) if is_stored(x) else x
 
     return nnx.merge(graphdef, params, jax.tree.map(typed, model_state, is_leaf=is_stored), copy=True)
+
+
+def gather(params: Any, model_state: Any, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
+    """All-gathers the parameters along `fsdp`, frozen ones included, as `sharding.gather`; inside jit."""
+    frozen, changing = split_frozen(model_state)
+    params, frozen = sharding.gather((params, frozen), mesh)
+    # Within `jax.shard_map`, a layer's own backward pass also computes the gradients of frozen parameters (XLA removes
+    # them), and their type must be that of the parameters.
+    return params, nnx.merge_state(sharding.vary(frozen), changing)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,9 @@ they are inputs of the step (`training/hyperparams.py`), so a sweep changes them
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import jax
@@ -14,41 +16,48 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from research import parameter_groups
 from research.config import OptimizerConfig, is_on
 from research.errors import UserError
 from research.update_rules import kernel_mask, make_rule
 
 
 class Defaults(NamedTuple):
-    """A rule's default hyperparameters, used for fields of the config that are None.
+    """A rule's default hyperparameters, used for fields of the config that are None; None: the rule has no such number.
 
     Attributes:
       learning_rate: the peak learning rate.
-      momentum: beta1 for Adam, AdamW, LAMB and Lion; None if the rule has no momentum.
+      momentum: beta1 for Adam, AdamW, LAMB and Lion.
       weight_decay: decoupled or coupled, see `make_optimizer`.
+      beta2: decay of the mean of squared gradients; Lion's beta2.
+      epsilon: added to the denominator of the update.
+      initial_accumulator: the initial sum of squared gradients.
     """
 
     learning_rate: float
     momentum: float | None
     weight_decay: float
+    beta2: float | None = None
+    epsilon: float | None = None
+    initial_accumulator: float | None = None
 
 
 DEFAULTS = {
     "sgd": Defaults(0.1, None, 0.0),
     "momentum": Defaults(0.05, 0.9, 0.0),
     "nesterov": Defaults(0.05, 0.9, 0.0),
-    "adagrad": Defaults(0.01, None, 0.0),
-    "rmsprop": Defaults(0.001, 0.0, 0.0),
-    "adam": Defaults(0.001, 0.9, 0.0),
-    "adamw": Defaults(0.001, 0.9, 0.01),  # PyTorch's decay
+    "adagrad": Defaults(0.01, None, 0.0, epsilon=1e-10, initial_accumulator=0.0),
+    "rmsprop": Defaults(0.001, 0.0, 0.0, 0.99, 1e-8),
+    "adam": Defaults(0.001, 0.9, 0.0, 0.999, 1e-8),
+    "adamw": Defaults(0.001, 0.9, 0.01, 0.999, 1e-8),  # PyTorch's decay
     # Chen et al. 2023, arXiv 2302.06675, section 5: a rate 3 to 10 times smaller than AdamW's and a decay as many times
     # larger, so that rate * decay, the shrinkage of a step, is AdamW's. Here both factors are 10.
-    "lion": Defaults(0.0001, 0.9, 0.1),
+    "lion": Defaults(0.0001, 0.9, 0.1, beta2=0.99),
     # The published values are 0.02 and 0.95; these were better on the tutorial CNN. No decay, as in Jordan's code and
     # in Optax; torch.optim.Muon's default is 0.1.
-    "muon": Defaults(0.015, 0.9, 0.0),
-    "lars": Defaults(4.0, 0.9, 0.0005),  # You et al. 2017, arXiv 1708.03888
-    "lamb": Defaults(0.002, 0.9, 0.01),  # You et al. 2020, arXiv 1904.00962, for BERT
+    "muon": Defaults(0.015, 0.9, 0.0, 0.999, 1e-8),
+    "lars": Defaults(4.0, 0.9, 0.0005, epsilon=0.0),  # You et al. 2017, arXiv 1708.03888
+    "lamb": Defaults(0.002, 0.9, 0.01, 0.999, 1e-6),  # You et al. 2020, arXiv 1904.00962, for BERT
 }
 _DECOUPLED_DECAY = ("adamw", "lion", "muon")  # decay the kernels directly, independent of the gradient
 _OWN_DECAY = ("lars", "lamb")  # the rule adds the decay itself, before it computes the norm of the update
@@ -59,13 +68,39 @@ _DECAYING = ("cosine", "linear", "one_cycle")
 
 def check(config: OptimizerConfig) -> None:
     """Raises `UserError` if a field is set that the rule, the schedule or the batch scaling ignores."""
-    defaults = DEFAULTS[config.name]
-    if config.momentum is not None and defaults.momentum is None:
-        raise UserError(f"--config.optimizer.momentum: {config.name} has none; use momentum or nesterov")
+    for name, default in DEFAULTS[config.name]._asdict().items():
+        if default is None and getattr(config, name) is not None:
+            advice = "use momentum or nesterov" if name == "momentum" else "leave it out"
+            raise UserError(f"--config.optimizer.{name}: {config.name} has none; {advice}")
     if config.end_factor and config.schedule not in _DECAYING:
         raise UserError(f"--config.optimizer.end_factor needs a schedule that uses it: {', '.join(_DECAYING)}")
+    for name in ("milestones", "decay_factor"):
+        if config.schedule != "step" and getattr(config, name) != getattr(OptimizerConfig, name):
+            raise UserError(f"--config.optimizer.{name} needs --config.optimizer.schedule=step")
+    _milestones(config)
+    parameter_groups.check_syntax(config)
     if config.batch_scaling == "none" and config.base_batch_size != OptimizerConfig.base_batch_size:
         raise UserError("--config.optimizer.base_batch_size needs --config.optimizer.batch_scaling=linear or sqrt")
+
+
+def _milestones(config: OptimizerConfig) -> list[Fraction]:
+    try:
+        milestones = [Fraction(text) for text in config.milestones.split(",")]
+    except (ValueError, ZeroDivisionError):
+        milestones = []
+    increasing = [0, *milestones, 1]
+    if not milestones or any(a >= b for a, b in itertools.pairwise(increasing)):
+        raise UserError(
+            f"--config.optimizer.milestones={config.milestones}: give increasing fractions of training, above 0 and "
+            "below 1, as in 0.3,0.6,0.9"
+        )
+    return milestones
+
+
+def is_default(config: OptimizerConfig, name: str) -> bool:
+    """Returns whether a field of a resolved config has its default value, that of the rule if the field's is None."""
+    default = getattr(OptimizerConfig, name)
+    return getattr(config, name) == (getattr(DEFAULTS[config.name], name) if default is None else default)
 
 
 def resolve(config: OptimizerConfig) -> OptimizerConfig:
@@ -94,7 +129,7 @@ def scaled(config: OptimizerConfig, batch_size: int) -> OptimizerConfig:
 def boundaries(config: OptimizerConfig, num_train_steps: int) -> np.ndarray:
     """Returns the schedule's boundary steps, int32 [n]; the first is the end of the warm-up.
 
-    The others are the last step (cosine, linear, one_cycle), 1/2 and 3/4 of training (step), or the first steps of
+    The others are the last step (cosine, linear, one_cycle), the milestones (step), or the first steps of
     stages 1 to 7 (tripling), where stage i lasts 3^i / (3^0 + ... + 3^7) = 3^i / 3280 of training.
     """
     fraction = config.warmup
@@ -102,7 +137,7 @@ def boundaries(config: OptimizerConfig, num_train_steps: int) -> np.ndarray:
         fraction = config.warmup or _ONE_CYCLE_WARMUP
     after = {
         "constant": [],
-        "step": [num_train_steps // 2, num_train_steps * 3 // 4],
+        "step": [int(milestone * int(num_train_steps)) for milestone in _milestones(config)],
         "tripling": np.round((3 ** np.arange(1, 8) - 1) / 2 / 3280 * num_train_steps),
     }.get(config.schedule, [num_train_steps])
     return np.array([round(fraction * num_train_steps), *after], np.int32)
@@ -116,7 +151,7 @@ def unit_schedule(config: OptimizerConfig, boundaries: Any) -> Callable[[Any], j
     - constant: stays at 1;
     - cosine, one_cycle: decays to `end_factor` by half a cosine;
     - linear: decays to `end_factor` linearly;
-    - step: is divided by 10 at 1/2 and 3/4 of training;
+    - step: is multiplied by `decay_factor` at each of the milestones (by default 0.1, at 1/2 and 3/4 of training);
     - tripling: is 10^(-i/7) in stage i of 8, each three times as long as the one before (Burda et al. 2016, arXiv
       1509.00519, section 5).
 
@@ -131,7 +166,7 @@ def unit_schedule(config: OptimizerConfig, boundaries: Any) -> Callable[[Any], j
             case "constant":
                 return 1.0
             case "step":
-                return 0.1 ** jnp.sum(step >= later)
+                return config.decay_factor ** jnp.sum(step >= later)
             case "tripling":
                 return 10.0 ** -(jnp.sum(step >= later) / 7)
         progress = jnp.clip((step - warmup) / jnp.maximum(later[0] - warmup, 1), 0, 1)
@@ -166,7 +201,8 @@ def make_optimizer(config: OptimizerConfig, boundaries: Any, widths: Any = None)
     Only kernels (arrays of two or more axes) decay. For AdamW, Lion, Muon and LAMB the decay is decoupled, as
     published. For the other rules it is coupled, as in PyTorch: weight_decay * kernel is added to the gradient (for
     LARS before its norm is computed). The learning rate and the schedule scale the rule's update after momentum, as in
-    PyTorch; in Keras the learning rate is within the momentum (v = m v - rate g).
+    PyTorch; in Keras the learning rate is within the momentum (v = m v - rate g). A parameter's scaled learning rate
+    (`learning_rate_scale`) scales its decay, too, as in a parameter group of PyTorch.
 
     Args:
       config: after `resolve`; its numbers may be traced.
@@ -175,8 +211,7 @@ def make_optimizer(config: OptimizerConfig, boundaries: Any, widths: Any = None)
     """
     assert config.weight_decay is not None, "resolve fills it"
     clip = [optax.clip_by_global_norm(config.clip_norm)] if is_on(config.clip_norm) else []
-    weight_decay, momentum = config.weight_decay, 0.0 if config.momentum is None else config.momentum
-    rule = make_rule(config.name, momentum, weight_decay)
+    weight_decay, rule = config.weight_decay, make_rule(config)
     coupled = decoupled = []
     if config.name in _DECOUPLED_DECAY:
         # After the scale by width, so that a step shrinks kernels by rate * decay at every width.
@@ -184,10 +219,11 @@ def make_optimizer(config: OptimizerConfig, boundaries: Any, widths: Any = None)
     elif config.name not in _OWN_DECAY:
         coupled = [_add_coupled_decay(weight_decay, widths)]
     by_width = [] if widths is None else [_scale_by_width(config.name, widths)]
+    scaled = [parameter_groups.scale_rates(config.learning_rate_scale)] if config.learning_rate_scale else []
     rate = optax.scale(config.learning_rate)  # pyright: ignore[reportArgumentType]
     schedule = optax.scale_by_schedule(unit_schedule(config, boundaries))
     fixed = [_fix_norms()] if config.fixed_norm else []
-    return optax.chain(*clip, *coupled, rule, *by_width, *decoupled, rate, schedule, *fixed)
+    return optax.chain(*clip, *coupled, rule, *by_width, *decoupled, *scaled, rate, schedule, *fixed)
 
 
 def _add_coupled_decay(weight_decay: Any, widths: Any) -> optax.GradientTransformation:

@@ -25,7 +25,7 @@ outgrows their gradient. Prefer AdamW.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -79,10 +79,12 @@ class Network:
     Attributes:
       create: builds the network of a config and rngs, in the standard parametrization.
       config: has the fields `width`, `parametrization` and `base_width`.
+      names_in_torch: returns the names of a config's arrays in PyTorch (`Task.torch_names`); None: unknown.
     """
 
     create: Callable[[Any, nnx.Rngs], nnx.Module]
     config: Any
+    names_in_torch: Callable[[Any], Mapping[str, tuple[str, ...]]] | None = None
 
     def __call__(self, rngs: nnx.Rngs) -> nnx.Module:
         """Builds the network with its initial parameters."""
@@ -91,6 +93,11 @@ class Network:
             params = nnx.state(model, nnx.Param)
             nnx.update(model, jax.tree.map(lambda param, width: width.init_scale * param, params, widths))
         return model
+
+    @property
+    def torch_names(self) -> Mapping[str, tuple[str, ...]]:
+        """The names of the network's arrays in PyTorch, by path with dots; {}: unknown."""
+        return self.names_in_torch(self.config) if self.names_in_torch else {}
 
     @functools.cached_property
     def widths(self) -> Any:

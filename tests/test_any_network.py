@@ -45,9 +45,9 @@ MESHES = {
 }
 
 
-def _config(network, mesh="data=4", **fields):
+def _config(network, mesh="data=4", freeze="", **fields):
     config = dataclasses.replace(outsider.get_config(), network=network, batch_size=16, mesh=MESHES[mesh], **fields)
-    config.optimizer = dataclasses.replace(config.optimizer, ema_decay=0.9)
+    config.optimizer = dataclasses.replace(config.optimizer, ema_decay=0.9, freeze=freeze)
     config.optimizer = optimizers.resolve(config.optimizer)
     return config
 
@@ -72,14 +72,14 @@ def _trained(config, devices, task=None):
 
 
 @functools.cache
-def _one_device(network, contrastive, microbatch_size):
-    return _trained(_config(network, contrastive=contrastive, microbatch_size=microbatch_size), 1)
+def _one_device(network, contrastive, microbatch_size, freeze=""):
+    return _trained(_config(network, freeze=freeze, contrastive=contrastive, microbatch_size=microbatch_size), 1)
 
 
-def _agrees(network, mesh, microbatch_size, contrastive=False):
-    fields = {"contrastive": contrastive, "microbatch_size": microbatch_size}
+def _agrees(network, mesh, microbatch_size, contrastive=False, freeze=""):
+    fields = {"contrastive": contrastive, "microbatch_size": microbatch_size, "freeze": freeze}
     losses, *arrays = _trained(_config(network, mesh, **fields), 8 if "fsdp=2" in mesh else 4)
-    expected, *expected_arrays = _one_device(network, contrastive, microbatch_size)
+    expected, *expected_arrays = _one_device(network, contrastive, microbatch_size, freeze)
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     for one, many in zip(jax.tree.leaves(expected_arrays), jax.tree.leaves(arrays), strict=True):
         np.testing.assert_allclose(many, one, rtol=1e-4, atol=1e-5)
@@ -96,6 +96,11 @@ def test_four_devices_train_as_one(network):
 @pytest.mark.parametrize("mesh", MESHES)
 def test_everything_with_a_loss_over_pairs_trains_the_same_on_any_mesh(mesh, microbatch_size):
     _agrees("Everything", mesh, microbatch_size, contrastive=True)
+
+
+@pytest.mark.parametrize("mesh", ["fsdp=4", "data=2, fsdp=2, model=2"])
+def test_everything_with_frozen_layers_trains_the_same_on_any_mesh(mesh):
+    _agrees("Everything", mesh, microbatch_size=8, freeze="^first/|^norm/scale")
 
 
 def _replicas_are_equal(array):

@@ -130,6 +130,10 @@ OTHER = {
     "optimizer.name": "adam",
     "optimizer.schedule": "cosine",
     "optimizer.fixed_norm": True,
+    "optimizer.freeze": "logits",
+    "optimizer.initial_accumulator": 0.1,
+    "optimizer.learning_rate_scale": "logits:0.1",
+    "optimizer.milestones": "0.9",
     "optimizer.batch_scaling": "linear",
     "optimizer.base_batch_size": 64,
     "mesh.data": 1,
@@ -154,9 +158,11 @@ NEEDS = {
     "model.parametrization": {"model.base_width": 4},
     "model.base_width": {"model.parametrization": "mup", "model.base_width": 4},
     "optimizer.base_batch_size": {"optimizer.batch_scaling": "linear"},
+    "optimizer.initial_accumulator": {"optimizer.name": "adagrad"},
+    "optimizer.milestones": {"optimizer.schedule": "step"},
 }
-# Fields that only the host reads, each tested with its feature (data sources, checkpoints, logging, distributed start),
-# and mesh.sequence, which convolutional networks do not support.
+# Fields that only the host reads, each tested with its feature (data sources, checkpoints, weights to start from,
+# logging, distributed start), and mesh.sequence, which convolutional networks do not support.
 TESTED_ELSEWHERE = {
     "plot_every_epochs",
     "max_rewinds",
@@ -179,7 +185,10 @@ TESTED_ELSEWHERE = {
     "dataset.max_damaged",
     "distributed.start",
     "distributed.timeout",
+    "init.path",
+    "init.reset",
     "mesh.sequence",
+    "optimizer.decay_factor",
 }
 
 
@@ -239,6 +248,7 @@ def test_the_same_config_is_the_same_before_training():
 def _step_inputs(experiment):
     """The fields that are traced arguments of the step, the schedule's warm-up (as its boundaries) and the seed too."""
     fields = [path for path, field, _ in config_lib.walk(experiment.default_config) if field.metadata["step_input"]]
+    fields.remove("optimizer.decay_factor")  # of the schedule `step`, which has no end_factor: see test_optimizers
     return [*fields, "optimizer.warmup", "seed"]
 
 
@@ -260,6 +270,7 @@ def _all_inputs_on(name):
     config.optimizer.name, config.optimizer.schedule, config.optimizer.warmup = "adamw", "linear", 0.5
     if name == "char_rnn":
         config.model.layers = 1
+    config.optimizer.beta2, config.optimizer.epsilon = 0.9, 1e-3  # their defaults are constants
     for path in _step_inputs(experiment):
         value = operator.attrgetter(path)(config)
         config_lib.assign(config, path, 0.1 if value == 0 and path != "seed" else value)

@@ -9,8 +9,9 @@ import optax
 import pytest
 
 from research import optimizers
-from research.config import OPTIMIZERS, SCHEDULES, OptimizerConfig
+from research.config import OPTIMIZERS, SCHEDULES, Config, OptimizerConfig
 from research.errors import UserError
+from research.training import hyperparams
 
 STEPS = 10
 RNG = np.random.default_rng(0)
@@ -117,6 +118,15 @@ def test_the_step_schedule_divides_by_ten_at_half_and_three_quarters(warmup):
         np.testing.assert_allclose(schedule(step), expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("milestones", "factor"), [("0.3,0.6,0.9", 0.2), ("29/100", 0.5)])
+def test_milestones_are_those_of_optax(milestones, factor):
+    schedule = _schedule(100, schedule="step", milestones=milestones, decay_factor=factor)
+    steps = {"0.3,0.6,0.9": (30, 60, 90), "29/100": (29,)}[milestones]
+    expected = optax.piecewise_constant_schedule(1.0, dict.fromkeys(steps, factor))
+    for step in range(100):
+        np.testing.assert_allclose(schedule(step), expected(step), rtol=1e-5)
+
+
 @pytest.mark.parametrize("warmup", [0.0, 0.01])
 def test_the_tripling_schedule_is_that_of_burda_et_al(warmup):
     """0.001 * 10^(-i/7) for 3^i passes, i = 0 ... 7: section 5 of the paper, 3,280 passes in all."""
@@ -133,10 +143,13 @@ def test_the_tripling_schedule_is_that_of_burda_et_al(warmup):
 def test_numbers_may_be_traced(name, schedule):
     """One compiled update serves all values of the fields that a sweep changes."""
 
-    def config(rate, momentum, decay, clip, end):
+    def config(rate, momentum, decay, clip, end, beta2, epsilon, factor):
         has_momentum, decays = name not in ("sgd", "adagrad"), schedule in ("cosine", "linear", "one_cycle")
         fields = {"momentum": momentum} if has_momentum else {}
         fields |= {"end_factor": end} if decays else {}
+        fields |= {"decay_factor": factor} if schedule == "step" else {}
+        second = {"beta2": beta2, "epsilon": epsilon}
+        fields |= {field: x for field, x in second.items() if getattr(optimizers.DEFAULTS[name], field) is not None}
         shared = {"learning_rate": rate, "weight_decay": decay, "clip_norm": clip, "schedule": schedule, "warmup": 0.2}
         return dataclasses.replace(_resolved(name=name), **fields, **shared)
 
@@ -149,7 +162,10 @@ def test_numbers_may_be_traced(name, schedule):
             params = optax.apply_updates(params, updates)
         return params
 
-    for numbers, count in (((0.1, 0.5, 0.1, 1.0, 0.2), 4), ((0.02, 0.8, 0.01, 9.0, 0.5), 10)):
+    for numbers, count in (
+        ((0.1, 0.5, 0.1, 1.0, 0.2, 0.9, 1e-3, 0.3), 4),
+        ((0.02, 0.8, 0.01, 9.0, 0.5, 0.99, 1e-2, 0.5), 10),
+    ):
         boundaries = optimizers.boundaries(config(*numbers), count)
         expected = _train(_made(config(*numbers), count), grads=GRADS[:4])
         found = traced(_float32(PARAMS), tuple(map(jnp.float32, numbers)), boundaries)
@@ -163,9 +179,42 @@ DECAYS = {"adamw": 0.01, "lion": 0.1, "lamb": 0.01, "lars": 0.0005}
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_rule_has_its_default_rate_momentum_and_decay(name):
     config = _resolved(name=name)
-    assert (config.learning_rate, config.momentum, config.weight_decay) == optimizers.DEFAULTS[name]
+    for field, value in optimizers.DEFAULTS[name]._asdict().items():
+        assert getattr(config, field) == value
     assert config.weight_decay == DECAYS.get(name, 0)
     jax.tree.map(np.testing.assert_array_equal, _ours(name=name), _ours(name=name, weight_decay=DECAYS.get(name, 0.0)))
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers"),
+    [
+        *((name, ["beta2", "epsilon"]) for name in ("rmsprop", "adam", "adamw", "lamb", "muon")),
+        ("lion", ["beta2"]),
+        ("lars", ["epsilon"]),
+        ("adagrad", ["epsilon", "initial_accumulator"]),
+    ],
+)
+def test_every_number_of_a_rule_is_a_field(name, numbers):
+    values = {"beta2": 0.5, "epsilon": 0.3, "initial_accumulator": 0.2}
+    default = _ours(name=name, learning_rate=0.01)
+    for field in values:
+        if field in numbers:
+            changed = _ours(name=name, learning_rate=0.01, **{field: values[field]})
+            key = "bias" if name == "muon" else "kernel"
+            assert not np.allclose(changed[key], default[key], rtol=1e-4)
+        else:
+            assert getattr(optimizers.DEFAULTS[name], field) is None
+
+
+def test_default_numbers_are_constants_of_the_program_and_others_inputs():
+    """As momentum is; but the default is exact, since 1 - 0.999 has an error of 5e-5 in float32."""
+    paths = ("optimizer.beta2", "optimizer.epsilon", "optimizer.decay_factor")
+    config = Config(optimizer=_resolved(name="adam", schedule="step"))
+    assert not set(paths) & set(hyperparams.traced(config, 10))
+    other = Config(optimizer=_resolved(name="adam", schedule="step", beta2=0.99, epsilon=1e-3, decay_factor=0.5))
+    third = Config(optimizer=_resolved(name="adam", schedule="step", beta2=0.95, epsilon=1e-4, decay_factor=0.3))
+    assert set(paths) < set(hyperparams.traced(other, 10))
+    assert hyperparams.signature(other) == hyperparams.signature(third) != hyperparams.signature(config)
 
 
 @pytest.mark.parametrize("name", DECAYS)
@@ -222,6 +271,15 @@ def test_the_ema_equals_its_recursion():
     [
         ({"name": "sgd", "momentum": 0.9}, "sgd has none"),
         ({"name": "adagrad", "momentum": 0.0}, "adagrad has none"),
+        ({"name": "sgd", "epsilon": 1e-8}, "epsilon: sgd has none"),
+        ({"name": "lars", "beta2": 0.9}, "beta2: lars has none"),
+        ({"name": "adam", "initial_accumulator": 0.1}, "initial_accumulator: adam has none"),
+        ({"milestones": "0.5"}, "milestones needs"),
+        ({"decay_factor": 0.5}, "decay_factor needs"),
+        *(
+            ({"schedule": "step", "milestones": text}, f"milestones={text}: give increasing fractions")
+            for text in ("", "0.5,1", "0.3,1.2", "0.6,0.3", "0.3,0.3", "0,0.5", "30,60", "a", "1/0", "nan", "0.5,")
+        ),
         ({"schedule": "constant", "end_factor": 0.1}, "end_factor needs"),
         ({"base_batch_size": 32}, "base_batch_size needs"),
         ({"schedule": "step", "end_factor": 0.1}, "end_factor needs"),

@@ -102,6 +102,7 @@ RANDOM = {"augment": AugmentConfig(crop=2, flip="random", cutout=4), "label_smoo
 
 RULES = {
     "momentum": OptimizerConfig(name="momentum", learning_rate=0.05),
+    "frozen": OptimizerConfig(name="momentum", learning_rate=0.05, ema_decay=0.9, freeze="^convs/1/|^logits/kernel"),
     "muon": OptimizerConfig(name="muon", learning_rate=0.01, ema_decay=0.9, clip_norm=1.0, weight_decay=0.01),
 }
 
@@ -114,6 +115,7 @@ RULES = {
         ("fsdp", 8, "momentum"),
         ("all", 8, "momentum"),
         ("all", 0, "muon"),
+        ("data", 8, "frozen"),
     ],
 )
 def test_eight_devices_learn_what_one_learns(mesh, microbatch_size, rule):

@@ -184,6 +184,32 @@ def test_ten_steps_equal_pytorch(name, momentum, weight_decay, scale):
     _assert_same_change(ours, {key: param.numpy() for key, param in params.items()}, scale)
 
 
+@pytest.mark.parametrize(
+    ("name", "theirs", "numbers", "options"),
+    [
+        (
+            "adagrad",
+            "Adagrad",
+            {"initial_accumulator": 0.3, "epsilon": 0.1},
+            {"initial_accumulator_value": 0.3, "eps": 0.1},
+        ),
+        ("rmsprop", "RMSprop", {"beta2": 0.9, "epsilon": 0.1}, {"alpha": 0.9, "eps": 0.1}),
+        ("adam", "Adam", {"beta2": 0.9, "epsilon": 0.1}, {"betas": (0.9, 0.9), "eps": 0.1}),
+        ("adamw", "AdamW", {"beta2": 0.9, "epsilon": 0.1}, {"betas": (0.9, 0.9), "eps": 0.1, "weight_decay": 0.0}),
+    ],
+)
+def test_the_remaining_numbers_are_pytorchs(name, theirs, numbers, options):
+    torch = pytest.importorskip("torch")
+    params = {key: torch.tensor(value) for key, value in PARAMS.items()}
+    optimizer = getattr(torch.optim, theirs)(params.values(), lr=RATE, **options)
+    for grads in GRADS:
+        for key, param in params.items():
+            param.grad = torch.tensor(grads[key])
+        optimizer.step()
+    ours = _ours(1.0, name=name, learning_rate=RATE, weight_decay=0.0, **numbers)
+    _assert_same_change(ours, {key: param.numpy() for key, param in params.items()}, 1.0)
+
+
 @pytest.mark.parametrize("name", ["momentum", "nesterov"])
 def test_the_schedule_is_outside_the_momentum_as_in_pytorch(name):
     """With the rate within the momentum, as in Keras, old gradients would keep the rate of their own step."""

@@ -73,7 +73,7 @@ class Planner:
         chip = topology.chip
         state_bytes = {
             f"{name}_bytes_per_chip": sharding.bytes_per_device(tree) * chip.devices
-            for name, tree in (("parameter", compiled.state.params), ("optimizer", compiled.state.opt_state))
+            for name, tree in (("parameter", compiled.state.all_params), ("optimizer", compiled.state.opt_state))
         }
         bytes_per_chip = (compiled.bytes_per_device + self.workload.evaluation_bytes) * chip.devices
         row = {

@@ -51,7 +51,8 @@ class Workdir:
         if not is_local(self.path):
             return self
         try:
-            self._created = [path for path in (lock, self.path, *self.path.parents) if not path.exists()]
+            inside = (lock, self.path / "checkpoints")  # Orbax creates this one when it opens it
+            self._created = [path for path in (*inside, self.path, *self.path.parents) if not path.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
             self._acquire()

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from research import randomness, sharding
 from research.data.batch import Batch
-from research.network import merge_network
+from research.network import gather, merge_network
 from research.randomness import Stream
 
 _PROGRESS_SECONDS = 10.0  # between progress lines where stderr is not a terminal
@@ -74,7 +74,7 @@ class Predictor:
         return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *parts)
 
     def _merge_and_call(self, function: Function, params: Any, model_state: Any, batch: Batch, key: jax.Array) -> Any:
-        model = merge_network(self._graphdef, sharding.gather(params, self._mesh), model_state)
+        model = merge_network(self._graphdef, *gather(params, model_state, self._mesh))
         return function(model, batch, key)
 
 

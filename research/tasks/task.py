@@ -66,6 +66,11 @@ class Task:
         """Each parameter's width relative to the base width (`research.parametrization`); None: one rate for all."""
         return getattr(getattr(self, "network", None), "widths", None)
 
+    @property
+    def torch_names(self) -> Mapping[str, tuple[str, ...]]:
+        """The names of the network's arrays in PyTorch, by path, as in "blocks.0.conv1.kernel"; {}: unknown."""
+        return getattr(getattr(self, "network", None), "torch_names", {})
+
     def evaluate(self, model: nnx.Module, batch: Batch, *, key: jax.Array, train: bool) -> Metrics:
         """Computes the metrics of each example, among them "loss".
 

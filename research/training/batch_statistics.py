@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from research import randomness
 from research.data.batch import Batch
+from research.network import split_frozen
 from research.randomness import Stream
 from research.training.hyperparams import SEED, HParams
 from research.training.state import TrainState, is_finite
@@ -36,7 +37,7 @@ def estimate(
 
     Args:
       model_state_after: (params, model_state, carry, microbatch, key, momentum) -> the model_state after this
-        microbatch, with this momentum in every batch norm.
+        microbatch, with this momentum in every batch norm; both without the frozen parameters.
       state: the train state of a network with batch statistics.
       batch: the batch of one training step, leaves [m, b, ...].
       count: int32 scalar, the number of microbatches that the means cover so far; 0 starts from the newest parameters'
@@ -48,7 +49,8 @@ def estimate(
     """
     carry = jax.tree.map(lambda x: x[0], state.carry)
     key = randomness.key(Stream.STATISTICS, hparams[SEED])
-    start = jax.tree.map(lambda x, own: jnp.where(count == 0, x, own), state.model_state, state.ema_model_state)
+    newest = split_frozen(state.model_state)[1]
+    start = jax.tree.map(lambda x, own: jnp.where(count == 0, x, own), newest, state.ema_model_state)
 
     def body(i: jax.Array, carried: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
         model_state, count = carried

@@ -219,6 +219,21 @@ class Checkpoints:
             raise _DamagedError("its record's checksum differs")
         return record
 
+    def read_arrays(self, step: int, shapes: dict[str, Any], sums: dict[str, int]) -> dict[str, jax.Array]:
+        """Reads some arrays of a checkpoint; any exception means that it is damaged or unreadable.
+
+        `shapes` are their `jax.ShapeDtypeStruct`s with shardings, `sums` the checksums in the record, by name.
+        """
+        state_args = ocp.args.StandardRestore(shapes)
+        if len(shapes) < len(sums):
+            restore_args = ocp.checkpoint_utils.construct_restore_args(shapes)
+            state_args = ocp.args.PyTreeRestore(shapes, restore_args, partial_restore=True)
+        restored = self._manager.restore(step, args=ocp.args.Composite(state=state_args))["state"]
+        for name, value in checksums(restored).items():
+            if value != sums[name]:
+                raise _DamagedError(f"the checksum of {name} differs")
+        return restored
+
     def _restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         record = self.read_record(step)
         if record.get("random_streams") != randomness.VERSION:
@@ -238,14 +253,7 @@ class Checkpoints:
                     f"has {has}, this program {wants}): use the run's flags, or the version that wrote it"
                 )
         shapes = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for n, x in arrays.items()}
-        state_args = ocp.args.StandardRestore(shapes)
-        if like.carry is None:
-            restore_args = ocp.checkpoint_utils.construct_restore_args(shapes)
-            state_args = ocp.args.PyTreeRestore(shapes, restore_args, partial_restore=True)
-        restored = self._manager.restore(step, args=ocp.args.Composite(state=state_args))["state"]
-        for name, value in checksums(restored).items():
-            if value != record["checksums"][name]:
-                raise _DamagedError(f"the checksum of {name} differs")
+        restored = self.read_arrays(step, shapes, record["checksums"])
         # The state is donated, but Orbax's arrays may share their memory with others: copy them into XLA's own buffers.
         copies = [jnp.copy(restored.pop(name)) for name in arrays]
         return jax.tree.unflatten(jax.tree.structure(like), copies), record["progress"]

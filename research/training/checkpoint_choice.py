@@ -34,6 +34,12 @@ def find_step(checkpoints: Checkpoints, choice: str) -> int | None:
     return step
 
 
+def best_or_newest(checkpoints: Checkpoints) -> int | None:
+    """Returns the step with the lowest validation loss, without one the newest, or None without a checkpoint."""
+    steps, best = checkpoints.steps, _best_step(checkpoints)
+    return best if best in steps else max(steps, default=None)
+
+
 def _best_step(checkpoints: Checkpoints) -> int | None:
     """Returns the step with the lowest validation loss, according to the newest record that can be read."""
     for step in reversed(checkpoints.steps):

@@ -21,7 +21,7 @@ from research.training.checkpoint import Checkpoints, checksums_of
 from research.training.checkpoint_choice import find_step
 from research.training.progress import non_finite
 from research.training.run import Training
-from research.training.state import TrainState, is_finite, num_params
+from research.training.state import TrainState, is_finite
 
 
 class Loop:
@@ -203,6 +203,7 @@ def train_and_evaluate(
     ):
         loop = Loop(experiment, run, writer, checkpoints)
         resumes = run.restore(checkpoints)
+        weights_line = "" if resumes else run.start_from_weights()
         compile_seconds = run.compile(train=True)
         if not resumes and (path := workdir / "metrics.jsonl").exists() and path.stat().st_size:
             writer.warning("metrics.jsonl has steps, but there is no checkpoint: training from the start")
@@ -210,7 +211,9 @@ def train_and_evaluate(
             data_json.write(workdir, dataset)
         writer.config(config)
         writer.resume(run.progress.step, run.progress.row)
-        writer.message(f"{num_params(run.state):,} parameters; compiled in {compile_seconds:.1f} s")
+        writer.message(f"{summary.params_line(run.state)}; compiled in {compile_seconds:.1f} s")
+        if weights_line:
+            writer.message(weights_line)
         if mesh.size > 1:
             writer.message(summary.memory_line(run.state))
         if resumes:

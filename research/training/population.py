@@ -20,7 +20,7 @@ from research.config import Config
 from research.data.pipeline import EvalBatches, TrainBatches, batch_bytes, epoch_ends, is_resident, longest_epoch
 from research.data.sources import Dataset
 from research.tasks.task import Task
-from research.training import batch_statistics, hyperparams, population_devices
+from research.training import batch_statistics, hyperparams, initialization, population_devices
 from research.training.dispatch import DispatchSizer
 from research.training.population_steps import PopulationSteps
 from research.training.state import TrainState, make_init
@@ -68,7 +68,7 @@ class Population:
       share_data_with: a population on the same devices; if it has the same data set, both use one copy on the devices.
 
     Raises:
-      UserError: the batch size is larger than the training set.
+      UserError: the batch size is larger than the training set, or as `initialization.load`.
     """
 
     def __init__(
@@ -107,6 +107,10 @@ class Population:
         carry = task.initial_carry(config.examples_at_once)
         self._carry = jax.tree.map(lambda x: np.broadcast_to(x, (self.size, *x.shape)), carry)
         self._states: TrainState | None = None
+        self._weights: dict[str, jax.Array] = {}  # what all members start from
+        if config.init.path:
+            state = self._init(np.uint32(config.seed))
+            self._weights, _ = initialization.load(config.init, state, task.torch_names, len(dataset.label_names))
 
     @property
     def num_compilations(self) -> int:
@@ -136,7 +140,7 @@ class Population:
         hparams = hyperparams.traced(config, epoch_end_steps[-1])
         self._members[slot] = _Member(hparams, self._batches.with_seed(config.seed), epoch_end_steps)
         with jax.set_mesh(self._mesh):
-            state = self._init(np.uint32(config.seed))
+            state = initialization.apply(self._init(np.uint32(config.seed)), self._weights)
             self._states = self._steps.put(self._all_states(), np.int32(slot), state)
 
     def stop(self, slot: int) -> None:

@@ -18,7 +18,7 @@ from research.process import distributed
 from research.process.signals import Signals
 from research.tasks.predictor import Predictor
 from research.tasks.task import Task
-from research.training import batch_statistics, hyperparams
+from research.training import batch_statistics, hyperparams, initialization
 from research.training.checkpoint import Checkpoints
 from research.training.dispatch import DispatchSizer
 from research.training.progress import Progress, non_finite
@@ -149,6 +149,19 @@ class Training:
             self.progress.extend(self.config.num_epochs)
             self._began -= self.progress.wall_seconds
         return bool(restored)
+
+    def start_from_weights(self) -> str:
+        """Starts from the weights of --config.init.path; returns a line that says so, or "" without them.
+
+        Raises:
+          UserError: as `initialization.load`.
+        """
+        if not self.config.init.path:
+            return ""
+        num_classes = len(self.dataset.label_names)
+        arrays, line = initialization.load(self.config.init, self.state, self.task.torch_names, num_classes)
+        self.state = initialization.apply(self.state, arrays)
+        return line
 
     def rewind(self, checkpoints: Checkpoints, *, failed_step: int) -> None:
         """Goes to the newest checkpoint, but leaves out the batches from there to the one of `failed_step`."""

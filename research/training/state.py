@@ -10,9 +10,9 @@ import numpy as np
 import optax
 from flax import nnx
 
-from research import randomness, sharding
+from research import parameter_groups, randomness, sharding
 from research.config import Config
-from research.network import split_network
+from research.network import split_frozen, split_network
 from research.randomness import Stream
 from research.tasks.task import Task
 
@@ -25,12 +25,12 @@ class TrainState:
     Attributes:
       step: int32 scalar, the number of steps made.
       params: trained arrays, float32.
-      model_state: the model's other arrays (batch statistics, frozen kernels).
+      model_state: the model's other arrays (batch statistics, frozen parameters).
       carry: the recurrent state after each example of the newest batch, from which the next batch continues,
         [microbatches, b, ...]; {} for a task without recurrent state.
       opt_state: the optimizer's state.
       ema_params: the parameters' moving average, or None.
-      ema_model_state: `model_state` with batch statistics of the averaged parameters, made by
+      ema_model_state: `model_state` with batch statistics of the averaged parameters and without frozen ones, made by
         `Steps.estimate_statistics` before an evaluation; None without an average or batch statistics.
     """
 
@@ -50,7 +50,14 @@ class TrainState:
     @property
     def eval_model_state(self) -> Any:
         """The `model_state` that evaluation uses."""
-        return self.model_state if self.ema_model_state is None else self.ema_model_state
+        if self.ema_model_state is None:
+            return self.model_state
+        return nnx.merge_state(split_frozen(self.model_state)[0], self.ema_model_state)
+
+    @property
+    def all_params(self) -> Any:
+        """The parameters, frozen ones included."""
+        return nnx.merge_state(self.params, split_frozen(self.model_state)[0])
 
 
 def abstract_state(
@@ -61,6 +68,9 @@ def abstract_state(
     Returns:
       The model's static part, the function that creates the state from a seed (uint32), and the state's
       `jax.ShapeDtypeStruct`s with their shardings.
+
+    Raises:
+      UserError: as `parameter_groups.check`.
     """
     graphdef = nnx.split(nnx.eval_shape(lambda: task.create_model(nnx.Rngs(config.seed))))[0]
     size = config.examples_at_once
@@ -68,15 +78,17 @@ def abstract_state(
 
     def init(seed: jax.Array) -> TrainState:
         rngs = nnx.Rngs(randomness.key(Stream.INITIALIZATION, seed))
-        _, params, model_state = split_network(task.create_model(rngs))
+        frozen = parameter_groups.selects(config.optimizer.freeze)
+        _, params, model_state = split_network(task.create_model(rngs), frozen)
         # A copy: state is donated, and two leaves of it must not share a buffer.
         ema_params = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else None
         own_statistics = ema_params is not None and _has_batch_statistics(model_state)
-        ema_model_state = jax.tree.map(jnp.copy, model_state) if own_statistics else None
+        ema_model_state = jax.tree.map(jnp.copy, split_frozen(model_state)[1]) if own_statistics else None
         carry = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), task.initial_carry(size))
         return TrainState(jnp.int32(0), params, model_state, carry, tx.init(params), ema_params, ema_model_state)
 
     shapes = jax.eval_shape(init, np.uint32(config.seed))
+    parameter_groups.check(config.optimizer, shapes.params, split_frozen(shapes.model_state)[0])
     placed = sharding.batch_sharding(mesh, 1)
     shardings = dataclasses.replace(
         sharding.tree_shardings(shapes, mesh), carry=jax.tree.map(lambda _: placed, shapes.carry)
@@ -118,8 +130,8 @@ def make_init(
 
 
 def num_params(state: TrainState) -> int:
-    """The number of trained scalars."""
-    return sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    """The number of scalars in the parameters, frozen ones included."""
+    return sum(leaf.size for leaf in jax.tree.leaves(state.all_params))
 
 
 @jax.jit

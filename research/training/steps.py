@@ -26,7 +26,7 @@ from research.config import Config
 from research.data.batch import Batch
 from research.errors import UserError
 from research.layers.batch_norm import momentum_of
-from research.network import merge_network, split_network
+from research.network import gather, merge_network, split_frozen, split_network
 from research.randomness import Stream
 from research.tasks.task import Metrics, Task
 from research.training import batch_statistics, hyperparams, jit_steps, noise_scale, per_device
@@ -87,10 +87,11 @@ class Steps:
 
         `momentum` replaces the momentum of every batch norm.
         """
-        model = merge_network(self._graphdef, sharding.gather(params, self._mesh), model_state)
+        model = merge_network(self._graphdef, *gather(params, model_state, self._mesh))
         with hyperparams.applied(self._task, model, hparams) as task, momentum_of(model, momentum):
             values, carry = task.advance(model, batch, carry, key=key, train=True)
-        return values, split_network(model)[2], carry
+        frozen = split_frozen(model_state)[0]  # as they came: sharded
+        return values, nnx.merge_state(frozen, split_network(model)[2]), carry
 
     def _loss(
         self, params: Any, model_state: Any, carry: Any, batch: Batch, hparams: HParams, key: jax.Array
@@ -226,9 +227,12 @@ class Steps:
     ) -> tuple[TrainState, jax.Array]:
         """Calls `batch_statistics.estimate`; `batches` has leaves [1, m, b, ...]."""
 
-        def model_state_after(params: Any, model_state: Any, carry: Any, microbatch: Batch, *others: Any) -> Any:
+        frozen = split_frozen(state.model_state)[0]
+
+        def model_state_after(params: Any, changing: Any, carry: Any, microbatch: Batch, *others: Any) -> Any:
             examples = dataclasses.replace(microbatch.gather(data), step=state.step)
-            return self._advance(params, model_state, carry, examples, hparams, *others)[1]
+            model_state = nnx.merge_state(frozen, changing)
+            return split_frozen(self._advance(params, model_state, carry, examples, hparams, *others)[1])[1]
 
         batch = jax.tree.map(lambda x: x[0], batches)
         return batch_statistics.estimate(model_state_after, state, batch, count, hparams)
@@ -257,11 +261,11 @@ class Steps:
         self, params: Any, model_state: Any, carry: Any, data: Data, batches: Batch, seeds: jax.Array
     ) -> tuple[Any, Sums]:
         """Like `eval_steps`, for the examples of one device, or all; `seeds` are int [k]."""
-        params = sharding.gather(params, self._mesh)
+        arrays = gather(params, model_state, self._mesh)
 
         def body(carry: Any, xs: tuple[Batch, jax.Array]) -> tuple[Any, Sums]:
             batch, seed = xs[0].gather(data), xs[1]
-            model = merge_network(self._graphdef, params, model_state)
+            model = merge_network(self._graphdef, *arrays)
             key = jax.random.fold_in(randomness.key(Stream.EVALUATION), seed)
             values, carry = self._task.advance(model, batch, carry, key=key, train=False)
             weights = batch.mask * self._task.example_weights(batch)

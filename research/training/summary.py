@@ -59,9 +59,15 @@ def versions() -> dict[str, str]:
     return {f"{package}_version": version(package) for package in ("jax", "flax", "optax", "numpy")}
 
 
+def params_line(state: TrainState) -> str:
+    """Returns the number of parameters, and how many of them are trained if some are frozen."""
+    trained, count = sum(x.size for x in jax.tree.leaves(state.params)), num_params(state)
+    return f"{count:,} parameters" + (f", {trained:,} of them trained" if trained < count else "")
+
+
 def memory_line(state: TrainState) -> str:
     """Returns a line that says how much of each part of the state one device holds."""
-    parts = {"parameters": state.params, "optimizer state": state.opt_state, "average": state.ema_params}
+    parts = {"parameters": state.all_params, "optimizer state": state.opt_state, "average": state.ema_params}
     shown = (
         f"{sharding.bytes_per_device(tree) / 2**20:,.2f} of {sum(x.nbytes for x in leaves) / 2**20:,.2f} MiB of {name}"
         for name, tree in parts.items()

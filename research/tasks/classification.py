@@ -1,4 +1,4 @@
-"""Image classification by softmax cross-entropy."""
+"""Image classification by softmax or binary cross-entropy."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -12,11 +12,12 @@ from flax import nnx
 
 from research import plots
 from research.config import AugmentConfig, Config, option
-from research.data import images
+from research.data import augmentation, images, mixing
 from research.data.batch import Batch
 from research.data.sources import Dataset
 from research.data.streamed import Column, StreamedSplit, spread
 from research.errors import UserError
+from research.tasks import classification_loss
 from research.tasks.predictor import Predictor
 from research.tasks.task import ExportedFunction, Inputs, Metrics, Task
 
@@ -31,15 +32,45 @@ class ClassificationConfig(Config):
     label_smoothing: float = option(
         0.0, "fraction of the target spread over all classes", minimum=0, below=1, step_input=True
     )
+    loss: str = option(
+        "softmax",
+        "training loss: cross-entropy of the softmax, or of a sigmoid for each class, as the mean over all classes",
+        choices=("softmax", "sigmoid"),
+    )
+    target_threshold: float = option(
+        0.0,
+        "loss=sigmoid: an image that is mixed (mixup, cutmix) has each class whose part of the label is above this as "
+        "a whole target; 0: in proportion",
+        minimum=0,
+        below=1,
+    )
     mirror: bool = option(
         False, "evaluate with the mean logits of each image and its mirror image", may_change="evaluation"
     )
     augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
 
 
+def check(config: ClassificationConfig, dataset: Dataset) -> None:
+    """Raises `UserError` if the augmentation or the loss does not fit the data set, the batches or each other."""
+    image_shape = dataset.train["image"].shape[1:]
+    augmentation.check(config.augment, image_shape, len(dataset.label_names), config.examples_at_once)
+    if not config.target_threshold:
+        return
+    threshold = f"--config.target_threshold={config.target_threshold}"
+    if config.loss != "sigmoid" or not mixing.is_mixed(config.augment):
+        raise UserError(f"{threshold} needs --config.loss=sigmoid, and --config.augment.mixup or cutmix")
+    if config.label_smoothing:
+        raise UserError(
+            f"{threshold} makes every target 0 or 1, so --config.label_smoothing={config.label_smoothing} is without "
+            "an effect: set one of the two to 0"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Classification(Task):
-    """Image classification by softmax cross-entropy, with augmentation, label smoothing and test-time views.
+    """Image classification, with augmentation, label smoothing and test-time views.
+
+    Evaluation and prediction use the softmax, whichever the training loss is, so the probabilities sum to 1.
 
     Attributes:
       network: builds the network from its rngs; `network(images, train=..., key=...)` returns logits [b, classes].
@@ -47,6 +78,7 @@ class Classification(Task):
       augment: the augmentation of training images.
       label_smoothing: fraction of the target spread evenly over all classes in training (Szegedy et al. 2016, section
         7).
+      loss, target_threshold: of training (`research.tasks.classification_loss`).
       mirror, translate: whether evaluation averages the logits over mirrored and shifted views (`_test_time_views`).
     """
 
@@ -59,10 +91,18 @@ class Classification(Task):
     label_smoothing: float = 0.0
     mirror: bool = False
     translate: bool = False
+    loss: str = "softmax"
+    target_threshold: float = 0.0
 
     def with_hparams(self, hparams: Mapping[str, Any]) -> "Classification":
-        """Returns this task with the label smoothing of a step."""
-        return dataclasses.replace(self, label_smoothing=hparams.get("label_smoothing", self.label_smoothing))
+        """Returns this task with the label smoothing and the strengths of augmentation of a step."""
+        prefix = "augment."
+        strengths = {path.removeprefix(prefix): value for path, value in hparams.items() if path.startswith(prefix)}
+        return dataclasses.replace(
+            self,
+            label_smoothing=hparams.get("label_smoothing", self.label_smoothing),
+            augment=dataclasses.replace(self.augment, **strengths),
+        )
 
     def check_data(self, dataset: Dataset) -> None:
         """Checks that every example has a label.
@@ -100,17 +140,23 @@ class Classification(Task):
           key: for augmentation and dropout.
           train: whether this is training.
         """
-        inputs = images.normalize(batch["image"], self.mean, self.std)
         if train:
-            augment_key, key = jax.random.split(key)
-            inputs = images.augment(inputs, augment_key, self.augment, index=batch.index, epoch=batch.epoch)
-        logits = self._logits(model, inputs, train=train, key=key)
+            return self._train(model, batch, key)
         labels = batch["label"]
+        logits = self._classify(model, batch.features)["logits"]
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        if train:
-            uniform = -jax.nn.log_softmax(logits).mean(-1)
-            loss = (1 - self.label_smoothing) * loss + self.label_smoothing * uniform
         return {"loss": loss, "accuracy": (logits.argmax(-1) == labels).astype(jnp.float32)}
+
+    def _train(self, model: nnx.Module, batch: Batch, key: jax.Array) -> Metrics:
+        augment_key, key = jax.random.split(key)
+        inputs, mixed = augmentation.augment(batch, augment_key, self.augment, self.mean, self.std)
+        logits = self._logits(model, inputs, train=True, key=key)
+        targets = batch["label"] if mixed is None else mixed
+        if self.loss == "sigmoid":
+            loss = classification_loss.sigmoid(logits, targets, self.label_smoothing, self.target_threshold)
+        else:
+            loss = classification_loss.softmax(logits, targets, self.label_smoothing)
+        return {"loss": loss, "accuracy": classification_loss.accuracy(logits, targets)}
 
     def _logits(self, model: Any, inputs: jax.Array, *, train: bool, key: jax.Array | None) -> jax.Array:
         if train:

@@ -123,8 +123,8 @@ def _smooth(image: jax.Array) -> jax.Array:
 
 
 def _posterize(image: jax.Array, strength: jax.Array) -> jax.Array:
-    step = 1 << jnp.round(_BITS * strength).astype(jnp.int32)
-    return image - image % step
+    step = (1 << jnp.round(_BITS * strength).astype(jnp.int32)).astype(image.dtype)
+    return jnp.floor(image / step) * step
 
 
 def _autocontrast(image: jax.Array) -> jax.Array:
@@ -138,12 +138,12 @@ def _autocontrast(image: jax.Array) -> jax.Array:
 def _equalize(image: jax.Array) -> jax.Array:
     """Makes the histogram of each channel flat: a table of 256 values, from the counts of the smaller ones."""
     pixels = image.reshape(-1, image.shape[-1]).astype(jnp.int32)
-    # The histogram as a matrix product of the upper and the lower four bits: scatter is slow on accelerators.
-    high, low = (jax.nn.one_hot(part, 16) for part in (pixels // 16, pixels % 16))
-    counts = jnp.einsum("pch,pcl->chl", high, low).reshape(-1, 256).astype(jnp.int32)
+    # A scatter: on a CPU 50 times as fast as products of one-hot matrices.
+    counts = jax.vmap(lambda channel: jnp.zeros(256, jnp.int32).at[channel].add(1), 1)(pixels)
     below = jnp.cumsum(counts, 1) - counts
     largest = jnp.take_along_axis(counts, pixels.max(0)[:, None], 1)
     step = (len(pixels) - largest) // 255
-    table = jnp.minimum((step // 2 + below) // jnp.maximum(step, 1), 255)
-    table = jnp.where(step > 0, table, jnp.arange(256))
-    return jax.vmap(lambda row, column: row[column], (0, 1), 1)(table, pixels).reshape(image.shape).astype(image.dtype)
+    # In float32, which is exact here: XLA:CPU divides for each pixel, and integers are slow.
+    quotients = jnp.floor((step // 2 + below).astype(jnp.float32) / jnp.maximum(step, 1).astype(jnp.float32))
+    table = jnp.where(step > 0, jnp.minimum(quotients, 255), jnp.arange(256.0))
+    return jax.vmap(lambda row, column: row[column], (0, 1), 1)(table, pixels).reshape(image.shape)

@@ -15,13 +15,12 @@ from research.config import AugmentConfig, Config, option
 from research.data import augmentation, images, mixing
 from research.data.batch import Batch
 from research.data.sources import Dataset
-from research.data.streamed import Column, StreamedSplit, spread
+from research.data.streamed import Column, StreamedSplit
 from research.errors import UserError
-from research.tasks import classification_loss
-from research.tasks.predictor import Predictor
-from research.tasks.task import ExportedFunction, Inputs, Metrics, Task
+from research.tasks import calibration, class_table, classification_loss
+from research.tasks.task import Examples, ExportedFunction, Inputs, Metrics, Task
 
-_MAX_PLOTTED = 1024  # examples of a split that is read when it is needed
+_TOP, _MIN_CLASSES = 5, 10  # top-5 accuracy is reported for sets of more than 10 classes
 _NUM_CHECKED = 16  # labels that are known only after reading their records
 
 
@@ -83,6 +82,7 @@ class Classification(Task):
     """
 
     per_device_gradients: ClassVar[bool] = True
+    per_example: ClassVar[tuple[str, ...]] = ("label", "prediction", "confidence", "rank")
 
     network: Callable[[nnx.Rngs], nnx.Module]
     mean: tuple[float, ...]
@@ -134,6 +134,9 @@ class Classification(Task):
     def evaluate(self, model: nnx.Module, batch: Batch, *, key: jax.Array, train: bool) -> Metrics:
         """Computes each example's cross-entropy in nats and accuracy; augmentation and smoothing are for training only.
 
+        Evaluation adds the top-5 accuracy (for more than 10 classes), the calibration, the prediction with its
+        probability, and the label's rank: the number of classes with larger logits.
+
         Args:
           model: the network.
           batch: "image" uint8 [b, h, w, c] and "label" int [b].
@@ -144,8 +147,20 @@ class Classification(Task):
             return self._train(model, batch, key)
         labels = batch["label"]
         logits = self._classify(model, batch.features)["logits"]
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return {"loss": loss, "accuracy": (logits.argmax(-1) == labels).astype(jnp.float32)}
+        predictions, confidences = logits.argmax(-1), jax.nn.softmax(logits).max(-1)
+        correct = (predictions == labels).astype(jnp.float32)
+        rank = (logits > jnp.take_along_axis(logits, labels[:, None], -1)).sum(-1)
+        top5 = {"top5_accuracy": (rank < _TOP).astype(jnp.float32)} if logits.shape[-1] > _MIN_CLASSES else {}
+        return {
+            "loss": optax.softmax_cross_entropy_with_integer_labels(logits, labels),
+            "accuracy": correct,
+            **top5,
+            "excess_confidence": calibration.excess_confidence(confidences, correct),
+            "label": labels,
+            "prediction": predictions,
+            "confidence": confidences,
+            "rank": rank,
+        }
 
     def _train(self, model: nnx.Module, batch: Batch, key: jax.Array) -> Metrics:
         augment_key, key = jax.random.split(key)
@@ -181,11 +196,6 @@ class Classification(Task):
             views = [(weight / 2, image) for weight, view in views for image in (view, view[:, :, ::-1])]
         return views
 
-    def predicted(self, model: nnx.Module, batch: Batch, _: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Predicts the classes of "image" uint8 [b, h, w, c] as in evaluation: int32 [b], probabilities float32 [b]."""
-        logits = self._classify(model, batch.features)["logits"]
-        return logits.argmax(-1), jax.nn.softmax(logits).max(-1)
-
     def functions(self, model: nnx.Module, dataset: Dataset) -> dict[str, ExportedFunction]:
         """Exports `classify`: "image" uint8 [b, h, w, c] to the "logits" of evaluation, float32 [b, classes]."""
         shape = ", ".join(map(str, dataset.test["image"].shape[1:]))
@@ -199,18 +209,33 @@ class Classification(Task):
         normalized = images.normalize(inputs["image"], self.mean, self.std)
         return {"logits": self._logits(model, normalized, train=False, key=None)}
 
-    def plots(self, predict: Predictor, dataset: Dataset) -> dict[str, Callable[[], Any]]:
-        """Plots the confusion matrix and the most confident mistakes of the test set.
+    def summarize(self, means: Mapping[str, Any]) -> dict[str, float]:
+        """As the base class, with the expected calibration error (`research.tasks.calibration`) of an evaluation."""
+        excess = means.get("excess_confidence")
+        metrics = super().summarize({name: mean for name, mean in means.items() if name != "excess_confidence"})
+        return metrics if excess is None else metrics | {"calibration_error": float(np.abs(excess).sum())}
 
-        If it is read when it is needed, of a sample.
-        """
-        test, names = dataset.test, dataset.label_names
-        if isinstance(test, StreamedSplit):
-            numbers = spread(test.num_examples, _MAX_PLOTTED)
-            test = {name: column[numbers] for name, column in test.items() if name in ("image", "label")}
-        predictions, confidences = predict(self.predicted, {"image": test["image"]})
-        labels = test["label"]
+    def evaluation_plots(self, examples: Examples, dataset: Dataset) -> dict[str, Callable[[], Any]]:
+        """Plots confusions, calibration and the most confident mistakes of the whole test set."""
+        if not examples:  # of a subclass with an `evaluate` of its own
+            return {}
+        labels, predictions, confidences = (examples[name] for name in ("label", "prediction", "confidence"))
+        names = dataset.label_names
+
+        def mistakes() -> Any:
+            numbers = plots.most_confident_mistakes(labels, predictions, confidences)
+            images = dataset.test["image"][examples["index"][numbers]]
+            return plots.mistakes(images, numbers, labels, predictions, confidences, names)
+
         return {
             "confusion": lambda: plots.confusion(labels, predictions, names),
-            "examples": lambda: plots.mistakes(test["image"], labels, predictions, confidences, names),
+            "reliability": lambda: plots.reliability(confidences, predictions == labels, calibration.NUM_BINS),
+            "examples": mistakes,
         }
+
+    def tables(self, examples: Examples, dataset: Dataset) -> dict[str, str]:
+        """Returns classes.csv, over the whole test set."""
+        if not examples:
+            return {}
+        top5 = examples["rank"] < _TOP if len(dataset.label_names) > _MIN_CLASSES else None
+        return {"classes": class_table.make(examples["label"], examples["prediction"], top5, dataset.label_names)}

@@ -21,6 +21,7 @@ from research.errors import UserError
 from research.models import cnn
 from research.models.airbench import whitening_kernel
 from research.parametrization import Network
+from research.tasks import classification
 from research.tasks.classification import Classification, ClassificationConfig
 
 
@@ -85,7 +86,7 @@ def complete(config: CifarConfig, dataset: Dataset) -> CifarConfig:
         raise UserError(f"--config.dataset.name={dataset.name} has no images to classify: use cifar10, mnist or digits")
     shape = dataset.train["image"].shape[1:]
     images.check_one_size(config.dataset)
-    images.check(config.augment, shape)
+    classification.check(config, dataset)
     return dataclasses.replace(config, model=cnn.resolve(config.model, shape))
 
 
@@ -116,7 +117,17 @@ def make_task(config: CifarConfig, dataset: Dataset, *, norm_momentum: float = 0
         )
 
     network = Network(create, config.model)
-    return Classification(network, mean, std, config.augment, config.label_smoothing, config.mirror, config.translate)
+    return Classification(
+        network,
+        mean,
+        std,
+        config.augment,
+        config.label_smoothing,
+        config.mirror,
+        config.translate,
+        config.loss,
+        config.target_threshold,
+    )
 
 
 EXPERIMENT = app.Experiment(

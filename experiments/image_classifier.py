@@ -22,6 +22,7 @@ from research.data.sources import Dataset
 from research.errors import UserError
 from research.models import image_networks
 from research.parametrization import Network
+from research.tasks import classification
 from research.tasks.classification import Classification, ClassificationConfig
 
 
@@ -56,7 +57,7 @@ def complete(config: ImageClassifierConfig, dataset: Dataset) -> ImageClassifier
     if "image" not in dataset.train:
         raise UserError(f"--config.dataset.name={dataset.name} has no images to classify: choose a set of images")
     shapes = [split["image"].shape[1:] for split in (dataset.train, dataset.test)]
-    images.check(config.augment, shapes[0])
+    classification.check(config, dataset)
     return dataclasses.replace(config, model=image_networks.resolve(config.model, min(shapes)))
 
 
@@ -69,7 +70,16 @@ def make_task(config: ImageClassifierConfig, dataset: Dataset) -> Classification
         return image_networks.create(model, image_shape=shape, num_classes=len(dataset.label_names), rngs=rngs)
 
     network = Network(create, config.model, image_networks.torch_names)
-    return Classification(network, mean, std, config.augment, config.label_smoothing, config.mirror)
+    return Classification(
+        network,
+        mean,
+        std,
+        config.augment,
+        config.label_smoothing,
+        config.mirror,
+        loss=config.loss,
+        target_threshold=config.target_threshold,
+    )
 
 
 EXPERIMENT = app.Experiment("image_classifier", str(__doc__), {"default": get_config}, make_task, complete=complete)

@@ -162,28 +162,59 @@ def _confused_pairs(labels: np.ndarray, predictions: np.ndarray, names: Sequence
     return figure
 
 
+def reliability(confidences: np.ndarray, correct: np.ndarray, num_bins: int) -> Any:
+    """Plots accuracy, mean and number of `confidences` [n] in bins of equal width; `correct` is bool [n]."""
+    bins = np.clip(np.ceil(confidences * num_bins).astype(int) - 1, 0, num_bins - 1)
+    counts = np.bincount(bins, minlength=num_bins)
+    accuracy, confidence = (
+        np.bincount(bins, values, minlength=num_bins) / np.maximum(counts, 1) for values in (correct, confidences)
+    )
+    error = float((np.abs(accuracy - confidence) * counts).sum() / len(bins))
+    figure = drawing.figure(5, 6)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    left, width = np.arange(num_bins) / num_bins, 1 / num_bins
+    upper.bar(left, accuracy, width, align="edge", edgecolor="white", label="accuracy")
+    upper.plot(confidence[counts > 0], accuracy[counts > 0], "k.", label="mean confidence")
+    upper.plot([0, 1], [0, 1], "k:", label="calibrated")
+    upper.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1), title=f"expected calibration error {error:.4f}")
+    upper.legend(fontsize="small", loc="upper left")
+    lower.bar(left, counts, width, align="edge", edgecolor="white")
+    lower.set(xlabel="confidence", ylabel="examples")
+    return figure
+
+
+def most_confident_mistakes(labels: np.ndarray, predictions: np.ndarray, confidences: np.ndarray) -> np.ndarray:
+    """Returns the positions of the up to 25 most confidently misclassified examples, most confident first."""
+    wrong = np.flatnonzero(predictions != labels)
+    return wrong[np.argsort(-confidences[wrong], kind="stable")][:25]
+
+
 def mistakes(
-    images: np.ndarray, labels: np.ndarray, predictions: np.ndarray, confidences: np.ndarray, names: Sequence[str]
+    images: np.ndarray,
+    shown: np.ndarray,
+    labels: np.ndarray,
+    predictions: np.ndarray,
+    confidences: np.ndarray,
+    names: Sequence[str],
 ) -> Any:
-    """Plots the 25 most confidently misclassified examples, most confident first.
+    """Plots misclassified examples.
 
     Args:
-      images: uint8 [n, h, w, c], c 1 or 3.
-      labels, predictions: int [n].
+      images: uint8 [m, h, w, c], c 1 or 3.
+      shown: int [m], their positions among all n (`most_confident_mistakes`).
+      labels, predictions: int [n], of all examples.
       confidences: float [n], the probabilities of the predictions.
       names: the class names.
     """
-    wrong = np.flatnonzero(predictions != labels)
-    wrong = wrong[np.argsort(-confidences[wrong], kind="stable")][:25]
-    rows = max(-(-len(wrong) // 5), 1)
+    rows = max(-(-len(shown) // 5), 1)
     figure = drawing.figure(9, 2 * rows + 0.5)
     axes = figure.subplots()  # one for all images: laying out 25 takes a second
     axes.set_title(f"{(predictions != labels).sum():,} mistakes of {len(labels):,}: label, prediction (probability)")
     step = -(-5 * max(images.shape[1:3]) // _MAX_PIXELS)
-    for number, i in enumerate(wrong.tolist()):
+    for number, i in enumerate(shown.tolist()):
         row, column = divmod(number, 5)
         left, bottom = 1.2 * column, 1.2 * (rows - row)
-        image = images[i][::step, ::step]
+        image = images[number][::step, ::step]
         image = image.squeeze(-1) if image.shape[-1] == 1 else image
         axes.imshow(image, cmap="gray", vmin=0, vmax=255, extent=(left, left + 1, bottom, bottom + 1))
         label, prediction = (drawing.literal(names[k], 24) for k in (int(labels[i]), int(predictions[i])))

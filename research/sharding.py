@@ -125,6 +125,19 @@ def example_keys(key: jax.Array, count: int) -> jax.Array:
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(first + jnp.arange(count))
 
 
+def next_examples(x: jax.Array) -> jax.Array:
+    """Returns, for each example here, the next one of the global batch (for the last, the first): the same on any mesh.
+
+    Each device gets one example from another.
+    """
+    if not (axes := manual_batch_axes()):
+        return jnp.roll(x, -1, axis=0)
+    mesh = jax.sharding.get_abstract_mesh()
+    count = math.prod(mesh.shape[axis] for axis in axes)
+    first_of_next = jax.lax.ppermute(x[:1], axes, [(i, (i - 1) % count) for i in range(count)])
+    return jnp.concatenate([x[1:], first_of_next])
+
+
 def batch_mean(x: jax.Array) -> jax.Array:
     """Computes the mean over the global batch of x, which is [b, ...] on this device."""
     axes = manual_batch_axes()

@@ -63,7 +63,8 @@ def test_evaluation_has_one_all_reduce_per_dispatch():
     text = run.eval.lower(*arrays).compile().as_text()
     ((shape, name),) = re.findall(rf' = (.*?) (?:{KINDS})(?:-start)?\(.*?op_name="(.*?)"', text)
     batches = len(arrays[-1].mask)
-    assert re.findall(r"\[([\d,]+)\]", shape) == [str(3 * batches)]  # loss, accuracy, weight
+    values = 3 + 15  # loss, accuracy, weight, and the bins of the calibration
+    assert re.findall(r"\[([\d,]+)\]", shape) == [str(values * batches)]
     assert "while/body" not in name
 
 

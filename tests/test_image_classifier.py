@@ -33,6 +33,8 @@ def test_the_default_is_resnet_18_at_128_pixels(folder):
 def test_fields_reach_the_task(folder):
     flags = ["--config.label_smoothing=0.3", "--config.mirror=false", "--config.augment.flip=none"]
     task = _resolved(folder, *flags)[2]
+    other = _resolved(folder, "--config.loss=sigmoid", "--config.augment.mixup=0.2")[2]
+    assert (task.loss, other.loss, other.augment.mixup) == ("softmax", "sigmoid", 0.2)
     assert (task.label_smoothing, task.mirror, task.augment.flip) == (0.3, False, "none")
 
 
@@ -44,6 +46,14 @@ def test_fields_reach_the_task(folder):
         (["--config.dataset.image_size=0"], "train_image_size, .* need --config.dataset.image_size"),
         (["--config.model.depth=20"], "depth=20: use 18 or 34"),
         (["--config.augment.crop=100"], "augment.crop=100: must be below the images' side, 96"),
+        (["--config.augment.mixup=0.2", "--config.batch_size=1"], "mixes the images of a batch, which has 1"),
+        (["--config.augment.cutmix=1", "--config.microbatch_size=1"], "mixes the images of a batch, which has 1"),
+        (["--config.augment.mixup=0.2", "--config.target_threshold=0.2"], "needs --config.loss=sigmoid"),
+        (["--config.loss=sigmoid", "--config.target_threshold=0.2"], "needs .*mixup or cutmix"),
+        (
+            ["--config.loss=sigmoid", "--config.target_threshold=0.2", "--config.augment.mixup=0.2"],
+            "label_smoothing=0.1 is without an effect",
+        ),
         (["--config.dataset.name=pydoc", "--config.dataset.data_dir="], "pydoc has no images"),
         (["--config.dataset.data_dir="], "folder needs --config.dataset.data_dir=DIR"),
         (["--config.dataset.data_dir=nosuch"], "data_dir=nosuch: no such folder"),

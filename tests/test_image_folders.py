@@ -18,7 +18,6 @@ from research import app
 from research.data import decoding, sources
 from research.data.streamed import StreamedSplit
 from research.errors import UserError
-from research.tasks import classification
 
 FLAGS = ["--config.dataset.name=folder", "--config.dataset.image_size=16", "--config.batch_size=8"]
 
@@ -167,11 +166,22 @@ def test_a_network_for_one_size_refuses_another_in_training(folder, tmp_path):
         app.run(cifar_cnn.EXPERIMENT, args)
 
 
-def test_plots_of_a_streamed_split_show_a_sample(whole, folder, monkeypatch):
-    monkeypatch.setattr(classification, "_MAX_PLOTTED", 5)
+def test_plots_of_a_streamed_split_show_all_of_it_and_decode_the_mistakes_only(whole, folder, monkeypatch):
     command = app.parse(EXPERIMENT, [*_args(folder, whole[0]), "--mode=eval"])
     training = app.restored(EXPERIMENT, command, app.start(command.config, jax.devices()[:1]))
-    sizes = []
-    monkeypatch.setattr(classification.plots, "confusion", lambda labels, *_: sizes.append(len(labels)))
-    training.task.plots(training.predictor(), training.dataset)["confusion"]()
-    assert sizes == [5]
+    with jax.set_mesh(training.mesh):
+        accuracy = training.evaluate()["test_accuracy"]
+    examples = training.examples("test")
+    count = training.dataset.test.num_examples
+    np.testing.assert_array_equal(examples["index"], np.arange(count))
+    assert accuracy == (examples["label"] == examples["prediction"]).mean() == 1
+    examples = {**examples, "prediction": np.where(examples["index"] < 2, 1 - examples["label"], examples["label"])}
+    decoded = []
+    evaluation = StreamedSplit.evaluation
+    monkeypatch.setattr(StreamedSplit, "evaluation", lambda *args: decoded.extend(args[1].ravel()) or evaluation(*args))
+    plots = training.task.evaluation_plots(examples, training.dataset)
+    for name in ("confusion", "reliability"):
+        plots[name]()
+    assert not decoded
+    plots["examples"]()
+    assert sorted(decoded) == [0, 1]

@@ -34,7 +34,9 @@ def test_the_most_confident_mistakes_come_first():
     images = np.arange(4, dtype=np.uint8)[:, None, None, None] * np.ones((1, 5, 5, 3), np.uint8)
     labels = np.array([0, 1, 2, 0])
     probabilities = np.array([[0.9, 0.1, 0.0], [0.4, 0.3, 0.3], [0.0, 0.2, 0.8], [0.1, 0.7, 0.2]])
-    (axes,) = plots.mistakes(images, labels, probabilities.argmax(-1), probabilities.max(-1), NAMES).axes
+    predicted = probabilities.argmax(-1), probabilities.max(-1)
+    shown = plots.most_confident_mistakes(labels, *predicted)
+    (axes,) = plots.mistakes(images[shown], shown, labels, *predicted, NAMES).axes
     assert [text.get_text() for text in axes.texts] == ["ant, bee (0.70)", "bee, ant (0.40)"]
     assert [int(image.get_array()[0, 0, 0]) for image in axes.images] == [3, 1]
     for text, image in zip(axes.texts, axes.images, strict=True):  # each above its own
@@ -82,6 +84,17 @@ def test_more_classes_than_a_matrix_shows_have_their_most_frequent_mistakes():
     assert not plots.confusion(labels, labels, names).axes[0].patches
 
 
+def test_reliability_has_the_accuracy_of_each_bin():
+    """Confidences of 0.2 (an upper edge), 0.25, 0.9 and 1.0, in five bins."""
+    confidences = np.array([0.2, 0.25, 0.9, 0.95, 1.0, 1.0])
+    correct = np.array([False, True, True, False, True, True])
+    upper, lower = plots.reliability(confidences, correct, 5).axes
+    np.testing.assert_allclose([bar.get_height() for bar in upper.patches], [0, 1, 0, 0, 0.75])
+    assert [bar.get_height() for bar in lower.patches] == [1, 1, 0, 0, 4]
+    error = (0.2 * 1 + 0.75 * 1 + abs(0.75 - 0.9625) * 4) / 6
+    assert upper.get_title() == f"expected calibration error {error:.4f}"
+
+
 LONG = "a class with a very long name, longer than any plot is wide: " * 20
 RNG = np.random.default_rng(0)
 
@@ -100,7 +113,12 @@ LARGE = {
     "1,000 classes": lambda: plots.confusion(_labels(9999, 1000), _labels(9999, 1000), [LONG] * 1000),
     "a million classes": lambda: plots.confusion(_labels(999, 10**6), _labels(999, 10**6), ["x"] * 10**6),
     "large photos": lambda: plots.mistakes(
-        np.zeros((25, 3000, 20, 3), np.uint8), np.zeros(25, int), np.ones(25, int), np.ones(25), [LONG] * 2
+        np.zeros((25, 3000, 20, 3), np.uint8),
+        np.arange(25),
+        np.zeros(25, int),
+        np.ones(25, int),
+        np.ones(25),
+        [LONG] * 2,
     ),
     "high images": lambda: plots.image_grid(np.zeros((4, 9000, 1, 1)), 4, "high"),
     "many images": lambda: plots.image_grid(np.zeros((10_000, 28, 28, 1)), 100, "many"),
@@ -158,7 +176,7 @@ def test_names_are_shown_as_they_are(name, monkeypatch):
     for figure in (
         plots.confusion(labels, predictions, names[:2]),
         plots.confusion(labels, predictions, names),
-        plots.mistakes(np.zeros((6, 2, 2, 1), np.uint8), labels, predictions, np.ones(6), names[:2]),
+        plots.mistakes(np.zeros((6, 2, 2, 1), np.uint8), np.arange(6), labels, predictions, np.ones(6), names[:2]),
         plots.scatter(np.zeros((6, 2)), labels, names[:2], ""),
         plots.curves({name: _epochs(1), "other": _epochs(1)}),
     ):

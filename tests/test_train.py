@@ -201,4 +201,4 @@ def test_plot_every_epochs(every, drawn, tmp_path, monkeypatch):
     steps = []
     monkeypatch.setattr(writer.Writer, "plot", lambda self, name, draw, step: steps.append((name, step)))
     run(tmp_path, plot_every_epochs=every, plots=True)
-    assert steps == [(name, step) for step in drawn for name in ("curves", "confusion", "examples")]
+    assert steps == [(name, step) for step in drawn for name in ("curves", "confusion", "reliability", "examples")]

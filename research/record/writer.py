@@ -141,6 +141,11 @@ class Writer:
         if self._active and (png := drawing.save(self.workdir / f"{name}.png", draw, self.warning)):
             self._events.image(name, png, step)
 
+    def table(self, name: str, text: str) -> None:
+        """Writes `<name>.csv`."""
+        if self._active:
+            storage.replace(self.workdir / f"{name}.csv", text.encode())
+
     def progress(self, step: int, loss: float, examples_per_second: float) -> None:
         """Shows progress: a bar on a terminal, else a line every 10 seconds."""
         speed = f"{examples_per_second:,.0f} examples/s"

@@ -1,4 +1,4 @@
-"""Image classification by softmax cross-entropy."""
+"""Image classification by softmax or binary cross-entropy."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -12,15 +12,15 @@ from flax import nnx
 
 from research import plots
 from research.config import AugmentConfig, Config, option
-from research.data import images
+from research.data import augmentation, images, mixing
 from research.data.batch import Batch
 from research.data.sources import Dataset
-from research.data.streamed import Column, StreamedSplit, spread
+from research.data.streamed import Column, StreamedSplit
 from research.errors import UserError
-from research.tasks.predictor import Predictor
-from research.tasks.task import ExportedFunction, Inputs, Metrics, Task
+from research.tasks import calibration, class_table, classification_loss
+from research.tasks.task import Examples, ExportedFunction, Inputs, Metrics, Task
 
-_MAX_PLOTTED = 1024  # examples of a split that is read when it is needed
+_TOP, _MIN_CLASSES = 5, 10  # top-5 accuracy is reported for sets of more than 10 classes
 _NUM_CHECKED = 16  # labels that are known only after reading their records
 
 
@@ -31,15 +31,45 @@ class ClassificationConfig(Config):
     label_smoothing: float = option(
         0.0, "fraction of the target spread over all classes", minimum=0, below=1, step_input=True
     )
+    loss: str = option(
+        "softmax",
+        "training loss: cross-entropy of the softmax, or of a sigmoid for each class, as the mean over all classes",
+        choices=("softmax", "sigmoid"),
+    )
+    target_threshold: float = option(
+        0.0,
+        "loss=sigmoid: an image that is mixed (mixup, cutmix) has each class whose part of the label is above this as "
+        "a whole target; 0: in proportion",
+        minimum=0,
+        below=1,
+    )
     mirror: bool = option(
         False, "evaluate with the mean logits of each image and its mirror image", may_change="evaluation"
     )
     augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
 
 
+def check(config: ClassificationConfig, dataset: Dataset) -> None:
+    """Raises `UserError` if the augmentation or the loss does not fit the data set, the batches or each other."""
+    image_shape = dataset.train["image"].shape[1:]
+    augmentation.check(config.augment, image_shape, len(dataset.label_names), config.examples_at_once)
+    if not config.target_threshold:
+        return
+    threshold = f"--config.target_threshold={config.target_threshold}"
+    if config.loss != "sigmoid" or not mixing.is_mixed(config.augment):
+        raise UserError(f"{threshold} needs --config.loss=sigmoid, and --config.augment.mixup or cutmix")
+    if config.label_smoothing:
+        raise UserError(
+            f"{threshold} makes every target 0 or 1, so --config.label_smoothing={config.label_smoothing} is without "
+            "an effect: set one of the two to 0"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Classification(Task):
-    """Image classification by softmax cross-entropy, with augmentation, label smoothing and test-time views.
+    """Image classification, with augmentation, label smoothing and test-time views.
+
+    Evaluation and prediction use the softmax, whichever the training loss is, so the probabilities sum to 1.
 
     Attributes:
       network: builds the network from its rngs; `network(images, train=..., key=...)` returns logits [b, classes].
@@ -47,10 +77,12 @@ class Classification(Task):
       augment: the augmentation of training images.
       label_smoothing: fraction of the target spread evenly over all classes in training (Szegedy et al. 2016, section
         7).
+      loss, target_threshold: of training (`research.tasks.classification_loss`).
       mirror, translate: whether evaluation averages the logits over mirrored and shifted views (`_test_time_views`).
     """
 
     per_device_gradients: ClassVar[bool] = True
+    per_example: ClassVar[tuple[str, ...]] = ("label", "prediction", "confidence", "rank")
 
     network: Callable[[nnx.Rngs], nnx.Module]
     mean: tuple[float, ...]
@@ -59,10 +91,18 @@ class Classification(Task):
     label_smoothing: float = 0.0
     mirror: bool = False
     translate: bool = False
+    loss: str = "softmax"
+    target_threshold: float = 0.0
 
     def with_hparams(self, hparams: Mapping[str, Any]) -> "Classification":
-        """Returns this task with the label smoothing of a step."""
-        return dataclasses.replace(self, label_smoothing=hparams.get("label_smoothing", self.label_smoothing))
+        """Returns this task with the label smoothing and the strengths of augmentation of a step."""
+        prefix = "augment."
+        strengths = {path.removeprefix(prefix): value for path, value in hparams.items() if path.startswith(prefix)}
+        return dataclasses.replace(
+            self,
+            label_smoothing=hparams.get("label_smoothing", self.label_smoothing),
+            augment=dataclasses.replace(self.augment, **strengths),
+        )
 
     def check_data(self, dataset: Dataset) -> None:
         """Checks that every example has a label.
@@ -94,23 +134,44 @@ class Classification(Task):
     def evaluate(self, model: nnx.Module, batch: Batch, *, key: jax.Array, train: bool) -> Metrics:
         """Computes each example's cross-entropy in nats and accuracy; augmentation and smoothing are for training only.
 
+        Evaluation adds the top-5 accuracy (for more than 10 classes), the calibration, the prediction with its
+        probability, and the label's rank: the number of classes with larger logits.
+
         Args:
           model: the network.
           batch: "image" uint8 [b, h, w, c] and "label" int [b].
           key: for augmentation and dropout.
           train: whether this is training.
         """
-        inputs = images.normalize(batch["image"], self.mean, self.std)
         if train:
-            augment_key, key = jax.random.split(key)
-            inputs = images.augment(inputs, augment_key, self.augment, index=batch.index, epoch=batch.epoch)
-        logits = self._logits(model, inputs, train=train, key=key)
+            return self._train(model, batch, key)
         labels = batch["label"]
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        if train:
-            uniform = -jax.nn.log_softmax(logits).mean(-1)
-            loss = (1 - self.label_smoothing) * loss + self.label_smoothing * uniform
-        return {"loss": loss, "accuracy": (logits.argmax(-1) == labels).astype(jnp.float32)}
+        logits = self._classify(model, batch.features)["logits"]
+        predictions, confidences = logits.argmax(-1), jax.nn.softmax(logits).max(-1)
+        correct = (predictions == labels).astype(jnp.float32)
+        rank = (logits > jnp.take_along_axis(logits, labels[:, None], -1)).sum(-1)
+        top5 = {"top5_accuracy": (rank < _TOP).astype(jnp.float32)} if logits.shape[-1] > _MIN_CLASSES else {}
+        return {
+            "loss": optax.softmax_cross_entropy_with_integer_labels(logits, labels),
+            "accuracy": correct,
+            **top5,
+            "excess_confidence": calibration.excess_confidence(confidences, correct),
+            "label": labels,
+            "prediction": predictions,
+            "confidence": confidences,
+            "rank": rank,
+        }
+
+    def _train(self, model: nnx.Module, batch: Batch, key: jax.Array) -> Metrics:
+        augment_key, key = jax.random.split(key)
+        inputs, mixed = augmentation.augment(batch, augment_key, self.augment, self.mean, self.std)
+        logits = self._logits(model, inputs, train=True, key=key)
+        targets = batch["label"] if mixed is None else mixed
+        if self.loss == "sigmoid":
+            loss = classification_loss.sigmoid(logits, targets, self.label_smoothing, self.target_threshold)
+        else:
+            loss = classification_loss.softmax(logits, targets, self.label_smoothing)
+        return {"loss": loss, "accuracy": classification_loss.accuracy(logits, targets)}
 
     def _logits(self, model: Any, inputs: jax.Array, *, train: bool, key: jax.Array | None) -> jax.Array:
         if train:
@@ -135,11 +196,6 @@ class Classification(Task):
             views = [(weight / 2, image) for weight, view in views for image in (view, view[:, :, ::-1])]
         return views
 
-    def predicted(self, model: nnx.Module, batch: Batch, _: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Predicts the classes of "image" uint8 [b, h, w, c] as in evaluation: int32 [b], probabilities float32 [b]."""
-        logits = self._classify(model, batch.features)["logits"]
-        return logits.argmax(-1), jax.nn.softmax(logits).max(-1)
-
     def functions(self, model: nnx.Module, dataset: Dataset) -> dict[str, ExportedFunction]:
         """Exports `classify`: "image" uint8 [b, h, w, c] to the "logits" of evaluation, float32 [b, classes]."""
         shape = ", ".join(map(str, dataset.test["image"].shape[1:]))
@@ -153,18 +209,33 @@ class Classification(Task):
         normalized = images.normalize(inputs["image"], self.mean, self.std)
         return {"logits": self._logits(model, normalized, train=False, key=None)}
 
-    def plots(self, predict: Predictor, dataset: Dataset) -> dict[str, Callable[[], Any]]:
-        """Plots the confusion matrix and the most confident mistakes of the test set.
+    def summarize(self, means: Mapping[str, Any]) -> dict[str, float]:
+        """As the base class, with the expected calibration error (`research.tasks.calibration`) of an evaluation."""
+        excess = means.get("excess_confidence")
+        metrics = super().summarize({name: mean for name, mean in means.items() if name != "excess_confidence"})
+        return metrics if excess is None else metrics | {"calibration_error": float(np.abs(excess).sum())}
 
-        If it is read when it is needed, of a sample.
-        """
-        test, names = dataset.test, dataset.label_names
-        if isinstance(test, StreamedSplit):
-            numbers = spread(test.num_examples, _MAX_PLOTTED)
-            test = {name: column[numbers] for name, column in test.items() if name in ("image", "label")}
-        predictions, confidences = predict(self.predicted, {"image": test["image"]})
-        labels = test["label"]
+    def evaluation_plots(self, examples: Examples, dataset: Dataset) -> dict[str, Callable[[], Any]]:
+        """Plots confusions, calibration and the most confident mistakes of the whole test set."""
+        if not examples:  # of a subclass with an `evaluate` of its own
+            return {}
+        labels, predictions, confidences = (examples[name] for name in ("label", "prediction", "confidence"))
+        names = dataset.label_names
+
+        def mistakes() -> Any:
+            numbers = plots.most_confident_mistakes(labels, predictions, confidences)
+            images = dataset.test["image"][examples["index"][numbers]]
+            return plots.mistakes(images, numbers, labels, predictions, confidences, names)
+
         return {
             "confusion": lambda: plots.confusion(labels, predictions, names),
-            "examples": lambda: plots.mistakes(test["image"], labels, predictions, confidences, names),
+            "reliability": lambda: plots.reliability(confidences, predictions == labels, calibration.NUM_BINS),
+            "examples": mistakes,
         }
+
+    def tables(self, examples: Examples, dataset: Dataset) -> dict[str, str]:
+        """Returns classes.csv, over the whole test set."""
+        if not examples:
+            return {}
+        top5 = examples["rank"] < _TOP if len(dataset.label_names) > _MIN_CLASSES else None
+        return {"classes": class_table.make(examples["label"], examples["prediction"], top5, dataset.label_names)}

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from research.data.batch import Batch
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 Metrics = dict[str, jax.Array]
 Inputs = Mapping[str, jax.Array]  # of an exported function
+Examples = Mapping[str, np.ndarray]  # values of `Task.per_example` and the examples' numbers, "index", [n] each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +48,15 @@ class Task:
       per_device_gradients: whether each device may compute the losses and gradients of its part of the batch on its
         own, so that one all-reduce a step suffices. The network's class must declare it as well, and subclasses do not
         inherit it: `research.training.per_device` says what it promises and how that is checked.
+      per_example: names of values of `evaluate` that an evaluation does not average but collects, for every example of
+        the split, for `evaluation_plots` and `tables`.
     """
 
     network: Callable[[nnx.Rngs], nnx.Module]
     unit: tuple[str, int] = ("examples", 1)
     parallel_over_time: bool = False
     per_device_gradients: ClassVar[bool] = False
+    per_example: ClassVar[tuple[str, ...]] = ()
 
     def create_model(self, rngs: nnx.Rngs) -> nnx.Module:
         """Builds the network with its initial parameters."""
@@ -128,4 +133,14 @@ class Task:
     def plots(self, predict: "Predictor", dataset: "Dataset") -> "dict[str, Callable[[], Figure]]":
         """Returns functions that draw the plots of the trained network, by file name without ".png"."""
         del predict, dataset
+        return {}
+
+    def evaluation_plots(self, examples: Examples, dataset: "Dataset") -> "dict[str, Callable[[], Figure]]":
+        """As `plots`, from the values of `per_example` in the newest evaluation of the test split."""
+        del examples, dataset
+        return {}
+
+    def tables(self, examples: Examples, dataset: "Dataset") -> dict[str, str]:
+        """Returns the run's CSV files, by file name without ".csv"; the arguments are those of `evaluation_plots`."""
+        del examples, dataset
         return {}

@@ -26,11 +26,11 @@ def jit_update(function: Callable[..., Any], state: TrainState, mesh: Mesh) -> A
 
 
 def jit_eval(function: Callable[..., Any], state: TrainState, mesh: Mesh) -> Any:
-    """Jits (params, model_state, carry [b, ...], data, batches [k, b, ...]) -> (carry, replicated arrays)."""
+    """Jits (params, model_state, carry [b, ...], data, batches [k, b, ...]) -> (carry, replicated arrays, [k, b])."""
     replicated, batch = sharding.replicated(mesh), sharding.batch_sharding(mesh, 0)
     shardings = jax.tree.map(lambda x: x.sharding, (state.eval_params, state.eval_model_state))
     return jax.jit(
         function,
         in_shardings=(*shardings, batch, replicated, sharding.batch_sharding(mesh, 1)),
-        out_shardings=(batch, replicated),
+        out_shardings=(batch, replicated, sharding.batch_sharding(mesh, 1)),
     )

@@ -159,11 +159,16 @@ class Loop:
             return plots.curves({self._experiment: [*read_metrics(writer.workdir), *filter(None, [row])]})
 
         writer.plot("curves", curves, step)
+        examples = run.examples("test")
         drawings = drawing.attempt(
-            "no plots were drawn", lambda: run.task.plots(run.predictor(), run.dataset), writer.warning
+            "no plots were drawn",
+            lambda: run.task.plots(run.predictor(), run.dataset) | run.task.evaluation_plots(examples, run.dataset),
+            writer.warning,
         )
         for name, draw in (drawings or {}).items():
             writer.plot(name, draw, step)
+        for name, text in run.task.tables(examples, run.dataset).items():
+            writer.table(name, text)
 
 
 def train_and_evaluate(

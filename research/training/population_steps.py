@@ -69,9 +69,13 @@ class PopulationSteps:
     def _evaluate(self, params: Any, model_state: Any, carry: Any, active: Any, data: Any, batches: Any) -> Any:
         def evaluate_member(params: Any, model_state: Any, carry: Any, active: Any) -> Any:
             arrays = params, model_state, carry, data, batches
-            shapes = jax.eval_shape(self._steps.eval_steps, *arrays)
+
+            def evaluate() -> Any:
+                return self._steps.eval_steps(*arrays)[:2]  # the values of each example are for plots
+
+            shapes = jax.eval_shape(evaluate)
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-            return jax.lax.cond(active, lambda: self._steps.eval_steps(*arrays), lambda: zeros)
+            return jax.lax.cond(active, evaluate, lambda: zeros)
 
         return self._map(evaluate_member, params, model_state, carry, active)
 

@@ -17,7 +17,7 @@ from research.data.sources import Dataset
 from research.process import distributed
 from research.process.signals import Signals
 from research.tasks.predictor import Predictor
-from research.tasks.task import Task
+from research.tasks.task import Examples, Task
 from research.training import batch_statistics, hyperparams, initialization
 from research.training.checkpoint import Checkpoints
 from research.training.dispatch import DispatchSizer
@@ -75,6 +75,8 @@ class Training:
         # host devices can starve each other's threads in an all-reduce until the process aborts.
         self._overlap = mesh.devices.flat[0].platform != "cpu"
         self._stop_polls = 0
+        self._replicate = jax.jit(lambda tree: tree, out_shardings=sharding.replicated(mesh))
+        self._examples: tuple[int, dict[str, Examples]] = -1, {}
 
     @functools.cached_property
     def _train_batches(self) -> TrainBatches:
@@ -243,24 +245,37 @@ class Training:
     def evaluate(self) -> dict[str, float]:
         """The means of the metrics over each held-out split, as `<split>_<name>`.
 
+        Also keeps the values of each example, for `examples`.
+
         Raises:
           NonFiniteLossError: a loss is not finite.
         """
         self.estimate_statistics()
-        results = {}
+        results, examples = {}, {}
         for split, batches in self._eval_batches.items():
             total: Any = None
+            parts = []
             carry = self._eval_carry()
             for batch in batches:
                 arrays = self.state.eval_params, self.state.eval_model_state, carry, batches.data, batch
-                carry, part = self._eval_programs[split](*arrays)
+                carry, part, values = self._eval_programs[split](*arrays)
                 # Waited for, so that a streamed set is never on the devices as a whole.
                 total = add_sums(total, jax.device_get(part))
+                if values:
+                    parts.append(jax.device_get(self._replicate(values)))
             results |= self.task.split_metrics(split, *total)
+            examples[split] = _joined(parts)
+        self._examples = self.progress.step, examples
         for name, value in results.items():
             if name.endswith("_loss") and not np.isfinite(value):
                 raise non_finite(f"{name} is {value}", self.progress.step)
         return results
+
+    def examples(self, split: str) -> Examples:
+        """Returns the values of `Task.per_example` for the intact examples of a split, evaluated at this step."""
+        if self.task.per_example and self._examples[0] != self.progress.step:
+            self.evaluate()
+        return self._examples[1].get(split, {})
 
     def _eval_carry(self) -> Any:
         carry = self.task.initial_carry(self.config.examples_at_once)
@@ -270,3 +285,12 @@ class Training:
         """The network that evaluation uses, for plots and final metrics."""
         size = self.config.examples_at_once
         return Predictor(self.graphdef, self.state.eval_params, self.state.eval_model_state, self.mesh, size)
+
+
+def _joined(parts: list[dict[str, np.ndarray]]) -> Examples:
+    """Joins the values of several dispatches, [k, b] each, without those of padding and damaged examples."""
+    if not parts:
+        return {}
+    joined = {name: np.concatenate([part[name].ravel() for part in parts]) for name in parts[0]}
+    kept = joined.pop("weight") > 0
+    return {name: values[kept] for name, values in joined.items()}

@@ -1,7 +1,8 @@
 """The train step and the evaluation step, as pure functions.
 
     train_steps: (state, data, batches, num_steps, hparams)  -> (state, metrics of every step)
-    eval_steps:  (params, model_state, carry, data, batches) -> (carry, weighted sums of each batch's metrics)
+    eval_steps:  (params, model_state, carry, data, batches) -> (carry, weighted sums of each batch's metrics, values
+                 of each example)
 
 `data` is the device-resident data set, or {} if the data is streamed. `batches` hold the numbers of each step's
 examples and, if the data is streamed, the examples themselves. `hparams` are the hyperparameters that are traced
@@ -237,41 +238,49 @@ class Steps:
         batch = jax.tree.map(lambda x: x[0], batches)
         return batch_statistics.estimate(model_state_after, state, batch, count, hparams)
 
-    def eval_steps(self, params: Any, model_state: Any, carry: Any, data: Data, batches: Batch) -> tuple[Any, Sums]:
+    def eval_steps(
+        self, params: Any, model_state: Any, carry: Any, data: Data, batches: Batch
+    ) -> tuple[Any, Sums, Metrics]:
         """Evaluates k batches; `batches` has leaves [k, b, ...].
 
         Returns:
           The carry [b, ...] after the last batch; for every metric the weighted sums over the examples of each batch,
-          [k, ...], and the sums of the weights [k].
+          [k, ...], and the sums of the weights [k]; and the values of `Task.per_example`, [k, b] each, with the
+          examples' numbers ("index") and weights ("weight"), or {} without any.
         """
         # Seeds are the indices of first examples: the same for any dispatch size, and on every device.
         arrays = params, model_state, carry, data, batches, batches.index[:, 0]
         if self.num_replicas == 1:
             return self._evaluate(*arrays)
 
-        def on_device(*arrays: Any) -> tuple[Any, Sums]:
-            carry, sums = self._evaluate(*arrays)
-            return carry, per_device.reduce(jax.lax.psum, sums, self._mesh)
+        def on_device(*arrays: Any) -> tuple[Any, Sums, Metrics]:
+            carry, sums, examples = self._evaluate(*arrays)
+            return carry, per_device.reduce(jax.lax.psum, sums, self._mesh), examples
 
         rows, part = P(sharding.BATCH_AXES), P(None, sharding.BATCH_AXES)
         specs = P(), P(), rows, P(), part, P()
-        return per_device.on_each_device(on_device, self._mesh, specs, (rows, P()))(*arrays)
+        return per_device.on_each_device(on_device, self._mesh, specs, (rows, P(), part))(*arrays)
 
     def _evaluate(
         self, params: Any, model_state: Any, carry: Any, data: Data, batches: Batch, seeds: jax.Array
-    ) -> tuple[Any, Sums]:
+    ) -> tuple[Any, Sums, Metrics]:
         """Like `eval_steps`, for the examples of one device, or all; `seeds` are int [k]."""
         arrays = gather(params, model_state, self._mesh)
 
-        def body(carry: Any, xs: tuple[Batch, jax.Array]) -> tuple[Any, Sums]:
+        def body(carry: Any, xs: tuple[Batch, jax.Array]) -> tuple[Any, tuple[Sums, Metrics]]:
             batch, seed = xs[0].gather(data), xs[1]
             model = merge_network(self._graphdef, *arrays)
             key = jax.random.fold_in(randomness.key(Stream.EVALUATION), seed)
             values, carry = self._task.advance(model, batch, carry, key=key, train=False)
             weights = batch.mask * self._task.example_weights(batch)
-            return carry, (jax.tree.map(lambda value: (value.T * weights).T.sum(0), values), weights.sum())
+            examples = {name: values.pop(name) for name in self._task.per_example if name in values}
+            if examples:
+                examples |= {"index": batch.index, "weight": weights}
+            sums = jax.tree.map(lambda value: (value.T * weights).T.sum(0), values), weights.sum()
+            return carry, (sums, examples)
 
-        return jax.lax.scan(body, carry, (batches, seeds))
+        carry, (sums, examples) = jax.lax.scan(body, carry, (batches, seeds))
+        return carry, sums, examples
 
     def jit_train(self, state: TrainState) -> Any:
         """Jits `train_steps`; the state's buffers are donated."""

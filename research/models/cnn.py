@@ -92,12 +92,13 @@ def create(
     width, depth = config.width, config.depth
     dtype = jnp.dtype(config.dtype)
     by_fan_in = config.parametrization == "mup"  # muP scales the initial variance by fan-in
-    group = {"norm_group": config.norm_group}
-    he = Style(rngs, dtype, config.dropout, config.norm, HE_FAN_IN if by_fan_in else HE, LECUN_THIRD, **group)
+    group = config.norm_group
+    he_init = HE_FAN_IN if by_fan_in else HE
+    he = Style(rngs, dtype, config.dropout, config.norm, he_init, LECUN_THIRD, norm_group=group)
     match config.name:
         case "simple":
             init = LECUN if by_fan_in else GLOROT
-            style = Style(rngs, dtype, config.dropout, config.norm, init, init, **group)
+            style = Style(rngs, dtype, config.dropout, config.norm, init, init, norm_group=group)
             pool = max_pool if config.pool == "max" else avg_pool
             return Simple(style, width, pool, image_shape, num_classes)
         case "resnet":
@@ -107,7 +108,7 @@ def create(
             groups = [(16 * width * 2**i, (depth - 4) // 6) for i in range(3)]
             return ResNet(he, WideBlock, 16, groups, image_shape[-1], num_classes)
         case _:
-            norm = {"norm_scale": False, "norm_momentum": norm_momentum, "norm_epsilon": 1e-12} | group
+            norm = {"norm_scale": False, "norm_momentum": norm_momentum, "norm_epsilon": 1e-12, "norm_group": group}
             style = Style(rngs, dtype, config.dropout, config.norm, airbench.dirac_init, LECUN_THIRD, **norm)
             assert whitening is not None
             return airbench.Airbench(style, width, depth, whitening, image_shape, num_classes)

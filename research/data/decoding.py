@@ -21,6 +21,8 @@ import PIL
 from PIL import ExifTags, Image, ImageOps
 
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".bmp", ".webp", ".gif")
+IGNORED_FOLDERS = ("@eaDir", "__MACOSX")  # thumbnails of Synology's file servers; resource forks in macOS's archives
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 NAME = f"rules 1, Pillow {PIL.__version__}"  # part of the cache key; raise the number when a rule changes
 

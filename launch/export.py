@@ -20,6 +20,7 @@ from launch.artifacts import artifact
 from launch.artifacts.artifact import ArtifactError
 from research import app, flags
 from research.config import option
+from research.data import decoding
 from research.errors import RecordError, UserError
 from research.record.storage import open_path
 
@@ -140,6 +141,7 @@ def _manifest(
     from research.training.state import num_params
 
     dataset = training.config.dataset
+    center_crop = dataset.center_crop if dataset.image_size else None
     return {
         "experiment": experiment,
         "dataset": training.dataset.name,
@@ -148,17 +150,29 @@ def _manifest(
         "results": training.progress.results,
         "config": dataclasses.asdict(training.config),
         # How images of any size become inputs; null: they must have the inputs' size.
-        "center_crop": dataset.center_crop if dataset.image_size else None,
+        "center_crop": center_crop,
         "classes": list(training.dataset.label_names),
         "platforms": list(PLATFORMS),
         "functions": {
-            name: described(exported[name]) | {"preprocessing": function.preprocessing}
+            name: described(exported[name])
+            | {"preprocessing": function.preprocessing}
+            | _image_files(exported[name], center_crop)
             for name, function in functions.items()
         },
         "weights": {name: {"shape": list(x.shape), "dtype": str(x.dtype)} for name, x in weights.items()},
         "versions": summary.versions()
         | {"calling_convention": max(e.calling_convention_version for e in exported.values())},
     }
+
+
+def _image_files(exported: "Exported", center_crop: float | None) -> dict[str, Any]:
+    """Describes how image files become the function's images, if it takes images."""
+    from launch.artifacts.runtimes import described
+
+    image = described(exported)["inputs"].get("image")
+    if image is None or image["shape"][-1] not in decoding.MODES:
+        return {}
+    return {"image_files": decoding.describe(image["shape"][1:], center_crop)}
 
 
 def _export(name: str, function: "ExportedFunction", network: Any, weights: Mapping[str, Any]) -> "Exported":

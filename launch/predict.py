@@ -1,6 +1,7 @@
 """Runs an artifact written by `launch.export`; from `research` it imports only the image decoder.
 
 python -m launch.predict --artifact=DIR image.png folder ...           classifier: the most likely classes of each image
+python -m launch.predict --artifact=DIR --top=5 --csv=FILE folder ...  the same as a table
 python -m launch.predict --artifact=DIR --prompt="ROMEO:"              language model: a continuation of the prompt
 python -m launch.predict --artifact=DIR --out=DIR image.png ...        autoencoder: reconstructions of the images
 python -m launch.predict --artifact=DIR --out=DIR --num_samples=16     autoencoder: sampled images
@@ -10,6 +11,7 @@ stderr (of the network alone, without compilation and reading files). All files 
 """
 
 import argparse
+import contextlib
 import io
 import os
 import sys
@@ -21,14 +23,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 
 from launch.artifacts import artifact as artifact_lib
-from launch.artifacts import expected_signatures, image_files
+from launch.artifacts import batches, expected_signatures, image_files, probabilities, sampling
 from launch.artifacts.artifact import Artifact, ArtifactError
 
 if TYPE_CHECKING:
     from launch.artifacts.runtimes import Runtime
 
-_BATCH_SIZE = 64  # on a CPU, 256 halves the speed of the tutorial CNN
-_NUM_SHOWN = 3  # classes
+_DEFAULT_TOP = 3  # classes
 
 
 class _Parser(argparse.ArgumentParser):
@@ -49,6 +50,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("images", nargs="*", help=images_help)
     parser.add_argument("--artifact", required=True, type=_path, help="folder written by launch.export")
     parser.add_argument("--runtime", default="jax", choices=("jax", "iree"), help="compiles and runs the programs")
+    parser.add_argument("--top", type=_number(int, 1), help="number of most likely classes of an image (default: 3)")
+    parser.add_argument("--csv", type=_path, help="new CSV file for the classes of the images, instead of stdout")
     parser.add_argument("--out", type=_path, help="folder for the output images, new or empty")
     parser.add_argument("--prompt", help="text to continue (default: a newline)")
     parser.add_argument("--length", type=_number(int, 1), help="number of characters to generate (default: 500)")
@@ -120,43 +123,33 @@ def _runtime(artifact: Artifact, options: argparse.Namespace) -> "Runtime":
     return RUNTIMES[options.runtime](artifact)
 
 
-def _in_batches(runtime: "Runtime", function: str, inputs: dict[str, np.ndarray], unit: str) -> dict[str, np.ndarray]:
-    """Runs a function batch by batch, and reports its speed on stderr; scalar inputs are passed to every batch."""
-    count = max(len(x) for x in inputs.values() if x.ndim)
-    size = min(_BATCH_SIZE, count)
-    parts, began = [], time.monotonic()
-    before = runtime.compile_seconds
-    for start in range(0, count, size):
-        index = np.minimum(np.arange(start, start + size), count - 1)
-        parts.append(runtime(function, {name: x[index] if x.ndim else x for name, x in inputs.items()}))
-    compiled = runtime.compile_seconds - before
-    _report(runtime, f"{function}: {count:,}", unit, count, time.monotonic() - began - compiled, compiled)
-    return {name: np.concatenate([part[name] for part in parts])[:count] for name in parts[0]}
-
-
-def _report(runtime: "Runtime", what: str, unit: str, count: int, seconds: float, compiled: float) -> None:
-    speed = f"{count / seconds:,.0f} {unit}/s"
-    print(f"{what} {unit}, {speed} ({runtime.name}; compilation excluded: {compiled:.2f} s)", file=sys.stderr)
-
-
 def _classify(artifact: Artifact, options: argparse.Namespace) -> None:
     if not options.images:
         raise ArtifactError("give images to classify, as in `python -m launch.predict --artifact=DIR image.png`")
-    shape = artifact.manifest["functions"]["classify"]["inputs"]["image"]["shape"][1:]
-    paths = image_files.list_files(options.images)
-    images = image_files.read(paths, shape, artifact.manifest.get("center_crop"))
     classes = artifact.manifest["classes"]
-    logits = _in_batches(_runtime(artifact, options), "classify", {"image": images}, "images")["logits"]
-    for path, row in zip(paths, _softmax(logits)):
-        likeliest = np.argsort(-row, kind="stable")[:_NUM_SHOWN]
-        shown = os.fsencode(path).decode(errors="replace")  # a file name may not be UTF-8
-        print(f"{shown}  " + "  ".join(f"{classes[i]} {row[i]:.3f}" for i in likeliest))
+    top = options.top or min(_DEFAULT_TOP, len(classes))
+    if top > len(classes):
+        raise ArtifactError(f"--top={top}: the network has {len(classes)} classes; give at most this number")
+    images = _images(artifact, options, "classify")
+    # Opened before the network runs, so that a file that cannot be written is reported at once.
+    with probabilities.new_file(options.csv) if options.csv else contextlib.nullcontext() as file:
+        outputs = batches.run(_runtime(artifact, options), "classify", {"image": images}, "images")
+        rankings = (ranking for batch in outputs for ranking in probabilities.rank(batch["logits"], classes, top))
+        if file:
+            table = probabilities.CsvTable(file, top)
+            for path, ranking in zip(images.paths, rankings, strict=True):
+                table.add(path, ranking)
+        else:
+            # Not while the network runs: a damaged image ends the command before anything is printed.
+            lines = [probabilities.line(*entry) for entry in zip(images.paths, rankings, strict=True)]
+            print("\n".join(lines))
+    if file:
+        print(options.csv)
 
 
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    """Float64, over the last axis."""
-    weights = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
-    return weights / weights.sum(-1, keepdims=True)
+def _images(artifact: Artifact, options: argparse.Namespace, function: str) -> image_files.ImageFiles:
+    shape = artifact.manifest["functions"][function]["inputs"]["image"]["shape"][1:]
+    return image_files.ImageFiles(image_files.list_files(options.images), shape, artifact.manifest.get("center_crop"))
 
 
 def _reconstruct_or_draw(artifact: Artifact, options: argparse.Namespace) -> None:
@@ -168,22 +161,20 @@ def _reconstruct_or_draw(artifact: Artifact, options: argparse.Namespace) -> Non
         raise ArtifactError("give --out=DIR, the folder for the images")
     artifact_lib.check_free(options.out)
     if options.images:
-        shape = artifact.manifest["functions"]["encode"]["inputs"]["image"]["shape"][1:]
-        paths = image_files.list_files(options.images)
-        inputs = {
-            "image": image_files.read(paths, shape, artifact.manifest.get("center_crop")),
-            "index": _index(len(paths)),
-        }
+        images = _images(artifact, options, "encode")
+        numbers = _index(len(images))
+        inputs = {"image": images[numbers], "index": numbers}
         _make_folder(options.out)
         runtime = _runtime(artifact, options)
-        latents = _in_batches(runtime, "encode", inputs, "images")["mean"]
-        decoded = _in_batches(runtime, "decode", {"latents": latents}, "images")["image"]
-        names = [f"{i:04}-{Path(path).stem}.png" for i, path in enumerate(paths)]
+        latents = batches.concatenate(batches.run(runtime, "encode", inputs, "images"), "mean")
+        outputs = batches.run(runtime, "decode", {"latents": latents}, "images")
+        names = [f"{i:04}-{Path(path).stem}.png" for i, path in enumerate(images.paths)]
     else:
         inputs = {"seed": np.array(options.sample_seed or 0, np.uint32), "index": _index(options.num_samples)}
         _make_folder(options.out)
-        decoded = _in_batches(_runtime(artifact, options), "sample", inputs, "images")["image"]
-        names = [f"{i:04}.png" for i in range(len(decoded))]
+        outputs = batches.run(_runtime(artifact, options), "sample", inputs, "images")
+        names = [f"{i:04}.png" for i in range(options.num_samples)]
+    decoded = batches.concatenate(outputs, "image")
     try:
         for name, image in zip(names, decoded):
             image_files.write(options.out / name, image)
@@ -219,10 +210,10 @@ def _continue_text(artifact: Artifact, options: argparse.Namespace) -> None:
         outputs = runtime("step", {"token": texts[number], **memory})
         memory = {name: outputs[name] for name in memory}
         if number >= len(prompt) - 1:
-            texts.append(draw(outputs["logits"], rng, temperature, top_p))
+            texts.append(sampling.draw(outputs["logits"], rng, temperature, top_p))
     seconds = time.monotonic() - began - runtime.compile_seconds
     steps = count * (len(prompt) + length - 1)
-    _report(runtime, f"step: {steps:,}", "characters", steps, seconds, runtime.compile_seconds)
+    batches.report(runtime, f"step: {steps:,}", "characters", steps, seconds, runtime.compile_seconds)
     for number, row in enumerate(np.stack(texts, 1)):
         print(f"--- sample {number + 1} of {count}")
         print(bytes(ord(classes[token]) for token in row).decode(errors="replace"))
@@ -237,32 +228,8 @@ def _tokens(prompt: str, classes: Sequence[str]) -> list[int]:
     return [numbers[byte] for byte in prompt.encode("utf-8", "surrogateescape")]
 
 
-def draw(logits: np.ndarray, rng: np.random.Generator, temperature: float, top_p: float) -> np.ndarray:
-    """Nucleus sampling (Holtzman et al. 2020, arXiv 1904.09751, section 3.1), on the host.
-
-    Args:
-      logits: float [n, characters].
-      rng: draws one number per row.
-      temperature: divides the logits, before `top_p` is applied; 0 is greedy decoding.
-      top_p: samples from the smallest set of most likely characters whose probabilities sum to this or more.
-
-    Returns:
-      int32 [n].
-    """
-    if temperature == 0:
-        return logits.argmax(-1).astype(np.int32)
-    order = np.argsort(-logits, axis=-1, kind="stable")
-    probabilities = _softmax(np.take_along_axis(logits, order, -1) / temperature)
-    sums = np.cumsum(probabilities, -1)
-    outside = sums - probabilities >= top_p
-    outside[:, 0] = False  # the most likely one stays, even if top_p is 0
-    sums = np.cumsum(np.where(outside, 0, probabilities), -1)
-    rank = (sums <= rng.random((len(logits), 1)) * sums[:, -1:]).sum(-1)
-    return np.take_along_axis(order, rank[:, None], -1)[:, 0].astype(np.int32)
-
-
 _KINDS: list[tuple[set[str], tuple[str, ...], Callable[[Artifact, argparse.Namespace], None]]] = [
-    ({"classify"}, ("images",), _classify),
+    ({"classify"}, ("images", "top", "csv"), _classify),
     ({"encode", "decode", "sample"}, ("images", "out", "num_samples", "sample_seed"), _reconstruct_or_draw),
     ({"step"}, ("prompt", "length", "num_samples", "temperature", "top_p", "sample_seed"), _continue_text),
 ]

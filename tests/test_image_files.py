@@ -10,6 +10,7 @@ from PIL import Image
 
 from launch.artifacts import image_files
 from launch.artifacts.artifact import ArtifactError
+from research.data import decoding, folder_listing
 
 SHAPE = (4, 6, 3)  # h, w, c
 PIXELS = np.random.default_rng(0).integers(0, 256, SHAPE).astype(np.uint8)
@@ -23,7 +24,7 @@ def _save(path, array):
 @pytest.mark.parametrize("name", ["x.png", "x.bmp", "x.PNG"])
 def test_an_image_of_the_right_size_is_read(tmp_path, name):
     files = [_save(tmp_path / name, PIXELS), _save(tmp_path / "gray.png", PIXELS[..., 0])]
-    found = image_files.read(files, SHAPE)
+    found = image_files.ImageFiles(files, SHAPE)[np.arange(2)]
     assert (found.dtype, found.shape) == (np.uint8, (2, *SHAPE))
     np.testing.assert_array_equal(found, [PIXELS, PIXELS[..., :1].repeat(3, -1)])
 
@@ -51,14 +52,14 @@ def _cut(path):
 def test_an_odd_image_is_named_and_what_is_odd(tmp_path, name, save, words):
     save(tmp_path / name)
     with pytest.raises(ArtifactError) as error:
-        image_files.read([_save(tmp_path / "good.png", PIXELS), str(tmp_path / name)], SHAPE)
+        image_files.ImageFiles([_save(tmp_path / "good.png", PIXELS), str(tmp_path / name)], SHAPE)[np.arange(2)]
     assert str(error.value).startswith(f"{tmp_path / name} ") or "no such file" in words
     assert words in str(error.value)
 
 
 def test_a_network_of_other_channels_is_refused():
     with pytest.raises(ArtifactError, match="this network takes 5 channels, and image files have 1 to 4"):
-        image_files.read([], (4, 6, 5))
+        image_files.ImageFiles([], (4, 6, 5))
 
 
 def _touch(folder, *names):
@@ -68,7 +69,7 @@ def _touch(folder, *names):
 
 
 def test_a_folder_stands_for_its_image_files_sorted(tmp_path, capsys):
-    names = ["a.b/0.webp", "a/0.gif", "a/z.JPG", "b.png", "c.mpo"]
+    names = ["a.b/0.webp", "a/0.gif", "a/z.JPG", "b.png", "c.mpo", "d.jpe"]
     _touch(tmp_path / "in", *reversed(names))
     alone, found = str(tmp_path / "any.name"), [str(tmp_path / "in" / name) for name in names]
     assert image_files.list_files([alone, str(tmp_path / "in"), alone]) == [alone, *sorted(found, key=Path), alone]
@@ -89,9 +90,17 @@ def test_other_files_of_a_folder_are_named_in_one_line(tmp_path, capsys):
     assert line.endswith("link, ...")
 
 
+def test_the_images_of_a_folder_are_those_that_training_finds(tmp_path):
+    _touch(tmp_path, *(f"cat/x{suffix}" for suffix in decoding.SUFFIXES))
+    _touch(tmp_path, "cat/.hidden/x.png", "cat/@eaDir/x.png", "cat/__MACOSX/x.png", "cat/deep/x.PNG", "cat/x.txt")
+    listing = folder_listing.scan(os.fsencode(tmp_path), {b"cat": 0})
+    names = [os.fsdecode(name) for name in folder_listing.split(listing["paths"], listing["ends"])]
+    assert sorted(image_files.list_files([str(tmp_path)])) == sorted(str(tmp_path / name) for name in names)
+
+
 def test_a_folder_without_images_is_refused(tmp_path, monkeypatch):
     _touch(tmp_path, "in/labels.txt")
-    with pytest.raises(ArtifactError, match=r"in has no image files \(\.bmp, .*\): give another folder"):
+    with pytest.raises(ArtifactError, match=r"in has no image files \(\.png, .*\): give another folder"):
         image_files.list_files([str(tmp_path / "in")])
     _touch(tmp_path, "in/x.png", "in/closed/y.png")
 

@@ -1,5 +1,6 @@
 """Training on a folder of photographs: from the first command to a prediction, interrupted, on several devices."""
 
+import csv
 import io
 import json
 import os
@@ -15,7 +16,7 @@ from PIL import Image
 from experiments import cifar_cnn
 from launch import export, predict
 from research import app
-from research.data import decoding, sources
+from research.data import decoding, folder_listing, sources
 from research.data.streamed import StreamedSplit
 from research.errors import UserError
 
@@ -88,17 +89,88 @@ def test_a_moved_folder_is_the_same_data_and_another_one_is_not(whole, folder, t
         app.run(EXPERIMENT, [*args, "--config.num_epochs=5"], devices=jax.devices()[:1])
 
 
-def test_an_exported_network_predicts_photographs_of_any_size_as_in_evaluation(whole, folder, tmp_path, capsys):
-    args = ["linear", f"--workdir={whole[0]}", f"--out={tmp_path / 'artifact'}"]
-    assert export.run(args) == 0
-    manifest = json.loads((tmp_path / "artifact/manifest.json").read_text())
-    assert manifest["center_crop"] == 0.875
-    files = sorted((folder / "test").rglob("*.jpg"))
-    capsys.readouterr()
-    predict.main([f"--artifact={tmp_path / 'artifact'}", *map(str, files)])
-    lines = capsys.readouterr().out.splitlines()
-    classes = [line.split("  ")[1].split()[0] for line in lines]
-    assert classes == [file.parent.name for file in files]
+@pytest.fixture(scope="module")
+def many_kinds(folder, tmp_path_factory):
+    """The folder with photographs of many kinds and sizes in its test split, and files that are no images."""
+    changed = tmp_path_factory.mktemp("many") / "pets"
+    shutil.copytree(folder, changed)
+    for number, (name, (kind, mode, options)) in enumerate(KINDS.items()):
+        pixels = photographs.gradient(30 + 9 * number, 70 - 3 * number, number)
+        (changed / "test/dog" / name).write_bytes(photographs.encode(pixels, kind, mode, **options))
+    deep = Image.fromarray(np.arange(40 * 50, dtype=np.uint16).reshape(40, 50) * 32)
+    deep.save(changed / "test/cat/16 bits.png")
+    (changed / "test/cat/notes.txt").write_text("no image")
+    (changed / "test/cat/.hidden.jpg").write_text("no image")
+    return changed
+
+
+KINDS = {
+    "gray.jpg": ("JPEG", "L", {}),
+    "cmyk.jpe": ("JPEG", "CMYK", {}),
+    "turned.jpeg": ("JPEG", "RGB", {"exif": photographs.rotated_exif(6)}),
+    "alpha.png": ("PNG", "RGBA", {}),
+    "palette.png": ("PNG", "P", {}),
+    "black and white.png": ("PNG", "1", {}),
+    "猫, é.webp": ("WEBP", "RGB", {}),
+    "x.BMP": ("BMP", "RGB", {}),
+    "x.gif": ("GIF", "P", {}),
+}
+
+
+@pytest.fixture(scope="module")
+def exported(whole, tmp_path_factory):
+    """The artifact of the run."""
+    artifact = tmp_path_factory.mktemp("exported") / "artifact"
+    assert export.run(["linear", f"--workdir={whole[0]}", f"--out={artifact}"]) == 0
+    return artifact
+
+
+def test_predictions_are_those_of_the_checkpoint_for_photographs_of_any_kind(
+    whole, many_kinds, exported, tmp_path, capsys
+):
+    predict.main([f"--artifact={exported}", f"--csv={tmp_path / 't.csv'}", "--top=2", str(many_kinds / "test")])
+    assert "notes.txt" in capsys.readouterr().err
+    with (tmp_path / "t.csv").open(newline="", encoding="utf-8") as file:
+        rows = {row["file"]: row for row in csv.DictReader(file)}
+    # The independent way: the run's own evaluation, of the same folder.
+    command = app.parse(EXPERIMENT, [*_args(many_kinds, whole[0]), "--mode=eval"])
+    training = app.restored(EXPERIMENT, command, app.start(command.config, jax.devices()[:1]))
+    with jax.set_mesh(training.mesh):
+        training.evaluate()
+    examples, test = training.examples("test"), many_kinds / "test"
+    listing = folder_listing.scan(os.fsencode(test), {b"cat": 0, b"dog": 1})
+    files = [str(test / os.fsdecode(name)) for name in folder_listing.split(listing["paths"], listing["ends"])]
+    assert rows.keys() == set(files)
+    assert len(files) == 12 + len(KINDS) + 1
+    for number, prediction, confidence in zip(examples["index"], examples["prediction"], examples["confidence"]):
+        row = rows[files[number]]
+        assert row["class_1"] == ("cat", "dog")[prediction]
+        np.testing.assert_allclose(float(row["probability_1"]), confidence, atol=1e-3)
+        np.testing.assert_allclose(float(row["probability_1"]) + float(row["probability_2"]), 1, atol=1e-5)
+
+
+def _resized(pixels, described):
+    """The crop and resize of a manifest's description, in NumPy: uint8 [h, w, c] to float [size, size, c]."""
+    side = described["crop"]["fraction"] * min(pixels.shape[:2])
+    for axis in (1, 0):
+        length, size = pixels.shape[axis], described["size"][axis]
+        scale, start = side / size, length / 2 - side / 2
+        positions = np.arange(length) + 0.5 - start - (np.arange(size)[:, None] + 0.5) * scale
+        weights = np.maximum(0, 1 - np.abs(positions) / max(scale, 1))
+        weights /= weights.sum(1, keepdims=True)
+        pixels = np.round(np.moveaxis(np.tensordot(weights, pixels, (1, axis)), 0, axis))
+    return pixels
+
+
+def test_the_manifest_describes_how_photographs_become_inputs(exported):
+    manifest = json.loads((exported / "manifest.json").read_text())
+    described = manifest["functions"]["classify"]["image_files"]
+    assert manifest["center_crop"] == described["crop"]["fraction"] == 0.875
+    assert (described["size"], described["color"]) == ([16, 16], "RGB")
+    for height, width in ((40, 70), (71, 45), (9, 12)):
+        pixels = photographs.gradient(height, width)
+        expected = decoding.decode_center(photographs.encode(pixels, "PNG"), 3, 16, 0.875)
+        np.testing.assert_allclose(_resized(pixels, described), expected, atol=1)
 
 
 def test_a_damaged_photograph_ends_the_run_in_one_line_with_its_checkpoint_intact(whole, folder, tmp_path):

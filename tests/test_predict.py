@@ -1,7 +1,10 @@
 """`launch.predict`: answers without `research`, and one clear line for whatever is wrong with what it is given."""
 
+import csv
 import hashlib
+import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,7 +17,7 @@ from PIL import Image
 
 from experiments import char_rnn
 from launch import predict
-from launch.artifacts import artifact
+from launch.artifacts import artifact, batches, sampling
 from launch.artifacts.artifact import ArtifactError
 from launch.artifacts.runtimes import described
 from launch.export import _export
@@ -128,7 +131,7 @@ def test_nothing_of_research_is_imported_but_the_decoder(classifier, tmp_path, e
     }
 
 
-@pytest.mark.parametrize("count", [1, predict._BATCH_SIZE + 1])
+@pytest.mark.parametrize("count", [1, batches.BATCH_SIZE + 1])
 def test_classes_and_their_probabilities(classifier, tmp_path, capsys, count):
     paths = _colors(tmp_path, count)
     predict.run([f"--artifact={classifier}", *paths])
@@ -202,7 +205,7 @@ def test_draws_follow_their_probabilities():
         (0.5, 1.0, [25 / 36, 1 / 36, 9 / 36, 1 / 36]),
         (0.0, 1.0, [1, 0, 0, 0]),
     ):
-        drawn = predict.draw(logits, np.random.default_rng(0), temperature, top_p)
+        drawn = sampling.draw(logits, np.random.default_rng(0), temperature, top_p)
         np.testing.assert_allclose(np.bincount(drawn, minlength=4) / 20000, expected, atol=0.015)
 
 
@@ -267,6 +270,14 @@ def test_an_artifact_that_is_not_right_gets_one_line(classifier, tmp_path, capsy
         ("classifier", ["--prompt=a"], "--prompt does not apply to this artifact, whose functions are classify"),
         ("classifier", ["--runtme=jax"], "unrecognized arguments: --runtme=jax"),
         ("classifier", ["--runtime=tvm"], "invalid choice: 'tvm'"),
+        ("classifier", ["--top=4", "x.png"], "--top=4: the network has 3 classes; give at most this number"),
+        ("classifier", ["--top=0", "x.png"], "'0' is not a number of 1 or more"),
+        ("classifier", ["--csv=file", "x.png"], "--csv=file exists: give a new file, or remove it"),
+        ("classifier", ["--csv=file/t.csv", "x.png"], "--csv=file/t.csv cannot be written: Not a directory"),
+        ("classifier", ["--csv=none/t.csv", "x.png"], "--csv=none/t.csv cannot be written: No such file or directory"),
+        ("classifier", ["nosuch.png"], "nosuch.png: no such file"),
+        ("language_model", ["--top=1"], "--top does not apply to this artifact"),
+        ("autoencoder", ["--csv=t.csv", "x.png"], "--csv does not apply to this artifact"),
         ("classifier", ["--num_samples=0"], "'0' is not a number of 1 or more"),
         ("language_model", ["x.png"], "images does not apply to this artifact, whose functions are step"),
         ("language_model", ["--prompt=aZ"], "was not trained on the character 'Z'"),
@@ -286,6 +297,7 @@ def test_options_that_do_not_apply_are_refused(request, tmp_path, monkeypatch, k
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(predict, "_runtime", None)
     (tmp_path / "file").touch()
+    _save(tmp_path / "x.png", np.zeros(SHAPE, np.uint8))
     with pytest.raises(ArtifactError) as error:
         predict.run([f"--artifact={request.getfixturevalue(kind)}", *args])
     assert words in str(error.value)
@@ -302,3 +314,76 @@ def test_a_file_name_may_be_any_bytes(classifier, tmp_path, capsys):
     shutil.copy(image, odd)
     predict.run([f"--artifact={classifier}", odd])
     assert "caf\ufffd.png  " in capsys.readouterr().out
+    predict.run([f"--artifact={classifier}", f"--csv={tmp_path / 't.csv'}", odd])
+    assert (tmp_path / "t.csv").read_bytes().splitlines()[1].startswith(os.fsencode(odd) + b",")
+
+
+def _rows(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.reader(file))
+
+
+def test_a_table_has_a_row_for_each_file_and_columns_for_each_rank(classifier, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(batches, "BATCH_SIZE", 2)
+    (tmp_path / "in").mkdir()
+    names = ["a.png", 'b, "x".png', "c\nd.png", "猫 é.png"]
+    colors = np.full(SHAPE, 80, np.uint8) + np.eye(3, dtype=np.uint8)[[0, 1, 2, 0], None, None] * 100
+    paths = [_save(tmp_path / "in" / name, color) for name, color in zip(names, colors)]
+    predict.run([f"--artifact={classifier}", f"--csv={tmp_path / 't.csv'}", "--top=2", str(tmp_path / "in")])
+    assert capsys.readouterr().out == f"{tmp_path / 't.csv'}\n"
+    header, *rows = _rows(tmp_path / "t.csv")
+    assert header == ["file", "class_1", "probability_1", "class_2", "probability_2"]
+    assert [row[0] for row in rows] == paths
+    assert [row[1] for row in rows] == ["red", "green", "blue", "red"]
+    high, low = np.exp(24 * 180 * 2e-4), np.exp(24 * 80 * 2e-4)
+    expected = np.tile([high, low], (4, 1)) / (high + 2 * low)
+    np.testing.assert_allclose([[float(row[2]), float(row[4])] for row in rows], expected, rtol=1e-5)
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "t.csv"}
+    # The same without --csv, with a line for each file.
+    predict.run([f"--artifact={classifier}", "--top=3", str(tmp_path / "in")])
+    lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
+    assert [len(line) for line in lines] == [4] * 4
+    assert [line[0] for line in lines] == [path.replace("\n", "\ufffd") for path in paths]
+
+
+def test_no_table_is_left_when_an_image_is_damaged(classifier, tmp_path, monkeypatch):
+    monkeypatch.setattr(batches, "BATCH_SIZE", 2)
+    (tmp_path / "odd.png").write_text("no image")
+    with pytest.raises(ArtifactError, match=r"odd\.png is not an intact image"):
+        predict.run(
+            [f"--artifact={classifier}", f"--csv={tmp_path / 't.csv'}", *_colors(tmp_path), f"{tmp_path}/odd.png"]
+        )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.png", "1.png", "2.png", "odd.png"]
+
+
+def test_progress_is_a_line_now_and_then_where_stderr_is_no_terminal(classifier, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(batches, "BATCH_SIZE", 2)
+    paths = _colors(tmp_path, 5)
+    predict.run([f"--artifact={classifier}", *paths])
+    assert len(capsys.readouterr().err.splitlines()) == 1  # the speed
+    monkeypatch.setattr(batches, "_PROGRESS_SECONDS", -1)
+    predict.run([f"--artifact={classifier}", *paths])
+    first, second, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("classify: 2 of 5 images, ")
+    assert second.startswith("classify: 4 of 5 images, ")
+    assert last.startswith("classify: 5 images, ")
+
+
+def test_progress_is_a_bar_on_a_terminal(classifier, tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(batches, "_PROGRESS_SECONDS", -1)
+    predict.run([f"--artifact={classifier}", *_colors(tmp_path)])
+    assert "| 0/3 [" in terminal.getvalue()
+    assert "of 3 images" not in terminal.getvalue()
+
+
+def test_names_that_stdout_cannot_encode_are_escaped(classifier, tmp_path, monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    predict.main([f"--artifact={classifier}", _save(tmp_path / "é.png", np.full(SHAPE, 9, np.uint8))])
+    assert rb"\xe9.png  red 0.333" in stdout.buffer.getvalue()

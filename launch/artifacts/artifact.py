@@ -39,8 +39,9 @@ class Artifact:
     """An artifact whose files have been checked.
 
     Attributes:
-      manifest: "functions" by name, each with "file", "inputs", "outputs" and "preprocessing"; "classes";
-        "center_crop", if images of any size are cropped and resized as in evaluation; and more.
+      manifest: "functions" by name, each with "file", "inputs", "outputs" and "preprocessing", and "image_files" if it
+        takes images (`decoding.describe`); "classes"; "center_crop", if images of any size are cropped and resized as
+        in evaluation; and more.
       weights: the arrays by name, shared by all functions.
       programs: a serialized `jax.export.Exported` for each function name.
     """

@@ -5,6 +5,7 @@ crops, images of any size are cropped and resized as in its evaluation. Otherwis
 the choice of resampling would change predictions.
 """
 
+import concurrent.futures
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,14 +18,14 @@ from PIL import Image
 from launch.artifacts.artifact import ArtifactError
 from research.data import decoding
 
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".jfif", ".mpo", ".bmp", ".webp", ".gif"}
 _NUM_SHOWN = 3  # skipped files
 
 
 def list_files(paths: Sequence[str]) -> list[str]:
     """Lists image files: each folder in `paths` is replaced by those in it and its subfolders, sorted.
 
-    Warns about what is skipped: hidden files, files without the suffix of an image, and links to folders.
+    Warns about what is skipped: hidden files, files without the suffix of an image, and links to folders. As in
+    training, hidden folders and folders of thumbnails are ignored.
 
     Raises:
       ArtifactError: a folder has no image files or cannot be read.
@@ -37,7 +38,7 @@ def list_files(paths: Sequence[str]) -> list[str]:
             continue
         files = sorted(_walk(path))
         if not any(map(_is_image, files)):
-            raise ArtifactError(f"{path} has no image files ({', '.join(sorted(_SUFFIXES))}): give another folder")
+            raise ArtifactError(f"{path} has no image files ({', '.join(decoding.SUFFIXES)}): give another folder")
         for file in files:
             (images if _is_image(file) else skipped).append(str(file))
     if skipped:
@@ -48,6 +49,7 @@ def list_files(paths: Sequence[str]) -> list[str]:
 
 def _walk(folder: str) -> Iterator[Path]:
     for parent, folders, names in os.walk(folder, onerror=_refuse):
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in decoding.IGNORED_FOLDERS]
         links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
         yield from (Path(parent, name) for name in names + links)
 
@@ -57,40 +59,59 @@ def _refuse(error: OSError) -> NoReturn:
 
 
 def _is_image(file: Path) -> bool:
-    return file.suffix.lower() in _SUFFIXES and not file.name.startswith(".") and not file.is_dir()
+    return file.suffix.lower() in decoding.SUFFIXES and not file.name.startswith(".") and not file.is_dir()
 
 
-def read(paths: Sequence[str], shape: Sequence[int], center_crop: float | None = None) -> np.ndarray:
-    """Reads n image files as uint8 [n, h, w, c].
+class ImageFiles:
+    """Image files, as an array uint8 [n, h, w, c] whose rows are read when they are selected.
 
     Args:
       paths: the files.
-      shape: (h, w, c) of the result.
+      shape: (h, w, c).
       center_crop: `fraction` of `decoding.decode_center`, for images of any size; None: they must have this shape.
 
     Raises:
-      ArtifactError: a file is not an image, or not one that the network takes.
+      ArtifactError: a file does not exist, or no image file has c channels.
     """
-    if shape[2] not in decoding.MODES:
-        raise ArtifactError(f"this network takes {shape[2]} channels, and image files have 1 to 4")
-    return np.stack([_read(path, shape, center_crop) for path in paths])
 
+    ndim = 4
 
-def _read(path: str, shape: Sequence[int], center_crop: float | None) -> np.ndarray:
-    height, width, channels = shape
-    try:
-        if not Path(path).is_file():
-            raise ArtifactError(f"{path}: no such file")
-        encoded = Path(path).read_bytes()
-        if center_crop is not None and height == width:
-            return decoding.decode_center(encoded, channels, height, center_crop)
-        return decoding.decode(encoded, channels, (height, width))
-    except decoding.SizeError as error:
-        raise ArtifactError(f"{path} {error} as this network expects: resize or crop it first") from None
-    except decoding.ImageError as error:
-        raise ArtifactError(f"{path} {error}") from None
-    except OSError as error:
-        raise ArtifactError(f"{path} cannot be read: {error.strerror}") from None
+    def __init__(self, paths: Sequence[str], shape: Sequence[int], center_crop: float | None = None):
+        if shape[2] not in decoding.MODES:
+            raise ArtifactError(f"this network takes {shape[2]} channels, and image files have 1 to 4")
+        for path in paths:
+            if not os.path.isfile(path):
+                raise ArtifactError(f"{path}: no such file")
+        self.paths = paths
+        self._shape = shape
+        self._center_crop = center_crop
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, numbers: np.ndarray) -> np.ndarray:
+        """Reads the images of these numbers, int [b], in threads; one that is repeated is read once.
+
+        Raises:
+          ArtifactError: a file is not an image, or not one that the network takes.
+        """
+        unique, inverse = np.unique(numbers, return_inverse=True)
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            return np.stack(list(pool.map(self._read, (self.paths[i] for i in unique))))[inverse]
+
+    def _read(self, path: str) -> np.ndarray:
+        height, width, channels = self._shape
+        try:
+            encoded = Path(path).read_bytes()
+            if self._center_crop is not None and height == width:
+                return decoding.decode_center(encoded, channels, height, self._center_crop)
+            return decoding.decode(encoded, channels, (height, width))
+        except decoding.SizeError as error:
+            raise ArtifactError(f"{path} {error} as this network expects: resize or crop it first") from None
+        except decoding.ImageError as error:
+            raise ArtifactError(f"{path} {error}") from None
+        except OSError as error:
+            raise ArtifactError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def write(path: Path, image: np.ndarray) -> None:

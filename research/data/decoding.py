@@ -14,6 +14,7 @@ It imports only NumPy and Pillow, so that an artifact runs without the rest of `
 import io
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ import PIL
 from PIL import ExifTags, Image, ImageOps
 
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".bmp", ".webp", ".gif")
+IGNORED_FOLDERS = ("@eaDir", "__MACOSX")  # thumbnails of Synology's file servers; resource forks in macOS's archives
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 NAME = f"rules 1, Pillow {PIL.__version__}"  # part of the cache key; raise the number when a rule changes
 
@@ -99,6 +102,49 @@ def decode_center(encoded: bytes | np.ndarray, channels: int, size: int, fractio
     box = ((width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2)
     image = Image.fromarray(array[..., 0] if channels == 1 else array)
     return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box)).reshape(size, size, channels)
+
+
+def describe(shape: Sequence[int], fraction: float | None) -> dict[str, Any]:
+    """Describes how an image file becomes a network's input, in words and numbers, for programs without this module.
+
+    Args:
+      shape: (h, w, c) of the input.
+      fraction: as for `decode_center`; None: images must have this shape.
+
+    Returns:
+      JSON values.
+    """
+    alpha = (
+        "kept as the last channel, and weighting the colors when resized"
+        if MODES[shape[2]].endswith("A")
+        else "composited onto white"
+    )
+    described = {
+        "color": MODES[shape[2]],
+        "decoding": (
+            "first frame; EXIF orientation applied; color profiles ignored; 16 bits per channel rounded to 8; palettes "
+            f"and CMYK converted to RGB; alpha {alpha}; gray by ITU-R 601 luma"
+        ),
+        "size": list(shape[:2]),
+    }
+    if fraction is None:
+        return described | {"crop": None, "resize": "none: images must have this size"}
+    return described | {
+        "crop": {
+            "shape": "square",
+            "side": f"{fraction} * min(height, width) pixels of the decoded image, not rounded",
+            "fraction": fraction,
+            "center": "(height / 2, width / 2), not rounded",
+        },
+        "resize": (
+            "the crop to the size in one step, first along the width, then along the height, each rounded to 8 bits"
+        ),
+        "interpolation": (
+            "bilinear with antialiasing (Pillow's BILINEAR with box=crop): with scale = side / size, output pixel i is "
+            "the mean of the pixels j of the image, also of those outside the crop, with weights "
+            "max(0, 1 - abs(j + 0.5 - start - (i + 0.5) * scale) / max(scale, 1)), where start is the crop's edge"
+        ),
+    }
 
 
 def orientation(encoded: bytes) -> int:

@@ -15,8 +15,9 @@ import numpy as np
 
 from research.data import folder_listing, tfds_sets
 from research.data.cache import Arrays
+from research.data.decoding import SUFFIXES
 from research.data.file_errors import is_unreadable, unreadable
-from research.data.folder_listing import LAYOUT, SUFFIXES, printable
+from research.data.folder_listing import LAYOUT, printable
 from research.data.source import DamagedError, Source, Subset, held_out
 from research.errors import UserError
 

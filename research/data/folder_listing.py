@@ -26,15 +26,15 @@ import numpy as np
 
 from research.data import cache
 from research.data.cache import Arrays
+from research.data.decoding import IGNORED_FOLDERS, SUFFIXES
 from research.data.file_errors import is_unreadable, unreadable
 from research.errors import UserError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".bmp", ".webp", ".gif")
 LAYOUT = "expected DIR/train/CLASS/IMAGE, DIR/test/CLASS/IMAGE and so on, or DIR/CLASS/IMAGE"
 
 _RULES = 1  # part of the cache key; raise it when the same folder is listed differently
 _SUFFIXES = frozenset(map(os.fsencode, SUFFIXES))
-_IGNORED = {b"@eaDir", b"__MACOSX"}  # thumbnails of Synology's file servers; resource forks in macOS's archives
+_IGNORED = frozenset(map(os.fsencode, IGNORED_FOLDERS))
 _UNSETTLED = 2 * 10**9  # nanoseconds; the coarsest timestamps in use (FAT) are those of even seconds
 _WEEK = 7 * 24 * 60 * 60
 _OTHER, _BROKEN, _LOOP, _OUTSIDE = "files of other types", "broken links", "links into a loop", "images in no class"
@@ -50,7 +50,7 @@ class Contents:
     """The contents of a folder, by name; hidden entries excluded.
 
     Attributes:
-      images: files with a suffix of `SUFFIXES`, sorted.
+      images: files with a suffix of `decoding.SUFFIXES`, sorted.
       folders: subfolders, and links to folders, sorted.
       skipped: the number of other entries of each kind.
     """

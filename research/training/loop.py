@@ -49,7 +49,7 @@ class Loop:
           StoppedError: a stop signal came; a checkpoint has been saved.
         """
         run, every = self._run, self._run.config.plot_every_epochs
-        while (epoch := run.progress.epoch) < run.config.num_epochs:
+        while (epoch := run.progress.epoch) < len(run.epoch_end_steps):
             if epoch and every and epoch % every == 0:
                 self.draw()
             try:
@@ -61,6 +61,8 @@ class Loop:
         """Trains, evaluates and saves one epoch, or what is left of it."""
         run, end = self._run, self._run.epoch_end_steps[self._run.progress.epoch]
         every = run.config.checkpoint_every_steps or end
+        if run.progress.step in run.epoch_end_steps:
+            run.progress.sums = {}
         seconds_before, first = run.progress.train_seconds, run.progress.step
         while run.progress.step < end:
             # Batch, step, metrics: several steps per dispatch.
@@ -76,7 +78,7 @@ class Loop:
         # checkpoint at the end of an epoch holds its results, or resuming from it would never save them.
         self.finish_epoch()
         # Stop.
-        if run.progress.epoch < run.config.num_epochs:
+        if run.progress.epoch < len(run.epoch_end_steps):
             self._stop_if_asked()
 
     def finish_epoch(self) -> None:
@@ -88,7 +90,7 @@ class Loop:
         progress.finish_epoch(results)
         self._writer.scalars(progress.step, progress.epoch, results)
         self.save()
-        self._writer.message(summary.epoch_line(progress.epoch, run.config.num_epochs, results))
+        self._writer.message(summary.epoch_line(progress.epoch, len(run.epoch_end_steps), results))
 
     def save(self) -> None:
         """Saves a checkpoint in the background.

@@ -121,6 +121,15 @@ class Config:
     checkpoint_every_steps: int = _record(
         0, "steps between checkpoints within an epoch; 0: only at the end of each epoch", minimum=0
     )
+    checkpoint_every_minutes: float = _record(
+        0.0, "minutes between checkpoints within an epoch; 0: no checkpoints by time", minimum=0
+    )
+    eval_every_steps: int = _record(
+        0,
+        "steps between evaluations within an epoch, each of which saves a checkpoint if it is the best so far; 0: only "
+        "at the end of each epoch",
+        minimum=0,
+    )
     keep_checkpoints: int = _record(
         2, "newest checkpoints to keep, in addition to the best one by validation loss", minimum=1
     )

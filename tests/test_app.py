@@ -174,6 +174,8 @@ TESTED_ELSEWHERE = {
     "max_rewinds",
     "log_every_steps",
     "checkpoint_every_steps",
+    "checkpoint_every_minutes",
+    "eval_every_steps",
     "keep_checkpoints",
     "dataset.name",
     "dataset.data_dir",

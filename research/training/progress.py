@@ -123,9 +123,15 @@ class Progress:
     def finish_epoch(self, results: dict[str, float]) -> None:
         """Counts the epoch and stores its results."""
         self.results, self.epoch = results, self.epoch + 1
+        self.update_best(results)
+
+    def update_best(self, results: dict[str, float]) -> bool:
+        """Stores the validation loss of this step if it is the lowest so far; returns whether it is."""
         loss = results.get("validation_loss")
-        if loss is not None:
-            self.best = min(self.best or [loss, self.step], [loss, self.step])
+        if loss is None or (self.best and self.best <= [loss, self.step]):
+            return False
+        self.best = [loss, self.step]
+        return True
 
     def add(self, values: Values) -> None:
         """Adds the metrics of steps, [k] each, to the epoch's sums, without those of skipped steps."""

@@ -77,7 +77,7 @@ def memory_line(state: TrainState) -> str:
     return f"each device holds {', '.join(shown)}"
 
 
-def epoch_line(epoch: int, num_epochs: int, results: dict[str, float]) -> str:
-    """Returns a line with an epoch's losses and accuracies."""
+def results_line(when: str, results: dict[str, float]) -> str:
+    """Returns a line with the losses and accuracies of an epoch or an evaluation."""
     shown = (f"{name} {value:.4f}" for name, value in results.items() if name.endswith(("_loss", "_accuracy")))
-    return f"epoch {epoch}/{num_epochs}  " + "  ".join(shown)
+    return f"{when}  " + "  ".join(shown)

@@ -137,7 +137,7 @@ def complete(config: MnistVAEConfig, dataset: Dataset) -> MnistVAEConfig:
 def make_task(config: MnistVAEConfig, dataset: Dataset) -> VAE:
     """Builds the task of the data set's images; `config` is resolved."""
     mean = np.asarray(dataset.statistic(images.pixel_means, "image"))
-    num_train_steps = epoch_ends(dataset.num_examples, config.batch_size, config.num_epochs)[-1]
+    num_train_steps = epoch_ends(dataset.num_examples, config)[-1]
 
     def create(model: VAEConfig, rngs: nnx.Rngs) -> nnx.Module:
         return vae.create(model, mean=mean, rngs=rngs)

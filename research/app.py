@@ -12,6 +12,7 @@ import jax
 from research import optimizers, sharding
 from research.config import Config, DatasetConfig
 from research.data import sources
+from research.data.pipeline import epoch_ends
 from research.errors import UserError
 from research.experiment import Experiment
 from research.flags import Command, parse
@@ -60,10 +61,11 @@ def run(
             config, dataset, task = _load_for(experiment, command)
         _say(_first_line(experiment, dataset, mesh))
         finished = read_json(workdir / "summary.json")
-        if finished and not isinstance(finished.get("num_epochs"), int):
+        if finished and not isinstance(finished.get("num_train_steps"), int):
             raise UserError(f"{workdir}/summary.json is not a run's: delete it, or give another --workdir")
-        if finished and finished["num_epochs"] >= config.num_epochs:
-            _say(f"the run in {workdir} is finished: evaluating it; a larger --config.num_epochs trains it further")
+        if finished and finished["num_train_steps"] >= epoch_ends(dataset.num_examples, config)[-1]:
+            longer = f"a larger --config.{config.length[0]}"
+            _say(f"the run in {workdir} is finished: evaluating it; {longer} trains it further")
             return _evaluate(experiment, command, mesh)
         if command.reproduces:
             conditions = summary.conditions(dataset) | _hardware(mesh)
@@ -131,7 +133,7 @@ def _load_for(experiment: Experiment, command: Command) -> tuple[Any, sources.Da
     dataset = experiment.prepare(command.config, _load_data(experiment, command.config.dataset, recorded))
     config = experiment.resolve(command.config, dataset)
     if command.earlier:
-        _check_config(config, command)
+        _check_config(config, dataset, command)
     if recorded:
         _check_data(dataset, recorded, command)
         dataset.statistics.update(recorded.statistics)
@@ -153,10 +155,13 @@ def _is_recorded(config: DatasetConfig, recorded: sources.Dataset) -> bool:
     return recorded.name in (name.strip() for name in config.name.split("|"))
 
 
-def _check_config(config: Config, command: Command) -> None:
+def _check_config(config: Config, dataset: sources.Dataset, command: Command) -> None:
     assert command.earlier is not None, "`parse` checks this"
-    check = config_json.check_resumes if command.mode == "train" else config_json.check_evaluates
-    check(config, command.earlier, str(command.workdir))
+    arguments = config, command.earlier, str(command.workdir)
+    if command.mode == "train":
+        config_json.check_resumes(*arguments, lambda config: epoch_ends(dataset.num_examples, config)[-1])
+    else:
+        config_json.check_evaluates(*arguments)
 
 
 def _check_data(dataset: sources.Dataset, recorded: sources.Dataset, command: Command) -> None:
@@ -197,7 +202,7 @@ def restored(experiment: Experiment, command: Command, mesh: Any, *, with_exampl
         config, dataset, task = _load_for(experiment, command)
     else:
         dataset, config = recorded, experiment.resolve(command.config, recorded)
-        _check_config(config, command)
+        _check_config(config, dataset, command)
         task = experiment.build_task(config, dataset)
     training = loop.restore(config, task, dataset, mesh, command.workdir, command.checkpoint)
     if training.stale_statistics:  # batch statistics of averaged parameters, which need examples

@@ -94,6 +94,13 @@ class Config:
         0, "seed of initialization, data order, augmentation and dropout", minimum=0, maximum=2**32 - 1, signature=False
     )
     num_epochs: int = option(10, "passes over the training set", minimum=1, may_change="resume")
+    num_steps: int = option(
+        0,
+        "length of training in steps, in place of num_epochs; it may end within an epoch; 0: num_epochs decides",
+        minimum=0,
+        may_change="resume",
+        not_searchable="sweeps vary the length of training by num_epochs",
+    )
     batch_size: int = option(64, "examples per step, over all devices", minimum=1, may_change="evaluation")
     microbatch_size: int = option(
         0,
@@ -114,6 +121,15 @@ class Config:
     checkpoint_every_steps: int = _record(
         0, "steps between checkpoints within an epoch; 0: only at the end of each epoch", minimum=0
     )
+    checkpoint_every_minutes: float = _record(
+        0.0, "minutes between checkpoints within an epoch; 0: no checkpoints by time", minimum=0
+    )
+    eval_every_steps: int = _record(
+        0,
+        "steps between evaluations within an epoch, each of which saves a checkpoint if it is the best so far; 0: only "
+        "at the end of each epoch",
+        minimum=0,
+    )
     keep_checkpoints: int = _record(
         2, "newest checkpoints to keep, in addition to the best one by validation loss", minimum=1
     )
@@ -128,6 +144,11 @@ class Config:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
+
+    @property
+    def length(self) -> tuple[str, int]:
+        """The field that decides the length of training, and its value: ("num_steps", 100) or ("num_epochs", 10)."""
+        return ("num_steps", self.num_steps) if self.num_steps else ("num_epochs", self.num_epochs)
 
     @property
     def examples_at_once(self) -> int:

@@ -198,9 +198,19 @@ def make_command(experiment: Experiment, values: absl_flags.FlagValues) -> Comma
                     "filled in for it: give the flags without --reproduce"
                 )
             config_lib.assign(config, path, flag.value)
+    _check_length(config, values)
     config_lib.check(config)
     options = _sample_options(experiment, values, mode)
     return Command(config, workdir, given_flags(values), mode, checkpoint, options, earlier, reproduces)
+
+
+def _check_length(config: Config, values: absl_flags.FlagValues) -> None:
+    """Raises `UserError` if --config.num_epochs is given, but `num_steps` decides the length of training."""
+    if config.num_steps and values["config.num_epochs"].present:
+        raise UserError(
+            f"--config.num_epochs={config.num_epochs} has no effect, since --config.num_steps={config.num_steps} "
+            "decides the length of training: leave it out, or set --config.num_steps=0"
+        )
 
 
 def _reproduced(
@@ -216,24 +226,30 @@ def _reproduced(
     if "num_train_steps" not in summary:
         raise UserError(f"--reproduce={path}: this is not the summary.json of a run")
     _check_not_extended(path, summary)
-    if summary["num_epochs"] != config.num_epochs:
+    if (length := _length(summary)) != (other := "{}={}".format(*config.length)):
         raise UserError(
-            f"--reproduce={path}: this summary is of {summary['num_epochs']} epochs, but config.json has "
-            f"{config.num_epochs}: finish that extension, or train with --config.num_epochs={summary['num_epochs']}"
+            f"--reproduce={path}: this summary is of {length}, but config.json has {other}: finish that extension, or "
+            f"train with --config.{length}"
         )
     if mode != "train":
         raise UserError(f"--reproduce is for training: leave it or --mode={mode} out")
     return summary, config
 
 
+def _length(values: dict[str, Any]) -> str:
+    """Returns the length of training in a summary, or in one of its extensions, as a flag: "num_epochs=10"."""
+    name = "num_steps" if "num_steps" in values else "num_epochs"
+    return f"{name}={values[name]}"
+
+
 def _check_not_extended(path: Path, reproduces: dict[str, Any]) -> None:
     """Raises `UserError` if the run was extended: a new run would use its final schedules from the first step."""
     if extended := reproduces.get("extended"):
-        parts = [f"num_epochs={part['num_epochs']} up to step {part['step']}" for part in extended]
+        parts = [f"{_length(part)} up to step {part['step']}" for part in extended]
         raise UserError(
             f"--reproduce={path}: this run had the schedules of {', of '.join(parts)}, and then those of "
-            f"num_epochs={reproduces['num_epochs']}, which a new run would have from the start: train with "
-            f"--config.num_epochs={extended[0]['num_epochs']}, and extend that run in the same way"
+            f"{_length(reproduces)}, which a new run would have from the start: train with "
+            f"--config.{_length(extended[0])}, and extend that run in the same way"
         )
 
 

@@ -120,6 +120,7 @@ def test_bad_flags_name_what_is_right(flag, words):
 OTHER = {
     "seed": 1,
     "num_epochs": 3,
+    "num_steps": 5,
     "batch_size": 16,
     "microbatch_size": 4,
     "steps_per_dispatch": 3,
@@ -173,6 +174,8 @@ TESTED_ELSEWHERE = {
     "max_rewinds",
     "log_every_steps",
     "checkpoint_every_steps",
+    "checkpoint_every_minutes",
+    "eval_every_steps",
     "keep_checkpoints",
     "dataset.name",
     "dataset.data_dir",

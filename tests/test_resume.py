@@ -114,7 +114,7 @@ def test_every_extension_is_recorded_and_cannot_be_reproduced(stop_at, tmp_path)
     _, summary = run(tmp_path, num_epochs=1, **decaying)
     assert "extended" not in summary
     stop_at(tmp_path, 14, num_epochs=2, steps_per_dispatch=1, **decaying)
-    with pytest.raises(UserError, match=r"of 1 epochs, but config\.json has 2: finish that extension"):
+    with pytest.raises(UserError, match=r"of num_epochs=1, but config\.json has num_epochs=2: finish that extension"):
         flags.parse(cifar_cnn.EXPERIMENT, [f"--reproduce={tmp_path}/summary.json"])
     _, summary = run(tmp_path, num_epochs=2, **decaying)
     assert summary["extended"] == [{"num_epochs": 1, "step": 11}]
@@ -156,7 +156,7 @@ def test_a_running_workdir_is_locked_evaluated_and_stopped_by_sigterm(env, tmp_p
     assert process.returncode == 143
     assert err.splitlines()[-1].startswith("error: stopped by SIGTERM at step ")
     complains(run_here(["--workdir=x", "--config.model.width=5"], capsys), "model.width 4 there, 5 here")
-    complains(run_here(["--workdir=x", "--config.num_epochs=3"], capsys), "10000 epochs")
+    complains(run_here(["--workdir=x", "--config.num_epochs=3"], capsys), "has num_epochs=10000 (")
 
 
 def test_a_finished_run_is_only_evaluated_and_can_be_reproduced(env, tmp_path, capsys):

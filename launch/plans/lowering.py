@@ -45,7 +45,7 @@ class Workload:
     @functools.cached_property
     def num_train_steps(self) -> int:
         """Steps of the whole training, with the batch size of `config`."""
-        return epoch_ends(self.num_examples, self.config.batch_size, self.config.num_epochs)[-1]
+        return epoch_ends(self.num_examples, self.config)[-1]
 
     @property
     def decodes_images(self) -> bool:
@@ -93,7 +93,7 @@ def lower(workload: Workload, config: Config, mesh: jax.sharding.Mesh) -> tuple[
         workload.task, hyperparams.make_optimizer(config, hparams, workload.task.widths), config, mesh
     )
     steps = Steps(workload.task, graphdef, config, mesh)
-    longest = longest_epoch(epoch_ends(workload.num_examples, config.batch_size, config.num_epochs))
+    longest = longest_epoch(epoch_ends(workload.num_examples, config))
     streamed_bytes = 0 if workload.resident else batch_bytes(config, workload.dataset.train)
     size = config.examples_at_once
     capacity = dispatch_capacity(config, streamed_bytes=streamed_bytes, longest_epoch=longest)

@@ -123,7 +123,8 @@ class Planner:
         values = (flops, moved, collectives, times.compute, times.memory, times.interconnect, times.step, rate)
         efficiency = ideal / times.step if ideal else None
         epoch = self.workload.num_examples / rate
-        return dict(zip(names.split(), (*values, efficiency, epoch, epoch * config.num_epochs)))
+        training = config.num_steps * times.step if config.num_steps else config.num_epochs * epoch
+        return dict(zip(names.split(), (*values, efficiency, epoch, training)))
 
     def _times(
         self, topology: Topology, config: Any, mesh: jax.sharding.Mesh, program: hlo.Program

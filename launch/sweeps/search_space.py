@@ -198,6 +198,10 @@ def check_value(path: str, value: Any, config: Config) -> None:
     fitting = kind if kind in (bool, int, str) else kind | int
     if not isinstance(value, fitting) or isinstance(value, bool) != (kind is bool):
         raise UserError(f"--search: {path}={value!r} is not of type {getattr(kind, '__name__', 'float')}")
+    if path == "num_epochs" and config.num_steps:
+        raise UserError(
+            f"--search: num_epochs has no effect with --config.num_steps={config.num_steps}; leave out one of the two"
+        )
     changed = copy.deepcopy(config)
     config_lib.assign(changed, path, value)
     config_lib.check_fields(changed, "--search: ")

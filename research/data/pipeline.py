@@ -65,18 +65,22 @@ def example_numbers(seed: int | None, num_examples: int, start: int, stop: int) 
     return np.concatenate(numbers), np.concatenate(epochs)
 
 
-def epoch_ends(num_examples: int, batch_size: int, num_epochs: int) -> list[int]:
+def epoch_ends(num_examples: int, config: Config) -> list[int]:
     """Returns the step count at the end of each epoch; the last is the number of train steps.
+
+    With `config.num_steps` the last epoch may be a part of one.
 
     Raises:
       UserError: the batch is larger than the training set, or there would be 2^31 steps or more.
     """
-    if (steps := num_epochs * num_examples // batch_size) > np.iinfo(np.int32).max:
-        raise UserError(f"--config.num_epochs={num_epochs}: {steps:,} steps do not fit an int32; lower it")
-    ends = [(epoch + 1) * num_examples // batch_size for epoch in range(num_epochs)]
-    if not ends[0]:
+    batch_size, (name, value) = config.batch_size, config.length
+    steps = config.num_steps or config.num_epochs * num_examples // batch_size
+    if steps > np.iinfo(np.int32).max:
+        raise UserError(f"--config.{name}={value}: {steps:,} steps do not fit an int32; lower it")
+    if batch_size > num_examples:
         raise UserError(f"--config.batch_size={batch_size} is larger than the training set ({num_examples:,} examples)")
-    return ends
+    num_epochs = -(-steps * batch_size // num_examples) if config.num_steps else config.num_epochs
+    return [min((epoch + 1) * num_examples // batch_size, steps) for epoch in range(num_epochs)]
 
 
 def longest_epoch(epoch_end_steps: Sequence[int]) -> int:

@@ -1,6 +1,7 @@
 """Reads a run's config.json, and compares it with the config of a command that resumes or evaluates the run."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from research.config import Config, assign, walk
@@ -50,11 +51,15 @@ def check_evaluates(config: Config, earlier: Config, workdir: str) -> None:
     _check_same(config, earlier, workdir, ("evaluation", "resume"))
 
 
-def check_resumes(config: Config, earlier: Config, workdir: str) -> None:
-    """Raises `UserError` if `config` differs from the run's in fields that a resumed run may not change."""
+def check_resumes(config: Config, earlier: Config, workdir: str, num_train_steps: Callable[[Config], int]) -> None:
+    """Raises `UserError` if `config` differs from the run's in fields that a resumed run may not change.
+
+    `num_train_steps` returns the length of a config's training, which may only increase.
+    """
     _check_same(config, earlier, workdir, ("resume",))
-    if config.num_epochs < earlier.num_epochs:
+    if num_train_steps(config) < num_train_steps(earlier):
+        (name, value), (earlier_name, earlier_value) = config.length, earlier.length
         raise UserError(
-            f"--config.num_epochs={config.num_epochs}: the run in --workdir={workdir} has {earlier.num_epochs} epochs, "
-            "which a resumed run can only increase"
+            f"--config.{name}={value}: the run in --workdir={workdir} has {earlier_name}={earlier_value} "
+            f"({num_train_steps(earlier):,} steps), which a resumed run can only increase"
         )

@@ -19,6 +19,7 @@ from research.tasks.task import Task
 from research.training import noise_scale, summary
 from research.training.checkpoint import Checkpoints, checksums_of
 from research.training.checkpoint_choice import find_step
+from research.training.pauses import Pauses
 from research.training.progress import non_finite
 from research.training.run import Training
 from research.training.state import TrainState, is_finite
@@ -40,6 +41,7 @@ class Loop:
         self._writer = writer
         self._checkpoints = checkpoints
         self._check_pending = True
+        self._pauses = Pauses(run.config)
 
     def train(self) -> None:
         """Trains from where the run is to the end of the last epoch.
@@ -49,7 +51,8 @@ class Loop:
           StoppedError: a stop signal came; a checkpoint has been saved.
         """
         run, every = self._run, self._run.config.plot_every_epochs
-        while (epoch := run.progress.epoch) < run.config.num_epochs:
+        self._pauses.restart(run.progress.step)  # where it resumes
+        while (epoch := run.progress.epoch) < len(run.epoch_end_steps):
             if epoch and every and epoch % every == 0:
                 self.draw()
             try:
@@ -60,24 +63,42 @@ class Loop:
     def train_epoch(self) -> None:
         """Trains, evaluates and saves one epoch, or what is left of it."""
         run, end = self._run, self._run.epoch_end_steps[self._run.progress.epoch]
-        every = run.config.checkpoint_every_steps or end
+        if run.progress.step in run.epoch_end_steps:
+            run.progress.sums = {}
         seconds_before, first = run.progress.train_seconds, run.progress.step
         while run.progress.step < end:
             # Batch, step, metrics: several steps per dispatch.
-            pause = min(end, (run.progress.step // every + 1) * every)
-            for step, metrics in run.dispatches(pause):
+            for step, metrics in run.dispatches(self._pauses.next(run.progress.step, end)):
                 self._record(metrics)
                 speed = (step - first) * run.config.batch_size / (run.progress.train_seconds - seconds_before)
                 self._writer.progress(step, float(metrics["loss"].mean()), speed)
             if run.progress.step < end:
-                self.save()
-                self._stop_if_asked()
+                self.pause()
         # Evaluation, before the checkpoint and also where a stop signal came in the epoch's last dispatch: the
         # checkpoint at the end of an epoch holds its results, or resuming from it would never save them.
         self.finish_epoch()
         # Stop.
-        if run.progress.epoch < run.config.num_epochs:
+        if run.progress.epoch < len(run.epoch_end_steps):
             self._stop_if_asked()
+
+    def pause(self) -> None:
+        """Within an epoch, evaluates and saves a checkpoint if they are due; stops if a signal came."""
+        step = self._run.progress.step
+        # Evaluation before the checkpoint, which holds its results: resuming from it does not repeat the evaluation.
+        is_best = self._pauses.evaluates(step) and self.evaluate()
+        is_stopping = bool(self._run.signals.received)  # read once: a signal may come while saving, and after it
+        if self._pauses.saves(step) or is_best or is_stopping:
+            self.save()
+        if is_stopping:
+            self._stop_if_asked()
+
+    def evaluate(self) -> bool:
+        """Evaluates within an epoch and records the results; returns whether the validation loss is the lowest."""
+        run, step = self._run, self._run.progress.step
+        results = run.evaluate()
+        self._writer.scalars(step, run.progress.epoch + 1, results)
+        self._writer.message(summary.results_line(f"step {step:,}/{run.epoch_end_steps[-1]:,}", results))
+        return run.progress.update_best(results)
 
     def finish_epoch(self) -> None:
         """Evaluates, records the epoch's results, and saves a checkpoint."""
@@ -88,7 +109,7 @@ class Loop:
         progress.finish_epoch(results)
         self._writer.scalars(progress.step, progress.epoch, results)
         self.save()
-        self._writer.message(summary.epoch_line(progress.epoch, run.config.num_epochs, results))
+        self._writer.message(summary.results_line(f"epoch {progress.epoch}/{len(run.epoch_end_steps)}", results))
 
     def save(self) -> None:
         """Saves a checkpoint in the background.
@@ -110,6 +131,7 @@ class Loop:
         progress = dataclasses.replace(run.progress, row=self._writer.sync(), wall_seconds=run.wall_seconds)
         best_step = progress.best[1] if progress.best else None
         self._checkpoints.save(state, sums, dataclasses.asdict(progress), best_step)
+        self._pauses.restart(run.progress.step)
 
     def _stop_if_asked(self) -> None:
         if number := self._run.signals.received:
@@ -128,6 +150,7 @@ class Loop:
         self._checkpoints.wait()
         run.rewind(self._checkpoints, failed_step=error.step)
         progress = run.progress
+        self._pauses.restart(progress.step)
         self._writer.resume(progress.step, progress.row)
         self._writer.warning(
             f"{str(error).partition(':')[0]}: back at the checkpoint of step {progress.step}, leaving out "

@@ -88,7 +88,7 @@ class Population:
         shared = share_data_with if share_data_with and share_data_with._dataset is dataset else None
         self._members: dict[int, _Member] = {}
         self._num_examples = dataset.num_examples
-        epoch_end_steps = epoch_ends(self._num_examples, config.batch_size, config.num_epochs)
+        epoch_end_steps = epoch_ends(self._num_examples, config)
         resident = is_resident(config, dataset.train, dataset.validation)
         self._sizer = DispatchSizer(
             config,
@@ -136,7 +136,7 @@ class Population:
 
     def start(self, slot: int, config: Config) -> None:
         """Starts a new member in a slot; `config` is resolved and has the population's signature."""
-        epoch_end_steps = epoch_ends(self._num_examples, config.batch_size, config.num_epochs)
+        epoch_end_steps = epoch_ends(self._num_examples, config)
         hparams = hyperparams.traced(config, epoch_end_steps[-1])
         self._members[slot] = _Member(hparams, self._batches.with_seed(config.seed), epoch_end_steps)
         with jax.set_mesh(self._mesh):

@@ -1,10 +1,13 @@
 """The progress of a run, and what happens after a loss or gradient that is not finite."""
 
+import bisect
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from research.config import Config
 from research.errors import NonFiniteLossError
 
 Values = dict[str, np.ndarray]
@@ -29,7 +32,8 @@ class Progress:
     Attributes:
       step: the number of steps made, skipped ones included.
       epoch: the number of epochs finished, evaluation included.
-      sums: for each metric, its sum over the steps so far of the current epoch, and the number of these steps.
+      sums: for each metric, its sum over the steps so far of the current epoch (at its end: of that epoch), and the
+        number of these steps.
       results: the results of the last finished epoch.
       best: [the lowest validation loss, its step], or None.
       row: the unfinished line of metrics.jsonl.
@@ -39,8 +43,10 @@ class Progress:
       rewinds: how many times the run went back to a checkpoint.
       batches_left_out: how many batches rewinds have left out: the data is ahead of the steps by as many.
       statistics_step: the step to whose averaged parameters the state's `ema_model_state` belongs.
-      num_epochs: the number of epochs that the schedules of the newest steps span; 0: unknown.
-      extended: {"num_epochs", "step"} for each extension: the earlier number, and the last step with its schedules.
+      num_epochs, num_steps: the config's fields for the length of training, which the schedules of the newest steps
+        span: `num_steps` unless it is 0, else `num_epochs`; both 0: unknown.
+      extended: for each extension the earlier length, "num_epochs" or "num_steps", and "step", the last step with its
+        schedules.
     """
 
     step: int = 0
@@ -57,7 +63,31 @@ class Progress:
     batches_left_out: int = 0
     statistics_step: int = 0
     num_epochs: int = 0
+    num_steps: int = 0
     extended: list[dict[str, int]] = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def begin(cls, config: Config) -> "Progress":
+        """Returns the progress of a run before its first step."""
+        return cls(num_epochs=config.num_epochs, num_steps=config.num_steps)
+
+    @classmethod
+    def restore(cls, values: dict[str, Any], config: Config, epoch_end_steps: Sequence[int]) -> "Progress":
+        """Returns the progress that a checkpoint holds, for a config that may extend the run.
+
+        Args:
+          values: the attributes in the checkpoint.
+          config: of the steps to come.
+          epoch_end_steps: the number of steps made when each epoch ends, with this config.
+        """
+        progress = cls(**values)
+        # Not all that it had finished: its last epoch may have been a part of one, which now continues.
+        progress.epoch = bisect.bisect_right(epoch_end_steps, progress.step)
+        earlier = ("num_steps", progress.num_steps) if progress.num_steps else ("num_epochs", progress.num_epochs)
+        if progress.step and earlier[1] and earlier != config.length:
+            progress.extended = [*progress.extended, {earlier[0]: earlier[1], "step": progress.step}]
+        progress.num_epochs, progress.num_steps = config.num_epochs, config.num_steps
+        return progress
 
     def advance(self, values: Values, most_skipped: int) -> tuple[Values, NonFiniteLossError | None]:
         """Counts the steps just made.
@@ -85,12 +115,6 @@ class Progress:
         self.skipped += int(skipped.sum())
         return values | ({"skipped": skipped.astype(np.float32)} if most_skipped else {}), error
 
-    def extend(self, num_epochs: int) -> None:
-        """Records that the schedules of the following steps span `num_epochs` epochs."""
-        if self.step and self.num_epochs not in (0, num_epochs):
-            self.extended = [*self.extended, {"num_epochs": self.num_epochs, "step": self.step}]
-        self.num_epochs = num_epochs
-
     @property
     def next_batch(self) -> int:
         """The index of the next step's batch, from 0."""
@@ -98,10 +122,16 @@ class Progress:
 
     def finish_epoch(self, results: dict[str, float]) -> None:
         """Counts the epoch and stores its results."""
-        self.results, self.sums, self.epoch = results, {}, self.epoch + 1
+        self.results, self.epoch = results, self.epoch + 1
+        self.update_best(results)
+
+    def update_best(self, results: dict[str, float]) -> bool:
+        """Stores the validation loss of this step if it is the lowest so far; returns whether it is."""
         loss = results.get("validation_loss")
-        if loss is not None:
-            self.best = min(self.best or [loss, self.step], [loss, self.step])
+        if loss is None or (self.best and self.best <= [loss, self.step]):
+            return False
+        self.best = [loss, self.step]
+        return True
 
     def add(self, values: Values) -> None:
         """Adds the metrics of steps, [k] each, to the epoch's sums, without those of skipped steps."""

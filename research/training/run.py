@@ -54,8 +54,8 @@ class Training:
             sharding.refuse_sequence(config.mesh, "this task")
         self._began = time.monotonic()
         self.config, self.task, self.dataset, self.mesh = config, task, dataset, mesh
-        self.signals, self.progress = signals or Signals(), Progress(num_epochs=config.num_epochs)
-        self.epoch_end_steps = epoch_ends(dataset.num_examples, config.batch_size, config.num_epochs)
+        self.signals, self.progress = signals or Signals(), Progress.begin(config)
+        self.epoch_end_steps = epoch_ends(dataset.num_examples, config)
         self._resident = is_resident(config, dataset.train, dataset.validation, dataset.test)
         self._sizer = DispatchSizer(
             config,
@@ -147,8 +147,7 @@ class Training:
         if restored:
             state, progress = restored
             self.state = state if with_carry else dataclasses.replace(state, carry=self.state.carry)
-            self.progress = Progress(**progress)
-            self.progress.extend(self.config.num_epochs)
+            self.progress = Progress.restore(progress, self.config, self.epoch_end_steps)
             self._began -= self.progress.wall_seconds
         return bool(restored)
 

@@ -28,7 +28,8 @@ def make(experiment: str, run: Training, results: dict[str, float], compile_seco
         "experiment": experiment,
         "dataset": run.dataset.name,
         "num_train_steps": progress.step,
-        "num_epochs": config.num_epochs,
+        "num_epochs": len(run.epoch_end_steps),
+        **({"num_steps": config.num_steps} if config.num_steps else {}),
         **({"extended": progress.extended} if progress.extended else {}),
         "global_batch_size": config.batch_size,
         **results,
@@ -76,7 +77,7 @@ def memory_line(state: TrainState) -> str:
     return f"each device holds {', '.join(shown)}"
 
 
-def epoch_line(epoch: int, num_epochs: int, results: dict[str, float]) -> str:
-    """Returns a line with an epoch's losses and accuracies."""
+def results_line(when: str, results: dict[str, float]) -> str:
+    """Returns a line with the losses and accuracies of an epoch or an evaluation."""
     shown = (f"{name} {value:.4f}" for name, value in results.items() if name.endswith(("_loss", "_accuracy")))
-    return f"epoch {epoch}/{num_epochs}  " + "  ".join(shown)
+    return f"{when}  " + "  ".join(shown)

@@ -29,7 +29,7 @@ def _mesh(config=None, devices=1):
 )
 def test_each_example_once_an_epoch(seed, count, batch_size, num_epochs):
     batch_size = min(batch_size, count)
-    steps = pipeline.epoch_ends(count, batch_size, num_epochs)[-1]
+    steps = pipeline.epoch_ends(count, Config(batch_size=batch_size, num_epochs=num_epochs))[-1]
     taken = [pipeline.example_numbers(seed, count, s * batch_size, (s + 1) * batch_size) for s in range(steps)]
     numbers, epochs = (np.concatenate(part) for part in zip(*taken))
     assert len(numbers) > num_epochs * count - batch_size  # less than a batch is unused
@@ -46,15 +46,25 @@ def test_each_epoch_and_seed_has_its_own_order():
     np.testing.assert_array_equal(orders[1], pipeline.example_numbers(0, 50, 0, 100)[0][50:])
 
 
+def test_a_number_of_steps_ends_training_within_an_epoch():
+    """Epochs of 12.5 steps: they end after 12, 25, 37, ... steps."""
+    ends = [pipeline.epoch_ends(50, Config(batch_size=4, num_steps=steps)) for steps in (1, 12, 13, 25, 26)]
+    assert ends == [[1], [12], [12, 13], [12, 25], [12, 25, 26]]
+    with pytest.raises(UserError, match="batch_size=51 is larger"):
+        pipeline.epoch_ends(50, Config(batch_size=51, num_steps=1))
+    with pytest.raises(UserError, match="num_steps=3000000000: 3,000,000,000 steps do not fit"):
+        pipeline.epoch_ends(50, Config(num_steps=3 * 10**9))
+
+
 def test_a_batch_larger_than_the_set_is_an_error():
     with pytest.raises(UserError, match="batch_size=51 is larger"):
-        pipeline.epoch_ends(50, 51, 3)
+        pipeline.epoch_ends(50, Config(batch_size=51))
 
 
 def test_more_steps_than_an_int32_counts_are_an_error():
-    assert pipeline.epoch_ends(2**31 - 1, 1, 1) == [2**31 - 1]
+    assert pipeline.epoch_ends(2**31 - 1, Config(batch_size=1, num_epochs=1)) == [2**31 - 1]
     with pytest.raises(UserError, match="num_epochs=1000000000000: 50,000,000,000,000 steps do not fit"):
-        pipeline.epoch_ends(50, 1, 10**12)
+        pipeline.epoch_ends(50, Config(batch_size=1, num_epochs=10**12))
 
 
 @pytest.mark.parametrize(("limit", "resident"), [(0.0, False), (1000 / 2**30, True), (999 / 2**30, False)])

@@ -64,7 +64,8 @@ def test_a_run_changes_nothing_in_it(module, args, monkeypatch, tmp_path):
         return _frozen(resolve(self, config, dataset))
 
     monkeypatch.setattr(Experiment, "resolve", frozen)
-    flags = [*args, "--config.num_epochs=1", "--config.batch_size=128", f"--workdir={tmp_path}"]
+    pauses = ["--config.eval_every_steps=2", "--config.checkpoint_every_minutes=1"]
+    flags = [*args, *pauses, "--config.num_steps=3", "--config.batch_size=128", f"--workdir={tmp_path}"]
     app.run(module.EXPERIMENT, flags, devices=jax.devices()[:1])
     assert len(calls) == 1
     app.run(module.EXPERIMENT, [f"--workdir={tmp_path}", "--mode=eval"], devices=jax.devices()[:1])

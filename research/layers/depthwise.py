@@ -2,7 +2,7 @@
 
 XLA:CPU has no kernel for it, and the gradients that JAX derives are a hundred times slower than they could be: the 7x7
 convolution of ConvNeXt's first stage with both gradients takes 6,471 ms on [8, 24, 24, 96], and 46 ms here (2 x86 cores
-with AVX-512, shared, jax 0.10.2). On the CPU the convolution is a sum of shifted products, which XLA fuses into one
+with AVX2, shared, jax 0.10.2). On the CPU the convolution is a sum of shifted products, which XLA fuses into one
 loop, and the kernel's gradient is one reduction per element of the window. Other platforms use JAX's own.
 """
 

@@ -1,4 +1,4 @@
-"""Classification of photographs of any size, from scratch, with a ResNet.
+"""Classification of photographs of any size, from scratch, with a ResNet or a ConvNeXt.
 
 python -m experiments.image_classifier --config.dataset.name=folder --config.dataset.data_dir=DIR
 

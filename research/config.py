@@ -108,6 +108,13 @@ class Config:
         minimum=0,
         may_change="evaluation",
     )
+    remat: str = option(
+        "none",
+        "recompute activations in the backward pass to save memory: within each block of the network (blocks), or "
+        "within each module of a block as well (all)",
+        choices=("none", "blocks", "all"),
+        may_change="resume",
+    )
     steps_per_dispatch: int = option(
         0,
         "train steps per call of the compiled program; 0: about half a second's worth, at most 512 (streamed data: 8)",

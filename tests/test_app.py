@@ -149,6 +149,7 @@ OTHER = {
     "model.pool": "average",
     "model.norm": "layer",
     "model.norm_group": 2,
+    "remat": "blocks",
     "model.dtype": "bfloat16",
     "augment.crop": 1,
     "augment.flip": "random",

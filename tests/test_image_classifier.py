@@ -25,7 +25,7 @@ def _resolved(folder, *args):
 
 def test_the_default_is_resnet_18_at_128_pixels(folder):
     config, dataset, task = _resolved(folder)
-    assert (config.model.name, config.dataset.name) == ("resnet18", "folder")
+    assert (config.model.name, config.model.width, config.dataset.name) == ("resnet18", 64, "folder")
     assert dataset.test["image"].shape[1:] == (128, 128, 3)
     assert (task.label_smoothing, task.mirror, task.augment.flip) == (0.1, True, "random")
 
@@ -41,10 +41,11 @@ def test_fields_reach_the_task(folder):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--config.dataset.image_size=16"], "resnet18 needs images of 32x32 or more, not 16x16"),
-        (["--config.dataset.train_image_size=16"], "resnet18 needs images of 32x32 or more, not 16x16"),
+        (["--config.dataset.image_size=16"], "name=resnet18 needs images of 32x32 or more, not 16x16"),
+        (["--config.dataset.train_image_size=16"], "name=resnet18 needs images of 32x32 or more, not 16x16"),
         (["--config.dataset.image_size=0"], "train_image_size, .* need --config.dataset.image_size"),
-        (["--config.model.name=resnet20"], "resnet18', 'resnet34"),
+        (["--config.model.name=resnet20"], "name='resnet20': use one of 'resnet18', .* 'convnext_base'"),
+        (["--config.model.drop_path=1"], "drop_path=1.0: must be below 1"),
         (["--config.augment.crop=100"], "augment.crop=100: must be below the images' side, 96"),
         (["--config.augment.mixup=0.2", "--config.batch_size=1"], "mixes the images of a batch, which has 1"),
         (["--config.augment.cutmix=1", "--config.microbatch_size=1"], "mixes the images of a batch, which has 1"),

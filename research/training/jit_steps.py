@@ -10,7 +10,9 @@ from research import sharding
 from research.training.state import TrainState
 
 
-def jit_update(function: Callable[..., Any], state: TrainState, mesh: Mesh) -> Any:
+def jit_update(
+    function: Callable[..., Any], state: TrainState, mesh: Mesh, compiler_options: dict[str, Any] | None = None
+) -> Any:
     """Jits (state, data, batches [k, m, b, ...], int32 scalar, hparams) -> (state, replicated arrays).
 
     The state keeps its shardings, and its buffers are donated.
@@ -22,6 +24,7 @@ def jit_update(function: Callable[..., Any], state: TrainState, mesh: Mesh) -> A
         in_shardings=(state_shardings, replicated, sharding.batch_sharding(mesh, 2), replicated, replicated),
         out_shardings=(state_shardings, replicated),
         donate_argnums=0,
+        compiler_options=compiler_options,
     )
 
 

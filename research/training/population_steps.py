@@ -38,17 +38,25 @@ class PopulationSteps:
         self._mesh = mesh
         self.sharding = NamedSharding(mesh, P(AXIS))
         members, replicated = P(AXIS), P()
-        self.train: Any = self._jit(self._train, members, members, members, members, replicated, donate=True)
+        options = {"compiler_options": steps.compiler_options, "donate": True}
+        self.train: Any = self._jit(self._train, members, members, members, members, replicated, **options)
         self.estimate: Any = self._jit(self._estimate, members, members, members, members, replicated, donate=True)
         self.evaluate: Any = self._jit(self._evaluate, members, members, members, members, replicated, replicated)
         self.put: Any = jax.jit(self._put, donate_argnums=0, out_shardings=self.sharding)
 
-    def _jit(self, function: Callable[..., Any], *specs: P, donate: bool = False) -> Any:
+    def _jit(
+        self,
+        function: Callable[..., Any],
+        *specs: P,
+        donate: bool = False,
+        compiler_options: dict[str, Any] | None = None,
+    ) -> Any:
         if self._mesh.size > 1:
             # Members are independent: no collectives, and no replication for shard_map to check.
             options = {"mesh": self._mesh, "in_specs": specs, "out_specs": P(AXIS), "check_vma": False}
             function = jax.shard_map(function, **options)
-        return jax.jit(function, donate_argnums=(0,) if donate else (), out_shardings=self.sharding)
+        donated = (0,) if donate else ()
+        return jax.jit(function, donate_argnums=donated, out_shardings=self.sharding, compiler_options=compiler_options)
 
     def _map(self, function: Callable[..., Any], *members: Any) -> Any:
         return population_devices.map_members(self._at_once, function)(*members)

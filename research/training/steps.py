@@ -30,7 +30,7 @@ from research.layers.batch_norm import momentum_of
 from research.network import gather, merge_network, split_frozen, split_network
 from research.randomness import Stream
 from research.tasks.task import Metrics, Task
-from research.training import batch_statistics, hyperparams, jit_steps, noise_scale, per_device
+from research.training import batch_statistics, hyperparams, jit_steps, noise_scale, per_device, remat
 from research.training.accumulation import mean_over_microbatches
 from research.training.hyperparams import SEED, HParams
 from research.training.state import TrainState
@@ -56,6 +56,7 @@ class Steps:
 
     Attributes:
       num_replicas: how many devices compute per-device gradients, or 1 (`research.training.per_device`).
+      compiler_options: to compile the train steps with.
 
     Raises:
       UserError: `mesh.reduce_dtype` is set, but the gradients are not per-device, so that GSPMD places the reductions.
@@ -67,6 +68,7 @@ class Steps:
         self._config = config
         self._mesh = mesh
         self.num_replicas = per_device.num_replicas(task, mesh, config.examples_at_once)
+        self.compiler_options = remat.compiler_options(config.remat, mesh)
         if config.mesh.reduce_dtype != "float32" and mesh.shape.get("data", 1) > self.num_replicas:
             raise UserError(
                 f"--config.mesh.reduce_dtype={config.mesh.reduce_dtype}: GSPMD sums this network's gradients, in "
@@ -83,12 +85,14 @@ class Steps:
         hparams: HParams,
         key: jax.Array,
         momentum: jax.Array | None = None,
+        mode: str = "none",
     ) -> tuple[Metrics, Any, Any]:
         """Runs the task in training mode: (values of every example, model_state, carry).
 
-        `momentum` replaces the momentum of every batch norm.
+        `momentum` replaces the momentum of every batch norm; `mode` is that of `remat.apply`.
         """
         model = merge_network(self._graphdef, *gather(params, model_state, self._mesh))
+        remat.apply(model, mode)
         with hyperparams.applied(self._task, model, hparams) as task, momentum_of(model, momentum):
             values, carry = task.advance(model, batch, carry, key=key, train=True)
         frozen = split_frozen(model_state)[0]  # as they came: sharded
@@ -97,7 +101,8 @@ class Steps:
     def _loss(
         self, params: Any, model_state: Any, carry: Any, batch: Batch, hparams: HParams, key: jax.Array
     ) -> tuple[jax.Array, tuple[Any, Any, Metrics]]:
-        values, model_state, carry = self._advance(params, model_state, carry, batch, hparams, key)
+        arrays = params, model_state, carry, batch, hparams, key
+        values, model_state, carry = self._advance(*arrays, mode=self._config.remat)
         metrics = jax.tree.map(jnp.mean, values)
         return metrics["loss"], (model_state, carry, metrics)
 
@@ -132,7 +137,7 @@ class Steps:
             model_state: Any, carry: Any, microbatch: Batch, number: jax.Array
         ) -> tuple[Any, Any, Any]:
             examples = dataclasses.replace(microbatch.gather(data), step=state.step)
-            gradient = jax.grad(self._loss, has_aux=True)
+            gradient = jax.grad(remat.grouped(self._loss, self._config.remat), has_aux=True)
             microbatch_key = jax.random.fold_in(key, number)
             grads, (model_state, carry, metrics) = gradient(
                 state.params, model_state, carry, examples, hparams, microbatch_key
@@ -284,7 +289,7 @@ class Steps:
 
     def jit_train(self, state: TrainState) -> Any:
         """Jits `train_steps`; the state's buffers are donated."""
-        return jit_steps.jit_update(self.train_steps, state, self._mesh)
+        return jit_steps.jit_update(self.train_steps, state, self._mesh, self.compiler_options)
 
     def jit_estimate(self, state: TrainState) -> Any:
         """Jits `estimate_statistics`; the state's buffers are donated."""

@@ -222,3 +222,41 @@ def test_bias_add(dtype):
         _value_and_gradients(jnp.add, x, bias),
         1e-5 if dtype == jnp.float32 else 2e-2,
     )
+
+
+@pytest.mark.parametrize(
+    ("size", "window", "padding"),
+    [((9, 6), (7, 7), ((3, 3), (3, 3))), ((1, 2), (7, 7), "SAME"), ((5, 8), (3, 2), ((0, 2), (1, 0)))],
+)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 1e-2)])
+def test_depthwise_convolutions_agree_with_lax(size, window, padding, dtype, tolerance):
+    x, kernel = _random(0, 2, *size, 5).astype(dtype), _random(1, *window, 1, 5).astype(dtype)
+    options = {"dimension_numbers": LAYOUTS, "feature_group_count": 5}
+    theirs = _value_and_gradients(lambda x, k: lax.conv_general_dilated(x, k, (1, 1), padding, **options), x, kernel)
+    ours = _value_and_gradients(lambda x, k: conv_general_dilated(x, k, (1, 1), padding, **options), x, kernel)
+    _agree(ours, theirs, tolerance)
+
+
+def test_a_depthwise_convolution_on_the_cpu_is_no_convolution_of_xla():
+    x, kernel = _random(0, 2, 9, 9, 5), _random(1, 7, 7, 1, 5)
+    options = {"dimension_numbers": LAYOUTS, "feature_group_count": 5}
+
+    def run(strides):
+        program = jax.jit(lambda x, k: conv_general_dilated(x, k, strides, "SAME", **options)).lower(x, kernel)
+        return program.as_text()
+
+    assert "stablehlo.convolution" not in run((1, 1))
+    assert "stablehlo.convolution" in run((2, 2))  # not supported: computed by lax
+
+
+def test_a_depthwise_gradient_of_a_sharded_batch_agrees_with_lax():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+    x, kernel = _random(0, 4, 5, 5, 3), _random(1, 3, 3, 1, 3)
+    options = {"dimension_numbers": LAYOUTS, "feature_group_count": 3}
+    theirs = _value_and_gradients(lambda x, k: lax.conv_general_dilated(x, k, (1, 1), "SAME", **options), x, kernel)
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(x, jax.NamedSharding(mesh, jax.P("data")))
+        ours = _value_and_gradients(
+            lambda x, k: conv_general_dilated(x, k, (1, 1), "SAME", **options), sharded, jax.device_put(kernel)
+        )
+    _agree(jax.device_get(ours), theirs, 1e-5)

@@ -23,10 +23,10 @@ def _resolved(folder, *args):
     return app.load(EXPERIMENT, command.config)
 
 
-def test_the_default_is_resnet_18_at_128_pixels(folder):
+def test_the_default_is_resnet_18_at_96_pixels(folder):
     config, dataset, task = _resolved(folder)
     assert (config.model.name, config.model.width, config.dataset.name) == ("resnet18", 64, "folder")
-    assert dataset.test["image"].shape[1:] == (128, 128, 3)
+    assert dataset.test["image"].shape[1:] == (96, 96, 3)
     assert (task.label_smoothing, task.mirror, task.augment.flip) == (0.1, True, "random")
 
 
@@ -46,7 +46,7 @@ def test_fields_reach_the_task(folder):
         (["--config.dataset.image_size=0"], "train_image_size, .* need --config.dataset.image_size"),
         (["--config.model.name=resnet20"], "name='resnet20': use one of 'resnet18', .* 'convnext_base'"),
         (["--config.model.drop_path=1"], "drop_path=1.0: must be below 1"),
-        (["--config.augment.crop=100"], "augment.crop=100: must be below the images' side, 96"),
+        (["--config.augment.crop=100"], "augment.crop=100: must be below the images' side, 64"),
         (["--config.augment.mixup=0.2", "--config.batch_size=1"], "mixes the images of a batch, which has 1"),
         (["--config.augment.cutmix=1", "--config.microbatch_size=1"], "mixes the images of a batch, which has 1"),
         (["--config.augment.mixup=0.2", "--config.target_threshold=0.2"], "needs --config.loss=sigmoid"),

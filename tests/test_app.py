@@ -121,6 +121,7 @@ OTHER = {
     "num_epochs": 3,
     "batch_size": 16,
     "microbatch_size": 4,
+    "remat": "blocks",
     "steps_per_dispatch": 3,
     "max_skipped_steps": 1,
     "mirror": True,

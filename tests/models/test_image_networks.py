@@ -78,7 +78,7 @@ def _slow_if_large(name):
     return pytest.param(name, marks=[pytest.mark.slow] if COUNTS[name] > 40e6 else [])
 
 
-@pytest.mark.parametrize("name", map(_slow_if_large, COUNTS))
+@pytest.mark.parametrize("name", [_slow_if_large(name) for name in COUNTS])
 def test_parameter_counts_and_names(name):
     config = _config(name)
     model = nnx.eval_shape(lambda: _create(config, (224, 224, 3), 1000))

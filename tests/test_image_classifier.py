@@ -2,12 +2,15 @@
 
 import json
 
+import numpy as np
 import photographs
 import pytest
+from flax import nnx
 
 from experiments import image_classifier
 from research import app
 from research.errors import UserError
+from research.training import hyperparams
 
 EXPERIMENT = image_classifier.EXPERIMENT
 
@@ -36,6 +39,17 @@ def test_fields_reach_the_task(folder):
     other = _resolved(folder, "--config.loss=sigmoid", "--config.augment.mixup=0.2")[2]
     assert (task.loss, other.loss, other.augment.mixup) == ("softmax", "sigmoid", 0.2)
     assert (task.label_smoothing, task.mirror, task.augment.flip) == (0.3, False, "none")
+
+
+def test_stochastic_depth_is_a_traced_argument_of_the_step(folder):
+    flags = ["--config.model.name=convnext_tiny", "--config.model.width=4", "--config.model.drop_path=0.2"]
+    config, _, task = _resolved(folder, *flags)
+    hparams = hyperparams.traced(config, 10)
+    assert hparams["model.drop_path"] == np.float32(0.2)
+    model = nnx.eval_shape(lambda: task.create_model(nnx.Rngs(0)))
+    with hyperparams.applied(task, model, {"model.drop_path": 0.3}):
+        assert [block.drop_path.rate for block in model.blocks] == [0.2, *[0.3] * 17]  # the first is never skipped
+    assert {block.drop_path.rate for block in model.blocks} == {0.2}
 
 
 @pytest.mark.parametrize(

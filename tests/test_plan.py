@@ -359,3 +359,11 @@ def test_a_batch_larger_than_the_training_set_is_not_planned(tmp_path, capsys):
     rows = _plan(tmp_path, "--topology=h100-4", "--sweep_topology", "--config.batch_size=512")["plans"]
     assert {row["batch_size"] for row in rows} == {512}
     assert "skipped 2 of 4 plans, whose batch exceeds the 1,437 training examples" in capsys.readouterr().out
+
+
+def test_rematerialization_is_planned(tmp_path):
+    plain, remat = (
+        _plan(tmp_path / mode, "--topology=h100-1", "--config.model.width=64", f"--config.remat={mode}")
+        for mode in ("none", "blocks")
+    )
+    assert remat["flops_per_chip"] > 1.1 * plain["flops_per_chip"]

@@ -78,7 +78,7 @@ def _slow_if_large(name):
     return pytest.param(name, marks=[pytest.mark.slow] if COUNTS[name] > 40e6 else [])
 
 
-@pytest.mark.parametrize("name", map(_slow_if_large, COUNTS))
+@pytest.mark.parametrize("name", [_slow_if_large(name) for name in COUNTS])
 def test_parameter_counts_and_names(name):
     config = _config(name)
     model = nnx.eval_shape(lambda: _create(config, (224, 224, 3), 1000))
@@ -197,6 +197,9 @@ def test_mup_compares_the_network_with_that_of_the_base_width(name):
     assert (stem.inputs, stem.outputs) == (1, 4)
     assert (hidden.inputs, hidden.outputs) == (4, 4)
     assert (logits.inputs, logits.outputs) == (4, 1)
+    if name == "convnext_tiny":  # a depthwise kernel has as many inputs at every width
+        depthwise = widths["blocks"][3]["conv"]["kernel"]
+        assert (depthwise.inputs, depthwise.outputs, depthwise.rate_scale("adam")) == (1, 4, 1)
 
 
 @pytest.mark.parametrize("name", ["resnet50", "convnext_tiny"])

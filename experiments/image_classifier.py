@@ -7,8 +7,8 @@ then held out for testing. Other sets: `--config.dataset.name=imagenet2012` and 
 or `hf:NAME` for a Hugging Face set. Training images are random crops, resized to `--config.dataset.image_size` and
 flipped; evaluation takes the center of each image.
 
-On Caltech-101 (100 classes, 30 photographs of each) the default reaches 41.7% in 50 minutes of CPU time (README.md). For
-better accuracy train on larger images, as with `--config.dataset.train_image_size=128 --config.dataset.image_size=160`.
+On Caltech-101 (100 classes, 30 photographs of each) the default reaches 41.7% in 50 minutes of CPU time (README.md).
+A GPU has time for larger images: `--config.dataset.train_image_size=128 --config.dataset.image_size=160`.
 
 `--config=imagenet`, `imagenet_a3`, `imagenet_lars` and `convnext` are published recipes for ImageNet, which have not
 been run here. `python -m launch.plan experiments.image_classifier --config=imagenet --topology=h100-8` estimates what

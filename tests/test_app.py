@@ -123,7 +123,6 @@ OTHER = {
     "num_steps": 5,
     "batch_size": 16,
     "microbatch_size": 4,
-    "remat": "blocks",
     "steps_per_dispatch": 3,
     "max_skipped_steps": 1,
     "mirror": True,

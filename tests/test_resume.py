@@ -173,7 +173,8 @@ def test_a_finished_run_is_only_evaluated_and_can_be_reproduced(env, tmp_path, c
     reproduced = _output(["--reproduce=x/summary.json", "--workdir=y"], capsys)
     first, last = [line for line in reproduced.splitlines() if line.startswith("reproduced: ")]
     assert first.startswith("reproduced: jax_version 0.1 there, ")
-    assert last == "reproduced: the same train_accuracy, train_grad_norm, train_loss, test_accuracy, test_loss"
+    figures_there = "train_accuracy, train_grad_norm, train_loss, test_accuracy, test_loss, test_calibration_error"
+    assert last == f"reproduced: the same {figures_there}"
     assert read_summary(tmp_path / "y")["test_loss"] == figures["test_loss"]
     # config.json holds the resolved learning rate of its own update rule, not those of others.
     words = "--config.optimizer.name=sgd: the record of --reproduce has momentum"

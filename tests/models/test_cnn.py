@@ -13,6 +13,7 @@ from flax import nnx
 from research.config import CNNConfig
 from research.errors import UserError
 from research.layers.dropout import Dropout
+from research.layers.gelu import gelu
 from research.models import airbench, cnn
 
 CIFAR = (32, 32, 3)
@@ -222,7 +223,7 @@ def test_airbenchs_gelu_and_its_gradient_are_exact(dtype, tolerance):
     x = np.linspace(-6, 6, 4001)
     density = np.exp(-np.square(x) / 2) / np.sqrt(2 * np.pi)
     below = np.vectorize(lambda v: math.erfc(-v / math.sqrt(2)) / 2)(x)  # Phi(x)
-    values, gradients = jax.vmap(jax.value_and_grad(airbench._gelu))(jnp.asarray(x, dtype))
+    values, gradients = jax.vmap(jax.value_and_grad(gelu))(jnp.asarray(x, dtype))
     assert values.dtype == gradients.dtype == dtype
     np.testing.assert_allclose(np.float64(values), x * below, atol=tolerance)
     np.testing.assert_allclose(np.float64(gradients), below + x * density, atol=tolerance)

@@ -26,8 +26,10 @@ KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|coll
 def _compiled(name, microbatch_size=0):
     """Returns the state and the step's collectives: (kind, sizes of its results, number of enclosing loops)."""
     config = _config(mesh=MESHES[name], model=CNNConfig(width=16), microbatch_size=microbatch_size)
-    run = Run(config, devices=1 if name == "one" else 8)
-    lowered = run.train.lower(run.state, run.batches.data, run.batches.example(), np.int32(1), run.hparams)
+    devices = 1 if name == "one" else 8
+    run = Run(config, devices)
+    with jax.set_mesh(sharding.make_mesh(config, jax.devices()[:devices])):  # as training does
+        lowered = run.train.lower(run.state, run.batches.data, run.batches.example(), np.int32(1), run.hparams)
     found = re.findall(rf' = (.*?) ({KINDS})(?:-start)?\(.*?op_name="(.*?)"', lowered.compile().as_text())
     return run.state, [
         (

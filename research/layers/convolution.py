@@ -150,8 +150,8 @@ def _conv2d(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads) -> jax.A
 
 
 def _exceeds(kernel: jax.Array, x: jax.Array) -> bool:
-    """Returns whether the kernel has more pixels than the image."""
-    return math.prod(kernel.shape[:2]) > math.prod(x.shape[1:3])
+    """Returns whether the kernel has more pixels than the image; False if GSPMD shards, which would move patches."""
+    return sharding.is_unsharded() and math.prod(kernel.shape[:2]) > math.prod(x.shape[1:3])
 
 
 def _forward(

@@ -29,7 +29,8 @@ def test_it_trains_on_one_device_and_on_eight(env, tmp_path):
         summaries.append(read_summary(tmp_path / f"runs/{devices}"))
         assert summaries[-1]["device_count"] == devices
         _, last = done.stdout.split("epoch 2/2")
-        assert re.search(r"^cifar_cnn on digits: test accuracy \d\.\d{4}, test loss \d\.\d{4}$", last, re.MULTILINE)
+        figures = r"test accuracy \d\.\d{4}, test loss \d\.\d{4}, test calibration error \d\.\d{4}"
+        assert re.search(rf"^cifar_cnn on digits: {figures}$", last, re.MULTILINE)
         assert re.search(rf"[\d,]+ examples/s .* \(compilation excluded: .* s\), {devices} cpu device", last)
         assert last.splitlines()[-1].strip() == f"record: runs/{devices}"
         lines = [json.loads(line) for line in (tmp_path / f"runs/{devices}/metrics.jsonl").read_text().splitlines()]

@@ -12,7 +12,7 @@ from research.config_fields import assign, check_fields, is_on, option, walk
 from research.dataset_config import DatasetConfig
 from research.errors import UserError
 from research.init_config import InitConfig
-from research.model_config import CNNConfig, ImageNetworkConfig, NetworkConfig, RNNConfig, VAEConfig
+from research.model_config import CNNConfig, ImageNetworkConfig, NetworkConfig, RecurrentConfig, RNNConfig, VAEConfig
 from research.optimizer_config import OPTIMIZERS, SCHEDULES, OptimizerConfig
 
 # Besides what is defined here: a user finds every part of the configuration in this module.
@@ -27,6 +27,7 @@ __all__ = [
     "NetworkConfig",
     "OptimizerConfig",
     "RNNConfig",
+    "RecurrentConfig",
     "VAEConfig",
     "assign",
     "check_fields",

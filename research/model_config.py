@@ -75,17 +75,23 @@ class ImageNetworkConfig(NetworkConfig):
 
 
 @dataclasses.dataclass
-class RNNConfig(NetworkConfig):
-    """A recurrent network (`research.models.rnn`)."""
+class RecurrentConfig(NetworkConfig):
+    """Recurrent layers (`research.models.rnn`)."""
 
     name: str = option("lstm", "cell", choices=("simple", "gru", "lstm", "mingru", "lru"), decides_others=True)
     width: int = option(256, "features between layers, and recurrent units per layer", minimum=1)
     layers: int = option(2, "recurrent layers", minimum=1)
     dropout: float = option(0.0, "dropout rate of each layer's output", minimum=0, below=1, step_input=True)
-    tied: bool = option(False, "share the kernel of the output layer with the embedding")
     dtype: str = option(
         "float32", "dtype of matrix products; parameters and recurrent state stay float32", choices=DTYPES
     )
+
+
+@dataclasses.dataclass
+class RNNConfig(RecurrentConfig):
+    """A recurrent network over characters."""
+
+    tied: bool = option(False, "share the kernel of the output layer with the embedding")
 
 
 @dataclasses.dataclass

@@ -23,7 +23,7 @@ from flax import nnx
 from jax.export import is_symbolic_dim
 from jax.sharding import PartitionSpec as P
 
-from research.config import RNNConfig
+from research.config import RecurrentConfig, RNNConfig
 from research.layers import recurrence
 from research.layers.dropout import Dropout
 from research.layers.linear_recurrence import SEQUENCE, linear_recurrence
@@ -37,7 +37,7 @@ _STATE_WIDTHS = {"simple": (1,), "gru": (1,), "lstm": (1, 1), "mingru": (1,), "l
 PARALLEL = ("mingru", "lru")
 
 
-def initial_carry(config: RNNConfig, batch_size: int) -> Carry:
+def initial_carry(config: RecurrentConfig, batch_size: int) -> Carry:
     """Returns the network's initial state: zeros."""
     sizes = _STATE_WIDTHS[config.name]
     layer = tuple(jnp.zeros((batch_size, size * config.width)) for size in sizes)
@@ -62,7 +62,7 @@ class RNN(nnx.Module):
         unit = config.parametrization == "mup" or (config.name not in PARALLEL and not config.tied)
         embedding_init = nnx.initializers.normal(1.0 if unit else width**-0.5)
         self.embedding = nnx.Embed(vocabulary_size, width, embedding_init=embedding_init, rngs=rngs)
-        self.layers = nnx.List([_LAYERS[config.name](config, rngs) for _ in range(config.layers)])
+        self.layers = nnx.List([LAYERS[config.name](config, rngs) for _ in range(config.layers)])
         # The residual stream is normalized once more before the logits.
         self.norm = nnx.RMSNorm(width, rngs=rngs) if config.name in PARALLEL else None
         self.bias = nnx.Param(jnp.zeros(vocabulary_size))
@@ -86,7 +86,7 @@ class RNN(nnx.Module):
         carry = jax.tree.map(lambda h: jnp.where(first[:, None], 0, h), carry)
         keys = [None] * len(self.layers) if key is None else list(jax.random.split(key, len(self.layers)))
         table = self.embedding.embedding[...]
-        x, new_carry = _shard_over_time(table[tokens.T]), []
+        x, new_carry = shard_over_time(table[tokens.T]), []
         for layer, state, layer_key in zip(self.layers, carry, keys):
             if isinstance(layer, Recurrent):
                 # The first layer's input depends on the character only. If the vocabulary is smaller than the batch,
@@ -104,7 +104,7 @@ class RNN(nnx.Module):
         return logits.astype(jnp.float32).transpose(1, 0, 2), tuple(new_carry)
 
 
-def _shard_over_time(x: jax.Array) -> jax.Array:
+def shard_over_time(x: jax.Array) -> jax.Array:
     """Shards the time axis of x [T, b, width] over the mesh axis `sequence`, if there is one and it divides T."""
     shards = jax.sharding.get_abstract_mesh().shape.get(SEQUENCE, 1)
     if shards == 1 or len(x) % shards:
@@ -112,14 +112,14 @@ def _shard_over_time(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(SEQUENCE, BATCH_AXES))
 
 
-def _linear(inputs: int, outputs: int, config: RNNConfig, rngs: nnx.Rngs, *, use_bias: bool = True) -> Linear:
+def _linear(inputs: int, outputs: int, config: RecurrentConfig, rngs: nnx.Rngs, *, use_bias: bool = True) -> Linear:
     return Linear(inputs, outputs, use_bias=use_bias, dtype=jnp.dtype(config.dtype), rngs=rngs)
 
 
 class Recurrent(nnx.Module):
     """A layer of a sequential cell, called with the projection of all time steps' inputs at once (`inputs`)."""
 
-    def __init__(self, cell: Callable[..., Any], gates: int, config: RNNConfig, rngs: nnx.Rngs):
+    def __init__(self, cell: Callable[..., Any], gates: int, config: RecurrentConfig, rngs: nnx.Rngs):
         width = config.width
         self.cell, self.dtype = cell, jnp.dtype(config.dtype)
         # The GRU's reset gate multiplies only one of the two biases; in the other cells they would add up to one.
@@ -149,7 +149,7 @@ class MinGRU(nnx.Module):
     them, where an underflow is harmless (the state is forgotten), so logarithms are not needed and n may be negative.
     """
 
-    def __init__(self, config: RNNConfig, rngs: nnx.Rngs):
+    def __init__(self, config: RecurrentConfig, rngs: nnx.Rngs):
         width = config.width
         self.norm, self.mlp_norm = nnx.RMSNorm(width, rngs=rngs), nnx.RMSNorm(width, rngs=rngs)
         self.inputs = _linear(width, 2 * width, config, rngs)
@@ -177,7 +177,7 @@ class LRU(nnx.Module):
     3.4).
     """
 
-    def __init__(self, config: RNNConfig, rngs: nnx.Rngs):
+    def __init__(self, config: RecurrentConfig, rngs: nnx.Rngs):
         width = config.width
         self.norm = nnx.RMSNorm(width, rngs=rngs)
         low, high = 0.9, 0.999
@@ -213,7 +213,7 @@ def _complex(x: jax.Array) -> jax.Array:
     return jax.lax.complex(real, imaginary)
 
 
-_LAYERS: dict[str, Callable[[RNNConfig, nnx.Rngs], nnx.Module]] = {
+LAYERS: dict[str, Callable[[RecurrentConfig, nnx.Rngs], nnx.Module]] = {
     "simple": lambda config, rngs: Recurrent(recurrence.simple, 1, config, rngs),
     "gru": lambda config, rngs: Recurrent(recurrence.gru, 3, config, rngs),
     "lstm": lambda config, rngs: Recurrent(recurrence.lstm, 4, config, rngs),

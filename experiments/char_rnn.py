@@ -16,12 +16,11 @@ import jax
 import numpy as np
 from flax import nnx
 
-from research import app, sharding
+from research import app
 from research.config import Config, DatasetConfig, OptimizerConfig, RNNConfig, option
 from research.data import text
 from research.data.batch import Batch
 from research.data.sources import Dataset
-from research.errors import UserError
 from research.models import rnn
 from research.parametrization import Network
 from research.tasks.generation import SampleOptions, decode, encode, generate
@@ -91,17 +90,8 @@ def make_task(config: CharRNNConfig, dataset: Dataset) -> LanguageModel:
     Raises:
       UserError: the mesh shards the time axis, but the cell is sequential or the sequence length does not divide.
     """
-    if config.model.name not in rnn.PARALLEL:
-        sharding.refuse_sequence(config.mesh, f"--config.model.name={config.model.name}")
-    shards = config.mesh.sequence
-    if shards == -1:
-        shards = sharding.mesh_shape(config.mesh, jax.device_count())[sharding.AXES.index("sequence")]
-    if config.sequence_length % shards:
-        raise UserError(
-            f"--config.sequence_length={config.sequence_length} cannot be split evenly over the {shards} devices of "
-            f"--config.mesh.sequence: use a multiple of {shards}"
-        )
     model = config.model
+    rnn.check_mesh(config.mesh, model, config.sequence_length, f"--config.sequence_length={config.sequence_length}")
 
     def create(model: RNNConfig, rngs: nnx.Rngs) -> nnx.Module:
         return rnn.RNN(model, len(dataset.label_names), rngs)

@@ -116,18 +116,7 @@ def make_task(config: CifarConfig, dataset: Dataset, *, norm_momentum: float = 0
             norm_momentum=norm_momentum,
         )
 
-    network = Network(create, config.model)
-    return Classification(
-        network,
-        mean,
-        std,
-        config.augment,
-        config.label_smoothing,
-        config.mirror,
-        config.translate,
-        config.loss,
-        config.target_threshold,
-    )
+    return Classification.from_config(Network(create, config.model), config, dataset, translate=config.translate)
 
 
 EXPERIMENT = app.Experiment(

@@ -21,7 +21,6 @@ from flax import nnx
 
 from research import app
 from research.config import AugmentConfig, DatasetConfig, ImageNetworkConfig, OptimizerConfig
-from research.data import images
 from research.data.sources import Dataset
 from research.errors import UserError
 from research.models import image_networks
@@ -177,23 +176,13 @@ def complete(config: ImageClassifierConfig, dataset: Dataset) -> ImageClassifier
 
 def make_task(config: ImageClassifierConfig, dataset: Dataset) -> Classification:
     """Builds the classification task of the data set's images and the config's network."""
-    mean, std = dataset.statistic(images.channel_statistics, "image")
 
     def create(model: ImageNetworkConfig, rngs: nnx.Rngs) -> nnx.Module:
         shape = dataset.train["image"].shape[1:]
         return image_networks.create(model, image_shape=shape, num_classes=len(dataset.label_names), rngs=rngs)
 
     network = Network(create, config.model, image_networks.torch_names)
-    return Classification(
-        network,
-        mean,
-        std,
-        config.augment,
-        config.label_smoothing,
-        config.mirror,
-        loss=config.loss,
-        target_threshold=config.target_threshold,
-    )
+    return Classification.from_config(network, config, dataset)
 
 
 EXPERIMENT = app.Experiment(

@@ -14,7 +14,7 @@ import dataclasses
 import numpy as np
 from flax import nnx
 
-from research import app, sharding
+from research import app
 from research.config import DatasetConfig, OptimizerConfig, RecurrentConfig, option
 from research.data import images
 from research.data.sources import Dataset
@@ -85,19 +85,20 @@ def prepare(config: SequentialImagesConfig, dataset: Dataset) -> Dataset:
 
 def _gray(colors: np.ndarray) -> np.ndarray:
     """Converts uint8 [n, h, w, 3] to uint8 [n, h, w, 1]."""
-    return np.rint(colors @ _LUMA).astype(np.uint8)[..., None]
+    # One image at a time: the floats of all would take eight times the memory of the set.
+    return np.stack([np.rint(image @ _LUMA).astype(np.uint8) for image in colors])[..., None]
 
 
 def complete(config: SequentialImagesConfig, dataset: Dataset) -> SequentialImagesConfig:
     """Returns the config after checking it against the data set.
 
     Raises:
-      UserError: the augmentation does not fit the images, or the mesh shards the time axis of a sequential cell.
+      UserError: the augmentation does not fit the images, or the mesh cannot shard the time axis.
     """
     images.check_one_size(config.dataset)
     classification.check(config, dataset)
-    if config.model.name not in rnn.PARALLEL:
-        sharding.refuse_sequence(config.mesh, f"--config.model.name={config.model.name}")
+    height, width, _ = dataset.train["image"].shape[1:]
+    rnn.check_mesh(config.mesh, config.model, height * width, f"an image of {height * width} pixels")
     return config
 
 
@@ -110,23 +111,13 @@ class SequenceClassification(Classification):
 
 def make_task(config: SequentialImagesConfig, dataset: Dataset) -> SequenceClassification:
     """Builds the classification task of the data set's images and the config's network."""
-    mean, std = dataset.statistic(images.channel_statistics, "image")
     height, width, channels = dataset.train["image"].shape[1:]
     permutation = fixed_permutation(height * width) if config.permuted else None
 
     def create(model: RecurrentConfig, rngs: nnx.Rngs) -> nnx.Module:
         return SequenceClassifier(model, channels, len(dataset.label_names), permutation, rngs)
 
-    return SequenceClassification(
-        Network(create, config.model),
-        mean,
-        std,
-        config.augment,
-        config.label_smoothing,
-        config.mirror,
-        loss=config.loss,
-        target_threshold=config.target_threshold,
-    )
+    return SequenceClassification.from_config(Network(create, config.model), config, dataset)
 
 
 EXPERIMENT = app.Experiment(

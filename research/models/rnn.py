@@ -23,7 +23,9 @@ from flax import nnx
 from jax.export import is_symbolic_dim
 from jax.sharding import PartitionSpec as P
 
-from research.config import RecurrentConfig, RNNConfig
+from research import sharding
+from research.config import MeshConfig, RecurrentConfig, RNNConfig
+from research.errors import UserError
 from research.layers import recurrence
 from research.layers.dropout import Dropout
 from research.layers.linear_recurrence import SEQUENCE, linear_recurrence
@@ -37,11 +39,35 @@ _STATE_WIDTHS = {"simple": (1,), "gru": (1,), "lstm": (1, 1), "mingru": (1,), "l
 PARALLEL = ("mingru", "lru")
 
 
+def check_mesh(mesh: MeshConfig, config: RecurrentConfig, length: int, what: str) -> None:
+    """Raises `UserError` if the mesh shards the time axis, but the cell is sequential or `length` is no multiple.
+
+    Args:
+      mesh: the sizes of the mesh.
+      config: the layers.
+      length: the number of time steps.
+      what: has this length, for the message.
+    """
+    if config.name not in PARALLEL:
+        sharding.refuse_sequence(mesh, f"--config.model.name={config.name}")
+    shards = mesh.sequence
+    if shards == -1:
+        shards = sharding.mesh_shape(mesh, jax.device_count())[sharding.AXES.index(SEQUENCE)]
+    if length % shards:
+        raise UserError(
+            f"{what} cannot be split evenly over the {shards} devices of --config.mesh.sequence: use a multiple of "
+            f"{shards}, or another number of devices"
+        )
+
+
+def initial_state(name: str, width: int, batch_size: int) -> recurrence.State:
+    """Returns the initial state of a layer: zeros."""
+    return tuple(jnp.zeros((batch_size, size * width)) for size in _STATE_WIDTHS[name])
+
+
 def initial_carry(config: RecurrentConfig, batch_size: int) -> Carry:
-    """Returns the network's initial state: zeros."""
-    sizes = _STATE_WIDTHS[config.name]
-    layer = tuple(jnp.zeros((batch_size, size * config.width)) for size in sizes)
-    return (layer,) * config.layers
+    """Returns the network's initial state."""
+    return (initial_state(config.name, config.width, batch_size),) * config.layers
 
 
 class RNN(nnx.Module):

@@ -43,8 +43,9 @@ class SequenceClassifier(nnx.Module):
         rngs: nnx.Rngs,
     ):
         width, dtype = config.width, jnp.dtype(config.dtype)
+        # The structure of a module must be hashable: no array, and no config.
         self.permutation = None if permutation is None else tuple(permutation.tolist())
-        self.config = config
+        self.name, self.width = config.name, width
         self.pixel = Linear(channels, width, dtype=dtype, rngs=rngs)
         self.layers = nnx.List([rnn.LAYERS[config.name](config, rngs) for _ in range(config.layers)])
         # As in `rnn.RNN`: residual layers leave a sum that nobody has normalized yet.
@@ -58,8 +59,8 @@ class SequenceClassifier(nnx.Module):
         if self.permutation is not None:
             pixels = pixels[:, np.array(self.permutation)]
         x = rnn.shard_over_time(self.pixel(pixels.transpose(1, 0, 2)))
-        carry = sharding.vary(rnn.initial_carry(self.config, len(images)))  # each device has its own states
-        for layer, state, layer_key in zip(self.layers, carry, keys):
+        state = sharding.vary(rnn.initial_state(self.name, self.width, len(images)))  # each device has its own
+        for layer, layer_key in zip(self.layers, keys):
             x, _ = layer(layer.inputs(x) if isinstance(layer, rnn.Recurrent) else x, state, train=train, key=layer_key)
         if self.norm is not None:
             x = self.norm(x)

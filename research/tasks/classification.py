@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +93,27 @@ class Classification(Task):
     translate: bool = False
     loss: str = "softmax"
     target_threshold: float = 0.0
+
+    @classmethod
+    def from_config(
+        cls,
+        network: Callable[[nnx.Rngs], nnx.Module],
+        config: ClassificationConfig,
+        dataset: Dataset,
+        *,
+        translate: bool = False,
+    ) -> Self:
+        """Builds the task of a network, with the config's fields and the statistics of the data set's images."""
+        return cls(
+            network,
+            *dataset.statistic(images.channel_statistics, "image"),
+            augment=config.augment,
+            label_smoothing=config.label_smoothing,
+            mirror=config.mirror,
+            translate=translate,
+            loss=config.loss,
+            target_threshold=config.target_threshold,
+        )
 
     def with_hparams(self, hparams: Mapping[str, Any]) -> "Classification":
         """Returns this task with the label smoothing and the strengths of augmentation of a step."""

@@ -174,7 +174,7 @@ def reliability(confidences: np.ndarray, correct: np.ndarray, num_bins: int) -> 
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     left, width = np.arange(num_bins) / num_bins, 1 / num_bins
     upper.bar(left, accuracy, width, align="edge", edgecolor="white", label="accuracy")
-    upper.plot(confidence[counts > 0], accuracy[counts > 0], "k.", label="mean confidence")
+    upper.plot(confidence[counts > 0], accuracy[counts > 0], "k.", clip_on=False, label="mean confidence")
     upper.plot([0, 1], [0, 1], "k:", label="calibrated")
     upper.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1), title=f"expected calibration error {error:.4f}")
     upper.legend(fontsize="small", loc="upper left")

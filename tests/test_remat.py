@@ -155,7 +155,8 @@ def test_microbatches_and_per_device_gradients_are_the_same(mode, devices, micro
 
 
 def test_it_lowers_the_peak_memory():
-    network = functools.partial(Deep, depth=9, width=64, dropout=0.0, norm="none")
+    # The saving of "all" grows with the depth: 9 blocks are too few for a margin on every version of XLA.
+    network = functools.partial(Deep, depth=16, width=64, dropout=0.0, norm="none")
     compiled = _prepare(*_images(network, batch_size=1024))[0]
     sizes = {mode: compiled(mode).memory_analysis().temp_size_in_bytes for mode in ("none", "blocks", "all")}
     assert sizes["blocks"] < 0.7 * sizes["none"], sizes

@@ -23,7 +23,7 @@ from research.data.batch import Batch
 from research.data.sources import Dataset
 from research.models import rnn
 from research.parametrization import Network
-from research.tasks.generation import SampleOptions, decode, encode, generate
+from research.tasks.generation import SampleOptions, generate
 from research.tasks.language_model import LanguageModel
 from research.tasks.predictor import Predictor
 
@@ -99,16 +99,17 @@ def make_task(config: CharRNNConfig, dataset: Dataset) -> LanguageModel:
     def carry(batch_size: int) -> rnn.Carry:
         return rnn.initial_carry(model, batch_size)
 
-    return LanguageModel(Network(create, model), carry, config.sequence_length)
+    return LanguageModel(Network(create, model), carry, config.sequence_length, dataset.tokenizer)
 
 
 def sample(predict: Predictor, config: CharRNNConfig, dataset: Dataset, options: SampleOptions, _: Path) -> None:
     """Prints texts that continue a prompt.
 
     Raises:
-      UserError: a character of the prompt does not occur in the data set.
+      UserError: the prompt cannot be encoded.
     """
-    prompt = encode(options.prompt, dataset.label_names, dataset.name)
+    assert dataset.tokenizer is not None, "`text.streams` sets it"
+    prompt = dataset.tokenizer.encode(options.prompt)
 
     def texts(model: nnx.Module, batch: Batch, key: jax.Array) -> jax.Array:
         carry = rnn.initial_carry(config.model, len(batch["prompt"]))
@@ -118,7 +119,7 @@ def sample(predict: Predictor, config: CharRNNConfig, dataset: Dataset, options:
     tokens = predict(texts, {"prompt": np.tile(prompt, (options.num_samples, 1))}, seed=options.sample_seed)
     for number, row in enumerate(tokens):
         print(f"--- sample {number + 1} of {len(tokens)}")
-        print(decode(np.concatenate([prompt, row]), dataset.label_names))
+        print(dataset.tokenizer.decode(np.concatenate([prompt, row])))
 
 
 EXPERIMENT = app.Experiment(

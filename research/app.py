@@ -130,7 +130,8 @@ def load(experiment: Experiment, config: Any) -> tuple[Any, sources.Dataset, Tas
 def _load_for(experiment: Experiment, command: Command) -> tuple[Any, sources.Dataset, Task]:
     """Like `load`; if the workdir holds a run, checks config and data against its record and uses its statistics."""
     recorded = data_json.read(command.workdir) if command.earlier else None
-    dataset = experiment.prepare(command.config, _load_data(experiment, command.config.dataset, recorded))
+    given = data_json.recorded_tokenizer(command.config.dataset, recorded, command.workdir)
+    dataset = experiment.prepare(command.config, _load_data(experiment, given, recorded))
     config = experiment.resolve(command.config, dataset)
     if command.earlier:
         _check_config(config, dataset, command)

@@ -11,12 +11,19 @@ class DatasetConfig:
 
     name: str = option(
         "cifar10|digits",
-        "data set: folder, hf:NAME, digits, pydoc or a TFDS name; name:1.2.3: this version (default: the newest); a|b: "
-        "the first that is available",
+        "data set: folder, text, hf:NAME, digits, pydoc or a TFDS name; name:1.2.3: this version (default: the "
+        "newest); a|b: the first that is available",
     )
     data_dir: str = option(
         "",
-        "image folder, or folder of prepared TFDS sets and archives; empty: TFDS_DATA_DIR, else TFDS's default",
+        "image folder, file or folder of text, or folder of prepared TFDS sets and archives; empty: TFDS_DATA_DIR, "
+        "else TFDS's default",
+        may_change="resume",
+    )
+    tokenizer: str = option(
+        "",
+        "tokenizer.json that texts are split into tokens with (`python -m research.data.tokenizer` trains one); empty: "
+        "bytes",
         may_change="resume",
     )
     train_split: str = option("train", "split of the data set to train on")
@@ -31,8 +38,8 @@ class DatasetConfig:
     train_fraction: float = option(1.0, "fraction of the rest that is used for training", above=0, maximum=1)
     max_device_gib: float = option(
         2.0,
-        "data sets of arrays up to this size (GiB) are kept on the devices; larger ones, and sets with an image_size, "
-        "are streamed",
+        "arrays and texts up to this size (GiB) are kept on the devices; larger ones, and sets with an image_size, are "
+        "streamed",
         minimum=0,
         may_change="resume",
     )

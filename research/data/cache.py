@@ -9,6 +9,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -22,6 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from research.data.file_errors import is_unreadable
+from research.errors import UserError
 
 Arrays = dict[str, np.ndarray]
 
@@ -49,30 +51,41 @@ def user_folder(variable: str, name: str) -> Path:
         return Path(tempfile.gettempdir()) / name
 
 
-def load(entry: str, decode: Callable[[], Iterator[Arrays]]) -> Arrays:
+def load(entry: str, decode: Callable[[], Iterator[Arrays]], *, most_in_memory: float = math.inf) -> Arrays:
     """Returns the arrays of a cache entry; calls `decode` and writes the entry if there is none.
 
     Args:
       entry: the entry's name, which must change whenever the source does.
       decode: yields consecutive pieces of the arrays: same names and dtypes, sizes that differ in the first axis only.
+      most_in_memory: bytes of a larger array are neither verified at every start, which reads them all, nor kept in
+        memory.
 
     Returns:
       The concatenated arrays by name, read-only: memory maps, or arrays in memory if the cache cannot be written (with
       one warning on stderr).
+
+    Raises:
+      UserError: the cache cannot be written, and the arrays are larger than `most_in_memory`.
     """
     path = folder() / entry
     try:
-        arrays = _read(path)
+        arrays = _read(path, most_in_memory)
         if arrays is None:
             _write(path, decode)
-            arrays = _read(path)
+            arrays = _read(path, most_in_memory)
         if arrays is not None:
             return arrays
         reason = "the written entry cannot be read back"
     except OSError as error:
         reason = error.strerror or str(error)
     _warn_once(f"no cache in {folder()} ({reason}): decoding at every start; set MESHWORK_CACHE_DIR to another folder")
-    pieces = list(decode())
+    pieces: list[Arrays] = []
+    size = 0
+    for piece in decode():
+        pieces.append(piece)
+        size += sum(array.nbytes for array in piece.values())
+        if size > most_in_memory:
+            raise UserError(f"{folder()} ({reason}) cannot hold {entry}: set MESHWORK_CACHE_DIR to a folder with room")
     return read_only({name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]})
 
 
@@ -94,7 +107,7 @@ def _warn_once(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr)
 
 
-def _read(path: Path) -> Arrays | None:
+def _read(path: Path, most_verified: float) -> Arrays | None:
     """Returns the entry's arrays, or None if there is no entry. Removes a damaged one.
 
     Raises:
@@ -105,7 +118,11 @@ def _read(path: Path) -> Arrays | None:
     try:
         expected = json.loads((path / "entry.json").read_bytes())
         arrays = {name: np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in expected}
-        if expected == {name: _summary(array, zlib.crc32(array.data)) for name, array in arrays.items()}:
+        found = {
+            name: _summary(array, zlib.crc32(array.data) if array.nbytes <= most_verified else expected[name]["crc32"])
+            for name, array in arrays.items()
+        }
+        if expected == found:
             return arrays
     except (OSError, ValueError, EOFError, TypeError) as error:
         if is_unreadable(error):

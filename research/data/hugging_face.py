@@ -15,6 +15,7 @@ import numpy as np
 
 from research.data.file_errors import is_unreadable, unreadable
 from research.data.hugging_face_files import open_splits, quiet_and_offline, reading
+from research.data.hugging_face_text import ColumnText, is_text
 from research.data.source import DamagedError, Source
 from research.data.tfds_records import MOST_CLASSES
 from research.data.tfds_sets import UnavailableError
@@ -28,8 +29,8 @@ _IMAGE_COLUMNS = ("image", "img")
 _LABEL_COLUMNS = ("label", "labels", "fine_label")
 
 
-def load(name: str, data_dir: str) -> tuple[tuple[str, ...], dict[str, Callable[[], Source]], str]:
-    """Opens a data set of images, without reading its examples.
+def load(name: str, data_dir: str) -> tuple[tuple[str, ...], Mapping[str, Callable[[], Source] | ColumnText], str]:
+    """Opens a data set of images or texts, without reading its examples.
 
     Args:
       name: one of these, without the prefix "hf:"; what exists as a file or folder is not looked up in the cache.
@@ -44,8 +45,8 @@ def load(name: str, data_dir: str) -> tuple[tuple[str, ...], dict[str, Callable[
 
     Returns:
       - The label names. The integers of a label column without names are named "0" to the largest in train.
-      - A function for each split, which opens it, or raises a `UserError` if it is damaged, has no image column, or
-        has other labels than train.
+      - For each split its text, if it has a column `text` of strings and no images, or a function, which opens it, or
+        raises a `UserError` if it is damaged, has no image column, or has other labels than train.
       - The revision, if the set comes from the Hub, else "".
 
     Data files are converted to Arrow files in the default cache once, with a line on stderr.
@@ -68,10 +69,12 @@ def load(name: str, data_dir: str) -> tuple[tuple[str, ...], dict[str, Callable[
         splits, revision = open_splits(name, data_dir)
         reference = "train" if "train" in splits else next(iter(splits))
         label_names = _label_names(f"{name}/{reference}", splits[reference])
-    loaders: dict[str, Callable[[], Source]] = {
-        split: partial(_open_split, f"{name}/{split}", dataset, label_names, reference)
-        for split, dataset in splits.items()
-    }
+        loaders = {
+            split: ColumnText(f"{name}/{split}", dataset)
+            if is_text(dataset.features)
+            else partial(_open_split, f"{name}/{split}", dataset, label_names, reference)
+            for split, dataset in splits.items()
+        }
     return label_names, loaders, revision
 
 

@@ -45,9 +45,7 @@ from research.randomness import Stream
 
 
 @functools.lru_cache(maxsize=2)
-def _order(seed: int | None, epoch: int, num_examples: int) -> np.ndarray:
-    if seed is None:
-        return np.arange(num_examples, dtype=np.int32)
+def _order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
     return randomness.generator(Stream.DATA_ORDER, seed, epoch).permutation(num_examples).astype(np.int32)
 
 
@@ -58,8 +56,11 @@ def example_numbers(seed: int | None, num_examples: int, start: int, stop: int) 
     """
     numbers, epochs = [], []
     for epoch in range(start // num_examples, -(-stop // num_examples)):
-        first = epoch * num_examples
-        part = _order(seed, epoch, num_examples)[max(start - first, 0) : stop - first]
+        first, last = max(start - epoch * num_examples, 0), min(stop - epoch * num_examples, num_examples)
+        if seed is None:
+            part = np.arange(first, last, dtype=np.int32)
+        else:
+            part = _order(seed, epoch, num_examples)[first:last]
         numbers.append(part)
         epochs.append(np.full(len(part), epoch, np.int32))
     return np.concatenate(numbers), np.concatenate(epochs)
@@ -89,7 +90,7 @@ def longest_epoch(epoch_end_steps: Sequence[int]) -> int:
 
 
 def is_resident(config: Config, *splits: Split | None) -> bool:
-    """Returns whether these splits are arrays that together fit --config.dataset.max_device_gib."""
+    """Returns whether these splits are arrays or texts that together fit --config.dataset.max_device_gib."""
     if any(isinstance(split, StreamedSplit) for split in splits):
         return False
     size = sum(array.nbytes for split in splits if split for array in split.values())

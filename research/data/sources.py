@@ -14,11 +14,26 @@ from typing import Any
 import numpy as np
 
 from research.config import DatasetConfig
-from research.data import cache, embedded, folder, hugging_face, own_data, prepare, splits, tfds_records, tfds_sets
+from research.data import (
+    cache,
+    embedded,
+    folder,
+    hugging_face,
+    own_data,
+    prepare,
+    splits,
+    text_sets,
+    tfds_records,
+    tfds_sets,
+    token_store,
+    tokenization,
+)
 from research.data.source import ArraySource, Source
 from research.data.splits import Examples
 from research.data.streamed import Column, StreamedSplit
+from research.data.text_source import hold_out
 from research.data.tfds_sets import UnavailableError
+from research.data.tokenization import FromJson, Tokenizer
 from research.errors import UserError
 
 Split = Mapping[str, Any]  # `Arrays`, or a `StreamedSplit`, whose columns behave like arrays
@@ -35,13 +50,14 @@ class Dataset:
       name: its TFDS name, or one of `embedded.DATASETS`.
       label_names: the name of each class, by label; () for text and for images without labels.
       train: "image" (uint8 [n,h,w,c]) and, unless the images have no labels, "label" (int32 [n], -1: unlabeled); for
-        text "text" (uint8 [n]), its bytes, with a newline between any two examples of a TFDS set. The features of an
-        experiment's own data have the names that it gives them.
+        text "text" [n], its bytes (uint8) or its tokens (uint16 or uint32), with a newline between any two examples
+        of a TFDS or Hugging Face set. The features of an experiment's own data have the names that it gives them.
       validation: held out from train, or the set's own split; None if there is neither.
       test: the split that results are reported on.
       shuffle: whether every epoch is a new permutation of train; otherwise every epoch has the order of train.
       version: the version of the prepared set, if it has one.
       fingerprints: for each split that `load` returned, a hash of its contents.
+      tokenizer: of a text; None for bytes until `text.streams` has found their vocabulary.
       statistics: the values that `statistic` has returned, and the number of training examples.
     """
 
@@ -53,6 +69,7 @@ class Dataset:
     shuffle: bool = True
     version: str = ""
     fingerprints: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    tokenizer: Tokenizer | None = None
     # `init=False`: `dataclasses.replace` must not copy it, since the copy may have another train split.
     statistics: dict[str, Any] = dataclasses.field(default_factory=dict, init=False)
 
@@ -111,7 +128,7 @@ def _to_list(array: np.ndarray) -> Any:
 def load(config: DatasetConfig, own: Mapping[str, own_data.Load] = MappingProxyType({})) -> Dataset:
     """Loads the data set that the config names; the caller cannot change what later calls return.
 
-    - `folder`, `hf:NAME`, a name in `own`, an embedded or a TFDS set.
+    - `folder`, `text`, `hf:NAME`, a name in `own`, an embedded or a TFDS set.
     - A name `a|b` means the first that is available; each unavailable one prints a warning on stderr. A set that is not
       prepared yet is prepared if `research.data.prepare` supports it. `name:1.2.3` means this version.
     - `train_split`, `validation_split` and `test_split` name splits of the set. By default they are the splits called
@@ -121,6 +138,8 @@ def load(config: DatasetConfig, own: Mapping[str, own_data.Load] = MappingProxyT
       that fraction of the rest: the same examples for every seed.
     - Of the rest of train, `train_fraction` is kept.
     - With `image_size`, and if it is no dictionary of arrays, a split is a `StreamedSplit`.
+    - A text becomes the tokens of `tokenizer`, or bytes. If train is its only split, its end is held out, see
+      `text_source.hold_out`; fractions of it are its beginning or end.
 
     Args:
       config: of the data set.
@@ -131,16 +150,17 @@ def load(config: DatasetConfig, own: Mapping[str, own_data.Load] = MappingProxyT
         unreadable or unsuitable, or a fraction would leave a split empty.
     """
     _check_crops(config)
+    tokenizer = tokenization.read(config.tokenizer)
     names = [name.strip() for name in config.name.split("|")]
     if not all(names):
         raise UserError(f"--config.dataset.name={config.name!r}: name a data set, or several separated by |")
     for name, following in itertools.pairwise(names):
         try:
-            return _load(name, config, own)
+            return _load(name, config, own, tokenizer)
         except UnavailableError as error:
             remedy = f"To use {name}: {error.remedy}"
             print(f"WARNING: {name} {error.reason}: using {following} instead. {remedy}", file=sys.stderr)
-    return _load(names[-1], config, own)
+    return _load(names[-1], config, own, tokenizer)
 
 
 def _check_crops(config: DatasetConfig) -> None:
@@ -157,8 +177,8 @@ def _check_crops(config: DatasetConfig) -> None:
 
 def open_splits(
     name: str, config: DatasetConfig, own: Mapping[str, own_data.Load] = MappingProxyType({})
-) -> tuple[tuple[str, ...], Mapping[str, Callable[[], Examples]], str]:
-    """Opens a data set by its name: (label names, a function for each split that loads it, version).
+) -> tuple[tuple[str, ...], Mapping[str, Any], str]:
+    """Opens a data set by its name: (label names, a text or a function that loads it for each split, version).
 
     Raises:
       UserError: as `load`.
@@ -171,6 +191,8 @@ def open_splits(
     if name == "folder":
         label_names, listings = folder.load(config.data_dir, hold_out=not config.test_fraction)
         return label_names, listings, ""
+    if name == "text":
+        return (), text_sets.open_files(config.data_dir), ""
     if name.startswith("hf:"):
         return hugging_face.load(name.removeprefix("hf:"), config.data_dir)
     return _load_tfds(name, config)
@@ -184,13 +206,13 @@ def open_records(name: str, data_dir: str) -> tuple[tuple[str, ...], dict[str, S
     """
     config = DatasetConfig(name=name, data_dir=data_dir, image_size=1)  # so that images are not decoded in advance
     label_names, loaders, _ = open_splits(name, config)
-    return label_names, {split: _as_records(load_split(), config) for split, load_split in loaders.items()}
+    return label_names, {split: _as_records(_open(loader), config) for split, loader in loaders.items()}
 
 
-def _as_records(examples: Examples, config: DatasetConfig) -> Source:
+def _as_records(examples: Any, config: DatasetConfig) -> Source:
     if isinstance(examples, Source):
         return examples
-    if "image" not in examples:
+    if not isinstance(examples, dict) or "image" not in examples:
         raise UserError(f"--config.dataset.name={config.name} has no images")
     return ArraySource(examples, cache.fingerprint(examples))
 
@@ -199,10 +221,15 @@ def _copied(examples: Examples) -> Examples:
     return examples if isinstance(examples, Source) else dict(examples)
 
 
-def _load(name: str, config: DatasetConfig, own: Mapping[str, own_data.Load]) -> Dataset:
+def _load(
+    name: str, config: DatasetConfig, own: Mapping[str, own_data.Load], json_tokenizer: FromJson | None
+) -> Dataset:
     label_names, loaders, version = open_splits(name, config, own)
+    if loaders.keys() == {"train"} and not config.test_fraction and text_sets.has_parts(loaders["train"]):
+        loaders = hold_out(loaders["train"], validation=not config.validation_fraction)
     chosen = splits.choose(name, config, tuple(loaders))
-    examples = {role: loaders[split]() for role, split in chosen.items()}
+    opened = {role: _open(loaders[split]) for role, split in chosen.items()}
+    examples, tokenizer = text_sets.tokenize(name, opened, json_tokenizer)
     label_names = label_names or splits.number_classes(examples)
     if config.test_fraction:
         examples["train"], examples["test"] = splits.hold_out(examples["train"], config.test_fraction, "test")
@@ -223,10 +250,19 @@ def _load(name: str, config: DatasetConfig, own: Mapping[str, own_data.Load]) ->
         ready["test"],
         version=version,
         fingerprints={
-            role: split.fingerprint if isinstance(split, StreamedSplit) else cache.fingerprint(split)
+            role: split.fingerprint if isinstance(split, StreamedSplit) else _fingerprint(split)
             for role, split in ready.items()
         },
+        tokenizer=tokenizer,
     )
+
+
+def _open(loader: Any) -> Any:
+    return loader if text_sets.has_parts(loader) else loader()
+
+
+def _fingerprint(arrays: Split) -> str:
+    return token_store.fingerprint(arrays["text"]) if arrays.keys() == {"text"} else cache.fingerprint(arrays)
 
 
 def _ready(role: str, examples: Examples, config: DatasetConfig, num_classes: int) -> Split:
@@ -236,7 +272,7 @@ def _ready(role: str, examples: Examples, config: DatasetConfig, num_classes: in
     return cache.read_only(examples)
 
 
-def _load_tfds(name: str, config: DatasetConfig) -> tuple[tuple[str, ...], Mapping[str, Callable[[], Examples]], str]:
+def _load_tfds(name: str, config: DatasetConfig) -> tuple[tuple[str, ...], Mapping[str, Any], str]:
     data_folder = tfds_sets.data_folder(config.data_dir)
     path = tfds_sets.find(name, data_folder)
     if path is None and prepare.is_preparable(name):

@@ -71,7 +71,7 @@ def number_classes(splits: dict[str, Examples]) -> tuple[str, ...]:
 
 
 def num_examples(split: Examples) -> int:
-    """Returns the number of examples of a split; of a text, the number of bytes."""
+    """Returns the number of examples of a split; of a text, the number of bytes or tokens."""
     return len(split) if isinstance(split, Source) else len(next(iter(split.values())))
 
 
@@ -83,17 +83,23 @@ def hold_out(train: Examples, fraction: float, role: str) -> tuple[Examples, Exa
     Raises:
       UserError: one of the two would be empty.
     """
-    is_held_out = _draw(train, Stream.HOLD_OUT if role == "validation" else Stream.HOLD_OUT_TEST, fraction)
-    number = int(is_held_out.sum())
-    if not 0 < number < len(is_held_out):
-        raise UserError(
-            f"--config.dataset.{role}_fraction={fraction} leaves {len(is_held_out) - number} examples to train on and "
-            f"{number} to {'validate' if role == 'validation' else role} on"
-        )
     if not isinstance(train, Source) and "text" in train:
         text = train["text"]
+        number = round(fraction * len(text))
+        _check_parts(role, fraction, len(text), number)
         return {"text": text[:-number]}, {"text": text[-number:]}
+    is_held_out = _draw(train, Stream.HOLD_OUT if role == "validation" else Stream.HOLD_OUT_TEST, fraction)
+    _check_parts(role, fraction, len(is_held_out), int(is_held_out.sum()))
     return _part(train, ~is_held_out), _part(train, is_held_out)
+
+
+def _check_parts(role: str, fraction: float, count: int, number: int) -> None:
+    """Raises `UserError` if all or none of `count` examples are held out."""
+    if not 0 < number < count:
+        raise UserError(
+            f"--config.dataset.{role}_fraction={fraction} leaves {count - number} examples to train on and {number} to "
+            f"{'validate' if role == 'validation' else role} on"
+        )
 
 
 def subset(train: Examples, fraction: float) -> Examples:
@@ -102,13 +108,12 @@ def subset(train: Examples, fraction: float) -> Examples:
     Raises:
       UserError: it would be empty.
     """
-    is_kept = _draw(train, Stream.TRAIN_FRACTION, fraction)
-    number = int(is_kept.sum())
-    if not number:
-        raise UserError(f"--config.dataset.train_fraction={fraction} leaves none of {len(is_kept)} examples")
     if not isinstance(train, Source) and "text" in train:
-        return {"text": train["text"][:number]}
-    return _part(train, is_kept)
+        if number := round(fraction * num_examples(train)):
+            return {"text": train["text"][:number]}
+    elif (is_kept := _draw(train, Stream.TRAIN_FRACTION, fraction)).any():
+        return _part(train, is_kept)
+    raise UserError(f"--config.dataset.train_fraction={fraction} leaves none of {num_examples(train)} examples")
 
 
 def _draw(split: Examples, stream: Stream, fraction: float) -> np.ndarray:

@@ -1,91 +1,194 @@
-"""Text as parallel streams, for recurrent networks that carry their state from batch to batch (truncated BPTT).
+"""Text as parallel streams, for networks that carry their state from batch to batch (truncated BPTT).
 
-A character is a byte. A split becomes B contiguous streams, cut into chunks of T characters. Example c * B + r is chunk
-c of stream r, so if the examples are not shuffled, each row of a batch of B continues the same row of the last batch.
+A split becomes B contiguous streams, cut into chunks of T tokens. Example c * B + r is chunk c of stream r, so if the
+examples are not shuffled, each row of a batch of B continues the same row of the last batch. An example is computed
+from (c, r) when it is read: nothing but the tokens is stored, and they may be a memory map.
 """
 
 import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
-from research.data.cache import Arrays
+from research.data import tokenization
 from research.data.sources import Dataset
 from research.errors import UserError
 
+_ALL_BYTES = 2**30  # a longer text of bytes is not searched for the bytes that occur
+_BYTES_AT_ONCE = 2**24
+_ROWS_AT_ONCE = 2**16
+
+Read = Callable[[np.ndarray], np.ndarray]
+
 
 def streams(dataset: Dataset, batch_size: int, length: int, eval_batch_size: int) -> Dataset:
-    """Cuts the text of a data set into examples of `length` + 1 characters, in the order described above.
+    """Cuts the text of a data set into examples of `length` + 1 tokens, in the order described above.
 
     For each example, a split has:
 
-    - "tokens", uint8 [n, length + 1]: the first `length` are the inputs, the last `length` the targets.
+    - "tokens", uint8, uint16 or uint32 [n, length + 1]: the first `length` are the inputs, the last `length` the
+      targets.
     - "first", bool [n]: whether the network resets its state before this example.
     - "count", int32 [n]: how many of the predictions count.
 
-    Training has `batch_size` streams; the remainder, less than a chunk of each, is dropped. In evaluation, every
-    character of the split except its first counts exactly once, in `eval_batch_size` streams. Each stream first reads
-    the preceding chunk, uncounted, so that its first predictions have context.
+    Training has `batch_size` streams; the remainder, less than a chunk of each, is dropped. In evaluation, every token
+    of the split except its first counts exactly once, in `eval_batch_size` streams. Each stream first reads the
+    preceding chunk, uncounted, so that its first predictions have context.
 
     Args:
-      dataset: its splits have "text", uint8 [number of bytes].
+      dataset: its splits have "text" [number of tokens]: bytes (uint8) if the data set has no tokenizer.
       batch_size: examples of a training step.
-      length: the characters of an example, T.
+      length: the tokens of an example, T.
       eval_batch_size: examples of an evaluation batch.
 
     Returns:
-      A data set that is not shuffled. Token i stands for byte `ord(label_names[i])`; the vocabulary is the sorted bytes
-      of all splits.
+      A data set that is not shuffled, with its tokenizer. Its features are `ComputedColumn`s; token i is called
+      `label_names[i]`. The vocabulary of bytes is those that occur in any split; of more than 1 GiB of text, all 256.
 
     Raises:
-      UserError: the data set is not a text, or is too short.
+      UserError: the data set is not a text, is too short, or has 2^31 examples or more.
     """
     if "text" not in dataset.train:
-        raise UserError(f"--config.dataset.name={dataset.name} is not a text: use tiny_shakespeare or pydoc")
-    splits = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
-    texts = {name: split["text"] for name, split in splits.items() if split is not None}
-    vocabulary = np.unique(np.concatenate(list(texts.values())))
-    tokens = {name: np.searchsorted(vocabulary, text).astype(np.uint8) for name, text in texts.items()}
-    steps = (len(tokens["train"]) - 1) // (batch_size * length)
+        raise UserError(
+            f"--config.dataset.name={dataset.name} is not a text: use tiny_shakespeare or pydoc, or text with "
+            "--config.dataset.data_dir=DIR"
+        )
+    texts = {name: np.asarray(split["text"]) for name, split in dataset.splits.items()}
+    steps = (len(texts["train"]) - 1) // (batch_size * length)
     if steps < 1:
         raise UserError(
-            f"--config.batch_size={batch_size} streams of --config.sequence_length={length} characters need a longer "
-            f"text than the {len(tokens['train']):,} of {dataset.name}: lower either"
+            f"--config.batch_size={batch_size} streams of --config.sequence_length={length} tokens need a longer text "
+            f"than the {len(texts['train']):,} of {dataset.name}: lower either"
         )
-    for name, text in tokens.items():
+    for name, text in texts.items():
         if len(text) < 2:
             raise UserError(f"--config.dataset.name={dataset.name}: its {name} split has nothing to predict")
-    held_out = {name: _evaluation(text, eval_batch_size, length) for name, text in tokens.items() if name != "train"}
-    return dataclasses.replace(
-        dataset,
-        label_names=tuple(map(chr, vocabulary)),
-        train=_training(tokens["train"], batch_size, length, steps),
-        validation=held_out.get("validation"),
-        test=held_out["test"],
-        shuffle=False,
+    tokenizer, lookup = dataset.tokenizer, None
+    if tokenizer is None:
+        tokenizer, lookup = _byte_tokenizer(texts)
+    chunks = {name: _Chunks(text, length, lookup) for name, text in texts.items()}
+    held_out = {name: _evaluation(chunks[name], eval_batch_size) for name in chunks if name != "train"}
+    splits = {"train": _training(chunks["train"], batch_size, steps), **held_out}
+    for name, split in splits.items():
+        if len(split["tokens"]) > np.iinfo(np.int32).max:
+            raise UserError(
+                f"--config.sequence_length={length}: the {len(split['tokens']):,} chunks of the {name} split do not "
+                "fit an int32: raise it"
+            )
+    changes = {"label_names": tokenizer.names, "shuffle": False, "tokenizer": tokenizer}
+    return dataclasses.replace(dataset, **{"validation": None, **splits}, **changes)
+
+
+def _byte_tokenizer(texts: Mapping[str, np.ndarray]) -> tuple[tokenization.Bytes, np.ndarray]:
+    """Returns a tokenizer of the bytes that occur, and the token of each byte, uint8 [256]."""
+    vocabulary = _occurring(texts)
+    lookup = np.zeros(256, np.uint8)
+    lookup[list(vocabulary)] = np.arange(len(vocabulary))
+    return tokenization.Bytes(tuple(map(chr, vocabulary))), lookup
+
+
+def _occurring(texts: Mapping[str, np.ndarray]) -> bytes:
+    """Returns the bytes that occur in any of the texts, sorted; all 256 if they are long."""
+    if sum(map(len, texts.values())) > _ALL_BYTES:
+        return bytes(range(256))
+    found: set[int] = set()
+    for text in texts.values():
+        for start in range(0, len(text), _BYTES_AT_ONCE):
+            found.update(text[start : start + _BYTES_AT_ONCE].tobytes().translate(None, bytes(found)))
+    return bytes(sorted(found))
+
+
+class ComputedColumn:
+    """A feature of all examples, computed when it is indexed or converted to an array, in bounded temporary memory.
+
+    Args:
+      length: the number of examples, n.
+      shape: of the feature of one example.
+      dtype: of the feature.
+      read: returns the rows of examples, [m, *shape], by their numbers, int64 [m].
+    """
+
+    def __init__(self, length: int, shape: tuple[int, ...], dtype: Any, read: Read):
+        self.shape = (length, *shape)
+        self.dtype = np.dtype(dtype)
+        self.ndim = len(self.shape)
+        self.nbytes = math.prod(self.shape) * self.dtype.itemsize
+        self._read = read
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        if isinstance(index, slice):
+            index = range(len(self))[index]
+        numbers = np.asarray(index, np.int64)
+        return self._read(numbers.ravel()).reshape(*numbers.shape, *self.shape[1:])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        rows = np.empty(self.shape, self.dtype if dtype is None else dtype)
+        for start in range(0, len(self), _ROWS_AT_ONCE):
+            rows[start : start + _ROWS_AT_ONCE] = self[start : start + _ROWS_AT_ONCE]
+        return rows
+
+
+class _Chunks:
+    """The chunks of a text, of `length` + 1 tokens each, which overlap by one; `lookup` is applied to the tokens."""
+
+    def __init__(self, text: np.ndarray, length: int, lookup: np.ndarray | None):
+        self.text, self.length = text, length
+        self._lookup = lookup
+        # A view of all windows, which NumPy gathers from without an index for each token.
+        self._windows = np.lib.stride_tricks.sliding_window_view(text, length + 1) if len(text) > length else None
+
+    def read(self, starts: np.ndarray) -> np.ndarray:
+        """Returns the chunks at each start, [n, length + 1], padded with 0 outside the text."""
+        size = self.length + 1
+        chunks = np.zeros((len(starts), size), self.text.dtype)
+        inside = (starts >= 0) & (starts <= len(self.text) - size)
+        if self._windows is not None:
+            chunks[inside] = self._mapped(self._windows[starts[inside]])
+        for row in np.flatnonzero(~inside):
+            start = int(starts[row])
+            first, last = max(start, 0), min(start + size, len(self.text))
+            if first < last:
+                chunks[row, first - start : last - start] = self._mapped(self.text[first:last])
+        return chunks
+
+    def _mapped(self, tokens: np.ndarray) -> np.ndarray:
+        return tokens if self._lookup is None else self._lookup[tokens]
+
+    def columns(self, num_examples: int, starts: Read, first: Read, count: Read) -> dict[str, ComputedColumn]:
+        """Returns the features of a split; the functions return values [m] of examples by their numbers."""
+        shape, dtype = (self.length + 1,), self.text.dtype
+        return {
+            "tokens": ComputedColumn(num_examples, shape, dtype, lambda numbers: self.read(starts(numbers))),
+            "first": ComputedColumn(num_examples, (), bool, first),
+            "count": ComputedColumn(num_examples, (), np.int32, lambda numbers: count(numbers).astype(np.int32)),
+        }
+
+
+def _training(chunks: _Chunks, batch_size: int, steps: int) -> dict[str, ComputedColumn]:
+    def starts(numbers: np.ndarray) -> np.ndarray:
+        chunk, row = np.divmod(numbers, batch_size)
+        return (row * steps + chunk) * chunks.length
+
+    return chunks.columns(
+        steps * batch_size, starts, lambda x: x < batch_size, lambda x: np.full(len(x), chunks.length)
     )
 
 
-def _chunks(text: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
-    """Returns the `length` + 1 characters at each start, uint8 [n, length + 1], padded with 0 outside the text."""
-    positions = starts[:, None] + np.arange(length + 1)
-    inside = (positions >= 0) & (positions < len(text))
-    return np.where(inside, text[np.clip(positions, 0, len(text) - 1)], np.uint8(0))
+def _evaluation(chunks: _Chunks, batch_size: int) -> dict[str, ComputedColumn]:
+    num_predicted = len(chunks.text) - 1
+    steps = -(-num_predicted // (batch_size * chunks.length))
 
+    def starts(numbers: np.ndarray) -> np.ndarray:
+        chunk, row = np.divmod(numbers, batch_size)
+        return (row * steps + chunk - 1) * chunks.length  # chunk 0 is the warm-up
 
-def _training(text: np.ndarray, batch_size: int, length: int, steps: int) -> Arrays:
-    chunk, row = np.divmod(np.arange(steps * batch_size), batch_size)
-    return {
-        "tokens": _chunks(text, (row * steps + chunk) * length, length),
-        "first": chunk == 0,
-        "count": np.full(len(chunk), length, np.int32),
-    }
+    def count(numbers: np.ndarray) -> np.ndarray:
+        return np.where(numbers < batch_size, 0, np.clip(num_predicted - starts(numbers), 0, chunks.length))
 
-
-def _evaluation(text: np.ndarray, batch_size: int, length: int) -> Arrays:
-    steps = -(-(len(text) - 1) // (batch_size * length))
-    chunk, row = np.divmod(np.arange((steps + 1) * batch_size), batch_size)
-    starts = (row * steps + chunk - 1) * length  # chunk 0 is the warm-up
-    counts = np.where(chunk == 0, 0, np.clip(len(text) - 1 - starts, 0, length))
     # Nothing precedes the first stream: its warm-up is padding, after which its state is reset again.
-    first = (chunk == 0) | ((chunk == 1) & (row == 0))
-    return {"tokens": _chunks(text, starts, length), "first": first, "count": counts.astype(np.int32)}
+    return chunks.columns((steps + 1) * batch_size, starts, lambda x: x <= batch_size, count)

@@ -33,13 +33,16 @@ def import_tfds() -> Any:
     return tfds
 
 
-def decode(label: str, path: Path, split: str, description: Description) -> Iterator[Arrays]:
-    """Yields the split's arrays in pieces; `label` is its name in messages.
+def decode(
+    label: str, path: Path, split: str, description: Description, part: tuple[int, int] = (0, 100)
+) -> Iterator[Arrays]:
+    """Yields the split's arrays in pieces; `label` is its name in messages, `part` which examples, in percent.
 
     Raises:
       UserError: the records are damaged, not readable or not supported, or there are none.
     """
-    print(f"decoding {label} once ...", file=sys.stderr, flush=True)
+    if not description.is_text:
+        print(f"decoding {label} once ...", file=sys.stderr, flush=True)
     files: Sequence[Any] = ()
     try:
         builder = _builder(path)
@@ -49,11 +52,12 @@ def decode(label: str, path: Path, split: str, description: Description) -> Iter
             raise UserError(f"{label} in {path} has no examples")
         channels = 0 if description.is_text else _declared_channels(label, builder.info.features["image"])
         size = None
-        for start in range(0, len(source), _EXAMPLES_AT_ONCE):
-            examples = _read(source, range(start, min(start + _EXAMPLES_AT_ONCE, len(source))))
+        first, end = (len(source) * percent // 100 for percent in part)
+        for start in range(first, end, _EXAMPLES_AT_ONCE):
+            examples = _read(source, range(start, min(start + _EXAMPLES_AT_ONCE, end)))
             if description.is_text:
                 text = b"\n".join(example["text"] for example in examples)
-                yield {"text": np.frombuffer(b"\n" + text if start else text, np.uint8)}
+                yield {"text": np.frombuffer(b"\n" + text if start > first else text, np.uint8)}
                 continue
             arrays = {"image": _images(label, start, examples, channels, size)}
             size = arrays["image"].shape[1:3]

@@ -8,13 +8,14 @@ import functools
 import hashlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from research.data import cache, decoding, tfds_description, tfds_records
 from research.data.cache import Arrays
 from research.data.file_errors import exists, reading
 from research.data.source import Source
+from research.data.text_source import WHOLE, Part, Text
 from research.errors import UserError
 
 _CACHE_VERSION = 2  # part of the cache key; raise it when the same source is read to different arrays
@@ -109,15 +110,14 @@ def _versions(folder: Path) -> dict[tuple[int, ...], Path]:
 
 def load(
     name: str, path: Path, *, as_records: bool = False
-) -> tuple[tuple[str, ...], dict[str, Callable[[], Arrays | Source]]]:
+) -> tuple[tuple[str, ...], dict[str, "Callable[[], Arrays | Source] | RecordText"]]:
     """Reads the description of the prepared set in the folder `path`, but not yet its splits.
 
     Returns:
-      The label names (none for text, for images without labels, and for labels that are plain integers), and a function
-      for each split of the set, which decodes it unless it is cached, and returns its read-only arrays: "image" (uint8
-      [n,h,w,c]) and, if the set has integer labels, "label" (int32 [n], -1: unlabeled); or "text" (uint8 [n]), the
-      bytes of all examples with a newline between any two. With `as_records`, splits of images are not decoded: the
-      function returns a source of their records.
+      The label names (none for text, for images without labels, and for labels that are plain integers), and for each
+      split of the set a text, or a function, which decodes it unless it is cached, and returns its read-only arrays:
+      "image" (uint8 [n,h,w,c]) and, if the set has integer labels, "label" (int32 [n], -1: unlabeled). With
+      `as_records`, splits of images are not decoded: the function returns a source of their records.
 
       The examples have the order in which TFDS stores them. It depends only on their keys, not on the machine: unless
       the builder turned that off, TFDS shuffles by a hash of the keys, so texts that are adjacent in the source are not
@@ -146,8 +146,36 @@ def load(
     for split in description.splits:
         decode = functools.partial(tfds_records.decode, f"{base}/{split}", path, split, description)
         entry = f"{base.replace('/', '-')}-{path.name}-{split}-{fingerprint}"
-        splits[split] = functools.partial(cache.load, entry, decode)
+        if description.is_text:
+            splits[split] = RecordText(f"{base}/{split}", entry, decode)
+        else:
+            splits[split] = functools.partial(cache.load, entry, decode)
     return description.label_names, splits
+
+
+class RecordText(Text):
+    """The text of a split: its examples, with a newline between any two.
+
+    Args:
+      name: names it in messages.
+      entry: part of a file name, which changes whenever the split does.
+      decode: `decode(part=...)` yields the bytes of a part in pieces, {"text": uint8 [n]}.
+      part: which part of the whole text, in whole examples.
+    """
+
+    def __init__(self, name: str, entry: str, decode: Callable[..., Iterator[Arrays]], part: Part = WHOLE):
+        self.name, self.key = name, entry if part == WHOLE else f"{entry}-{part[0]}-{part[1]}"
+        self._entry, self._decode, self._part = entry, decode, part
+
+    def blocks(self, *, is_utf8: bool) -> Iterator[bytes]:
+        """Yields the text of some thousand examples each."""
+        del is_utf8  # checked where it is decoded
+        for piece in self._decode(part=self._part):
+            yield piece["text"].tobytes()
+
+    def part(self, part: Part) -> "RecordText":
+        """Returns a part of the whole text."""
+        return RecordText(self.name, self._entry, self._decode, part)
 
 
 def _fingerprint(path: Path) -> str:

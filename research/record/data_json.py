@@ -1,8 +1,9 @@
 """Reads and writes data.json: fingerprints, shapes, statistics and label names of the data of a run.
 
-It has a checksum, since a network with damaged statistics would compute wrong results without an error.
+A text's tokenizer.json is copied next to it, so that a run can be evaluated and sampled from without the original. It has a checksum, since a network with damaged statistics would compute wrong results without an error.
 """
 
+import dataclasses
 import json
 import zlib
 from pathlib import Path
@@ -10,17 +11,21 @@ from typing import Any
 
 import numpy as np
 
+from research.data import tokenization
 from research.data.cache import Arrays
 from research.data.sources import Dataset, Split, as_tuples
+from research.data.tokenization import Tokenizer
+from research.dataset_config import DatasetConfig
 from research.errors import UserError
 from research.record import storage
 from research.record.workdir import read_json
 
 _NAME = "data.json"
+_TOKENIZER = "tokenizer.json"
 
 
 def write(workdir: Path, dataset: Dataset) -> None:
-    """Writes data.json, atomically.
+    """Writes data.json and the tokenizer, atomically.
 
     Raises:
       RecordError: it could not be written.
@@ -33,9 +38,12 @@ def write(workdir: Path, dataset: Dataset) -> None:
         "label_names": dataset.label_names,
         "fingerprints": dict(dataset.fingerprints),
         "splits": {name: _features(split) for name, split in dataset.splits.items()},
+        "tokenizer": dataset.tokenizer.kind if dataset.tokenizer else "",
         "statistics": {name: value for name, value in dataset.statistics.items() if name != "num_examples"},
     }
     values["crc32"] = _crc(values)
+    if dataset.tokenizer and dataset.tokenizer.content:
+        storage.replace(workdir / _TOKENIZER, dataset.tokenizer.content.encode())
     # One line for each entry: statistics may have thousands of numbers.
     lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in values.items())
     storage.replace(workdir / _NAME, f"{{\n{lines}\n}}\n".encode())
@@ -72,6 +80,7 @@ def read(workdir: Path) -> Dataset | None:
             values["shuffle"],
             values["version"],
             values["fingerprints"],
+            _tokenizer(workdir, values.get("tokenizer", ""), tuple(values["label_names"])),
         )
         statistics = {name: as_tuples(value) for name, value in values["statistics"].items()}
         dataset.statistics.update(statistics, num_examples=int(values["num_examples"]))
@@ -81,6 +90,35 @@ def read(workdir: Path) -> Dataset | None:
             "copy, or delete it to use the data set on this machine"
         ) from None
     return dataset
+
+
+def _tokenizer(workdir: Path, kind: str, names: tuple[str, ...]) -> Tokenizer | None:
+    path = workdir / _TOKENIZER
+    has_file = kind not in ("", tokenization.Bytes.kind, tokenization.Numbers.kind)
+    if has_file and not path.exists():
+        raise UserError(f"{path} is missing: restore it from a copy of the run, or copy the run's tokenizer there")
+    return tokenization.restore(kind, names, path.read_bytes().decode() if has_file else "", str(path))
+
+
+def recorded_tokenizer(config: DatasetConfig, recorded: Dataset | None, workdir: Path) -> DatasetConfig:
+    """Returns the config with the run's copy of its tokenizer, if the file that it names is gone.
+
+    Raises:
+      UserError: the config names another tokenizer than that of the run.
+    """
+    if recorded is None or recorded.tokenizer is None:
+        return config
+    there = recorded.tokenizer
+    if there.content and config.tokenizer and not tokenization.exists(config.tokenizer):
+        return dataclasses.replace(config, tokenizer=str(workdir / _TOKENIZER))
+    given = tokenization.read(config.tokenizer)
+    here = given.kind if given else there.kind if not there.content else tokenization.Bytes.kind
+    if here != there.kind:
+        raise UserError(
+            f"--workdir={workdir} holds a run with another tokenizer ({there.kind} there, {here} here): set "
+            f"--config.dataset.tokenizer={workdir / _TOKENIZER if there.content else ''}"
+        )
+    return config
 
 
 def _empty(features: dict[str, Any]) -> Arrays:

@@ -1,14 +1,12 @@
-"""Sampling text from a language model: temperature and nucleus (top-p) sampling, one character at a time."""
+"""Sampling text from a language model: temperature and nucleus (top-p) sampling, one token at a time."""
 
 import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from research.config import option
-from research.errors import UserError
 
 
 @dataclasses.dataclass
@@ -16,34 +14,34 @@ class SampleOptions:
     """The options of `--mode=sample` of a language model."""
 
     prompt: str = option("", "text that the samples continue; empty: a newline")
-    length: int = option(500, "characters of each sample, without the prompt", minimum=1)
+    length: int = option(500, "tokens of each sample, without the prompt", minimum=1)
     num_samples: int = option(1, "number of samples", minimum=1)
-    temperature: float = option(0.8, "divides the logits; 0: always the most likely character", minimum=0)
-    top_p: float = option(1.0, "sample from the fewest characters whose probabilities sum to this", above=0, maximum=1)
+    temperature: float = option(0.8, "divides the logits; 0: always the most likely token", minimum=0)
+    top_p: float = option(1.0, "sample from the fewest tokens whose probabilities sum to this", above=0, maximum=1)
     sample_seed: int = option(0, "random seed of the samples", minimum=0, maximum=2**32 - 1)
 
 
 def draw(logits: jax.Array, key: jax.Array, temperature: float, top_p: float) -> jax.Array:
-    """Draws characters by nucleus sampling (Holtzman et al. 2020, arXiv 1904.09751, section 3.1).
+    """Draws tokens by nucleus sampling (Holtzman et al. 2020, arXiv 1904.09751, section 3.1).
 
     Args:
-      logits: float [n, characters].
+      logits: float [n, tokens].
       key: the random key.
-      temperature: divides the logits before `top_p` is applied; 0 takes the most likely character.
-      top_p: only the fewest, most likely characters whose probabilities sum to this or more are drawn from.
+      temperature: divides the logits before `top_p` is applied; 0 takes the most likely token.
+      top_p: only the fewest, most likely tokens whose probabilities sum to this or more are drawn from.
 
     Returns:
       int32 [n].
     """
     if temperature == 0:
         return logits.argmax(-1).astype(jnp.int32)
-    logits, characters = jax.lax.top_k(logits / temperature, logits.shape[-1])
+    logits, tokens = jax.lax.top_k(logits / temperature, logits.shape[-1])
     probabilities = jax.nn.softmax(logits)
     before = jnp.cumsum(probabilities, -1) - probabilities
-    # The most likely character always stays, even if rounding makes the (empty) sum before it exceed top_p.
+    # The most likely token always stays, even if rounding makes the (empty) sum before it exceed top_p.
     in_nucleus = (before < top_p) | (jnp.arange(logits.shape[-1]) == 0)
     rank = jax.random.categorical(key, jnp.where(in_nucleus, logits, -jnp.inf))
-    return jnp.take_along_axis(characters, rank[:, None], -1)[:, 0]
+    return jnp.take_along_axis(tokens, rank[:, None], -1)[:, 0]
 
 
 def generate(
@@ -73,24 +71,3 @@ def generate(
     logits, carry = model(prompt, carry, no_reset, train=False)
     _, tokens = jax.lax.scan(step, (logits[:, -1], carry), jax.random.split(key, length))
     return tokens.T
-
-
-def encode(prompt: str, label_names: tuple[str, ...], dataset_name: str) -> np.ndarray:
-    """Encodes a prompt's UTF-8 bytes as tokens, int32 [P]; an empty prompt is a newline.
-
-    Raises:
-      UserError: a character does not occur in the data set.
-    """
-    numbers = {ord(name): number for number, name in enumerate(label_names)}
-    for character in prompt or "\n":
-        if not numbers.keys() >= set(character.encode("utf-8", "surrogateescape")):
-            raise UserError(
-                f"--prompt: the character {character!r} does not occur in {dataset_name}, so the network has never "
-                "seen it: remove it from the prompt"
-            )
-    return np.array([numbers[byte] for byte in (prompt or "\n").encode("utf-8", "surrogateescape")], np.int32)
-
-
-def decode(tokens: np.ndarray, label_names: tuple[str, ...]) -> str:
-    """Decodes tokens to text; invalid UTF-8 becomes the replacement character."""
-    return bytes(ord(label_names[token]) for token in tokens).decode(errors="replace")

@@ -1,4 +1,4 @@
-"""Language modeling: predicting the next character of a text."""
+"""Language modeling: predicting the next token of a text."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -12,21 +12,23 @@ from flax import nnx
 
 from research.data.batch import Batch
 from research.data.sources import Dataset
+from research.data.tokenization import Bytes, Tokenizer
 from research.tasks.task import ExportedFunction, Inputs, Metrics, Task
 
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel(Task):
-    """Predicts the next character from the preceding ones of its stream, by softmax cross-entropy.
+    """Predicts the next token from the preceding ones of its stream, by softmax cross-entropy.
 
     Training is truncated backpropagation through time (Williams & Peng 1990): the recurrent state is carried from batch
     to batch, the gradient is not.
 
     Attributes:
       network: builds the network from its rngs; `network(tokens, carry, first, train=..., key=...)` returns logits
-        [b, T, characters] and the carry.
+        [b, T, tokens] and the carry.
       carry: returns the network's initial state for a batch size.
-      length: the characters of an example, T.
+      length: the tokens of an example, T.
+      tokenizer: of the text; None: tokens are bytes.
     """
 
     per_device_gradients: ClassVar[bool] = True
@@ -34,12 +36,17 @@ class LanguageModel(Task):
     network: Callable[[nnx.Rngs], nnx.Module]
     carry: Callable[[int], Any]
     length: int
+    tokenizer: Tokenizer | None = None
     parallel_over_time = True  # with a parallel cell; `experiments.char_rnn` rejects the others
 
     @property
     def unit(self) -> tuple[str, int]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Characters, and their number in an example."""
-        return "characters", self.length
+        """Characters if tokens are bytes, or else tokens, and their number in an example."""
+        return "characters" if self._has_bytes else "tokens", self.length
+
+    @property
+    def _has_bytes(self) -> bool:
+        return self.tokenizer is None or self.tokenizer.kind == Bytes.kind
 
     def initial_carry(self, batch_size: int) -> Any:
         """The network's initial state."""
@@ -48,11 +55,11 @@ class LanguageModel(Task):
     def advance(
         self, model: nnx.Module, batch: Batch, carry: Any, *, key: jax.Array, train: bool
     ) -> tuple[Metrics, Any]:
-        """Computes cross-entropy in nats and accuracy, means over the characters that count.
+        """Computes cross-entropy in nats, accuracy and the bytes of a token, means over the tokens that count.
 
         Args:
           model: the network.
-          batch: as `text.streams` makes it: "tokens" uint8 [b, T + 1], "first" bool [b], "count" int32 [b].
+          batch: as `text.streams` makes it: "tokens" uint [b, T + 1], "first" bool [b], "count" int32 [b].
           carry: the state after the previous batch.
           key: for dropout.
           train: whether this is training.
@@ -64,23 +71,29 @@ class LanguageModel(Task):
         correct = (logits.argmax(-1) == targets).astype(jnp.float32)
         count = batch["count"][:, None]
         weights = (jnp.arange(targets.shape[1]) < count) / jnp.maximum(count, 1)
-        return {"loss": (weights * loss).sum(1), "accuracy": (weights * correct).sum(1)}, carry
+        values = {"loss": loss, "accuracy": correct}
+        if self.tokenizer and not self._has_bytes and self.tokenizer.num_bytes is not None:
+            values["bytes_per_token"] = jnp.asarray(self.tokenizer.num_bytes)[targets]
+        return {name: (weights * value).sum(1) for name, value in values.items()}, carry
 
     def example_weights(self, batch: Batch) -> jax.Array:
-        """Returns the number of characters that count, float32 [b]."""
+        """Returns the number of tokens that count, float32 [b]."""
         return batch["count"].astype(jnp.float32)
 
     def summarize(self, means: Mapping[str, Any]) -> dict[str, float]:
-        """Adds bits per character (loss / log 2) and perplexity (exp loss)."""
+        """Adds perplexity (exp loss) and, if it is known what tokens stand for, bits per byte (loss / log 2 / bytes)."""
         metrics = super().summarize(means)
-        bits, perplexity = metrics["loss"] / np.log(2), np.exp(metrics["loss"])
-        return {**metrics, "bits_per_character": float(bits), "perplexity": float(perplexity)}
+        metrics["perplexity"] = float(np.exp(metrics["loss"]))
+        if self._has_bytes or "bytes_per_token" in metrics:
+            bits = metrics["loss"] / np.log(2) / metrics.get("bytes_per_token", 1.0)
+            metrics["bits_per_byte"] = float(bits)
+        return metrics
 
     def functions(self, model: nnx.Module, dataset: Dataset) -> dict[str, ExportedFunction]:
-        """Exports `step`, one character of a sequence.
+        """Exports `step`, one token of a sequence.
 
         Inputs are "token" int32 [b] and the recurrent state, "carry.<i>" float32 [b, units] each (initially zeros).
-        Outputs are "logits" float32 [b, characters] of the next character, and the state under the same names.
+        Outputs are "logits" float32 [b, tokens] of the next token, and the state under the same names.
         """
         del model, dataset
         leaves, structure = jax.tree.flatten(self.initial_carry(1))

@@ -1,0 +1,70 @@
+"""The text column of a split of a Hugging Face data set."""
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from research.data.hugging_face_files import reading
+from research.data.text_source import WHOLE, Part, Text
+
+if TYPE_CHECKING:
+    import datasets
+
+COLUMN = "text"
+_ROWS_AT_ONCE = 2000
+
+
+def is_text(features: Mapping[str, Any]) -> bool:
+    """Returns whether a split has a column `text` of strings, and no images."""
+    import datasets
+
+    has_images = any(isinstance(feature, datasets.Image) for feature in features.values())
+    return not has_images and getattr(features.get(COLUMN), "dtype", None) in ("string", "large_string")
+
+
+class ColumnText(Text):
+    """The text of a split: the rows of its column `text`, with a newline between any two.
+
+    Args:
+      name: names it in messages.
+      dataset: the split.
+      part: which part of the whole text, in whole rows.
+    """
+
+    def __init__(self, name: str, dataset: "datasets.Dataset", part: Part = WHOLE):
+        self.name, self._dataset, self._part = f"hf:{name}", dataset, part
+        column = dataset.data.column(COLUMN)
+        # Offsets that point outside of the file would crash the process. This does not read the text.
+        column.validate()
+        begin, end = (len(column) * percent // 100 for percent in part)
+        self._column = column.slice(begin, end - begin)
+        self.key = self._hash()
+        self.size = self._column.nbytes
+
+    def _hash(self) -> str:
+        """Hashes the lengths of the rows, a few rows, and what the file system says of the files."""
+        import pyarrow.compute as pc
+
+        digest = hashlib.sha256(repr((len(self._column), self._part)).encode())
+        lengths = pc.call_function("binary_length", [self._column]).fill_null(-1).to_numpy()
+        digest.update(lengths.astype(np.int64).tobytes())
+        for file in self._dataset.cache_files:
+            stat = os.stat(file["filename"])
+            digest.update(os.fsencode(f"{file['filename']} {stat.st_size} {stat.st_mtime_ns}\n"))
+        return digest.hexdigest()[:16]
+
+    def blocks(self, *, is_utf8: bool) -> Iterator[bytes]:
+        """Yields the text of some thousand rows each."""
+        del is_utf8  # strings always are
+        for start in range(0, len(self._column), _ROWS_AT_ONCE):
+            with reading(self.name):
+                rows = self._column.slice(start, _ROWS_AT_ONCE).to_pylist()
+            text = "\n".join(row or "" for row in rows)
+            yield (f"\n{text}" if start else text).encode()
+
+    def part(self, part: Part) -> "ColumnText":
+        """Returns a part of the whole text."""
+        return ColumnText(self.name.removeprefix("hf:"), self._dataset, part)

@@ -1,0 +1,137 @@
+"""The tokens of a text, made once and memory-mapped from then on.
+
+They are an entry of the cache (`research.data.cache`): written under a temporary name and renamed when complete, so an
+interrupted process leaves nothing behind that counts, and two processes may write the same entry at once. Neither the
+text nor its tokens are ever in memory as a whole.
+"""
+
+import hashlib
+import itertools
+import re
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from research.data import cache
+from research.data.cache import Arrays
+from research.data.text_source import Text
+from research.data.tokenization import FromJson
+from research.errors import UserError
+
+_RULES = 1  # part of the cache key; raise it when the same text becomes other tokens
+_PIECE = 2**16  # bytes that are tokenized as one text
+_PIECES_AT_ONCE = 32
+_CHECKED = 2**30  # bytes: longer texts are not read as a whole at every start
+_SAMPLES, _SAMPLE_SIZE = 64, 2**20
+_PROGRESS_SECONDS = 10.0
+_LEAST_KEPT = 0.99  # of the bytes of a text, by a tokenizer
+
+
+def load(text: Text, tokenizer: FromJson | None) -> np.ndarray:
+    """Returns the tokens of a text, a read-only memory map, made if the cache does not have them.
+
+    Args:
+      text: the text.
+      tokenizer: splits it into tokens; None: its bytes.
+
+    Returns:
+      The bytes, uint8 [n], or the tokens, uint16 (uint32 if the vocabulary is larger than 65,536) [n].
+
+    Raises:
+      UserError: the text cannot be read, or the tokenizer loses a part of it; or it is long and the cache cannot be
+        written.
+    """
+    label = re.sub(r"\W+", "-", text.name).strip("-")
+    digest = hashlib.sha256(f"{_RULES} {text.key} {tokenizer.kind if tokenizer else ''}".encode()).hexdigest()[:16]
+
+    def make() -> Iterator[Arrays]:
+        blocks = _with_progress(text, text.blocks(is_utf8=tokenizer is not None))
+        return _bytes(blocks) if tokenizer is None else _tokens(text, blocks, tokenizer)
+
+    return cache.load(f"{label}-{digest}", make, most_in_memory=_CHECKED)["text"]
+
+
+def fingerprint(tokens: np.ndarray) -> str:
+    """Returns a hash of the tokens; of a long text, a hash of its length and of a sample spread over it."""
+    if tokens.nbytes <= _CHECKED:
+        return cache.fingerprint({"text": tokens})
+    digest = hashlib.sha256(f"{tokens.dtype.str} {len(tokens)}".encode())
+    for start in np.linspace(0, len(tokens) - _SAMPLE_SIZE, _SAMPLES).astype(int):
+        sample = np.ascontiguousarray(tokens[start : start + _SAMPLE_SIZE])
+        digest.update(zlib.crc32(sample.data).to_bytes(4, "big"))
+    return digest.hexdigest()[:16]
+
+
+def _with_progress(text: Text, blocks: Iterator[bytes]) -> Iterator[bytes]:
+    print(f"reading {text.name} once ...", file=sys.stderr, flush=True)
+    done, last = 0, time.monotonic()
+    for block in blocks:
+        yield block
+        done += len(block)
+        if time.monotonic() - last > _PROGRESS_SECONDS:
+            last = time.monotonic()
+            of = f" of about {text.size / 1e6:,.0f}" if text.size else ""
+            print(f"{text.name}: {done / 1e6:,.0f}{of} MB", file=sys.stderr, flush=True)
+
+
+def _bytes(blocks: Iterator[bytes]) -> Iterator[Arrays]:
+    for block in blocks:
+        yield {"text": np.frombuffer(block, np.uint8)}
+
+
+def _tokens(text: Text, blocks: Iterator[bytes], tokenizer: FromJson) -> Iterator[Arrays]:
+    dtype = np.uint16 if len(tokenizer.names) <= 2**16 else np.uint32
+    pieces = split(blocks)
+    is_first = True
+    while group := list(itertools.islice(pieces, _PIECES_AT_ONCE)):
+        try:
+            encoded = tokenizer.encode_texts([piece.decode() for piece in group])
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{text.name} is not in UTF-8 ({error.reason}): leave out the tokenizer for bytes"
+            ) from None
+        tokens = np.fromiter(itertools.chain.from_iterable(encoded), dtype, sum(map(len, encoded)))
+        if is_first:
+            _check_kept(text, tokenizer, tokens, sum(map(len, group)))
+            is_first = False
+        yield {"text": tokens}
+
+
+def _check_kept(text: Text, tokenizer: FromJson, tokens: np.ndarray, size: int) -> None:
+    """Raises `UserError` if the tokens do not stand for about `size` bytes: bits per byte would be wrong."""
+    found = int(tokenizer.num_bytes[tokens].sum())
+    if abs(found - size) > (1 - _LEAST_KEPT) * size:
+        raise UserError(
+            f"{tokenizer.source}: its tokens stand for {found:,} of the first {size:,} bytes of {text.name}: use a "
+            "tokenizer that keeps all of the text, such as byte-level BPE"
+        )
+
+
+def split(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """Joins blocks and splits them again into pieces of at most 64 KiB.
+
+    A piece ends with a line, or else with a word, or else with a character of UTF-8; where, depends on the text only.
+    """
+    buffer = b""
+    for block in blocks:
+        buffer += block
+        start = 0
+        while len(buffer) - start > _PIECE:
+            end = _end(buffer, start)
+            yield buffer[start:end]
+            start = end
+        buffer = buffer[start:]
+    if buffer:
+        yield buffer
+
+
+def _end(buffer: bytes, start: int) -> int:
+    stop = start + _PIECE
+    if (newline := buffer.rfind(b"\n", start, stop)) >= start:
+        return newline + 1
+    if (space := buffer.rfind(b" ", start + 1, stop)) > start:
+        return space
+    return next((end for end in range(stop, stop - 4, -1) if buffer[end] & 0xC0 != 0x80), stop)

@@ -81,7 +81,7 @@ def test_the_command_trains_evaluates_and_samples(tmp_path, monkeypatch, capsys)
     tiny = ["--config.dataset.name=pydoc", "--config.num_epochs=1", "--config.batch_size=256", "--config.model.width=8"]
     summary = app.run(char_rnn.EXPERIMENT, [workdir, *tiny, "--config.model.layers=1", "--config.mesh.data=-1"])
     assert summary["characters_per_second"] == pytest.approx(128 * summary["examples_per_second"])
-    assert summary["test_bits_per_character"] == pytest.approx(summary["test_loss"] / np.log(2))
+    assert summary["test_bits_per_byte"] == pytest.approx(summary["test_loss"] / np.log(2))
     evaluated = app.run(char_rnn.EXPERIMENT, [workdir, "--mode=eval"])
     assert evaluated["test_loss"] == pytest.approx(summary["test_loss"])
     sample = [workdir, "--mode=sample", "--prompt=class ", "--length=9"]
@@ -165,5 +165,5 @@ def test_samples_are_printed_after_their_prompt(capsys):
     assert texts() == lines
     for changed in ({"sample_seed": 1}, {"temperature": 0.0}, {"top_p": 0.2}):
         assert texts(**changed) != lines
-    with pytest.raises(UserError, match="'Z' does not occur in drawn"):
+    with pytest.raises(UserError, match="'Z' does not occur in the training data"):
         texts(prompt="aZ")

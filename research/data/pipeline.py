@@ -57,12 +57,9 @@ def example_numbers(seed: int | None, num_examples: int, start: int, stop: int) 
     numbers, epochs = [], []
     for epoch in range(start // num_examples, -(-stop // num_examples)):
         first, last = max(start - epoch * num_examples, 0), min(stop - epoch * num_examples, num_examples)
-        if seed is None:
-            part = np.arange(first, last, dtype=np.int32)
-        else:
-            part = _order(seed, epoch, num_examples)[first:last]
-        numbers.append(part)
-        epochs.append(np.full(len(part), epoch, np.int32))
+        in_order = np.arange(first, last, dtype=np.int32)
+        numbers.append(in_order if seed is None else _order(seed, epoch, num_examples)[in_order])
+        epochs.append(np.full(len(in_order), epoch, np.int32))
     return np.concatenate(numbers), np.concatenate(epochs)
 
 

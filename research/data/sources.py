@@ -1,37 +1,20 @@
 """Data sets by name: finds, prepares and loads the one that a config names, and splits it."""
 
 import dataclasses
-import difflib
-import functools
 import itertools
 import json
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from research.config import DatasetConfig
-from research.data import (
-    cache,
-    embedded,
-    folder,
-    hugging_face,
-    own_data,
-    prepare,
-    splits,
-    text_sets,
-    tfds_records,
-    tfds_sets,
-    token_store,
-    tokenization,
-)
+from research.data import cache, named_sets, own_data, splits, text_sets, token_store, tokenization
 from research.data.source import ArraySource, Source
 from research.data.splits import Examples
 from research.data.streamed import Column, StreamedSplit
-from research.data.text_source import hold_out
 from research.data.tfds_sets import UnavailableError
 from research.data.tokenization import FromJson, Tokenizer
 from research.errors import UserError
@@ -175,29 +158,6 @@ def _check_crops(config: DatasetConfig) -> None:
         raise UserError(f"{prefix}crop_min_area needs {prefix}train_crop=random_resized")
 
 
-def open_splits(
-    name: str, config: DatasetConfig, own: Mapping[str, own_data.Load] = MappingProxyType({})
-) -> tuple[tuple[str, ...], Mapping[str, Any], str]:
-    """Opens a data set by its name: (label names, a text or a function that loads it for each split, version).
-
-    Raises:
-      UserError: as `load`.
-    """
-    if name in own or name in embedded.DATASETS:
-        if config.data_dir and name not in own:
-            tfds_sets.data_folder(config.data_dir)  # a missing folder is an error even if the data set needs none
-        label_names, splits = own_data.load(name, own[name], config) if name in own else embedded.DATASETS[name]()
-        return label_names, {split: functools.partial(_copied, examples) for split, examples in splits.items()}, ""
-    if name == "folder":
-        label_names, listings = folder.load(config.data_dir, hold_out=not config.test_fraction)
-        return label_names, listings, ""
-    if name == "text":
-        return (), text_sets.open_files(config.data_dir), ""
-    if name.startswith("hf:"):
-        return hugging_face.load(name.removeprefix("hf:"), config.data_dir)
-    return _load_tfds(name, config)
-
-
 def open_records(name: str, data_dir: str) -> tuple[tuple[str, ...], dict[str, Source]]:
     """Opens all splits of a set of images: (label names, the records of each split).
 
@@ -205,8 +165,8 @@ def open_records(name: str, data_dir: str) -> tuple[tuple[str, ...], dict[str, S
       UserError: as `load`, or the set has no images.
     """
     config = DatasetConfig(name=name, data_dir=data_dir, image_size=1)  # so that images are not decoded in advance
-    label_names, loaders, _ = open_splits(name, config)
-    return label_names, {split: _as_records(_open(loader), config) for split, loader in loaders.items()}
+    label_names, loaders, _ = named_sets.open_splits(name, config)
+    return label_names, {split: _as_records(named_sets.open_split(loader), config) for split, loader in loaders.items()}
 
 
 def _as_records(examples: Any, config: DatasetConfig) -> Source:
@@ -217,19 +177,13 @@ def _as_records(examples: Any, config: DatasetConfig) -> Source:
     return ArraySource(examples, cache.fingerprint(examples))
 
 
-def _copied(examples: Examples) -> Examples:
-    return examples if isinstance(examples, Source) else dict(examples)
-
-
 def _load(
     name: str, config: DatasetConfig, own: Mapping[str, own_data.Load], json_tokenizer: FromJson | None
 ) -> Dataset:
-    label_names, loaders, version = open_splits(name, config, own)
-    if loaders.keys() == {"train"} and not config.test_fraction and text_sets.has_parts(loaders["train"]):
-        loaders = hold_out(loaders["train"], validation=not config.validation_fraction)
+    label_names, loaders, version = named_sets.open_splits(name, config, own)
     chosen = splits.choose(name, config, tuple(loaders))
-    opened = {role: _open(loaders[split]) for role, split in chosen.items()}
-    examples, tokenizer = text_sets.tokenize(name, opened, json_tokenizer)
+    loaded = {role: named_sets.open_split(loaders[split]) for role, split in chosen.items()}
+    examples, tokenizer = text_sets.tokenize(name, loaded, json_tokenizer)
     label_names = label_names or splits.number_classes(examples)
     if config.test_fraction:
         examples["train"], examples["test"] = splits.hold_out(examples["train"], config.test_fraction, "test")
@@ -257,10 +211,6 @@ def _load(
     )
 
 
-def _open(loader: Any) -> Any:
-    return loader if text_sets.has_parts(loader) else loader()
-
-
 def _fingerprint(arrays: Split) -> str:
     return token_store.fingerprint(arrays["text"]) if arrays.keys() == {"text"} else cache.fingerprint(arrays)
 
@@ -270,25 +220,3 @@ def _ready(role: str, examples: Examples, config: DatasetConfig, num_classes: in
     if isinstance(examples, Source) or config.image_size:
         return StreamedSplit(role, _as_records(examples, config), config, num_classes)
     return cache.read_only(examples)
-
-
-def _load_tfds(name: str, config: DatasetConfig) -> tuple[tuple[str, ...], Mapping[str, Any], str]:
-    data_folder = tfds_sets.data_folder(config.data_dir)
-    path = tfds_sets.find(name, data_folder)
-    if path is None and prepare.is_preparable(name):
-        prepare.prepare(tfds_sets.split_version(name)[0], data_folder)
-        path = tfds_sets.find(name, data_folder)
-    if path is None:
-        raise _not_found(name, data_folder)
-    return *tfds_sets.load(name, path, as_records=config.image_size > 0), path.name
-
-
-def _not_found(name: str, folder: Path) -> UserError:
-    known = [*tfds_records.import_tfds().list_builders(with_community_datasets=False), "folder", *embedded.DATASETS]
-    base, _ = tfds_sets.split_version(name)
-    if base.partition("/")[0] not in known:
-        near = difflib.get_close_matches(base, known)
-        suggestion = f"; did you mean {' or '.join(near)}?" if near else ""
-        return UserError(f"--config.dataset.name={name}: neither a TFDS data set nor prepared in {folder}{suggestion}")
-    command = f"`tfds build {name} --file_format=array_record --data_dir={folder}`"
-    return UnavailableError(name, f"is not prepared in {folder}", f"prepare it by {command} (it needs TensorFlow)")

@@ -66,11 +66,22 @@ def tokenize(name: str, examples: Mapping[str, Any], tokenizer: FromJson | None)
 
 
 def _as_tokens(label: str, split: Any, tokenizer: FromJson | None) -> Arrays:
-    if not isinstance(split, Text):
-        if tokenizer is None:
-            return split
-        split = ArrayText(label, split["text"])
-    return {"text": token_store.load(split, tokenizer)}
+    if tokenizer is None and not isinstance(split, Text):
+        return split
+    return {"text": token_store.load(as_text(label, split), tokenizer)}
+
+
+def as_text(label: str, split: Any) -> Text:
+    """Returns a split as a text that can be read; `label` names it in messages.
+
+    Raises:
+      UserError: it is not a text, or tokens.
+    """
+    if isinstance(split, Text):
+        return split
+    if not isinstance(split, dict) or "text" not in split:
+        raise UserError(f"--name={label} is not a text, or is already tokens")
+    return ArrayText(label, split["text"])
 
 
 def _vocabulary(files: Mapping[str, TokenFile], tokenizer: FromJson | None) -> Tokenizer:

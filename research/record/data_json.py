@@ -1,6 +1,8 @@
 """Reads and writes data.json: fingerprints, shapes, statistics and label names of the data of a run.
 
-A text's tokenizer.json is copied next to it, so that a run can be evaluated and sampled from without the original. It has a checksum, since a network with damaged statistics would compute wrong results without an error.
+A text's tokenizer.json is copied next to it, so that a run can be evaluated and sampled from without the original.
+
+It has a checksum, since a network with damaged statistics would compute wrong results without an error.
 """
 
 import dataclasses

@@ -81,7 +81,7 @@ class LanguageModel(Task):
         return batch["count"].astype(jnp.float32)
 
     def summarize(self, means: Mapping[str, Any]) -> dict[str, float]:
-        """Adds perplexity (exp loss) and, if it is known what tokens stand for, bits per byte (loss / log 2 / bytes)."""
+        """Adds perplexity (exp loss) and, if the bytes of tokens are known, bits per byte (loss / log 2 / bytes)."""
         metrics = super().summarize(means)
         metrics["perplexity"] = float(np.exp(metrics["loss"]))
         if self._has_bytes or "bytes_per_token" in metrics:

@@ -24,7 +24,7 @@ def _characters(dataset, tokens):
 
 def _rows(split, batch_size):
     """Reshapes the examples to [steps, rows, ...]."""
-    return {name: x.reshape(-1, batch_size, *x.shape[1:]) for name, x in split.items()}
+    return {name: np.asarray(x).reshape(-1, batch_size, *x.shape[1:]) for name, x in split.items()}
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)

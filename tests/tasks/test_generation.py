@@ -9,9 +9,8 @@ import pytest
 from flax import nnx
 
 from research.config import RNNConfig
-from research.errors import UserError
 from research.models import rnn
-from research.tasks.generation import decode, draw, encode, generate
+from research.tasks.generation import draw, generate
 
 PROMPT = np.array([[1, 2], [3, 3], [0, 6]])
 OPTIONS = {"xla_backend_optimization_level": 0}  # compiling takes longer than running
@@ -75,13 +74,3 @@ def test_drawn_text_is_a_draw_from_each_step():
     generated, logits = _generate("mingru", key, length=4, temperature=1.5, top_p=0.9)
     for t, step_key in enumerate(jax.random.split(key, 4)):
         np.testing.assert_array_equal(generated[:, t], draw(logits[:, t], step_key, 1.5, 0.9))
-
-
-def test_prompts_are_encoded_and_texts_decoded():
-    names = tuple(map(chr, sorted(set("\n aé".encode()))))
-    prompt = encode("a é", names, "drawn")
-    assert decode(prompt, names) == "a é"
-    assert decode(encode("", names, "drawn"), names) == "\n"
-    assert decode(prompt[-1:], names) == "\ufffd"  # half a character
-    with pytest.raises(UserError, match="--prompt: the character 'ü' does not occur in drawn"):
-        encode("aü", names, "drawn")

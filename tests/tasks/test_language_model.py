@@ -47,5 +47,5 @@ def test_loss_accuracy_weight_and_carry():
 
 def test_figures():
     figures = TASK.summarize({"loss": np.float32(2 * np.log(2)), "accuracy": np.float32(0.5)})
-    assert figures == pytest.approx({"loss": 1.386294, "accuracy": 0.5, "bits_per_character": 2.0, "perplexity": 4.0})
+    assert figures == pytest.approx({"loss": 1.386294, "accuracy": 0.5, "bits_per_byte": 2.0, "perplexity": 4.0})
     assert TASK.unit == ("characters", 4)

@@ -1,0 +1,129 @@
+"""Trains a tokenizer: byte-level byte-pair encoding of a text.
+
+python -m research.data.tokenizer --name=text --data_dir=DIR --vocabulary_size=8192 --out=tokenizer.json
+python -m research.data.tokenizer --name=tiny_shakespeare --vocabulary_size=1024 --out=tokenizer.json
+
+It sees the training split only. Any text can be encoded, and is the same after decoding. Train a language model on its
+tokens with --config.dataset.tokenizer=tokenizer.json. It needs Hugging Face tokenizers: pip install -e ".[text]".
+"""
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from research.data import tokenization
+from research.data.token_store import split
+from research.errors import UserError
+
+_BYTES = 256  # of every vocabulary
+
+
+def define_flags() -> flags.FlagValues:
+    """Defines the flags of this command."""
+    values = flags.FlagValues()
+    flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
+    flags.DEFINE_string("name", "", "the text, as in --config.dataset.name", flag_values=values)
+    flags.DEFINE_string("data_dir", "", "its folder, as in --config.dataset.data_dir", flag_values=values)
+    flags.DEFINE_integer("vocabulary_size", 8192, "number of tokens", _BYTES + 1, 2**24, flag_values=values)
+    flags.DEFINE_string("out", "", "the new file", flag_values=values)
+    return values
+
+
+def run(argv: Sequence[str]) -> None:
+    """Trains the tokenizer, writes it and prints what it is.
+
+    Raises:
+      UserError: bad input, found before training; or the file cannot be written.
+    """
+    values = define_flags()
+    try:
+        unexpected = values(["tokenizer", *argv])[1:]
+    except flags.Error as error:
+        raise UserError(str(error)) from None
+    if values["help"].value:
+        print(f"{str(__doc__).strip()}\n\n{values.main_module_help() or values.get_help()}".rstrip())
+        return
+    given: dict[str, Any] = values.flag_values_dict()
+    if unexpected:
+        raise UserError(f"unexpected {unexpected[0]!r}: every option is of the form --name=value; --help lists them")
+    for flag in ("name", "out"):
+        if not given[flag]:
+            raise UserError(f"--{flag} is missing: give --name=SET --out=tokenizer.json; --help lists the options")
+    out = Path(given["out"]).expanduser()
+    if out.exists():
+        raise UserError(f"--out={out} exists: give another file, or remove it")
+    if not os.access(out.absolute().parent, os.W_OK):
+        raise UserError(f"--out={out}: no such folder, or it is read-only")
+    tokenizer, start = _untrained(), time.monotonic()
+    from research.data import named_sets  # late, since it imports jax
+
+    text = named_sets.open_text(given["name"], given["data_dir"])
+    print(f"training {given['vocabulary_size']:,} tokens on {text.name} ...", file=sys.stderr, flush=True)
+    content = train(tokenizer, text.blocks(is_utf8=True), given["vocabulary_size"])
+    new = out.with_name(f".{out.name}.{os.getpid()}.new")
+    try:
+        new.write_text(content, encoding="utf-8")
+        new.rename(out)
+    except OSError as error:
+        new.unlink(missing_ok=True)
+        raise UserError(f"--out={out} could not be written ({error.strerror})") from None
+    size = len(tokenization.FromJson(content, str(out)).names)
+    print(f"{out}: {size:,} tokens, in {time.monotonic() - start:.0f} s: use --config.dataset.tokenizer={out}")
+
+
+def _untrained() -> Any:
+    """Returns a byte-level tokenizer without tokens, as of GPT-2 (Radford et al. 2019, section 2.2).
+
+    Raises:
+      UserError: `tokenizers` is not installed.
+    """
+    try:
+        import tokenizers
+    except ImportError:
+        raise UserError(tokenization.INSTALL) from None
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()  # pyright: ignore
+    return tokenizer
+
+
+def train(tokenizer: Any, blocks: Iterator[bytes], vocabulary_size: int) -> str:
+    """Trains a tokenizer on a text, which need not fit in memory; its different words must.
+
+    Args:
+      tokenizer: byte-level, without tokens.
+      blocks: the text, in UTF-8.
+      vocabulary_size: the number of tokens, or fewer if no pair of tokens is left that occurs twice.
+
+    Returns:
+      The text of a `tokenizer.json`.
+    """
+    import tokenizers
+
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocabulary_size, min_frequency=2, initial_alphabet=alphabet, show_progress=sys.stderr.isatty()
+    )
+    tokenizer.train_from_iterator((piece.decode() for piece in split(blocks)), trainer)
+    return tokenizer.to_str()
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the command; an error is one line on stderr and an exit code (see `research.errors`)."""
+    try:
+        run(argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing was written", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

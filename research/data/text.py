@@ -14,9 +14,9 @@ import numpy as np
 
 from research.data import tokenization
 from research.data.sources import Dataset
+from research.data.token_files import LONG
 from research.errors import UserError
 
-_ALL_BYTES = 2**30  # a longer text of bytes is not searched for the bytes that occur
 _BYTES_AT_ONCE = 2**24
 _ROWS_AT_ONCE = 2**16
 
@@ -68,7 +68,7 @@ def streams(dataset: Dataset, batch_size: int, length: int, eval_batch_size: int
     tokenizer, lookup = dataset.tokenizer, None
     if tokenizer is None:
         tokenizer, lookup = _byte_tokenizer(texts)
-    chunks = {name: _Chunks(text, length, lookup) for name, text in texts.items()}
+    chunks = {name: _Chunks(name, text, length, len(tokenizer.names), lookup) for name, text in texts.items()}
     held_out = {name: _evaluation(chunks[name], eval_batch_size) for name in chunks if name != "train"}
     splits = {"train": _training(chunks["train"], batch_size, steps), **held_out}
     for name, split in splits.items():
@@ -91,7 +91,7 @@ def _byte_tokenizer(texts: Mapping[str, np.ndarray]) -> tuple[tokenization.Bytes
 
 def _occurring(texts: Mapping[str, np.ndarray]) -> bytes:
     """Returns the bytes that occur in any of the texts, sorted; all 256 if they are long."""
-    if sum(map(len, texts.values())) > _ALL_BYTES:
+    if sum(map(len, texts.values())) > LONG:
         return bytes(range(256))
     found: set[int] = set()
     for text in texts.values():
@@ -136,14 +136,18 @@ class ComputedColumn:
 class _Chunks:
     """The chunks of a text, of `length` + 1 tokens each, which overlap by one; `lookup` is applied to the tokens."""
 
-    def __init__(self, text: np.ndarray, length: int, lookup: np.ndarray | None):
+    def __init__(self, name: str, text: np.ndarray, length: int, vocabulary: int, lookup: np.ndarray | None):
         self.text, self.length = text, length
-        self._lookup = lookup
+        self._name, self._vocabulary, self._lookup = name, vocabulary, lookup
         # A view of all windows, which NumPy gathers from without an index for each token.
         self._windows = np.lib.stride_tricks.sliding_window_view(text, length + 1) if len(text) > length else None
 
     def read(self, starts: np.ndarray) -> np.ndarray:
-        """Returns the chunks at each start, [n, length + 1], padded with 0 outside the text."""
+        """Returns the chunks at each start, [n, length + 1], padded with 0 outside the text.
+
+        Raises:
+          UserError: a token is not in the vocabulary.
+        """
         size = self.length + 1
         chunks = np.zeros((len(starts), size), self.text.dtype)
         inside = (starts >= 0) & (starts <= len(self.text) - size)
@@ -154,6 +158,12 @@ class _Chunks:
             first, last = max(start, 0), min(start + size, len(self.text))
             if first < last:
                 chunks[row, first - start : last - start] = self._mapped(self.text[first:last])
+        # A long text is not read before training.
+        if chunks.max(initial=0) >= self._vocabulary:
+            raise UserError(
+                f"the {self._name} split has the token {chunks.max():,}, but the vocabulary only {self._vocabulary:,}: "
+                "give the tokenizer that it was made with as --config.dataset.tokenizer"
+            )
         return chunks
 
     def _mapped(self, tokens: np.ndarray) -> np.ndarray:

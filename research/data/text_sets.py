@@ -11,6 +11,8 @@ from research.data.token_files import SUFFIX, TokenFile
 from research.data.tokenization import FromJson, Numbers, Tokenizer
 from research.errors import UserError
 
+_GPT2 = 50_257  # tokens of its vocabulary
+
 
 def open_files(data_dir: str) -> Mapping[str, FileText | TokenFile]:
     """Opens the splits of `--config.dataset.name=text`, without reading them.
@@ -85,10 +87,15 @@ def as_text(label: str, split: Any) -> Text:
 
 
 def _vocabulary(files: Mapping[str, TokenFile], tokenizer: FromJson | None) -> Tokenizer:
-    """Returns the tokenizer of files of tokens."""
-    largest, path = max((file.largest, str(file.path)) for file in files.values())
+    """Returns the tokenizer of files of tokens.
+
+    Without one, the vocabulary ends with the largest token. Of a long file it is not known, but `text.streams` checks
+    what it reads: then it is that of GPT-2, which nanoGPT's files have, or else all numbers of 16 bits.
+    """
+    largest, path = max((file.largest(), str(file.path)) for file in files.values())
     if tokenizer is None:
-        return Numbers(largest + 1)
+        is_known = not any(file.is_long for file in files.values())
+        return Numbers(largest + 1 if is_known else _GPT2 if largest < _GPT2 else 2**16)
     if largest >= len(tokenizer.names):
         raise UserError(
             f"{path} has the token {largest:,}, but {tokenizer.source} has only {len(tokenizer.names):,}: give the "

@@ -1,22 +1,17 @@
 """Files of tokens in nanoGPT's format: uint16 numbers, little-endian, without a header; memory-mapped as they are."""
 
-import hashlib
-import os
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from research.data import cache
-from research.data.cache import Arrays
 from research.data.file_errors import reading
 from research.data.text_source import WHOLE, Part
 from research.errors import UserError
 
 SUFFIX = ".bin"
+LONG = 2**30  # bytes
 _DTYPE = np.dtype("<u2")
-_AT_ONCE = 2**24  # tokens
+_AT_ONCE, _SAMPLES = 2**19, 64  # tokens that are read at once, and how often of a long file
 
 
 class TokenFile:
@@ -38,17 +33,22 @@ class TokenFile:
             raise UserError(
                 f"{path} has {stat.st_size:,} bytes: a file of tokens has two for each, uint16, as nanoGPT writes it"
             )
-        self._stamp = stat.st_size, stat.st_mtime_ns
+        self._size = stat.st_size
 
     def part(self, part: Part) -> "TokenFile":
         """Returns a part of the file."""
         return TokenFile(self.path, part)
 
     @property
+    def is_long(self) -> bool:
+        """Whether the file is too long to be read as a whole at every start."""
+        return self._size > LONG
+
     def largest(self) -> int:
-        """The largest token of the whole file, which is read for it once."""
-        digest = hashlib.sha256(os.fsencode(f"{self.path.absolute()} {self._stamp}")).hexdigest()[:16]
-        return int(cache.load(f"largest-token-{digest}", lambda: _find_largest(self.path))["largest"][0])
+        """Returns the largest token of the file, or of a sample of a long one."""
+        tokens = self.tokens()
+        starts = np.linspace(0, len(tokens) - _AT_ONCE, _SAMPLES) if self.is_long else range(0, len(tokens), _AT_ONCE)
+        return max(int(tokens[int(start) : int(start) + _AT_ONCE].max()) for start in starts)
 
     def tokens(self) -> np.ndarray:
         """Returns the tokens, a read-only memory map, uint16 [n]."""
@@ -56,12 +56,3 @@ class TokenFile:
             everything = np.memmap(self.path, _DTYPE, "r")
         begin, end = (len(everything) * percent // 100 for percent in self._part)
         return everything[begin:end]
-
-
-def _find_largest(path: Path) -> Iterator[Arrays]:
-    print(f"reading {path} once, for its largest token ...", file=sys.stderr, flush=True)
-    largest = 0
-    with reading(path), path.open("rb") as stream:
-        while len(tokens := np.fromfile(stream, _DTYPE, _AT_ONCE)):
-            largest = max(largest, int(tokens.max()))
-    yield {"largest": np.array([largest])}

@@ -18,13 +18,13 @@ import numpy as np
 from research.data import cache
 from research.data.cache import Arrays
 from research.data.text_source import Text
+from research.data.token_files import LONG
 from research.data.tokenization import FromJson
 from research.errors import UserError
 
 _RULES = 1  # part of the cache key; raise it when the same text becomes other tokens
 _PIECE = 2**16  # bytes that are tokenized as one text
 _PIECES_AT_ONCE = 32
-_CHECKED = 2**30  # bytes: longer texts are not read as a whole at every start
 _SAMPLES, _SAMPLE_SIZE = 64, 2**20
 _PROGRESS_SECONDS = 10.0
 _LEAST_KEPT = 0.99  # of the bytes of a text, by a tokenizer
@@ -51,12 +51,12 @@ def load(text: Text, tokenizer: FromJson | None) -> np.ndarray:
         blocks = _with_progress(text, text.blocks(is_utf8=tokenizer is not None))
         return _bytes(blocks) if tokenizer is None else _tokens(text, blocks, tokenizer)
 
-    return cache.load(f"{label}-{digest}", make, most_in_memory=_CHECKED)["text"]
+    return cache.load(f"{label}-{digest}", make, most_in_memory=LONG)["text"]
 
 
 def fingerprint(tokens: np.ndarray) -> str:
     """Returns a hash of the tokens; of a long text, a hash of its length and of a sample spread over it."""
-    if tokens.nbytes <= _CHECKED:
+    if tokens.nbytes <= LONG:
         return cache.fingerprint({"text": tokens})
     digest = hashlib.sha256(f"{tokens.dtype.str} {len(tokens)}".encode())
     for start in np.linspace(0, len(tokens) - _SAMPLE_SIZE, _SAMPLES).astype(int):

@@ -27,6 +27,7 @@ from research.record.storage import open_path
 if TYPE_CHECKING:
     from jax.export import Exported
 
+    from research.data.tokenization import Tokenizer
     from research.tasks.task import ExportedFunction
     from research.training.run import Training
 
@@ -152,6 +153,7 @@ def _manifest(
         # How images of any size become inputs; null: they must have the inputs' size.
         "center_crop": center_crop,
         "classes": list(training.dataset.label_names),
+        **_tokenizer(training.dataset.tokenizer),
         "platforms": list(PLATFORMS),
         "functions": {
             name: described(exported[name])
@@ -163,6 +165,11 @@ def _manifest(
         "versions": summary.versions()
         | {"calling_convention": max(e.calling_convention_version for e in exported.values())},
     }
+
+
+def _tokenizer(tokenizer: "Tokenizer | None") -> dict[str, Any]:
+    """Describes how text becomes tokens, if the data set is a text."""
+    return {"tokenizer": {"kind": tokenizer.kind, "json": tokenizer.content}} if tokenizer else {}
 
 
 def _image_files(exported: "Exported", center_crop: float | None) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 
 from launch.artifacts import artifact as artifact_lib
-from launch.artifacts import batches, expected_signatures, image_files, probabilities, sampling
+from launch.artifacts import batches, expected_signatures, image_files, probabilities, sampling, tokens
 from launch.artifacts.artifact import Artifact, ArtifactError
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--csv", type=_path, help="new CSV file for the classes of the images, instead of stdout")
     parser.add_argument("--out", type=_path, help="folder for the output images, new or empty")
     parser.add_argument("--prompt", help="text to continue (default: a newline)")
-    parser.add_argument("--length", type=_number(int, 1), help="number of characters to generate (default: 500)")
+    parser.add_argument("--length", type=_number(int, 1), help="number of tokens to generate (default: 500)")
     parser.add_argument("--num_samples", type=_number(int, 1), help="number of texts (default: 1) or images")
     parser.add_argument("--temperature", type=_number(float, 0), help="divides the logits (default: 0.8); 0: greedy")
     parser.add_argument(
@@ -196,8 +196,7 @@ def _index(count: int) -> np.ndarray:
 
 
 def _continue_text(artifact: Artifact, options: argparse.Namespace) -> None:
-    classes = artifact.manifest["classes"]
-    prompt = _tokens(options.prompt or "\n", classes)
+    prompt = tokens.encode(artifact.manifest, options.prompt or "")
     count, length = options.num_samples or 1, options.length or 500
     temperature = 0.8 if options.temperature is None else options.temperature
     top_p = 1.0 if options.top_p is None else options.top_p
@@ -213,19 +212,10 @@ def _continue_text(artifact: Artifact, options: argparse.Namespace) -> None:
             texts.append(sampling.draw(outputs["logits"], rng, temperature, top_p))
     seconds = time.monotonic() - began - runtime.compile_seconds
     steps = count * (len(prompt) + length - 1)
-    batches.report(runtime, f"step: {steps:,}", "characters", steps, seconds, runtime.compile_seconds)
+    batches.report(runtime, f"step: {steps:,}", "tokens", steps, seconds, runtime.compile_seconds)
     for number, row in enumerate(np.stack(texts, 1)):
         print(f"--- sample {number + 1} of {count}")
-        print(bytes(ord(classes[token]) for token in row).decode(errors="replace"))
-
-
-def _tokens(prompt: str, classes: Sequence[str]) -> list[int]:
-    """The token of each byte of the prompt, in UTF-8."""
-    numbers = {ord(name): number for number, name in enumerate(classes)}
-    for character in prompt:
-        if not numbers.keys() >= set(character.encode("utf-8", "surrogateescape")):
-            raise ArtifactError(f"--prompt: the network was not trained on the character {character!r}: leave it out")
-    return [numbers[byte] for byte in prompt.encode("utf-8", "surrogateescape")]
+        print(tokens.decode(artifact.manifest, row))
 
 
 _KINDS: list[tuple[set[str], tuple[str, ...], Callable[[Artifact, argparse.Namespace], None]]] = [

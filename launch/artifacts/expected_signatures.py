@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from launch.artifacts import tokens
+
 # For each function the (inputs, outputs), each with its shape and a prefix of its dtype's name. Sizes: "b" is the batch
 # size, "classes" the number of classes in the manifest, 0 any size.
 _IMAGE = ("b", 0, 0, 0)
@@ -29,8 +31,7 @@ def check(manifest: Mapping[str, Any], names: Iterable[str]) -> None:
             state = {n: x for n, x in function["inputs"].items() if n not in inputs}
             if any(function["outputs"].get(n) != x or x["shape"][:1] != ["b"] for n, x in state.items()):
                 raise ValueError("step does not return its state with the shapes of its inputs")
-            if not all(len(c) == 1 and ord(c) < 256 for c in manifest["classes"]):
-                raise ValueError("the classes of a language model are not bytes")
+            tokens.check(manifest)
         elif function["inputs"].keys() != inputs.keys():
             raise ValueError(f"{name} takes {', '.join(function['inputs'])}, not {', '.join(inputs)}")
         for kind, expected in (("inputs", inputs), ("outputs", outputs)):

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from upath import UPath
@@ -17,10 +17,18 @@ from upath import UPath
 from research.data.file_errors import reading
 from research.errors import UserError
 
-if TYPE_CHECKING:
-    import tokenizers
 
-INSTALL = 'install Hugging Face tokenizers: pip install -e ".[text]"'
+def library() -> Any:
+    """Imports Hugging Face `tokenizers`.
+
+    Raises:
+      UserError: it is not installed.
+    """
+    try:
+        import tokenizers
+    except ImportError:
+        raise UserError('a tokenizer needs Hugging Face tokenizers: pip install -e ".[text]"') from None
+    return tokenizers
 
 
 class Tokenizer(abc.ABC):
@@ -121,10 +129,7 @@ class FromJson(Tokenizer):
     num_bytes: np.ndarray
 
     def __init__(self, content: str, source: str):
-        try:
-            import tokenizers
-        except ImportError:
-            raise UserError(f"{source}: {INSTALL}") from None
+        tokenizers = library()
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(content)
         except Exception as error:  # its only type
@@ -175,7 +180,7 @@ class FromJson(Tokenizer):
         return self._tokenizer.decode([int(token) for token in tokens], skip_special_tokens=False)
 
 
-def _num_bytes(tokenizer: "tokenizers.Tokenizer", content: str, names: tuple[str, ...]) -> np.ndarray:
+def _num_bytes(tokenizer: Any, content: str, names: tuple[str, ...]) -> np.ndarray:
     """Returns how many bytes each token stands for; special tokens stand for none."""
     # In byte-level encoding a character of a token's name is a byte.
     is_byte_level = '"ByteLevel"' in json.dumps(json.loads(content).get("decoder"))

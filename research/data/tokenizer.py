@@ -59,12 +59,13 @@ def run(argv: Sequence[str]) -> None:
         raise UserError(f"--out={out} exists: give another file, or remove it")
     if not os.access(out.absolute().parent, os.W_OK):
         raise UserError(f"--out={out}: no such folder, or it is read-only")
-    tokenizer, start = _untrained(), time.monotonic()
+    tokenization.library()  # an error if it is missing
+    start = time.monotonic()
     from research.data import named_sets  # late, since it imports jax
 
     text = named_sets.open_text(given["name"], given["data_dir"])
     print(f"training {given['vocabulary_size']:,} tokens on {text.name} ...", file=sys.stderr, flush=True)
-    content = train(tokenizer, text.blocks(is_utf8=True), given["vocabulary_size"])
+    content = train(text.blocks(is_utf8=True), given["vocabulary_size"])
     new = out.with_name(f".{out.name}.{os.getpid()}.new")
     try:
         new.write_text(content, encoding="utf-8")
@@ -76,38 +77,30 @@ def run(argv: Sequence[str]) -> None:
     print(f"{out}: {size:,} tokens, in {time.monotonic() - start:.0f} s: use --config.dataset.tokenizer={out}")
 
 
-def _untrained() -> Any:
-    """Returns a byte-level tokenizer without tokens, as of GPT-2 (Radford et al. 2019, section 2.2).
+def train(blocks: Iterator[bytes], vocabulary_size: int) -> str:
+    """Trains byte-level byte-pair encoding, as of GPT-2 (Radford et al. 2019, section 2.2).
+
+    The text need not fit in memory, but its different words must.
+
+    Args:
+      blocks: the text, in UTF-8.
+      vocabulary_size: the number of tokens; there are fewer if no pair of tokens is left that occurs twice.
+
+    Returns:
+      The text of a `tokenizer.json`.
 
     Raises:
       UserError: `tokenizers` is not installed.
     """
-    try:
-        import tokenizers
-    except ImportError:
-        raise UserError(tokenization.INSTALL) from None
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()  # pyright: ignore
-    return tokenizer
-
-
-def train(tokenizer: Any, blocks: Iterator[bytes], vocabulary_size: int) -> str:
-    """Trains a tokenizer on a text, which need not fit in memory; its different words must.
-
-    Args:
-      tokenizer: byte-level, without tokens.
-      blocks: the text, in UTF-8.
-      vocabulary_size: the number of tokens, or fewer if no pair of tokens is left that occurs twice.
-
-    Returns:
-      The text of a `tokenizer.json`.
-    """
-    import tokenizers
-
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocabulary_size, min_frequency=2, initial_alphabet=alphabet, show_progress=sys.stderr.isatty()
+    library = tokenization.library()
+    tokenizer = library.Tokenizer(library.models.BPE())
+    tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = library.decoders.ByteLevel()
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        min_frequency=2,
+        initial_alphabet=sorted(library.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=sys.stderr.isatty(),
     )
     tokenizer.train_from_iterator((piece.decode() for piece in split(blocks)), trainer)
     return tokenizer.to_str()

@@ -11,7 +11,7 @@ from research.errors import UserError
 SUFFIX = ".bin"
 LONG = 2**30  # bytes
 _DTYPE = np.dtype("<u2")
-_AT_ONCE, _SAMPLES = 2**19, 64  # tokens that are read at once, and how often of a long file
+_AT_ONCE, _SAMPLES = 2**16, 64  # tokens that are read at once, and how often of a long file
 
 
 class TokenFile:

@@ -25,7 +25,7 @@ from research.errors import UserError
 _RULES = 1  # part of the cache key; raise it when the same text becomes other tokens
 _PIECE = 2**16  # bytes that are tokenized as one text
 _PIECES_AT_ONCE = 32
-_SAMPLES, _SAMPLE_SIZE = 64, 2**20
+_SAMPLES, _SAMPLE_SIZE = 64, 2**16  # tokens that a fingerprint of a long text is made from
 _PROGRESS_SECONDS = 10.0
 _LEAST_KEPT = 0.99  # of the bytes of a text, by a tokenizer
 

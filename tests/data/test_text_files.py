@@ -133,7 +133,7 @@ def test_what_is_no_text_is_named(data_dir, files, words):
 
 
 def test_a_folder_is_needed(data_dir):
-    with pytest.raises(UserError, match="data_dir=.*absent: no such file or folder: expected a file of text"):
+    with pytest.raises(UserError, match=r"data_dir=.*absent: no such file or folder: expected a file of text"):
         load(data_dir / "absent")
-    with pytest.raises(UserError, match="name=text needs --config.dataset.data_dir"):
+    with pytest.raises(UserError, match=r"name=text needs --config.dataset.data_dir"):
         sources.load(DatasetConfig(name="text"))

@@ -30,6 +30,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -99,11 +100,12 @@ def batch_bytes(config: Config, split: Split) -> int:
     return config.batch_size * sum(math.prod(x.shape[1:]) * x.dtype.itemsize for x in split.values())
 
 
-def _as_jax_memory(array: np.ndarray, mesh: Mesh) -> np.ndarray:
+def _as_jax_memory(array: Any, mesh: Mesh) -> np.ndarray:
     """Copies the array into jax's memory where the mesh has several CPU devices, so that they share that one copy."""
     # jax aliases an aligned host buffer but copies any other, once for each device; its own buffers are aligned.
+    array = np.asarray(array)
     if mesh.size == 1 or mesh.devices.flat[0].platform != "cpu":
-        return np.asarray(array)
+        return array
     return np.asarray(jax.device_put(array, mesh.local_devices[0]))
 
 

@@ -124,7 +124,7 @@ class ComputedColumn:
         if isinstance(index, slice):
             index = range(len(self))[index]
         numbers = np.asarray(index, np.int64)
-        return self._read(numbers.ravel()).reshape(*numbers.shape, *self.shape[1:])
+        return self._read(numbers.ravel()).reshape((*numbers.shape, *self.shape[1:]))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         rows = np.empty(self.shape, self.dtype if dtype is None else dtype)

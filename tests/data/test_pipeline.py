@@ -1,6 +1,7 @@
 """Each example is seen once an epoch, for any batch size, mesh and number of processes."""
 
 import functools
+import tracemalloc
 
 import jax
 import numpy as np
@@ -44,6 +45,15 @@ def test_each_epoch_and_seed_has_its_own_order():
     orders = [pipeline.example_numbers(seed, 50, e * 50, (e + 1) * 50)[0] for seed in (0, 1) for e in (0, 1)]
     assert len({tuple(order) for order in orders}) == 4
     np.testing.assert_array_equal(orders[1], pipeline.example_numbers(0, 50, 0, 100)[0][50:])
+
+
+def test_examples_in_their_order_take_no_memory():
+    tracemalloc.start()
+    numbers, epochs = pipeline.example_numbers(None, 2**31 - 1, 2**31 - 3, 2**31 + 1)
+    assert tracemalloc.get_traced_memory()[1] < 10_000
+    tracemalloc.stop()
+    assert numbers.tolist() == [2**31 - 3, 2**31 - 2, 0, 1]
+    assert epochs.tolist() == [0, 0, 1, 1]
 
 
 def test_a_number_of_steps_ends_training_within_an_epoch():

@@ -1,12 +1,14 @@
 """Streams of a text are contiguous: no character is lost or counted twice."""
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from research.config import DatasetConfig
-from research.data import sources, text
+from research import sharding
+from research.config import Config, DatasetConfig
+from research.data import pipeline, sources, text
 from research.data.sources import Dataset
 from research.errors import UserError
 
@@ -78,6 +80,43 @@ def test_the_vocabulary_is_the_bytes_of_all_splits():
     prepared = text.streams(dataset, 1, 4, 1)
     assert prepared.label_names == tuple(sorted(set("".join(parts))))
     assert prepared.train["tokens"].dtype == np.uint8
+
+
+def test_columns_are_computed_when_they_are_read():
+    prepared = text.streams(_dataset(400, 0, 50), 4, 7, 3)
+    for column in prepared.train.values():
+        whole = np.asarray(column)
+        assert (whole.shape, whole.dtype, whole.nbytes) == (column.shape, column.dtype, column.nbytes)
+        assert (column.ndim, len(column)) == (whole.ndim, len(whole))
+        for index in (3, np.int32(5), slice(2, 9), slice(None, None, -2), np.array([[1, 5], [0, 1]], np.int32)):
+            np.testing.assert_array_equal(column[index], whole[index])
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_the_rows_of_all_processes_are_the_batch_of_one(processes, monkeypatch):
+    """Simulates each process in turn, which holds and reads only its devices' rows."""
+    config = Config(batch_size=8, microbatch_size=4)
+    mesh = sharding.make_mesh(config, jax.devices()[:4])
+    prepared = text.streams(_dataset(900, 0, 90), 8, 7, 4)
+    devices_of_all = jax.sharding.NamedSharding.addressable_devices_indices_map
+
+    def batches():
+        options = {"resident": False, "capacity": 1, "shuffle": False}
+        return pipeline.TrainBatches(prepared.train, config, mesh, **options).local_batch(3)
+
+    whole, parts = batches(), []
+    for process in range(processes):
+
+        def of_process(self, shape, process=process):
+            own = mesh.devices.flat[process * 4 // processes : (process + 1) * 4 // processes]
+            return {d: i for d, i in devices_of_all(self, shape).items() if d in own}
+
+        with monkeypatch.context() as patch:
+            patch.setattr(jax.sharding.NamedSharding, "addressable_devices_indices_map", of_process)
+            parts.append(batches())
+    for name, expected in whole.features.items():
+        np.testing.assert_array_equal(np.concatenate([part[name] for part in parts], 1), expected)
+    assert whole["tokens"].shape == (2, 4, 8)
 
 
 def test_unsuitable_data_sets_are_an_error():

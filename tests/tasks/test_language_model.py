@@ -1,5 +1,7 @@
 """The loss is the mean over the characters that count, each predicted from the preceding ones."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from flax import nnx
 
 from research.data.batch import Batch
+from research.data.tokenization import Numbers
 from research.tasks.language_model import LanguageModel
 
 
@@ -49,3 +52,19 @@ def test_figures():
     figures = TASK.summarize({"loss": np.float32(2 * np.log(2)), "accuracy": np.float32(0.5)})
     assert figures == pytest.approx({"loss": 1.386294, "accuracy": 0.5, "bits_per_byte": 2.0, "perplexity": 4.0})
     assert TASK.unit == ("characters", 4)
+
+
+def test_bits_per_byte_count_the_bytes_of_tokens_that_count():
+    tokenizer = Numbers(6)
+    numbers = dataclasses.replace(TASK, tokenizer=tokenizer)
+    assert numbers.unit == ("tokens", 4)
+    assert "bits_per_byte" not in numbers.summarize({"loss": np.float32(1)})
+    tokenizer.num_bytes = np.array([1, 2, 0, 5, 3, 1])
+    tokens, count = jnp.array([[0, 1, 2, 3, 4], [4, 3, 3, 0, 0]]), jnp.array([4, 2])
+    batch = Batch({"tokens": tokens, "count": count, "first": jnp.array([True, True])}, index=np.arange(2))
+    carry = jnp.zeros(2, jnp.int32)
+    metrics, _ = numbers.advance(Counter(), batch, carry, key=jax.random.key(0), train=False)
+    np.testing.assert_allclose(metrics["bytes_per_token"], [(2 + 0 + 5 + 3) / 4, (5 + 5) / 2])
+    total = np.asarray(metrics["loss"], np.float64) @ [4, 2]
+    means = {name: (value @ count) / 6 for name, value in metrics.items()}
+    assert numbers.summarize(means)["bits_per_byte"] == pytest.approx(total / np.log(2) / 20)

@@ -1,0 +1,152 @@
+"""Tokenizers: prompts and texts, how many bytes a token stands for, bad files, and the command that trains them."""
+
+import re
+import sys
+
+import numpy as np
+import pytest
+
+from research.data import text_sets, tokenization, tokenizer
+from research.data.tokenization import Bytes, FromJson, Numbers
+from research.errors import UserError
+
+TEXT = "A naïve tokenizer reads 日本語 and 'quotes'. " * 20
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return FromJson(tokenizer.train(iter([TEXT.encode()]), 300), "tokenizer.json")
+
+
+def test_bytes_are_encoded_and_decoded():
+    names = Bytes(tuple(map(chr, sorted(set("\n aé".encode())))))
+    prompt = names.encode("a é")
+    assert names.decode(prompt) == "a é"
+    assert names.decode(names.encode("")) == "\n"
+    assert names.decode(prompt[-1:]) == "\ufffd"  # half a character
+    with pytest.raises(UserError, match="--prompt: the character 'ü' does not occur in the training data"):
+        names.encode("aü")
+
+
+def test_numbers_are_their_own_text():
+    numbers = Numbers(12)
+    assert numbers.encode("3 11").tolist() == [3, 11]
+    assert numbers.encode("").tolist() == [0]
+    assert numbers.decode(np.array([3, 11])) == "3 11 "
+    for prompt in ("12", "-1", "a", "²"):
+        with pytest.raises(UserError, match="trained on token numbers, without a tokenizer: give numbers from 0 to 11"):
+            numbers.encode(prompt)
+
+
+@pytest.mark.parametrize("text", ["A naïve tokenizer", "日本語 あ\n\n\t €", "<|endoftext|> x", " leading"])
+def test_byte_pairs_round_trip_and_stand_for_the_bytes_of_the_text(pairs, text):
+    tokens = pairs.encode(text)
+    assert pairs.decode(tokens) == text
+    assert pairs.num_bytes[tokens].sum() == len(text.encode())
+    for token in tokens:
+        # Each token alone, by the tokenizer itself; half a character decodes to a replacement character.
+        alone = pairs.decode([token])
+        assert "\ufffd" in alone or pairs.num_bytes[token] == len(alone.encode())
+
+
+def test_special_tokens_stand_for_no_text():
+    library = tokenization.library()
+    model = library.Tokenizer(library.models.BPE({"a": 0, "<0x0A>": 1, "\u2581b": 2}, []))
+    model.add_special_tokens(["<|endoftext|>"])
+    model.add_tokens(["new"])
+    found = FromJson(model.to_str(), "x")
+    assert dict(zip(found.names, found.num_bytes.tolist())) == {
+        "a": 1,
+        "<0x0A>": 1,
+        "\u2581b": 2,
+        "<|endoftext|>": 0,
+        "new": 3,
+    }
+    assert 3 not in found.encode("a")
+    with pytest.raises(UserError, match="the tokenizer has no tokens for it"):
+        found.encode("z")
+    with pytest.raises(UserError, match="the tokenizer has no tokens for a newline"):
+        found.encode("")
+
+
+def test_what_is_no_tokenizer_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "tokenizer.json"
+    with pytest.raises(UserError, match=r"json: no such file; train a tokenizer with `python -m research\.data"):
+        tokenization.read(str(path))
+    path.write_bytes(b"\xff")
+    with pytest.raises(UserError, match="is not in UTF-8"):
+        tokenization.read(str(path))
+    for content in ("", "{}", '{"model": 3}', "[1]"):
+        path.write_text(content)
+        with pytest.raises(UserError, match=r"json is not a tokenizer\.json of Hugging Face tokenizers"):
+            tokenization.read(str(path))
+    with pytest.raises(UserError, match="is a folder: give the file"):
+        tokenization.read(str(tmp_path))
+    assert tokenization.read("") is None
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(UserError, match=re.escape('pip install -e ".[text]"')):
+        tokenization.read(str(path))
+    with pytest.raises(UserError, match=re.escape('pip install -e ".[text]"')):
+        tokenizer.run(["--name=pydoc", f"--out={tmp_path / 'x.json'}"])
+
+
+def test_a_record_restores_its_tokenizer(pairs):
+    restored = tokenization.restore(pairs.kind, pairs.names, pairs.content, "x")
+    assert isinstance(restored, FromJson)
+    assert restored.names == pairs.names
+    assert isinstance(tokenization.restore("bytes", ("a",), "", "x"), Bytes)
+    assert isinstance(tokenization.restore("numbers", ("0", "1"), "", "x"), Numbers)
+    assert tokenization.restore("", (), "", "x") is None
+    with pytest.raises(ValueError, match=f"x has the fingerprint {pairs.kind}, not 0"):
+        tokenization.restore("0", pairs.names, pairs.content, "x")
+
+
+def test_the_command_trains_on_the_training_split(data_dir, capsys):
+    (data_dir / "train.txt").write_text(TEXT)
+    (data_dir / "test.txt").write_text("zzzzzzzz " * 100)
+    out = data_dir / "out.json"
+    command = ["--name=text", f"--data_dir={data_dir}", "--vocabulary_size=280", f"--out={out}"]
+    tokenizer.run(command)
+    assert f"{out}: 280 tokens" in capsys.readouterr().out
+    found = tokenization.read(str(out))
+    assert found is not None
+    assert len(found.names) == 280
+    assert "zz" not in found.names
+    assert sorted(path.name for path in data_dir.iterdir()) == ["out.json", "test.txt", "train.txt"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["--out="], "--out is missing"),
+        (["--name="], "--name is missing"),
+        (["--vocabulary_size=256"], "vocabulary_size"),
+        (["extra"], "unexpected 'extra'"),
+        (["--out=there.json"], "there.json exists"),
+        (["--out=absent/x.json"], "no such folder"),
+        (["--data_dir=absent"], "data_dir=absent: no such file or folder"),
+    ],
+)
+def test_bad_options_of_the_command(data_dir, monkeypatch, changes, words):
+    monkeypatch.chdir(data_dir)
+    (data_dir / "there.json").write_text("")
+    with pytest.raises(UserError, match=re.escape(words)):
+        tokenizer.run(["--name=text", f"--data_dir={data_dir}", "--out=new.json", *changes])
+    assert [path.name for path in data_dir.iterdir()] == ["there.json"]
+
+
+def test_images_are_not_a_text():
+    with pytest.raises(UserError, match="--name=digits is not a text"):
+        text_sets.as_text("digits", {"image": np.zeros(3)})
+    given = FromJson(tokenizer.train(iter([b""]), 256), "x")
+    with pytest.raises(UserError, match=r"tokenizer is for texts, but --config.dataset.name=digits is none"):
+        text_sets.tokenize("digits", {"train": {"image": np.zeros(3)}}, given)
+
+
+def test_the_command_ends_with_one_line(capsys):
+    with pytest.raises(SystemExit) as error:
+        tokenizer.main(["--name=text"])
+    assert error.value.code == 2
+    assert capsys.readouterr().err.startswith("error: --out is missing")
+    tokenizer.run(["--help"])
+    assert "--vocabulary_size" in capsys.readouterr().out

@@ -32,7 +32,7 @@ from research.tasks.predictor import Predictor
 class CharRNNConfig(Config):
     """A character language model; an example is a chunk of one of `batch_size` streams of text."""
 
-    sequence_length: int = option(128, "characters of a chunk: the length of truncated backpropagation", minimum=1)
+    sequence_length: int = option(128, "tokens of a chunk: the length of truncated backpropagation", minimum=1)
     model: RNNConfig = dataclasses.field(default_factory=RNNConfig)
 
 

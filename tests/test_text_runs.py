@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from unittest import mock
 
 import jax
 import numpy as np
@@ -11,8 +12,13 @@ from drawn import read_lines
 
 from experiments import char_rnn
 from research import app
+from research.config import DatasetConfig
 from research.data import sources, text, tokenizer
+from research.data.sources import Dataset
+from research.data.tokenization import Bytes
 from research.errors import UserError
+from research.record import data_json
+from research.training import loop
 
 TEXT = "".join(f"Line {n}: the naïve {'word ' * (n % 7)}of {n * n}.\n" for n in range(500))
 TINY = [
@@ -20,6 +26,7 @@ TINY = [
     "--config.num_epochs=1",
     "--config.batch_size=8",
     "--config.sequence_length=16",
+    "--config.model.name=simple",
     "--config.model.width=8",
     "--config.model.layers=1",
     "--config.log_every_steps=1",
@@ -28,7 +35,8 @@ TINY = [
 
 
 def run(*args, signals=None):
-    return app.run(char_rnn.EXPERIMENT, list(args), signals, jax.devices()[:1])
+    with mock.patch.object(loop.Loop, "draw"):  # plots take longer than training
+        return app.run(char_rnn.EXPERIMENT, list(args), signals, jax.devices()[:1])
 
 
 def losses(workdir):
@@ -107,12 +115,17 @@ def test_another_tokenizer_is_refused_before_the_text_is_read(folder, monkeypatc
 
 
 def test_a_run_on_bytes_refuses_a_tokenizer(folder, tmp_path):
-    args = [*_flags(folder, tokenizer=""), f"--workdir={tmp_path}", "--config.num_steps=1", "--config.num_epochs=0"]
-    args = [arg for arg in args if "num_epochs" not in arg]
-    summary = run(*args)
-    assert summary["test_bits_per_byte"] == pytest.approx(summary["test_loss"] / np.log(2))
+    split = {"tokens": np.zeros((2, 3), np.uint8)}
+    data_json.write(tmp_path, Dataset("drawn", ("a", "b"), split, None, split, tokenizer=Bytes(("a", "b"))))
+    recorded = data_json.read(tmp_path)
+    assert recorded is not None
+    assert isinstance(recorded.tokenizer, Bytes)
+    assert recorded.tokenizer.names == ("a", "b")
+    config = DatasetConfig()
+    assert data_json.recorded_tokenizer(config, recorded, tmp_path) == config
+    config.tokenizer = str(folder / "300.json")
     with pytest.raises(UserError, match=r"\(bytes there, .* here\): set --config.dataset.tokenizer=$"):
-        run(f"--workdir={tmp_path}", "--mode=sample", f"--config.dataset.tokenizer={folder / '300.json'}")
+        data_json.recorded_tokenizer(config, recorded, tmp_path)
 
 
 def test_bad_input_leaves_no_folder(folder, tmp_path):

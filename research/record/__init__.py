@@ -1,6 +1,7 @@
 """The record of a run, in a workdir that is local, on gs:// or on s3://.
 
 config.json          the resolved config (`writer.py`; read by `config_json.py`)
+tokenizer.json       the tokenizer of a text, a copy, if it is not bytes (`data_json.py`)
 data.json            fingerprints, shapes, label names and statistics of the data (`data_json.py`)
 metrics.jsonl        a line for every logged step and epoch (`writer.py`)
 summary.json         the results, once the run has finished (`writer.py`; made by `training/summary.py`)

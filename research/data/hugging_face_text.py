@@ -18,10 +18,10 @@ _ROWS_AT_ONCE = 2000
 
 
 def is_text(features: Mapping[str, Any]) -> bool:
-    """Returns whether a split has a column `text` of strings, and no images."""
+    """Returns whether a split has a column `text` of strings, and no images, marked as such or by their name."""
     import datasets
 
-    has_images = any(isinstance(feature, datasets.Image) for feature in features.values())
+    has_images = any(isinstance(x, datasets.Image) or name in ("image", "img") for name, x in features.items())
     return not has_images and getattr(features.get(COLUMN), "dtype", None) in ("string", "large_string")
 
 

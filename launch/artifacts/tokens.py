@@ -12,10 +12,10 @@ from launch.artifacts.artifact import ArtifactError
 def check(manifest: Mapping[str, Any]) -> None:
     """Raises `ValueError` if the manifest does not say how text becomes tokens."""
     tokenizer = _tokenizer(manifest)
+    if not isinstance(tokenizer, dict) or not all(isinstance(tokenizer.get(name), str) for name in ("kind", "json")):
+        raise ValueError("tokenizer is not described by a kind and a JSON text")
     if tokenizer["kind"] == "bytes" and not all(len(c) == 1 and ord(c) < 256 for c in manifest["classes"]):
         raise ValueError("the classes of a language model are not bytes")
-    if not all(isinstance(tokenizer.get(name), str) for name in ("kind", "json")):
-        raise ValueError("tokenizer is not described by a kind and a JSON text")
 
 
 def _tokenizer(manifest: Mapping[str, Any]) -> Mapping[str, str]:

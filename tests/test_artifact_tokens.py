@@ -46,7 +46,7 @@ def test_bad_manifests_and_prompts_are_named(monkeypatch):
         {"classes": [], "tokenizer": {"kind": "json", "json": 3}},
         {"classes": [], "tokenizer": {"kind": "json"}},
     ):
-        with pytest.raises(ValueError, match="are not bytes|is not described"):
+        with pytest.raises(ValueError, match=r"are not bytes|is not described"):
             tokens.check(manifest)
     damaged = {"classes": [], "tokenizer": {"kind": "0123", "json": "{}"}}
     with pytest.raises(ArtifactError, match="the artifact's tokenizer cannot be read"):

@@ -109,6 +109,25 @@ class RNN(nnx.Module):
         Returns:
           Float32 [b, T, vocabulary_size], and the carry.
         """
+        x, carry = self._outputs(tokens, carry, first, train=train, key=key)
+        return self.logits(x).transpose(1, 0, 2), carry
+
+    def token_features(
+        self, tokens: jax.Array, carry: Carry, first: jax.Array, *, train: bool, key: jax.Array | None = None
+    ) -> tuple[jax.Array, Carry]:
+        """As a call, but returns what `logits` is applied to (`research.tasks.token_loss`), [b, T, width]."""
+        x, carry = self._outputs(tokens, carry, first, train=train, key=key)
+        return x.transpose(1, 0, 2), carry
+
+    def logits(self, features: jax.Array) -> jax.Array:
+        """Computes the logits of features [..., width]: float32 [..., vocabulary_size]."""
+        kernel = self.embedding.embedding[...].T if self.kernel is None else self.kernel[...]
+        return (features.astype(self.dtype) @ kernel.astype(self.dtype) + self.bias[...]).astype(jnp.float32)
+
+    def _outputs(
+        self, tokens: jax.Array, carry: Carry, first: jax.Array, *, train: bool, key: jax.Array | None
+    ) -> tuple[jax.Array, Carry]:
+        """Computes the outputs of the layers, [T, b, width], and the carry."""
         carry = jax.tree.map(lambda h: jnp.where(first[:, None], 0, h), carry)
         keys = [None] * len(self.layers) if key is None else list(jax.random.split(key, len(self.layers)))
         table = self.embedding.embedding[...]
@@ -123,11 +142,7 @@ class RNN(nnx.Module):
             else:
                 x, state = layer(x, state, train=train, key=layer_key)
             new_carry.append(state)
-        if self.norm is not None:
-            x = self.norm(x)
-        kernel = self.embedding.embedding[...].T if self.kernel is None else self.kernel[...]
-        logits = x.astype(self.dtype) @ kernel.astype(self.dtype) + self.bias[...]
-        return logits.astype(jnp.float32).transpose(1, 0, 2), tuple(new_carry)
+        return x if self.norm is None else self.norm(x), tuple(new_carry)
 
 
 def shard_over_time(x: jax.Array) -> jax.Array:

@@ -22,8 +22,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from research import sharding
 from research.config import RNNConfig
 from research.errors import UserError
 from research.layers.dropout import Dropout
@@ -174,15 +176,15 @@ class Block(nnx.Module):
         y, cache = self._attention(self.norm(x), rotation, cache, count)
         x = x + self.dropout(self.outputs(y), train=train, key=keys[0])
         y = self.mlp_norm(x)
-        y = self.contract(nnx.silu(self.gate(y)) * self.expand(y))
+        gate, y = _products(y, self.gate, self.expand)
+        y = self.contract(nnx.silu(gate) * y)
         return x + self.dropout(y, train=train, key=keys[1]), cache
 
     def _attention(
         self, x: jax.Array, rotation: _Rotation, cache: LayerCache | None, count: jax.Array | None
     ) -> tuple[jax.Array, LayerCache | None]:
-        query, key, value = (
-            layer(x).reshape(*x.shape[:2], self.heads, -1) for layer in (self.query, self.key, self.value)
-        )
+        products = _products(x, self.query, self.key, self.value)
+        query, key, value = (y.reshape(*x.shape[:2], self.heads, -1) for y in products)
         query, key = _rotated(query, rotation), _rotated(key, rotation)
         if cache is None or count is None:
             y = jax.nn.dot_product_attention(query, key, value, scale=self.scale, is_causal=True)
@@ -190,6 +192,17 @@ class Block(nnx.Module):
             known, mask, cache = _with_cache(LayerCache(key, value), cache, count)
             y = jax.nn.dot_product_attention(query, *known, scale=self.scale, mask=mask[:, None])
         return y.reshape(x.shape), cache
+
+
+def _products(x: jax.Array, *layers: Linear) -> list[jax.Array]:
+    """Applies layers to the same input [b, T, width]."""
+    # One large product takes 0.8 of the time of two on a CPU. Joined kernels would have to be resharded, though, and
+    # for a single token, copying them takes longer than the product.
+    if not sharding.is_unsharded() or x.shape[1] == 1:
+        return [layer(x) for layer in layers]
+    kernels = [layer.kernel[...] for layer in layers]
+    joined = x.astype(layers[0].dtype) @ jnp.concatenate(kernels, axis=1).astype(layers[0].dtype)
+    return jnp.split(joined, np.cumsum([kernel.shape[1] for kernel in kernels])[:-1], axis=-1)
 
 
 def _rotation(positions: jax.Array, size: int) -> _Rotation:

@@ -232,7 +232,7 @@ def _with_cache(new: LayerCache, cache: LayerCache, count: jax.Array) -> tuple[L
     context, length = cache.keys.shape[1], new.keys.shape[1]
     queries = count[:, None] + jnp.arange(length)
     kept = queries[:, -context:]
-    rows = jnp.arange(len(count))[:, None]
+    rows = jnp.arange(count.shape[0])[:, None]
     updated = LayerCache(*(old.at[rows, kept % context].set(x[:, -context:]) for old, x in zip(cache, new)))
     # A single token replaces the one that it no longer attends to. Of several, the first still attend to what the last
     # replace.

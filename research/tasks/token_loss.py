@@ -56,9 +56,7 @@ def _num_chunks(logits: Callable[[jax.Array], jax.Array], features: jax.Array) -
     return min(features.shape[1], -(-total // (MAX_LOGITS * devices)))
 
 
-def _in_chunks(
-    logits: Callable[[jax.Array], jax.Array], features: jax.Array, targets: jax.Array, count: int
-) -> Losses:
+def _in_chunks(logits: Callable[[jax.Array], jax.Array], features: jax.Array, targets: jax.Array, count: int) -> Losses:
     if count == 1:
         return of_logits(logits(features), targets)
     length = targets.shape[1]

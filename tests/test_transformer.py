@@ -59,7 +59,7 @@ def _on_one_device(name):
 @pytest.mark.parametrize(
     ("name", "axes", "replicas", "remat"),
     [
-        ("transformer", {}, 8, "none"),
+        ("transformer", {}, 8, "all"),
         ("transformer", {"data": 2, "fsdp": 2, "model": 2}, 1, "blocks"),
         ("mingru", {"data": 2, "sequence": 4}, 1, "none"),
     ],

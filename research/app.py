@@ -20,7 +20,7 @@ from research.process import backend, compilation_cache, distributed, jax_settin
 from research.process.exit import exit_with, own_exit_code
 from research.process.signals import Signals
 from research.process.terminal import ignore_output_errors
-from research.record import config_json, data_json
+from research.record import config_json, data_json, trackers
 from research.record.workdir import Workdir, read_json
 from research.tasks.task import Task
 from research.training import early_stopping, evaluation, initialization, loop, summary, weights
@@ -42,6 +42,7 @@ def run(
     """
     command = parse(experiment, argv)
     config, workdir = command.config, command.workdir
+    trackers.check(command.trackers, workdir)
     mesh = start(config, devices)
     if signals:
         signals.is_distributed = jax.process_count() > 1
@@ -72,7 +73,8 @@ def run(
             _say(_differences(command.reproduces, conditions))
         arguments = (experiment.name, config, task, dataset, mesh, workdir)
         callbacks = experiment.callbacks(config) if experiment.callbacks else ()
-        _, found = loop.train_and_evaluate(*arguments, signals=signals, callbacks=callbacks)
+        options = {"signals": signals, "callbacks": callbacks, "trackers": command.trackers}
+        _, found = loop.train_and_evaluate(*arguments, **options)
     _say(_last_lines(found, workdir))
     if command.reproduces:
         results = {n: v for n, v in found.items() if n.startswith(("train_", "test_")) and n != "train_seconds"}

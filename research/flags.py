@@ -17,7 +17,7 @@ from research import config as config_lib
 from research.config import Config
 from research.errors import UserError
 from research.experiment import Experiment
-from research.record import config_json
+from research.record import config_json, trackers
 from research.record.storage import open_path
 from research.record.workdir import default_workdir, read_json
 
@@ -35,6 +35,7 @@ class Command:
       options: the options of the mode "sample".
       earlier: the config of the run in `workdir`, or None.
       reproduces: the summary of the run to reproduce, or None.
+      trackers: the names of the trackers that receive the record.
     """
 
     config: Config
@@ -45,6 +46,7 @@ class Command:
     options: Any
     earlier: Config | None
     reproduces: dict[str, Any] | None
+    trackers: tuple[str, ...]
 
 
 class _OptionalFloatParser(absl_flags.FloatParser):
@@ -76,6 +78,7 @@ def define_flags(experiment: Experiment) -> absl_flags.FlagValues:
     absl_flags.DEFINE_enum("mode", "train", list(experiment.modes), "what to do", flag_values=values)
     absl_flags.DEFINE_string("checkpoint", "newest", "checkpoint to use", flag_values=values)
     absl_flags.DEFINE_string("reproduce", None, "summary.json of a run to run again", flag_values=values)
+    absl_flags.DEFINE_string("tracker", None, "trackers that receive the record", flag_values=values)
     names = list(experiment.presets)
     absl_flags.DEFINE_enum("config", names[0], names, "the preset to start from", flag_values=values)
     for prefix, options in _groups(experiment):
@@ -104,6 +107,8 @@ def help_text(experiment: Experiment) -> str:
         *(f"  --mode={name}  {meaning}" for name, meaning in experiment.modes.items()),
         "  --checkpoint=newest|best|STEP  the checkpoint to evaluate or to sample from (best: lowest validation loss)",
         "  --reproduce=DIR/summary.json  run that run again, with its config",
+        f"  --tracker={','.join(trackers.CLIENTS)}  trackers that receive the record, too; --tracker= for none (default: "
+        "those of the run in --workdir)",
         f"  --config=NAME  the preset to start from: {', '.join(experiment.presets)}",
         "",
     ]
@@ -201,7 +206,17 @@ def make_command(experiment: Experiment, values: absl_flags.FlagValues) -> Comma
     _check_length(config, values)
     config_lib.check(config)
     options = _sample_options(experiment, values, mode)
-    return Command(config, workdir, given_flags(values), mode, checkpoint, options, earlier, reproduces)
+    return Command(
+        config,
+        workdir,
+        given_flags(values),
+        mode,
+        checkpoint,
+        options,
+        earlier,
+        reproduces,
+        _trackers(values, mode, workdir),
+    )
 
 
 def _check_length(config: Config, values: absl_flags.FlagValues) -> None:
@@ -262,6 +277,13 @@ def _checkpoint(values: absl_flags.FlagValues, mode: str) -> str:
             f"--checkpoint={checkpoint} is for evaluation, sampling and export: training resumes from the newest"
         )
     return checkpoint
+
+
+def _trackers(values: absl_flags.FlagValues, mode: str, workdir: Path) -> tuple[str, ...]:
+    text = values["tracker"].value
+    if mode != "train" and text:
+        raise UserError(f"--tracker={text} is for training: leave it or --mode={mode} out")
+    return trackers.parse(text, workdir) if mode == "train" else ()
 
 
 def _sample_options(experiment: Experiment, values: absl_flags.FlagValues, mode: str) -> Any:

@@ -219,6 +219,7 @@ def train_and_evaluate(
     workdir: Path,
     signals: Signals | None = None,
     callbacks: Sequence[Callback] = (),
+    trackers: Sequence[str] = (),
 ) -> tuple[TrainState, dict[str, Any]]:
     """Trains `task` on `dataset` and records it in `workdir`; resumes from its newest checkpoint if there is one.
 
@@ -231,6 +232,7 @@ def train_and_evaluate(
       workdir: an existing folder.
       signals: stop signals, polled between dispatches.
       callbacks: of the experiment.
+      trackers: names of the trackers that receive the record, too (`research/record/trackers.py`).
 
     Returns:
       The final state, and the contents of summary.json.
@@ -245,9 +247,10 @@ def train_and_evaluate(
     early_stopping.check(config, dataset)
     called = Callbacks(callbacks)
     run = Training(config, task, dataset, mesh, signals)
+    options = {"active": jax.process_index() == 0, "experiment": experiment, "tracker_names": trackers}
     with (
         jax.set_mesh(mesh),
-        Writer(workdir, run.epoch_end_steps[-1], active=jax.process_index() == 0) as writer,
+        Writer(workdir, run.epoch_end_steps[-1], **options) as writer,
         Checkpoints(workdir, keep=config.keep_checkpoints, message=writer.warning) as checkpoints,
     ):
         loop = Loop(experiment, run, writer, checkpoints, called)

@@ -107,8 +107,8 @@ def help_text(experiment: Experiment) -> str:
         *(f"  --mode={name}  {meaning}" for name, meaning in experiment.modes.items()),
         "  --checkpoint=newest|best|STEP  the checkpoint to evaluate or to sample from (best: lowest validation loss)",
         "  --reproduce=DIR/summary.json  run that run again, with its config",
-        f"  --tracker={','.join(trackers.CLIENTS)}  trackers that receive the record, too; --tracker= for none (default: "
-        "those of the run in --workdir)",
+        f"  --tracker={','.join(trackers.CLIENTS)}  trackers that receive the record, too; --tracker= for none "
+        "(default: those of the run in --workdir)",
         f"  --config=NAME  the preset to start from: {', '.join(experiment.presets)}",
         "",
     ]

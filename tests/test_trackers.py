@@ -141,6 +141,10 @@ def test_the_flag_is_checked_before_any_work(env, tmp_path, monkeypatch, capsys)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(UserError, match=r"cannot be in memory://x: set MLFLOW_TRACKING_URI"):
         trackers.check(["mlflow"], "memory://x")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:secret@host/db")
+    with pytest.raises(UserError, match="a URL with a password would appear in logs") as error:
+        trackers.check(["mlflow"], tmp_path)
+    assert "secret" not in str(error.value)
     for command in ("sweep", "plan"):
         with pytest.raises(UserError, match="--tracker is for the runs of an experiment, not of this command"):
             job.parse(command, "", linear.ModelConfig(), ["linear", "--tracker=wandb"])
@@ -157,13 +161,19 @@ def test_a_resumed_run_keeps_its_trackers(tmp_path, monkeypatch):
     rows = _fake_run()["rows"]
     assert rows == read_lines(tmp_path / "x")
     before = (tmp_path / "x/trackers.json").read_bytes()
-    command("--workdir=x", "--mode=eval")
+    evaluated = command("--workdir=x", "--mode=eval")
+    assert evaluated["step"] == rows[-1]["step"]
     assert (tmp_path / "x/trackers.json").read_bytes() == before
     with pytest.raises(UserError, match=r"--tracker=wandb is for training: leave it or --mode=eval out"):
         command("--workdir=x", "--mode=eval", "--tracker=wandb")
     command("--workdir=x", "--config.num_epochs=2")
     assert rows == read_lines(tmp_path / "x")
-    count = len(rows)
-    command("--workdir=x", "--config.num_epochs=3", "--tracker=")
-    assert len(rows) == count < len(read_lines(tmp_path / "x"))
+    assert flags.parse(linear.EXPERIMENT, ["--workdir=x"]).trackers == ("wandb",)
+    assert flags.parse(linear.EXPERIMENT, ["--workdir=x", "--tracker="]).trackers == ()
+    trackers.make((), tmp_path / "x", "linear", print, print)
     assert flags.parse(linear.EXPERIMENT, ["--workdir=x"]).trackers == ()
+    assert json.loads((tmp_path / "x/trackers.json").read_text())["run_id"] == json.loads(before)["run_id"]
+    for text in ('{"run_id": "../..", "trackers": []}', '{"run_id": "01234567", "trackers": ["x"]}', "{}"):
+        (tmp_path / "x/trackers.json").write_text(text)
+        with pytest.raises(UserError, match=r"x/trackers\.json is damaged or of another version: delete it"):
+            flags.parse(linear.EXPERIMENT, ["--workdir=x"])

@@ -1,5 +1,6 @@
 """MLflow as a tracker. Its environment variables apply; without MLFLOW_TRACKING_URI the store is in the workdir."""
 
+import importlib
 import logging
 import os
 import tempfile
@@ -11,6 +12,12 @@ from typing import Any
 _TAG = "meshwork_run_id"
 _MAX_PARAMS, _MAX_METRICS = 100, 1000  # in one call
 _MAX_CHARACTERS = 6000  # of a param
+
+
+def _import() -> Any:
+    for name in ("alembic", "mlflow.store"):  # they log every table that they create
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return importlib.import_module("mlflow")
 
 
 def _flatten(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -43,16 +50,12 @@ class MlflowClient:
 
     def open(self, config: dict[str, Any]) -> tuple[int, str]:
         """Opens the run that has this id, or creates it."""
-        logging.getLogger("alembic").setLevel(logging.WARNING)  # it logs every table that it creates
-        logging.getLogger("mlflow.store").setLevel(logging.WARNING)
-        from mlflow.entities import Param
-        from mlflow.tracking import MlflowClient as Api
-
+        mlflow = _import()
         uri, artifacts = os.environ.get("MLFLOW_TRACKING_URI"), None
         if not uri:
             folder = self._workdir.resolve()
             uri, artifacts = f"sqlite:///{folder}/mlflow.db", (folder / "mlflow-artifacts").as_uri()
-        self._client = Api(uri)
+        self._client = mlflow.MlflowClient(uri)
         found = self._client.get_experiment_by_name(self._experiment)
         place = found.experiment_id if found else self._client.create_experiment(self._experiment, artifacts)
         runs = self._client.search_runs([place], f"tags.{_TAG} = '{self._id}'")
@@ -63,7 +66,7 @@ class MlflowClient:
             tags = {_TAG: self._id}
             self._run = self._client.create_run(place, run_name=self._workdir.name, tags=tags).info.run_id
         known = runs[0].data.params if runs else {}
-        params = [Param(name, value) for name, value in _flatten(config) if name not in known]
+        params = [mlflow.entities.Param(name, value) for name, value in _flatten(config) if name not in known]
         for start in range(0, len(params), _MAX_PARAMS):
             self._client.log_batch(self._run, params=params[start : start + _MAX_PARAMS])
         self._client.log_dict(self._run, config, "config.json")
@@ -72,13 +75,12 @@ class MlflowClient:
 
     def scalars(self, rows: list[dict[str, Any]]) -> None:
         """Logs the numbers of each row at its step."""
-        from mlflow.entities import Metric
-
+        metric = _import().entities.Metric
         now = int(time.time() * 1000)
         at_once = max(1, _MAX_METRICS // max(map(len, rows)))  # a call stores whole rows, or nothing
         for start in range(0, len(rows), at_once):
             metrics = [
-                Metric(name, float(value), now, row["step"])
+                metric(name, float(value), now, row["step"])
                 for row in rows[start : start + at_once]
                 for name, value in row.items()
                 if name != "step"

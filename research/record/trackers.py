@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import queue
+import re
 import secrets
 import threading
 import time
@@ -20,7 +21,7 @@ from research.errors import UserError
 from research.record import storage
 from research.record.mlflow_client import MlflowClient
 from research.record.output import Output
-from research.record.storage import is_local
+from research.record.storage import check_no_password, is_local
 from research.record.wandb_client import WandbClient
 from research.record.workdir import read_json
 
@@ -60,6 +61,19 @@ CLIENTS: dict[str, tuple[str, Callable[[Path, str, str], Client]]] = {
 }
 
 
+def _read(workdir: Path) -> tuple[str, tuple[str, ...]]:
+    """Returns the run's id, or a new one, and the names of its trackers."""
+    path = workdir / _NAME
+    values = read_json(path)
+    if values is None:
+        return secrets.token_hex(4), ()
+    run_id, names = str(values.get("run_id")), values.get("trackers")
+    # Strict, since the id becomes part of the names of folders.
+    if not re.fullmatch("[0-9a-f]{8}", run_id) or not isinstance(names, list) or not CLIENTS.keys() >= set(names):
+        raise UserError(f"{path} is damaged or of another version: delete it to start new runs in the trackers")
+    return run_id, tuple(names)
+
+
 def parse(text: str | None, workdir: Path) -> tuple[str, ...]:
     """Parses --tracker, a comma-separated list; None: the trackers that the run in `workdir` had before.
 
@@ -67,7 +81,7 @@ def parse(text: str | None, workdir: Path) -> tuple[str, ...]:
       UserError: a tracker is unknown.
     """
     if text is None:
-        return tuple((read_json(workdir / _NAME) or {}).get("trackers", ()))
+        return _read(workdir)[1]
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     for name in names:
         if name not in CLIENTS:
@@ -76,15 +90,18 @@ def parse(text: str | None, workdir: Path) -> tuple[str, ...]:
 
 
 def check(names: Sequence[str], workdir: Path) -> None:
-    """Raises `UserError` if a tracker's package is not installed, or if it has no place to write to."""
+    """Raises `UserError` if a tracker's package is not installed, or its address is missing or has a password."""
     for name in names:
         spec = importlib.util.find_spec(CLIENTS[name][0])
         if spec is None or not spec.has_location:  # a folder of the working directory has none
             raise UserError(
                 f'--tracker={name} needs its package: pip install -e ".[{name}]" (--tracker= for no tracker)'
             )
-    if "mlflow" in names and not is_local(workdir) and not os.environ.get("MLFLOW_TRACKING_URI"):
-        raise UserError(f"--tracker=mlflow: its local store cannot be in {workdir}: set MLFLOW_TRACKING_URI")
+    if "mlflow" in names:
+        uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+        check_no_password(uri)
+        if not uri and not is_local(workdir):
+            raise UserError(f"--tracker=mlflow: its local store cannot be in {workdir}: set MLFLOW_TRACKING_URI")
 
 
 def make(
@@ -103,11 +120,11 @@ def make(
       message: called with a line about where the run is.
       warning: called with a warning.
     """
-    recorded = read_json(workdir / _NAME) or {}
-    values = {"run_id": recorded.get("run_id") or secrets.token_hex(4), "trackers": list(names)}
-    if values != recorded and (names or recorded):
+    run_id, recorded = _read(workdir)
+    if recorded != tuple(names):
+        values = {"run_id": run_id, "trackers": list(names)}
         storage.replace(workdir / _NAME, f"{json.dumps(values)}\n".encode())
-    clients = {name: CLIENTS[name][1](workdir, experiment, values["run_id"]) for name in names}
+    clients = {name: CLIENTS[name][1](workdir, experiment, run_id) for name in names}
     return [Tracker(name, client, message, warning) for name, client in clients.items()]
 
 

@@ -1,5 +1,6 @@
 """Weights & Biases as a tracker. Its environment variables (WANDB_MODE, WANDB_PROJECT, ...) apply."""
 
+import importlib
 import io
 import os
 import shutil
@@ -37,8 +38,7 @@ class WandbClient:
 
     def open(self, config: dict[str, Any]) -> tuple[int, str]:
         """Opens the run, offline if that is asked for, if there are no credentials, or if the server is not reached."""
-        import wandb
-
+        wandb: Any = importlib.import_module("wandb")
         settings = wandb.Settings(console="off", silent=True, init_timeout=_INIT_SECONDS)
         if wandb.setup().settings.mode != "online":
             why = ""
@@ -67,9 +67,9 @@ class WandbClient:
 
     def image(self, name: str, png: bytes, step: int) -> None:
         """Logs the plot at its step, or at the newest if that is later: W&B ignores what is logged to earlier ones."""
-        import wandb
         from PIL import Image
 
+        wandb: Any = importlib.import_module("wandb")
         self._run.log({name: wandb.Image(Image.open(io.BytesIO(png)))}, step=max(step, self._run.step))
 
     def summary(self, summary: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from research.process.terminal import ignore_output_errors
 from research.record import config_json, data_json, trackers
 from research.record.workdir import Workdir, read_json
 from research.tasks.task import Task
-from research.training import early_stopping, evaluation, initialization, loop, summary, weights
+from research.training import early_stopping, evaluation, initialization, loop, profile, summary, weights
 from research.training.run import Training
 
 __all__ = ["Experiment", "load", "main", "parse", "restored", "run", "start"]
@@ -65,14 +65,17 @@ def run(
         if finished and not isinstance(finished.get("num_train_steps"), int):
             raise UserError(f"{workdir}/summary.json is not a run's: delete it, or give another --workdir")
         last_step = epoch_ends(dataset.num_examples, config)[-1]
+        profiles = [profile.make(command.profile, last_step, workdir)] if command.profile else []
         if finished and (ended := early_stopping.finished(finished, config, last_step)):
+            if profiles:
+                raise UserError(f"--profile={command.profile}: the run in {workdir} {ended}")
             _say(f"the run in {workdir} {ended}")
             return _evaluate(experiment, command, mesh)
         if command.reproduces:
             conditions = summary.conditions(dataset) | _hardware(mesh)
             _say(_differences(command.reproduces, conditions))
         arguments = (experiment.name, config, task, dataset, mesh, workdir)
-        callbacks = experiment.callbacks(config) if experiment.callbacks else ()
+        callbacks = [*(experiment.callbacks(config) if experiment.callbacks else ()), *profiles]
         options = {"signals": signals, "callbacks": callbacks, "trackers": command.trackers}
         _, found = loop.train_and_evaluate(*arguments, **options)
     _say(_last_lines(found, workdir))

@@ -36,6 +36,7 @@ class Command:
       earlier: the config of the run in `workdir`, or None.
       reproduces: the summary of the run to reproduce, or None.
       trackers: the names of the trackers that receive the record.
+      profile: the text of --profile, or "".
     """
 
     config: Config
@@ -47,6 +48,7 @@ class Command:
     earlier: Config | None
     reproduces: dict[str, Any] | None
     trackers: tuple[str, ...]
+    profile: str
 
 
 class _OptionalFloatParser(absl_flags.FloatParser):
@@ -79,6 +81,7 @@ def define_flags(experiment: Experiment) -> absl_flags.FlagValues:
     absl_flags.DEFINE_string("checkpoint", "newest", "checkpoint to use", flag_values=values)
     absl_flags.DEFINE_string("reproduce", None, "summary.json of a run to run again", flag_values=values)
     absl_flags.DEFINE_string("tracker", None, "trackers that receive the record", flag_values=values)
+    absl_flags.DEFINE_string("profile", "", "steps to profile", flag_values=values)
     names = list(experiment.presets)
     absl_flags.DEFINE_enum("config", names[0], names, "the preset to start from", flag_values=values)
     for prefix, options in _groups(experiment):
@@ -109,6 +112,7 @@ def help_text(experiment: Experiment) -> str:
         "  --reproduce=DIR/summary.json  run that run again, with its config",
         f"  --tracker={','.join(trackers.CLIENTS)}  trackers that receive the record, too; --tracker= for none "
         "(default: those of the run in --workdir)",
+        "  --profile=FIRST:LAST  profile the steps after FIRST, up to LAST: a trace in the workdir, a table here",
         f"  --config=NAME  the preset to start from: {', '.join(experiment.presets)}",
         "",
     ]
@@ -216,6 +220,7 @@ def make_command(experiment: Experiment, values: absl_flags.FlagValues) -> Comma
         earlier,
         reproduces,
         _trackers(values, mode, workdir),
+        _profile(values, mode),
     )
 
 
@@ -284,6 +289,13 @@ def _trackers(values: absl_flags.FlagValues, mode: str, workdir: Path) -> tuple[
     if mode != "train" and text:
         raise UserError(f"--tracker={text} is for training: leave it or --mode={mode} out")
     return trackers.parse(text, workdir) if mode == "train" else ()
+
+
+def _profile(values: absl_flags.FlagValues, mode: str) -> str:
+    text = str(values["profile"].value)
+    if mode != "train" and text:
+        raise UserError(f"--profile={text} is for training: leave it or --mode={mode} out")
+    return text
 
 
 def _sample_options(experiment: Experiment, values: absl_flags.FlagValues, mode: str) -> Any:

@@ -146,8 +146,8 @@ def test_an_exception_leaves_the_checkpoint_intact(tmp_path):
 
 def test_impossible_periods_and_sweeps_are_refused(tmp_path):
     callback = StopAt(1)
-    callback.every_steps = 0
-    with pytest.raises(UserError, match=r"callback 0\.StopAt: every_steps=0 must be at least 1"):
+    callback.every_steps = -1
+    with pytest.raises(UserError, match=r"callback 0\.StopAt: every_steps=-1 must be at least 0"):
         run(tmp_path, callbacks=[callback])
     experiment = dataclasses.replace(linear.EXPERIMENT, callbacks=lambda _: [Record()])
     with pytest.raises(UserError, match="linear has callbacks, which a sweep does not call"):

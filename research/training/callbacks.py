@@ -21,15 +21,20 @@ class Callback:
     newest checkpoint is intact, and a resumed run repeats the steps and hooks since.
 
     Attributes:
-      every_steps: `on_step` is called at the multiples of this. A dispatch, otherwise about half a second's worth of
-        steps, ends there, so small numbers are slow for small networks. With several processes each call is also a
-        collective.
+      every_steps: `on_step` is called at the multiples of this; 0: only at `at_steps`. A dispatch, otherwise about half
+        a second's worth of steps, ends there, so small numbers are slow for small networks. With several processes each
+        call is also a collective.
+      at_steps: further steps at which `on_step` is called.
       state: JSON values, {} at first, that the hooks may read and change. Every checkpoint holds them; other attributes
         are lost when a run is killed.
     """
 
     every_steps: int = 1
+    at_steps: Sequence[int] = ()
     state: dict[str, Any]
+
+    def on_start(self, run: Training) -> None:
+        """Called before training starts or resumes, and before anything is compiled; may raise `UserError`."""
 
     def on_step(self, run: Training, metrics: dict[str, float]) -> str | None:
         """Called after a step with its metrics, such as "loss" and "grad_norm"."""
@@ -49,9 +54,10 @@ class Callbacks:
 
     Attributes:
       every_steps: the multiples of steps at which a callback is called.
+      at_steps: further steps at which one is called.
 
     Raises:
-      UserError: an `every_steps` is not positive.
+      UserError: an `every_steps` is negative.
     """
 
     def __init__(self, callbacks: Sequence[Callback]):
@@ -59,13 +65,19 @@ class Callbacks:
         self._callbacks = {f"{i}.{type(callback).__name__}": callback for i, callback in enumerate(callbacks)}
         self._on_step = {n: c for n, c in self._callbacks.items() if type(c).on_step is not Callback.on_step}
         self.every_steps = [callback.every_steps for callback in self._on_step.values()]
+        self.at_steps = [step for callback in self._on_step.values() for step in callback.at_steps]
         for name, callback in self._on_step.items():
-            if callback.every_steps < 1:
-                raise UserError(f"callback {name}: every_steps={callback.every_steps} must be at least 1")
+            if callback.every_steps < 0:
+                raise UserError(f"callback {name}: every_steps={callback.every_steps} must be at least 0")
+
+    def on_start(self, run: Training) -> None:
+        """Calls all of them."""
+        for callback in self._callbacks.values():
+            callback.on_start(run)
 
     def on_step(self, run: Training, metrics: dict[str, np.ndarray]) -> None:
         """Calls those that are due at the newest step; the metrics are of the newest steps, [k] each."""
-        due = {n: c for n, c in self._on_step.items() if run.progress.step % c.every_steps == 0}
+        due = {n: c for n, c in self._on_step.items() if _is_due(c, run.progress.step)}
         if due:
             newest = {name: float(values[-1]) for name, values in metrics.items()}
             self._call(run, due, lambda callback: callback.on_step(run, newest))
@@ -91,3 +103,7 @@ class Callbacks:
             states[name] = callback.state
         if distributed.in_any_process(bool(reasons)):
             run.progress.stopped = "; ".join(reasons) or "a callback of another process"
+
+
+def _is_due(callback: Callback, step: int) -> bool:
+    return step in callback.at_steps or (callback.every_steps > 0 and step % callback.every_steps == 0)

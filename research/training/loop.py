@@ -51,7 +51,7 @@ class Loop:
         self._checkpoints = checkpoints
         self._check_pending = True
         self._callbacks = callbacks or Callbacks([])
-        self._pauses = Pauses(run.config, self._callbacks.every_steps)
+        self._pauses = Pauses(run.config, self._callbacks.every_steps, self._callbacks.at_steps)
 
     def train(self) -> None:
         """Trains from where the run is to the end of the last epoch, or until it stops early.
@@ -255,6 +255,7 @@ def train_and_evaluate(
     ):
         loop = Loop(experiment, run, writer, checkpoints, called)
         resumes = run.restore(checkpoints)
+        called.on_start(run)
         weights_line = "" if resumes else run.start_from_weights()
         compile_seconds = run.compile(train=True)
         if not resumes and (path := workdir / "metrics.jsonl").exists() and path.stat().st_size:

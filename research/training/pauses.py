@@ -14,10 +14,11 @@ class Pauses:
     Args:
       config: its `eval_every_steps`, `checkpoint_every_steps` and `checkpoint_every_minutes` are used.
       others: numbers of steps at whose multiples training also pauses, for callbacks.
+      at_steps: further steps at which it pauses.
     """
 
-    def __init__(self, config: Config, others: Sequence[int] = ()):
-        self._others = others
+    def __init__(self, config: Config, others: Sequence[int] = (), at_steps: Sequence[int] = ()):
+        self._others, self._at_steps = others, at_steps
         self._eval_every = config.eval_every_steps
         self._checkpoint_every = config.checkpoint_every_steps
         self._seconds = 60 * config.checkpoint_every_minutes
@@ -33,7 +34,7 @@ class Pauses:
         periods = (self._eval_every, self._checkpoint_every, *self._others)
         multiples = [(step // every + 1) * every for every in periods if every]
         clock = [max(self._clock_step, step + 1)] if self._seconds else []
-        return min([end, *multiples, *clock])
+        return min([end, *multiples, *clock, *(at for at in self._at_steps if at > step)])
 
     def evaluates(self, step: int) -> bool:
         """Returns whether an evaluation is due at this step."""

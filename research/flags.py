@@ -206,6 +206,7 @@ def make_command(experiment: Experiment, values: absl_flags.FlagValues) -> Comma
     _check_length(config, values)
     config_lib.check(config)
     options = _sample_options(experiment, values, mode)
+    tracked = trackers.parse(values["tracker"].value, workdir, mode)
     return Command(
         config,
         workdir,
@@ -215,7 +216,7 @@ def make_command(experiment: Experiment, values: absl_flags.FlagValues) -> Comma
         options,
         earlier,
         reproduces,
-        _trackers(values, mode, workdir),
+        tracked,
     )
 
 
@@ -277,13 +278,6 @@ def _checkpoint(values: absl_flags.FlagValues, mode: str) -> str:
             f"--checkpoint={checkpoint} is for evaluation, sampling and export: training resumes from the newest"
         )
     return checkpoint
-
-
-def _trackers(values: absl_flags.FlagValues, mode: str, workdir: Path) -> tuple[str, ...]:
-    text = values["tracker"].value
-    if mode != "train" and text:
-        raise UserError(f"--tracker={text} is for training: leave it or --mode={mode} out")
-    return trackers.parse(text, workdir) if mode == "train" else ()
 
 
 def _sample_options(experiment: Experiment, values: absl_flags.FlagValues, mode: str) -> Any:

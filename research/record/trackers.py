@@ -76,12 +76,16 @@ def _read(workdir: Path) -> tuple[str, tuple[str, ...]]:
     return run_id, tuple(names)
 
 
-def parse(text: str | None, workdir: Path) -> tuple[str, ...]:
+def parse(text: str | None, workdir: Path, mode: str) -> tuple[str, ...]:
     """Parses --tracker, a comma-separated list; None: the trackers that the run in `workdir` had before.
 
     Raises:
-      UserError: a tracker is unknown.
+      UserError: a tracker is unknown, or `mode` is not "train".
     """
+    if mode != "train":
+        if text:
+            raise UserError(f"--tracker={text} is for training: leave it or --mode={mode} out")
+        return ()
     if text is None:
         return _read(workdir)[1]
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))

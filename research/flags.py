@@ -14,12 +14,13 @@ from typing import Any
 from absl import flags as absl_flags
 
 from research import config as config_lib
+from research import earlier_runs
 from research.config import Config
 from research.errors import UserError
 from research.experiment import Experiment
-from research.record import config_json, trackers
+from research.record import trackers
 from research.record.storage import open_path
-from research.record.workdir import default_workdir, read_json
+from research.record.workdir import default_workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,12 +190,12 @@ def make_command(experiment: Experiment, values: absl_flags.FlagValues) -> Comma
       UserError: a value is out of bounds, flags contradict each other, or there is no such run.
     """
     workdir = open_path(values["workdir"].value or default_workdir(experiment.name))
-    earlier = _stored_config(experiment, workdir)
+    earlier = earlier_runs.config_of(experiment, workdir)
     mode = str(values["mode"].value)
     if mode != "train" and earlier is None:
         raise UserError(f"--mode={mode} needs the --workdir of a run: there is no config.json in {workdir}")
     checkpoint = _checkpoint(values, mode)
-    reproduces, reproduced = _reproduced(experiment, values, mode)
+    reproduces, reproduced = earlier_runs.to_reproduce(experiment, values["reproduce"].value, mode)
     config = experiment.presets[str(values["config"].value)]()
     if not values["config"].present:
         config = copy.deepcopy(reproduced or earlier or config)
@@ -210,6 +211,7 @@ def make_command(experiment: Experiment, values: absl_flags.FlagValues) -> Comma
     _check_length(config, values)
     config_lib.check(config)
     options = _sample_options(experiment, values, mode)
+    tracked = trackers.parse(values["tracker"].value, workdir, mode)
     return Command(
         config,
         workdir,
@@ -219,7 +221,7 @@ def make_command(experiment: Experiment, values: absl_flags.FlagValues) -> Comma
         options,
         earlier,
         reproduces,
-        _trackers(values, mode, workdir),
+        tracked,
         _profile(values, mode),
     )
 
@@ -233,46 +235,6 @@ def _check_length(config: Config, values: absl_flags.FlagValues) -> None:
         )
 
 
-def _reproduced(
-    experiment: Experiment, values: absl_flags.FlagValues, mode: str
-) -> tuple[dict[str, Any] | None, Config | None]:
-    """Returns the summary and the config of the run to reproduce, or (None, None)."""
-    if not values["reproduce"].value:
-        return None, None
-    path = open_path(values["reproduce"].value)
-    summary, config = read_json(path), _stored_config(experiment, path.parent)
-    if summary is None or config is None:
-        raise UserError(f"--reproduce={path}: there is no such file, or no config.json beside it")
-    if "num_train_steps" not in summary:
-        raise UserError(f"--reproduce={path}: this is not the summary.json of a run")
-    _check_not_extended(path, summary)
-    if (length := _length(summary)) != (other := "{}={}".format(*config.length)):
-        raise UserError(
-            f"--reproduce={path}: this summary is of {length}, but config.json has {other}: finish that extension, or "
-            f"train with --config.{length}"
-        )
-    if mode != "train":
-        raise UserError(f"--reproduce is for training: leave it or --mode={mode} out")
-    return summary, config
-
-
-def _length(values: dict[str, Any]) -> str:
-    """Returns the length of training in a summary, or in one of its extensions, as a flag: "num_epochs=10"."""
-    name = "num_steps" if "num_steps" in values else "num_epochs"
-    return f"{name}={values[name]}"
-
-
-def _check_not_extended(path: Path, reproduces: dict[str, Any]) -> None:
-    """Raises `UserError` if the run was extended: a new run would use its final schedules from the first step."""
-    if extended := reproduces.get("extended"):
-        parts = [f"{_length(part)} up to step {part['step']}" for part in extended]
-        raise UserError(
-            f"--reproduce={path}: this run had the schedules of {', of '.join(parts)}, and then those of "
-            f"{_length(reproduces)}, which a new run would have from the start: train with "
-            f"--config.{_length(extended[0])}, and extend that run in the same way"
-        )
-
-
 def _checkpoint(values: absl_flags.FlagValues, mode: str) -> str:
     checkpoint = str(values["checkpoint"].value)
     if not re.fullmatch(r"newest|best|[0-9]{1,18}", checkpoint):
@@ -282,13 +244,6 @@ def _checkpoint(values: absl_flags.FlagValues, mode: str) -> str:
             f"--checkpoint={checkpoint} is for evaluation, sampling and export: training resumes from the newest"
         )
     return checkpoint
-
-
-def _trackers(values: absl_flags.FlagValues, mode: str, workdir: Path) -> tuple[str, ...]:
-    text = values["tracker"].value
-    if mode != "train" and text:
-        raise UserError(f"--tracker={text} is for training: leave it or --mode={mode} out")
-    return trackers.parse(text, workdir) if mode == "train" else ()
 
 
 def _profile(values: absl_flags.FlagValues, mode: str) -> str:
@@ -308,9 +263,3 @@ def _sample_options(experiment: Experiment, values: absl_flags.FlagValues, mode:
         config_lib.assign(options, name, values[name].value)
     config_lib.check_fields(options, "--")
     return options
-
-
-def _stored_config(experiment: Experiment, workdir: Path) -> Config | None:
-    path = workdir / "config.json"
-    values = read_json(path)
-    return None if values is None else config_json.load(experiment.default_config, values, str(path))

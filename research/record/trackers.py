@@ -5,6 +5,7 @@ a kill nothing is missing and nothing is sent twice. Steps that a run makes agai
 are not sent again.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -28,6 +29,7 @@ from research.record.workdir import read_json
 _NAME = "trackers.json"
 _SECONDS_BETWEEN_SENDS = 2.0
 _MAX_WAIT_SECONDS = 120.0  # at the end of a run
+_OPENING = threading.Lock()  # the packages import more of themselves when they start
 
 
 class Client(Protocol):
@@ -74,12 +76,16 @@ def _read(workdir: Path) -> tuple[str, tuple[str, ...]]:
     return run_id, tuple(names)
 
 
-def parse(text: str | None, workdir: Path) -> tuple[str, ...]:
+def parse(text: str | None, workdir: Path, mode: str) -> tuple[str, ...]:
     """Parses --tracker, a comma-separated list; None: the trackers that the run in `workdir` had before.
 
     Raises:
-      UserError: a tracker is unknown.
+      UserError: a tracker is unknown, or `mode` is not "train".
     """
+    if mode != "train":
+        if text:
+            raise UserError(f"--tracker={text} is for training: leave it or --mode={mode} out")
+        return ()
     if text is None:
         return _read(workdir)[1]
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
@@ -124,6 +130,10 @@ def make(
     if recorded != tuple(names):
         values = {"run_id": run_id, "trackers": list(names)}
         storage.replace(workdir / _NAME, f"{json.dumps(values)}\n".encode())
+    # Not in the trackers' threads: threads that import packages with common parts may see half of a module.
+    for name in names:
+        with contextlib.suppress(Exception):  # which the tracker then warns of
+            importlib.import_module(CLIENTS[name][0])
     clients = {name: CLIENTS[name][1](workdir, experiment, run_id) for name in names}
     return [Tracker(name, client, message, warning) for name, client in clients.items()]
 
@@ -196,7 +206,8 @@ class Tracker(Output):
             self._actions.put(action)
 
     def _open(self, config: dict[str, Any]) -> None:
-        self._last_step, place = self._client.open(config)
+        with _OPENING:
+            self._last_step, place = self._client.open(config)
         self._message(f"{self._name}: {place}")
 
     def _send(self, rows: list[dict[str, Any]]) -> None:

@@ -116,9 +116,9 @@ def _events(profile: ProfileData) -> Iterator[Event]:
                     yield Event(name, f"{plane.name} {line.name}", start, start + event.duration_ns / 1e9)
 
 
-def self_seconds(events: Iterable[Event]) -> collections.Counter[str]:
+def self_seconds(events: Iterable[Event]) -> dict[str, float]:
     """Sums the time of each operation over all tracks, without that of operations within it, as in a loop."""
-    totals: collections.Counter[str] = collections.Counter()
+    totals: dict[str, float] = collections.defaultdict(float)
     enclosing: list[Event] = []
     for event in sorted(events, key=lambda e: (e.track, e.start, -e.end)):
         while enclosing and (enclosing[-1].track != event.track or enclosing[-1].end <= event.start):
@@ -156,7 +156,8 @@ def table(events: list[Event], seconds: float, steps: int, program: str) -> list
     lines = [f"  {1e3 * seconds / steps:,.2f} ms per step: {parts}", "  ms per step   share  operation"]
     totals = self_seconds(operations)
     sources = dict(re.findall(r'^\s*(?:ROOT )?%?([\w.-]+) = .*op_name="([^"]*)"', program, re.MULTILINE))
-    for name, spent in totals.most_common(_ROWS):
+    whole = sum(totals.values())
+    for name, spent in sorted(totals.items(), key=lambda item: -item[1])[:_ROWS]:
         source = "/".join(sources.get(name, "").split("/")[-2:])
-        lines.append(f"  {1e3 * spent / steps:11.3f}  {spent / totals.total():6.1%}  {name}  {source}".rstrip())
+        lines.append(f"  {1e3 * spent / steps:11.3f}  {spent / whole:6.1%}  {name}  {source}".rstrip())
     return lines

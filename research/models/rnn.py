@@ -29,7 +29,7 @@ from research.errors import UserError
 from research.layers import recurrence
 from research.layers.dropout import Dropout
 from research.layers.linear_recurrence import SEQUENCE, linear_recurrence
-from research.models.blocks import LECUN, Linear
+from research.models.blocks import LECUN, Linear, rows_product
 from research.sharding import BATCH_AXES
 
 Carry = tuple[recurrence.State, ...]  # the state of each layer, arrays float32 [b, units]
@@ -122,7 +122,7 @@ class RNN(nnx.Module):
     def logits(self, features: jax.Array) -> jax.Array:
         """Computes the logits of features [..., width]: float32 [..., vocabulary_size]."""
         kernel = self.embedding.embedding[...].T if self.kernel is None else self.kernel[...]
-        return (features.astype(self.dtype) @ kernel.astype(self.dtype) + self.bias[...]).astype(jnp.float32)
+        return (rows_product(features.astype(self.dtype), kernel.astype(self.dtype)) + self.bias[...]).astype(jnp.float32)
 
     def _outputs(
         self, tokens: jax.Array, carry: Carry, first: jax.Array, *, train: bool, key: jax.Array | None
@@ -241,7 +241,7 @@ class LRU(nnx.Module):
         inputs = self.norm(x)
         decay = jnp.exp(jax.lax.complex(-jnp.exp(self.nu[...]), jnp.exp(self.theta[...])))
         driven = _complex(self.inputs(inputs)) * jnp.exp(self.gamma[...])
-        hidden = linear_recurrence(jnp.broadcast_to(decay, driven.shape), driven, _complex(state[0]))
+        hidden = linear_recurrence(decay, driven, _complex(state[0]))
         hidden = jnp.concatenate([hidden.real, hidden.imag], -1)
         y = nnx.gelu(self.outputs(hidden) + self.skip[...] * inputs)
         y = nnx.glu(self.gate(self.dropout(y, train=train, key=keys[0])))

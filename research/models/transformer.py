@@ -29,7 +29,7 @@ from research import sharding
 from research.config import RNNConfig
 from research.errors import UserError
 from research.layers.dropout import Dropout
-from research.models.blocks import LECUN, Linear
+from research.models.blocks import LECUN, Linear, rows_product
 
 _HEAD_SIZE = 64  # of the default number of heads
 _BASE = 10_000.0  # rotary wavelengths are 2 pi to 2 pi * _BASE tokens
@@ -136,7 +136,7 @@ class Transformer(nnx.Module):
     def logits(self, features: jax.Array) -> jax.Array:
         """Computes the logits of features [..., width]: float32 [..., vocabulary_size]."""
         kernel = self.embedding.embedding[...].T if self.kernel is None else self.kernel[...]
-        return (features.astype(self.dtype) @ kernel.astype(self.dtype)).astype(jnp.float32)
+        return rows_product(features.astype(self.dtype), kernel.astype(self.dtype)).astype(jnp.float32)
 
 
 class Block(nnx.Module):
@@ -201,7 +201,7 @@ def _products(x: jax.Array, *layers: Linear) -> list[jax.Array]:
     if not sharding.is_unsharded() or x.shape[1] == 1:
         return [layer(x) for layer in layers]
     kernels = [layer.kernel[...] for layer in layers]
-    joined = x.astype(layers[0].dtype) @ jnp.concatenate(kernels, axis=1).astype(layers[0].dtype)
+    joined = rows_product(x.astype(layers[0].dtype), jnp.concatenate(kernels, axis=1).astype(layers[0].dtype))
     return jnp.split(joined, np.cumsum([kernel.shape[1] for kernel in kernels])[:-1], axis=-1)
 
 

@@ -122,7 +122,8 @@ class RNN(nnx.Module):
     def logits(self, features: jax.Array) -> jax.Array:
         """Computes the logits of features [..., width]: float32 [..., vocabulary_size]."""
         kernel = self.embedding.embedding[...].T if self.kernel is None else self.kernel[...]
-        return (rows_product(features.astype(self.dtype), kernel.astype(self.dtype)) + self.bias[...]).astype(jnp.float32)
+        logits = rows_product(features.astype(self.dtype), kernel.astype(self.dtype)) + self.bias[...]
+        return logits.astype(jnp.float32)
 
     def _outputs(
         self, tokens: jax.Array, carry: Carry, first: jax.Array, *, train: bool, key: jax.Array | None

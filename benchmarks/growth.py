@@ -7,6 +7,7 @@ with every iteration of its loops counted. Memory is that of the step's temporar
 """
 
 import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Iterator
@@ -16,18 +17,25 @@ import jax
 import numpy as np
 
 from benchmarks import command, output
-from experiments import char_rnn, cifar_cnn
+from experiments import char_rnn, cifar_cnn, sequential_images
 from experiments.char_rnn import CharRNNConfig
 from experiments.cifar_cnn import CifarConfig
+from experiments.sequential_images import SequentialImagesConfig
 from launch.plans.hlo import Program
 from research import sharding
-from research.config import CNNConfig, Config, OptimizerConfig, RNNConfig
+from research.config import CNNConfig, Config, OptimizerConfig, RecurrentConfig, RNNConfig
 from research.data.sources import Dataset
 from research.record import drawing
 from research.training.run import Training
 
 _UNITS = 128
+_PIXEL_UNITS, _PIXEL_BATCH = 64, 8
 _DISPATCHES, _SECONDS = 5, 0.5  # number of timed dispatches, and the approximate time of each
+_EXPERIMENTS = {
+    CifarConfig: cifar_cnn.EXPERIMENT,
+    CharRNNConfig: char_rnn.EXPERIMENT,
+    SequentialImagesConfig: sequential_images.EXPERIMENT,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,9 +70,15 @@ def cases() -> Iterator[Case]:
         model = RNNConfig(name="lstm", width=_UNITS, layers=1)
         config = CharRNNConfig(batch_size=32, num_epochs=1, sequence_length=size, optimizer=sgd, model=model)
         yield Case(f"sequence length, an LSTM of {_UNITS} units", size, config)
+    for name in ("lstm", "mingru", "lru"):
+        for size in (16**2, 28**2, 64**2):
+            model = RecurrentConfig(name=name, width=_PIXEL_UNITS, layers=1)
+            config = SequentialImagesConfig(batch_size=_PIXEL_BATCH, num_epochs=1, optimizer=sgd, model=model)
+            yield Case(f"pixels, {name} of {_PIXEL_UNITS} units", size, config)
 
 
-def _dataset(config: Config, steps: int) -> Dataset:
+def _dataset(case: Case, steps: int) -> Dataset:
+    config = case.config
     rng, count = np.random.default_rng(0), config.batch_size * steps
     if isinstance(config, CharRNNConfig):
         length = config.sequence_length
@@ -74,7 +88,9 @@ def _dataset(config: Config, steps: int) -> Dataset:
             "count": np.full(count, length, np.int32),
         }
     else:
-        images = rng.integers(0, 256, (count, 32, 32, 3)).astype(np.uint8)
+        is_sequence = isinstance(config, SequentialImagesConfig)
+        shape = (math.isqrt(case.size), math.isqrt(case.size), 1) if is_sequence else (32, 32, 3)
+        images = rng.integers(0, 256, (count, *shape)).astype(np.uint8)
         train = {"image": images, "label": rng.integers(0, 10, count).astype(np.int32)}
     test = {name: array[: config.batch_size] for name, array in train.items()}
     return Dataset("noise", tuple(map(str, range(64))), train, None, test, shuffle=False)
@@ -82,8 +98,8 @@ def _dataset(config: Config, steps: int) -> Dataset:
 
 def _training(case: Case, steps: int) -> Training:
     config = dataclasses.replace(case.config, steps_per_dispatch=steps, num_epochs=_DISPATCHES + 1)
-    dataset = _dataset(config, steps)
-    experiment = char_rnn.EXPERIMENT if isinstance(config, CharRNNConfig) else cifar_cnn.EXPERIMENT
+    dataset = _dataset(case, steps)
+    experiment = _EXPERIMENTS[type(config)]
     config = experiment.resolve(config, dataset)
     return Training(
         config, experiment.make_task(config, dataset), dataset, sharding.make_mesh(config, jax.devices()[:1])

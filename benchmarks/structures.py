@@ -10,18 +10,12 @@ the errors of the simple network by width, and tested by predicting the widest f
 import json
 import os
 import statistics
-import tempfile
-from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from absl import flags
 
 from benchmarks import command, output, several_seeds, trials
-from launch import job as job_lib
-from launch import measure
-from launch.plans.hlo import Program
 from launch.sweeps import scaling_law
 from research.config import DatasetConfig
 from research.record import drawing
@@ -32,6 +26,7 @@ NETWORKS = {
     "resnet": [{"width": width} for width in (4, 8, 16)],
     "wide_resnet": [{"width": width, "depth": 10} for width in (1, 2)],
 }
+_EXPERIMENT = "experiments.cifar_cnn"
 DATASET = flags.DEFINE_string("dataset", "cifar10", "data set of images")
 
 
@@ -42,32 +37,16 @@ def flags_of(name: str, fields: dict[str, int], dataset: str) -> list[str]:
     return [*model, *data]
 
 
-def flops(args: list[str]) -> float:
-    """Returns the FLOPs of a compiled train step."""
-    run = measure.training(job_lib.parse("measure", "", measure.MeasureOptions(), ["experiments.cifar_cnn", *args]))
-    with jax.set_mesh(run.mesh):
-        run.compile(train=True)
-        return Program(run.train_program.as_text()).cost()["flops"]
-
-
-def summary(args: list[str], seed: int) -> dict[str, Any]:
-    """Trains in a subprocess and returns its summary.json."""
-    with tempfile.TemporaryDirectory() as folder:
-        args = [*args, f"--config.seed={seed}", f"--workdir={folder}/run"]
-        command.run("experiments.cifar_cnn", ["-m", "experiments.cifar_cnn", *args])
-        return json.loads(Path(folder, "run/summary.json").read_bytes())
-
-
 def row(name: str, fields: dict[str, int], dataset: str, seeds: int) -> dict[str, Any]:
     """Measures one network."""
     args = flags_of(name, fields, dataset)
-    runs = [summary(args, seed) for seed in range(1, seeds + 1)]
+    runs = [trials.summary(_EXPERIMENT, [*args, f"--config.seed={seed}"]) for seed in range(1, seeds + 1)]
     accuracies = [run["test_accuracy"] for run in runs]
     return {
         "network": name,
         **fields,
         "parameters": runs[0]["num_params"],
-        "flops": flops(args) * runs[0]["num_train_steps"],
+        "flops": trials.flops(_EXPERIMENT, args) * runs[0]["num_train_steps"],
         "seconds": statistics.median(run["train_seconds"] for run in runs),
         "test_accuracy": accuracies,
         **several_seeds.spread(accuracies),

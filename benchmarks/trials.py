@@ -1,13 +1,20 @@
-"""Small data sets for the studies, and many runs of one config in one program."""
+"""What the studies share: small data sets, many runs of one config in one program, and runs of a command."""
 
 import copy
 import dataclasses
+import json
 import math
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 
+from benchmarks import command
+from launch import job as job_lib
+from launch import measure
+from launch.plans.hlo import Program
 from research import app
 from research import config as config_lib
 from research.config import Config, DatasetConfig
@@ -64,6 +71,21 @@ def together(runs: tuple[Config, Population], changes: Sequence[Mapping[str, Any
     for _ in range(config.num_epochs):
         reports = members.train_epoch()
     return [reports[slot] for slot in range(len(changes))]
+
+
+def flops(experiment: str, args: Sequence[str]) -> float:
+    """Returns the FLOPs of a compiled train step of a command, every iteration of its loops counted."""
+    run = measure.training(job_lib.parse("measure", "", measure.MeasureOptions(), [experiment, *args]))
+    with jax.set_mesh(run.mesh):
+        run.compile(train=True)
+        return Program(run.train_program.as_text()).cost()["flops"]
+
+
+def summary(experiment: str, args: Sequence[str]) -> dict[str, Any]:
+    """Trains in a subprocess and returns its summary.json."""
+    with tempfile.TemporaryDirectory() as folder:
+        command.run(experiment, ["-m", experiment, *args, f"--workdir={folder}/run"])
+        return json.loads(Path(folder, "run/summary.json").read_bytes())
 
 
 def best(figures: Sequence[Mapping[str, float]]) -> int:

@@ -149,8 +149,10 @@ def run(experiment: app.Experiment, argv: Sequence[str], signals: Signals) -> di
 
 def _check(command: app.Command, path: Any) -> None:
     """Raises `UserError` for flags that a speedrun does not support."""
-    if command.mode != "train" or command.reproduces:
-        raise UserError("a speedrun always starts a new run: remove --mode and --reproduce")
+    if command.mode != "train" or command.reproduces or command.trackers or command.profile:
+        raise UserError(
+            "a speedrun starts a new run without a record: remove --mode, --reproduce, --tracker and --profile"
+        )
     if path.exists() or command.earlier:
         raise UserError(f"--workdir={command.workdir} holds another run: give a new folder")
     config: Any = command.config

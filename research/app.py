@@ -20,10 +20,10 @@ from research.process import backend, compilation_cache, distributed, jax_settin
 from research.process.exit import exit_with, own_exit_code
 from research.process.signals import Signals
 from research.process.terminal import ignore_output_errors
-from research.record import config_json, data_json
+from research.record import config_json, data_json, trackers
 from research.record.workdir import Workdir, read_json
 from research.tasks.task import Task
-from research.training import initialization, loop, summary, weights
+from research.training import early_stopping, evaluation, initialization, loop, profile, summary, weights
 from research.training.run import Training
 
 __all__ = ["Experiment", "load", "main", "parse", "restored", "run", "start"]
@@ -42,6 +42,7 @@ def run(
     """
     command = parse(experiment, argv)
     config, workdir = command.config, command.workdir
+    trackers.check(command.trackers, workdir)
     mesh = start(config, devices)
     if signals:
         signals.is_distributed = jax.process_count() > 1
@@ -63,15 +64,20 @@ def run(
         finished = read_json(workdir / "summary.json")
         if finished and not isinstance(finished.get("num_train_steps"), int):
             raise UserError(f"{workdir}/summary.json is not a run's: delete it, or give another --workdir")
-        if finished and finished["num_train_steps"] >= epoch_ends(dataset.num_examples, config)[-1]:
-            longer = f"a larger --config.{config.length[0]}"
-            _say(f"the run in {workdir} is finished: evaluating it; {longer} trains it further")
+        last_step = epoch_ends(dataset.num_examples, config)[-1]
+        profiles = [profile.make(command.profile, last_step, workdir)] if command.profile else []
+        if finished and (ended := early_stopping.finished(finished, config, last_step)):
+            if profiles:
+                raise UserError(f"--profile={command.profile}: the run in {workdir} {ended}")
+            _say(f"the run in {workdir} {ended}")
             return _evaluate(experiment, command, mesh)
         if command.reproduces:
             conditions = summary.conditions(dataset) | _hardware(mesh)
             _say(_differences(command.reproduces, conditions))
         arguments = (experiment.name, config, task, dataset, mesh, workdir)
-        _, found = loop.train_and_evaluate(*arguments, signals=signals)
+        callbacks = [*(experiment.callbacks(config) if experiment.callbacks else ()), *profiles]
+        options = {"signals": signals, "callbacks": callbacks, "trackers": command.trackers}
+        _, found = loop.train_and_evaluate(*arguments, **options)
     _say(_last_lines(found, workdir))
     if command.reproduces:
         results = {n: v for n, v in found.items() if n.startswith(("train_", "test_")) and n != "train_seconds"}
@@ -205,7 +211,7 @@ def restored(experiment: Experiment, command: Command, mesh: Any, *, with_exampl
         dataset, config = recorded, experiment.resolve(command.config, recorded)
         _check_config(config, dataset, command)
         task = experiment.build_task(config, dataset)
-    training = loop.restore(config, task, dataset, mesh, command.workdir, command.checkpoint)
+    training = evaluation.restore(config, task, dataset, mesh, command.workdir, command.checkpoint)
     if training.stale_statistics:  # batch statistics of averaged parameters, which need examples
         del training  # or the devices would hold two states
         return restored(experiment, command, mesh)
@@ -214,7 +220,7 @@ def restored(experiment: Experiment, command: Command, mesh: Any, *, with_exampl
 
 def _evaluate(experiment: Experiment, command: Command, mesh: Any) -> dict[str, Any]:
     training = restored(experiment, command, mesh)
-    step, results = training.progress.step, loop.evaluate(training)
+    step, results = training.progress.step, evaluation.evaluate(training)
     _say(f"{experiment.name} on {training.dataset.name}, step {step:,}: {_figures(results)}")
     return {"step": step, **results}
 

@@ -141,6 +141,14 @@ class Config:
     keep_checkpoints: int = _record(
         2, "newest checkpoints to keep, in addition to the best one by validation loss", minimum=1
     )
+    early_stopping_epochs: int = option(
+        0,
+        "epochs without a lower validation loss after which training stops; 0: it does not stop early",
+        minimum=0,
+        may_change="resume",
+        not_searchable="a sweep ends trials early by --pruner",
+        record_only=True,
+    )
     max_skipped_steps: int = _recovery(
         0, "how many steps in a row may be skipped because the loss or the gradient is not finite", minimum=0
     )

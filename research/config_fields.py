@@ -43,7 +43,8 @@ def option(
         (and evaluation).
       not_searchable: why a sweep cannot vary the field; empty: it can.
       decides_others: defaults of other fields follow from it, so `--reproduce` refuses another value.
-      record_only: whether it only affects the record, not the trained parameters.
+      record_only: whether it only affects the record, or where a run goes back or ends, not a step; refused by commands
+        that write no record.
     """
     assert may_change in ("never", "evaluation", "resume")
     metadata = {

@@ -12,6 +12,7 @@ from research.data import own_data, sources
 from research.process.signals import Signals
 from research.tasks.predictor import Predictor
 from research.tasks.task import Task
+from research.training.callbacks import Callback
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Experiment:
       sample: implements `--mode=sample`; called with a predictor, the config, the data set (without examples), the
         options (of type `sample_options`) and the workdir; may raise `UserError`.
       sample_options: a dataclass of `research.config.option` fields, each of which is a flag.
+      callbacks: makes a run's callbacks from the resolved config (`research/training/callbacks.py`). Sweeps refuse an
+        experiment that has them.
       run: replaces `app.run` as the whole command; None: `app.run`. Sweeps refuse an experiment that has one.
     """
 
@@ -44,6 +47,7 @@ class Experiment:
     complete: Callable[[Any, sources.Dataset], Any] = lambda config, _: config
     sample: Callable[[Predictor, Any, sources.Dataset, Any, Path], None] | None = None
     sample_options: type | None = None
+    callbacks: Callable[[Any], Sequence[Callback]] | None = None
     run: Callable[["Experiment", Sequence[str], Signals], Any] | None = None
 
     @property

@@ -14,12 +14,13 @@ from typing import Any
 from absl import flags as absl_flags
 
 from research import config as config_lib
+from research import earlier_runs
 from research.config import Config
 from research.errors import UserError
 from research.experiment import Experiment
-from research.record import config_json
+from research.record import trackers
 from research.record.storage import open_path
-from research.record.workdir import default_workdir, read_json
+from research.record.workdir import default_workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Command:
       options: the options of the mode "sample".
       earlier: the config of the run in `workdir`, or None.
       reproduces: the summary of the run to reproduce, or None.
+      trackers: the names of the trackers that receive the record.
+      profile: the text of --profile, or "".
     """
 
     config: Config
@@ -45,6 +48,8 @@ class Command:
     options: Any
     earlier: Config | None
     reproduces: dict[str, Any] | None
+    trackers: tuple[str, ...]
+    profile: str
 
 
 class _OptionalFloatParser(absl_flags.FloatParser):
@@ -76,6 +81,8 @@ def define_flags(experiment: Experiment) -> absl_flags.FlagValues:
     absl_flags.DEFINE_enum("mode", "train", list(experiment.modes), "what to do", flag_values=values)
     absl_flags.DEFINE_string("checkpoint", "newest", "checkpoint to use", flag_values=values)
     absl_flags.DEFINE_string("reproduce", None, "summary.json of a run to run again", flag_values=values)
+    absl_flags.DEFINE_string("tracker", None, "trackers that receive the record", flag_values=values)
+    absl_flags.DEFINE_string("profile", "", "steps to profile", flag_values=values)
     names = list(experiment.presets)
     absl_flags.DEFINE_enum("config", names[0], names, "the preset to start from", flag_values=values)
     for prefix, options in _groups(experiment):
@@ -104,6 +111,9 @@ def help_text(experiment: Experiment) -> str:
         *(f"  --mode={name}  {meaning}" for name, meaning in experiment.modes.items()),
         "  --checkpoint=newest|best|STEP  the checkpoint to evaluate or to sample from (best: lowest validation loss)",
         "  --reproduce=DIR/summary.json  run that run again, with its config",
+        f"  --tracker={','.join(trackers.CLIENTS)}  trackers that receive the record, too; --tracker= for none "
+        "(default: those of the run in --workdir)",
+        "  --profile=FIRST:LAST  profile the steps after FIRST, up to LAST: a trace in the workdir, a table here",
         f"  --config=NAME  the preset to start from: {', '.join(experiment.presets)}",
         "",
     ]
@@ -180,12 +190,12 @@ def make_command(experiment: Experiment, values: absl_flags.FlagValues) -> Comma
       UserError: a value is out of bounds, flags contradict each other, or there is no such run.
     """
     workdir = open_path(values["workdir"].value or default_workdir(experiment.name))
-    earlier = _stored_config(experiment, workdir)
+    earlier = earlier_runs.config_of(experiment, workdir)
     mode = str(values["mode"].value)
     if mode != "train" and earlier is None:
         raise UserError(f"--mode={mode} needs the --workdir of a run: there is no config.json in {workdir}")
     checkpoint = _checkpoint(values, mode)
-    reproduces, reproduced = _reproduced(experiment, values, mode)
+    reproduces, reproduced = earlier_runs.to_reproduce(experiment, values["reproduce"].value, mode)
     config = experiment.presets[str(values["config"].value)]()
     if not values["config"].present:
         config = copy.deepcopy(reproduced or earlier or config)
@@ -201,7 +211,19 @@ def make_command(experiment: Experiment, values: absl_flags.FlagValues) -> Comma
     _check_length(config, values)
     config_lib.check(config)
     options = _sample_options(experiment, values, mode)
-    return Command(config, workdir, given_flags(values), mode, checkpoint, options, earlier, reproduces)
+    tracked = trackers.parse(values["tracker"].value, workdir, mode)
+    return Command(
+        config,
+        workdir,
+        given_flags(values),
+        mode,
+        checkpoint,
+        options,
+        earlier,
+        reproduces,
+        tracked,
+        _profile(values, mode),
+    )
 
 
 def _check_length(config: Config, values: absl_flags.FlagValues) -> None:
@@ -210,46 +232,6 @@ def _check_length(config: Config, values: absl_flags.FlagValues) -> None:
         raise UserError(
             f"--config.num_epochs={config.num_epochs} has no effect, since --config.num_steps={config.num_steps} "
             "decides the length of training: leave it out, or set --config.num_steps=0"
-        )
-
-
-def _reproduced(
-    experiment: Experiment, values: absl_flags.FlagValues, mode: str
-) -> tuple[dict[str, Any] | None, Config | None]:
-    """Returns the summary and the config of the run to reproduce, or (None, None)."""
-    if not values["reproduce"].value:
-        return None, None
-    path = open_path(values["reproduce"].value)
-    summary, config = read_json(path), _stored_config(experiment, path.parent)
-    if summary is None or config is None:
-        raise UserError(f"--reproduce={path}: there is no such file, or no config.json beside it")
-    if "num_train_steps" not in summary:
-        raise UserError(f"--reproduce={path}: this is not the summary.json of a run")
-    _check_not_extended(path, summary)
-    if (length := _length(summary)) != (other := "{}={}".format(*config.length)):
-        raise UserError(
-            f"--reproduce={path}: this summary is of {length}, but config.json has {other}: finish that extension, or "
-            f"train with --config.{length}"
-        )
-    if mode != "train":
-        raise UserError(f"--reproduce is for training: leave it or --mode={mode} out")
-    return summary, config
-
-
-def _length(values: dict[str, Any]) -> str:
-    """Returns the length of training in a summary, or in one of its extensions, as a flag: "num_epochs=10"."""
-    name = "num_steps" if "num_steps" in values else "num_epochs"
-    return f"{name}={values[name]}"
-
-
-def _check_not_extended(path: Path, reproduces: dict[str, Any]) -> None:
-    """Raises `UserError` if the run was extended: a new run would use its final schedules from the first step."""
-    if extended := reproduces.get("extended"):
-        parts = [f"{_length(part)} up to step {part['step']}" for part in extended]
-        raise UserError(
-            f"--reproduce={path}: this run had the schedules of {', of '.join(parts)}, and then those of "
-            f"{_length(reproduces)}, which a new run would have from the start: train with "
-            f"--config.{_length(extended[0])}, and extend that run in the same way"
         )
 
 
@@ -264,6 +246,13 @@ def _checkpoint(values: absl_flags.FlagValues, mode: str) -> str:
     return checkpoint
 
 
+def _profile(values: absl_flags.FlagValues, mode: str) -> str:
+    text = str(values["profile"].value)
+    if mode != "train" and text:
+        raise UserError(f"--profile={text} is for training: leave it or --mode={mode} out")
+    return text
+
+
 def _sample_options(experiment: Experiment, values: absl_flags.FlagValues, mode: str) -> Any:
     if experiment.sample_options is None:
         return None
@@ -274,9 +263,3 @@ def _sample_options(experiment: Experiment, values: absl_flags.FlagValues, mode:
         config_lib.assign(options, name, values[name].value)
     config_lib.check_fields(options, "--")
     return options
-
-
-def _stored_config(experiment: Experiment, workdir: Path) -> Config | None:
-    path = workdir / "config.json"
-    values = read_json(path)
-    return None if values is None else config_json.load(experiment.default_config, values, str(path))

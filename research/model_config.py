@@ -7,6 +7,7 @@ from research.config_fields import option
 DTYPES = ("float32", "bfloat16")
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 CONVNEXTS = ("convnext_tiny", "convnext_small", "convnext_base")
+CELLS = ("simple", "gru", "lstm", "mingru", "lru")
 
 
 @dataclasses.dataclass
@@ -78,7 +79,7 @@ class ImageNetworkConfig(NetworkConfig):
 class RecurrentConfig(NetworkConfig):
     """Recurrent layers (`research.models.rnn`)."""
 
-    name: str = option("lstm", "cell", choices=("simple", "gru", "lstm", "mingru", "lru"), decides_others=True)
+    name: str = option("lstm", "cell", choices=CELLS, decides_others=True)
     width: int = option(256, "features between layers, and recurrent units per layer", minimum=1)
     layers: int = option(2, "recurrent layers", minimum=1)
     dropout: float = option(0.0, "dropout rate of each layer's output", minimum=0, below=1, step_input=True)
@@ -89,8 +90,10 @@ class RecurrentConfig(NetworkConfig):
 
 @dataclasses.dataclass
 class RNNConfig(RecurrentConfig):
-    """A recurrent network over characters."""
+    """A network over text: recurrent, or a Transformer (`research.models.transformer`)."""
 
+    name: str = option("lstm", "cell, or transformer", choices=(*CELLS, "transformer"), decides_others=True)
+    heads: int = option(0, "transformer: heads of attention; 0: one for every 64 features of the width", minimum=0)
     tied: bool = option(False, "share the kernel of the output layer with the embedding")
 
 

@@ -38,7 +38,18 @@ def split(seed, count):
 DATASET = Dataset("drawn", ("a", "b", "c"), split(0, 90), None, split(1, 33))
 
 
-def run(workdir, devices=1, dataset=DATASET, rate=0.1, max_device_gib=2.0, signals=None, plots=False, **fields):
+def run(
+    workdir,
+    devices=1,
+    dataset=DATASET,
+    rate=0.1,
+    max_device_gib=2.0,
+    signals=None,
+    plots=False,
+    callbacks=(),
+    trackers=(),
+    **fields,
+):
     """Trains for 2 epochs of 11 steps; returns the state and the summary.
 
     Drawing plots takes longer than training, so only tests of the plots ask for them.
@@ -53,7 +64,9 @@ def run(workdir, devices=1, dataset=DATASET, rate=0.1, max_device_gib=2.0, signa
     workdir.mkdir(exist_ok=True)
     draw = loop.Loop.draw if plots else lambda _: None
     with mock.patch.object(loop.Loop, "draw", draw):
-        return loop.train_and_evaluate("drawn_linear", config, task, dataset, mesh, workdir, signals)
+        return loop.train_and_evaluate(
+            "drawn_linear", config, task, dataset, mesh, workdir, signals, callbacks, trackers
+        )
 
 
 def read_lines(workdir):

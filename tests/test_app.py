@@ -179,6 +179,7 @@ TESTED_ELSEWHERE = {
     "checkpoint_every_steps",
     "checkpoint_every_minutes",
     "eval_every_steps",
+    "early_stopping_epochs",
     "keep_checkpoints",
     "dataset.name",
     "dataset.data_dir",

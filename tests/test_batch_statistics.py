@@ -13,7 +13,7 @@ from research import optimizers, sharding
 from research.config import MeshConfig
 from research.data.pipeline import TrainBatches
 from research.record.writer import Writer
-from research.training import batch_statistics, loop
+from research.training import batch_statistics, evaluation, loop
 from research.training.checkpoint import Checkpoints
 from research.training.population import Population
 from research.training.run import Training
@@ -87,9 +87,9 @@ def test_a_checkpoint_within_an_epoch_lacks_them_and_opening_it_estimates_them(t
     initial = _training(_config()).state.ema_model_state
     jax.tree.map(np.testing.assert_array_equal, during.state.ema_model_state, initial)
     expected = during.evaluate()
-    opened = loop.restore(config, outsider.make_task(config, DATASET), DATASET, during.mesh, tmp_path)
+    opened = evaluation.restore(config, outsider.make_task(config, DATASET), DATASET, during.mesh, tmp_path)
     jax.tree.map(np.testing.assert_array_equal, opened.state.ema_model_state, during.state.ema_model_state)
-    assert loop.evaluate(opened) == pytest.approx(expected)
+    assert evaluation.evaluate(opened) == pytest.approx(expected)
 
 
 class Spoilt(outsider.Everything):

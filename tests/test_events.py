@@ -110,7 +110,7 @@ def test_writing_events_does_not_import_pytorch(tmp_path):
     (tmp_path / "torch.py").write_text("print('imported')")
     code = (
         "import pathlib; from research.record.events import Events; "
-        "Events(pathlib.Path('.'), print).start('config', 1); print('written'); import torch"
+        "Events(pathlib.Path('.'), print).start({}, 1, []); print('written'); import torch"
     )
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(__file__).parent.parent)])}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)

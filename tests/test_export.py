@@ -24,7 +24,7 @@ from research.data import images, sources
 from research.errors import RecordError, UserError
 from research.tasks.classification import Classification
 from research.tasks.task import Task
-from research.training import loop
+from research.training import evaluation
 from research.training.checkpoint import Checkpoints, checksums_of
 from research.training.run import Training
 
@@ -107,7 +107,9 @@ def test_the_classifier_is_the_checkpoint_on_the_test_set(checkpoint, classifier
     runtime = runtimes.JaxRuntime(classifier)
     logits = runtime("classify", {"image": test["image"]})["logits"]
     np.testing.assert_allclose(logits, _logits(checkpoint, test["image"]), atol=1e-5)
-    assert (logits.argmax(-1) == test["label"]).mean() == pytest.approx(loop.evaluate(checkpoint)["test_accuracy"])
+    assert (logits.argmax(-1) == test["label"]).mean() == pytest.approx(
+        evaluation.evaluate(checkpoint)["test_accuracy"]
+    )
     few = runtime("classify", {"image": test["image"][:7]})["logits"]
     np.testing.assert_allclose(few, logits[:7], atol=1e-5)
 

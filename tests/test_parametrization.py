@@ -31,8 +31,9 @@ def _task(kind, rule="adam", **model):
     optimizer = optimizers.resolve(optimizer)
     numbers = {"index": np.arange(16), "epoch": np.zeros(16, np.int32), "step": np.int32(0)}
     options = {"batch_size": 16, "num_epochs": 1, "optimizer": optimizer}
-    if kind == "lstm":
-        config = char_rnn.CharRNNConfig(**options, model=RNNConfig(layers=1, **model), sequence_length=12)
+    if kind in ("lstm", "transformer"):
+        model = RNNConfig(name=kind, layers=1, **model)
+        config = char_rnn.CharRNNConfig(**options, model=model, sequence_length=12)
         dataset = Dataset("drawn", names, TEXT, None, TEXT, shuffle=False)
         tokens = TEXT["text"][:208].reshape(16, 13)
         features = {"tokens": tokens, "first": np.ones(16, bool), "count": np.full(16, 12)}
@@ -75,6 +76,7 @@ def _change(kind, rule, **model):
     [
         ("cnn", "adam", (64, 128)),
         ("lstm", "adam", (64, 256)),
+        ("transformer", "adam", (64, 256)),
         ("vae", "muon", (256, 1024)),
     ],
 )

@@ -33,7 +33,11 @@ EXPERIMENTS = {module.__name__: module.EXPERIMENT for module in MODULES}
 LAUNCHERS = ("export", "gke", "local", "plan", "scaling", "slurm", "sweep", "tpu")
 DRY_RUN = ("gke", "local", "scaling", "slurm", "tpu")
 EXAMPLE = "experiments.digits_linear"  # the README's own; a test below runs it
-NOT_OURS = ("--logdir", "--xla_force_host_platform_device_count", "--xla_cpu_experimental_onednn_custom_call")
+NOT_OURS = (
+    "--logdir",
+    "--xla_force_host_platform_device_count",
+    "--xla_cpu_experimental_onednn_custom_call",
+)
 ONE_LINE = ("peers", "input")  # folders whose files have one line together
 MUP = ["--config.model.parametrization=mup", "--config.model.base_width=32"]  # each is an error without the other
 

@@ -30,7 +30,8 @@ PEERS = {
     "flax": ("flax",),
 }  # and their variants
 _NAMES = {*PEERS, *(variant for variants in PEERS.values() for variant in variants)}
-UNSUPPORTED = {"sample": "keras"}  # its recurrent networks cannot be called for a single step
+# Keras's recurrent networks cannot be called for a single step; neither library has the parts of the Transformer.
+UNSUPPORTED = {"sample": ("keras",), "transformer": ("keras", "flax")}
 RESULTS = Path(__file__).parent.parent / "results" / "peers.json"
 
 WORK = flags.DEFINE_list("work", list(works.WORKS), f"works to run: {', '.join(works.WORKS)}")
@@ -63,7 +64,7 @@ def _arrays() -> tuple[dict[str, np.ndarray], np.ndarray]:
 def _longer(work: works.Work, images: dict[str, np.ndarray]) -> works.Work:
     """Returns the work with more steps per epoch; text is repeated, images are not."""
     count = len(images["mnist" if work.network == "vae" else "cifar10"])
-    most = math.inf if work.network == "lstm" else count // work.batch_size
+    most = math.inf if work.reads_text else count // work.batch_size
     return dataclasses.replace(work, steps=min(work.steps * LONGER.value, most))
 
 
@@ -88,7 +89,8 @@ def main() -> None:
             (folder / "work.json").write_text(json.dumps(vars(work)), encoding="utf-8")
             if work.does == "command":  # fills the compilation cache, as at a user's second start
                 run(OURS, folder, 1)
-            peers = [peer for peer in chosen if not peer.startswith(UNSUPPORTED.get(work.does, "-"))]
+            unsupported = UNSUPPORTED.get(work.does, ()) + UNSUPPORTED.get(work.network, ())
+            peers = [peer for peer in chosen if not peer.startswith(unsupported)]
             rows += measure(work, peers, folder, ROUNDS.value, EPOCHS.value)
         RESULTS.write_text(json.dumps(table.merged(RESULTS, rows), indent=1) + "\n", encoding="utf-8")
     print(table.markdown(rows))

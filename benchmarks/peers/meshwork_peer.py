@@ -38,6 +38,10 @@ def _parameters(model: Any, network: str) -> list[nnx.Param]:
     if network == "lstm":
         (layer,) = model.layers
         return [model.embedding.embedding, layer.inputs.kernel, layer.kernel, layer.bias, model.kernel, model.bias]
+    if network == "transformer":
+        names = ("query", "key", "value", "outputs", "gate", "expand", "contract")
+        kernels = [getattr(block, name).kernel for block in model.blocks for name in names]
+        return [model.embedding.embedding, *kernels, model.kernel]
     if network == "vae":
         encoder, decoder = model.encoder, model.decoder
         hidden = [*encoder.hidden, encoder.out, *decoder.hidden]
@@ -56,8 +60,9 @@ def _config(work: works.Work, epochs: int) -> tuple[Config, Experiment]:
         "optimizer": OptimizerConfig(name="adam", learning_rate=works.LEARNING_RATE),
     }
     match work.network:
-        case "lstm":
-            model = RNNConfig(name="lstm", width=work.width, layers=1, dtype=work.dtype)
+        case "lstm" | "transformer":
+            layers = 1 if work.network == "lstm" else works.TRANSFORMER_LAYERS
+            model = RNNConfig(name=work.network, width=work.width, layers=layers, dtype=work.dtype)
             return CharRNNConfig(sequence_length=works.SEQUENCE, model=model, **options), char_rnn.EXPERIMENT
         case "vae":
             return MnistVAEConfig(final_samples=0, model=VAEConfig(dtype=work.dtype), **options), mnist_vae.EXPERIMENT
@@ -71,7 +76,7 @@ def _config(work: works.Work, epochs: int) -> tuple[Config, Experiment]:
 
 
 def _dataset(work: works.Work, arrays: dict[str, np.ndarray]) -> Dataset:
-    if work.network == "lstm":
+    if work.reads_text:
         count = len(arrays["tokens"])
         lengths = np.full(count, works.SEQUENCE, np.int32)
         train = {"tokens": arrays["tokens"], "first": np.ones(count, bool), "count": lengths}

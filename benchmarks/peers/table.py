@@ -13,7 +13,7 @@ Report = dict[str, Any]
 
 
 def speed(work: Work, report: Report) -> float:
-    """Computes examples (for an LSTM: tokens) per second, without the first epoch."""
+    """Computes examples (of text: tokens) per second, without the first epoch."""
     seconds = report["seconds"][1:]
     return work.batch_size * work.steps * work.units_per_example * len(seconds) / sum(seconds)
 

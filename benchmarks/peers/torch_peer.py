@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from benchmarks.peers import works
 from benchmarks.peers.clock import Clock
+from benchmarks.peers.torch_transformer import Transformer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cuda":
@@ -100,10 +101,13 @@ def _load(network: nn.Module, weights: works.Arrays) -> None:
             lstm, rest = network.lstm, [network.logits.weight, network.logits.bias]
             parameters = [network.embedding.weight, lstm.weight_ih_l0, lstm.weight_hh_l0, lstm.bias_ih_l0, *rest]
             lstm.bias_hh_l0.zero_().requires_grad_(False)  # one bias, as in the peers
-            weights = [weights[0].T, *weights[1:]]  # an embedding is not transposed
         else:
             layers = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
             parameters = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
+        if isinstance(network, Transformer):
+            parameters = [network.embedding.weight, *parameters]
+        if isinstance(network, LSTM | Transformer):
+            weights = [weights[0].T, *weights[1:]]  # an embedding is not transposed
         for parameter, weight in zip(parameters, weights, strict=True):
             parameter.copy_(torch.from_numpy(weight.transpose(3, 2, 0, 1) if weight.ndim == 4 else weight.T))
 
@@ -124,9 +128,11 @@ def _on_host(work: works.Work, arrays: dict[str, np.ndarray]) -> tuple[nn.Module
     if work.network == "vae":
         grays = torch.from_numpy(arrays["image"].reshape(len(arrays["image"]), -1) / np.float32(255))
         return VAE(), [grays], lambda network, grays: network(grays)
-    if work.network == "lstm":
-        tokens = torch.from_numpy(arrays["tokens"].astype(np.int64))
-        network = LSTM(len(arrays["w0"]), work.width)
+    if work.reads_text:
+        tokens, vocabulary = torch.from_numpy(arrays["tokens"].astype(np.int64)), len(arrays["w0"])
+        network: nn.Module = LSTM(vocabulary, work.width)
+        if work.network == "transformer":
+            network = Transformer(vocabulary, work.width, works.TRANSFORMER_LAYERS, works.SEQUENCE)
         return (
             network,
             [tokens],

@@ -16,6 +16,7 @@ Arrays = list[np.ndarray]
 
 RESNET_GROUPS = ((64, 1), (128, 2), (256, 2), (512, 2))  # channels, stride of the first of the group's two blocks
 VAE_LATENTS = 50
+TRANSFORMER_LAYERS = 2
 PROMPT = 8  # characters of an example that sampling continues
 LEARNING_RATE, EPSILON = 0.001, 1e-8  # of Adam
 SEQUENCE = 128
@@ -26,11 +27,12 @@ class Work:
     """A network and what is done with it: training, evaluation, sampling or a whole command.
 
     Attributes:
-      network: "cnn" (the tutorial CNN), "resnet" (ResNet-18 for CIFAR), "lstm" (a language model), "vae" (dense).
+      network: "cnn" (the tutorial CNN), "resnet" (ResNet-18 for CIFAR), "vae" (dense), "lstm" or "transformer"
+        (language models).
       batch_size: examples per step.
       steps: updates per epoch.
       dtype: of the computation.
-      width: LSTM units.
+      width: LSTM units; features between a Transformer's blocks, a multiple of 64.
       tolerance: maximum relative difference of the first epoch's mean losses.
       does: "train"; "evaluate": an epoch is a pass over the examples; "sample": in an epoch, the first characters of
         each example are continued by SEQUENCE characters, each the most likely; or "command": the peers train, and this
@@ -56,11 +58,15 @@ class Work:
     @property
     def unit(self) -> str:
         """The unit of the speed: images or tokens."""
-        return "tokens" if self.network == "lstm" else "images"
+        return "tokens" if self.reads_text else "images"
 
     @property
     def units_per_example(self) -> int:
-        return SEQUENCE if self.network == "lstm" else 1
+        return SEQUENCE if self.reads_text else 1
+
+    @property
+    def reads_text(self) -> bool:
+        return self.network in ("lstm", "transformer")
 
 
 WORKS = {
@@ -75,6 +81,7 @@ WORKS = {
         Work("cnn", 512, 12, "bfloat16", tolerance=0.03),
     ),
     "lstm": (Work("lstm", 64, 12, width=256), Work("lstm", 64, 6, width=512)),
+    "transformer": (Work("transformer", 32, 12, width=256),),
     # Each library draws bits and latents by its own generator.
     "vae": (Work("vae", 128, 300, tolerance=0.03),),
     "resnet": (Work("resnet", 128, 2, tolerance=0.02),),
@@ -98,9 +105,10 @@ def make(work: Work, images: dict[str, np.ndarray], text: np.ndarray) -> dict[st
     """
     count = work.batch_size * work.steps
     rng = np.random.default_rng(0)
-    weights = {"cnn": _cnn, "resnet": _resnet, "vae": _vae, "lstm": _lstm}[work.network](work, rng, text)
+    makers = {"cnn": _cnn, "resnet": _resnet, "vae": _vae, "lstm": _lstm, "transformer": _transformer}
+    weights = makers[work.network](work, rng, text)
     arrays = {f"w{i}": w.astype(np.float32) for i, w in enumerate(weights)}
-    if work.network == "lstm":
+    if work.reads_text:
         starts = np.arange(count)[:, None] * SEQUENCE % (len(text) - SEQUENCE - 1)
         return {**arrays, "tokens": text[starts + np.arange(SEQUENCE + 1)]}
     if work.network == "vae":
@@ -155,3 +163,11 @@ def _lstm(work: Work, rng: np.random.Generator, text: np.ndarray) -> Arrays:
     bias = np.repeat([0.0, 1.0, 0.0, 0.0], width)  # forget gate initially open
     output = _layers(rng, (width, vocabulary))
     return [rng.standard_normal((vocabulary, width)), _kernel(rng, width, 4 * width), recurrent, bias, *output]
+
+
+def _transformer(work: Work, rng: np.random.Generator, text: np.ndarray) -> Arrays:
+    """A block's kernels: query, key, value, outputs, gate, expand, contract; normalizations keep their own."""
+    width, vocabulary, hidden = work.width, int(text.max()) + 1, 8 * math.ceil(work.width / 3)
+    block = [*[(width, width)] * 4, (width, hidden), (width, hidden), (hidden, width)]
+    kernels = [_kernel(rng, *shape) for shape in [*block * TRANSFORMER_LAYERS, (width, vocabulary)]]
+    return [rng.standard_normal((vocabulary, width)), *kernels]

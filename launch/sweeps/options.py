@@ -76,6 +76,11 @@ def check_search(experiment: Experiment, options: SweepOptions, config: Config) 
 
     if experiment.run:
         raise UserError(f"{experiment.name} defines its own runs, which a sweep cannot vary: sweep another experiment")
+    if experiment.callbacks:
+        raise UserError(
+            f"{experiment.name} has callbacks, which a sweep does not call, since its trials train together in one "
+            "program: sweep the experiment without them"
+        )
     if not options.search and options.seeds == 1:
         raise UserError(
             "nothing to vary: give a search space, as in --search='optimizer.learning_rate=log(1e-4,1)', or --seeds=5"

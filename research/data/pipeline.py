@@ -44,6 +44,8 @@ from research.data.streamed import StreamedSplit
 from research.errors import UserError
 from research.randomness import Stream
 
+WAITING_FOR_DATA = "waiting for data"  # in profiles
+
 
 @functools.lru_cache(maxsize=2)
 def _order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
@@ -215,7 +217,8 @@ class TrainBatches(_Split):
 
     def take(self, num_steps: int) -> Batch:
         """Returns the batches of the next `num_steps` steps, padded with zeros to `capacity` steps: [k, m, b, ...]."""
-        return self._to_devices(self.take_local(num_steps), 2, self._microbatch_size)
+        with jax.profiler.TraceAnnotation(WAITING_FOR_DATA):
+            return self._to_devices(self.take_local(num_steps), 2, self._microbatch_size)
 
     def take_local(self, num_steps: int) -> Batch:
         """Like `take`, but only this process's rows, as host arrays."""

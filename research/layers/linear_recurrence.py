@@ -26,7 +26,8 @@ def linear_recurrence(a: jax.Array, b: jax.Array, h: jax.Array) -> jax.Array:
     """Computes h_t = a_t h_{t-1} + b_t for every time step.
 
     Args:
-      a: real or complex [T, b, units]; at most 1 in magnitude, or long sequences overflow.
+      a: real or complex [T, b, units], or [units] if it is the same at every step; at most 1 in magnitude, or long
+        sequences overflow.
       b: [T, b, units], of a's dtype.
       h: the initial state, [b, units], of a's dtype.
 
@@ -44,6 +45,10 @@ def _forward(a: jax.Array, b: jax.Array, h: jax.Array) -> tuple[jax.Array, tuple
 def _backward(residuals: tuple[jax.Array, ...], d_hidden: jax.Array) -> tuple[jax.Array, ...]:
     a, h, hidden = residuals
     zero = jnp.zeros_like(h)
+    if a.ndim == 1:
+        d_b = _run(a, d_hidden, zero, reverse=True)
+        d_a = (d_b * _shifted(hidden, h, reverse=False)).sum((0, 1))
+        return d_a, d_b, a * d_b[0]
     d_b = _run(_shifted(a, zero, reverse=True), d_hidden, zero, reverse=True)
     return d_b * _shifted(hidden, h, reverse=False), d_b, a[0] * d_b[0]
 
@@ -67,6 +72,9 @@ def _over_time(one_device: _Function, per_shard: _Function, *arrays: jax.Array) 
 
 def _run(a: jax.Array, b: jax.Array, h: jax.Array, *, reverse: bool) -> jax.Array:
     """Computes the recurrence; with `reverse`, from the last time step to the first."""
+    if a.ndim == 1:
+        one_device, per_shard = (partial(f, a, reverse=reverse) for f in (_on_one_device, _on_a_shard))
+        return _over_time(one_device, per_shard, b, h)
     return _over_time(partial(_on_one_device, reverse=reverse), partial(_on_a_shard, reverse=reverse), a, b, h)
 
 
@@ -90,7 +98,8 @@ def _on_a_shard(a: jax.Array, b: jax.Array, h: jax.Array, *, reverse: bool) -> j
     # Each device composes its steps to one; the recurrence over these gives the state at the end of every shard.
     end = 0 if reverse else -1
     shard_b = _on_one_device(a, b, jnp.zeros_like(h), reverse=reverse)[end]
-    all_a, all_b = (lax.all_gather(x, SEQUENCE) for x in (a.prod(0), shard_b))
+    shard_a = jnp.broadcast_to(a ** len(b), h.shape) if a.ndim == 1 else a.prod(0)
+    all_a, all_b = (lax.all_gather(x, SEQUENCE) for x in (shard_a, shard_b))
     ends = sequential(all_a, all_b, h, reverse=reverse)
     before = jnp.concatenate([ends[1:], h[None]] if reverse else [h[None], ends[:-1]])
     return _on_one_device(a, b, before[lax.axis_index(SEQUENCE)], reverse=reverse)
@@ -106,11 +115,11 @@ def _on_one_device(a: jax.Array, b: jax.Array, h: jax.Array, *, reverse: bool) -
 def sequential(a: jax.Array, b: jax.Array, h: jax.Array, *, reverse: bool = False) -> jax.Array:
     """Computes the recurrence as a loop over time."""
 
-    def body(h: jax.Array, ab: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        h = ab[0] * h + ab[1]
+    def body(h: jax.Array, ab: tuple[jax.Array | None, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        h = (a if ab[0] is None else ab[0]) * h + ab[1]
         return h, h
 
-    return lax.scan(body, h, (a, b), reverse=reverse)[1]
+    return lax.scan(body, h, (None if a.ndim == 1 else a, b), reverse=reverse)[1]
 
 
 def parallel(a: jax.Array, b: jax.Array, h: jax.Array, *, reverse: bool = False) -> jax.Array:
@@ -119,5 +128,5 @@ def parallel(a: jax.Array, b: jax.Array, h: jax.Array, *, reverse: bool = False)
     def compose(first: tuple[jax.Array, jax.Array], then: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         return then[0] * first[0], then[0] * first[1] + then[1]
 
-    a, b = lax.associative_scan(compose, (a, b), reverse=reverse)
+    a, b = lax.associative_scan(compose, (jnp.broadcast_to(a, b.shape), b), reverse=reverse)
     return a * h + b

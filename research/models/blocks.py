@@ -45,12 +45,22 @@ class Bias(nnx.Module):
         return bias_add(x, self.bias[...].astype(x.dtype))
 
 
+def rows_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Computes x @ kernel, [..., inputs] by [inputs, outputs], with a kernel gradient that is faster on a CPU."""
+    # A kernel's gradient sums over all axes of x but the last. If these are several, XLA:CPU first writes a transposed
+    # copy of x: 118 ms instead of 64 for float32 [784, 32, 192] by [192, 768] on 2 x86 cores. Sharded axes must stay
+    # apart: the partitioner cannot express the sharding of their product.
+    if x.ndim == 2 or not sharding.is_unsharded():
+        return x @ kernel
+    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
 class Linear(nnx.Linear):
-    """`nnx.Linear` whose bias has the faster gradient of `bias_add`."""
+    """`nnx.Linear` with faster gradients of kernel and bias."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel, dtype = self.kernel[...], self.dtype or x.dtype
-        y = x.astype(dtype) @ kernel.astype(dtype)
+        y = rows_product(x.astype(dtype), kernel.astype(dtype))
         return y if self.bias is None else bias_add(y, self.bias[...].astype(dtype))
 
 

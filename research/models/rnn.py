@@ -29,7 +29,7 @@ from research.errors import UserError
 from research.layers import recurrence
 from research.layers.dropout import Dropout
 from research.layers.linear_recurrence import SEQUENCE, linear_recurrence
-from research.models.blocks import LECUN, Linear
+from research.models.blocks import LECUN, Linear, rows_product
 from research.sharding import BATCH_AXES
 
 Carry = tuple[recurrence.State, ...]  # the state of each layer, arrays float32 [b, units]
@@ -109,6 +109,26 @@ class RNN(nnx.Module):
         Returns:
           Float32 [b, T, vocabulary_size], and the carry.
         """
+        x, carry = self._outputs(tokens, carry, first, train=train, key=key)
+        return self.logits(x).transpose(1, 0, 2), carry
+
+    def token_features(
+        self, tokens: jax.Array, carry: Carry, first: jax.Array, *, train: bool, key: jax.Array | None = None
+    ) -> tuple[jax.Array, Carry]:
+        """As a call, but returns what `logits` is applied to (`research.tasks.token_loss`), [b, T, width]."""
+        x, carry = self._outputs(tokens, carry, first, train=train, key=key)
+        return x.transpose(1, 0, 2), carry
+
+    def logits(self, features: jax.Array) -> jax.Array:
+        """Computes the logits of features [..., width]: float32 [..., vocabulary_size]."""
+        kernel = self.embedding.embedding[...].T if self.kernel is None else self.kernel[...]
+        logits = rows_product(features.astype(self.dtype), kernel.astype(self.dtype)) + self.bias[...]
+        return logits.astype(jnp.float32)
+
+    def _outputs(
+        self, tokens: jax.Array, carry: Carry, first: jax.Array, *, train: bool, key: jax.Array | None
+    ) -> tuple[jax.Array, Carry]:
+        """Computes the outputs of the layers, [T, b, width], and the carry."""
         carry = jax.tree.map(lambda h: jnp.where(first[:, None], 0, h), carry)
         keys = [None] * len(self.layers) if key is None else list(jax.random.split(key, len(self.layers)))
         table = self.embedding.embedding[...]
@@ -123,11 +143,7 @@ class RNN(nnx.Module):
             else:
                 x, state = layer(x, state, train=train, key=layer_key)
             new_carry.append(state)
-        if self.norm is not None:
-            x = self.norm(x)
-        kernel = self.embedding.embedding[...].T if self.kernel is None else self.kernel[...]
-        logits = x.astype(self.dtype) @ kernel.astype(self.dtype) + self.bias[...]
-        return logits.astype(jnp.float32).transpose(1, 0, 2), tuple(new_carry)
+        return x if self.norm is None else self.norm(x), tuple(new_carry)
 
 
 def shard_over_time(x: jax.Array) -> jax.Array:
@@ -226,7 +242,7 @@ class LRU(nnx.Module):
         inputs = self.norm(x)
         decay = jnp.exp(jax.lax.complex(-jnp.exp(self.nu[...]), jnp.exp(self.theta[...])))
         driven = _complex(self.inputs(inputs)) * jnp.exp(self.gamma[...])
-        hidden = linear_recurrence(jnp.broadcast_to(decay, driven.shape), driven, _complex(state[0]))
+        hidden = linear_recurrence(decay, driven, _complex(state[0]))
         hidden = jnp.concatenate([hidden.real, hidden.imag], -1)
         y = nnx.gelu(self.outputs(hidden) + self.skip[...] * inputs)
         y = nnx.glu(self.gate(self.dropout(y, train=train, key=keys[0])))

@@ -203,6 +203,15 @@ def from_first(value: float) -> float:
     return float(multihost_utils.broadcast_one_to_all(np.float32(value)))
 
 
+def in_any_process(value: bool) -> bool:
+    """Returns whether `value` is true in any process; all processes call this at the same places."""
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.process_allgather(np.array(value)).any())
+
+
 def asked_to_stop(call: int) -> bool:
     """Returns whether all processes must stop at this call, because one of them received SIGTERM.
 

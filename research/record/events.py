@@ -8,14 +8,17 @@ A file is a TFRecord: for each event its length, the length's checksum, the even
 """
 
 import importlib
+import json
 import struct
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from research.record import storage
+from research.record.output import Output
 from research.record.storage import Log
 
 _NAME = "events.out.tfevents.run"
@@ -67,7 +70,7 @@ def _find_superseded(data: bytes, step: int) -> tuple[int, Any]:
     return size, config
 
 
-class Events:
+class Events(Output):
     """Writes `tensorboard/events.out.tfevents.run.<number>`. After any failure it warns once and writes no more events.
 
     Args:
@@ -80,13 +83,10 @@ class Events:
         self._warning = warning
         self._log: Log | None = None
 
-    def start(self, config: str, step: int) -> None:
-        """Starts a new file, and removes the events of `step` and later steps from the earlier ones.
-
-        Args:
-          config: the run's config, as Markdown.
-          step: the first step that will be added.
-        """
+    def start(self, config: dict[str, Any], step: int, rows: list[dict[str, Any]]) -> None:
+        """Starts a new file, and removes the events of `step` and later steps from the earlier ones."""
+        del rows  # the earlier files have them
+        markdown = textwrap.indent(json.dumps(config, indent=2), "    ")  # a code block
 
         def start() -> None:
             self._folder.mkdir(exist_ok=True)
@@ -96,7 +96,7 @@ class Events:
             # TensorBoard reads a file to its end and then the next one, whose START event makes it forget the
             # superseded steps. A file that it has open must therefore neither be replaced nor grow again.
             new = _encode(file_version="brain.Event:2") + _encode(step=step, session_log={"status": "START"})
-            summary = _tensorboardx("summary").text(_CONFIG, config)
+            summary = _tensorboardx("summary").text(_CONFIG, markdown)
             if configs[-1:] != [summary]:
                 new += _encode(step=step - 1, summary=summary)
             last = max((int(path.suffix[1:]) for path in files if path.suffix[1:].isdecimal()), default=0)
@@ -119,10 +119,18 @@ class Events:
         image = {"encoded_image_string": png, "width": width, "height": height, "colorspace": 4}  # 4: RGBA
         self._add(step, [{"tag": name, "image": image}])
 
+    def summary(self, summary: dict[str, Any]) -> None:
+        """As `sync`."""
+        self.sync()
+
     def sync(self) -> None:
         """Returns once everything that was added is in the file."""
         if self._log is not None:
             self._try(self._log.sync)
+
+    def close(self, failed: bool) -> None:
+        """As `sync`."""
+        self.sync()
 
     def _add(self, step: int, values: list[dict[str, Any]]) -> None:
         if (log := self._log) is not None:

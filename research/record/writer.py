@@ -1,14 +1,11 @@
-"""Writes a run's record (metrics.jsonl, TensorBoard events, plots, ...) and shows progress on the terminal."""
+"""Writes a run's record: metrics, plots and tables, to files and trackers; shows progress on the terminal."""
 
 import contextlib
 import dataclasses
-import json
-import math
 import os
 import sys
-import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,42 +13,41 @@ from typing import Any
 from tqdm import tqdm
 
 from research.errors import RecordError
-from research.record import drawing, storage
+from research.record import drawing, json_files, storage, trackers
 from research.record.events import Events
+from research.record.json_files import JsonFiles
+from research.record.output import Output
 
 _SECONDS_BETWEEN_PLAIN_LINES = 10.0
 _MIN_COLUMNS = 80  # a narrower terminal would cut off the full progress bar
 _NARROW_BAR = "{n_fmt}/{total_fmt} {remaining} left{postfix}"
 
 
-def _nonfinite_to_null(value: dict[str, Any]) -> dict[str, Any]:
-    """Replaces NaN and infinities, which JSON does not have, by None."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in value.items()}
-
-
-def _parse_step(line: str) -> float:
-    """Returns the step of a line of metrics.jsonl; infinity if the line is unfinished, NaN if it is damaged."""
-    try:
-        return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
-    except (ValueError, TypeError, KeyError):
-        return math.nan
-
-
 class Writer:
-    """Writes one run's record.
+    """Passes one run's record on to its outputs (files, TensorBoard, trackers), and shows progress on the terminal.
 
     Args:
       workdir: an existing folder.
       num_train_steps: the length of the progress bar.
       active: whether this process writes at all; true only in process 0.
+      experiment: its name, for trackers.
+      tracker_names: the trackers that receive the record, too.
     """
 
-    def __init__(self, workdir: Path, num_train_steps: int, *, active: bool):
+    def __init__(
+        self,
+        workdir: Path,
+        num_train_steps: int,
+        *,
+        active: bool,
+        experiment: str = "",
+        tracker_names: Sequence[str] = (),
+    ):
         self.workdir = workdir
         self._active = active
-        self._metrics = storage.Log(workdir / "metrics.jsonl")
-        self._events = Events(workdir, self.warning)
-        self._config = ""
+        self._experiment, self._tracker_names = experiment, tracker_names
+        self._outputs: list[Output] = []  # none until the record starts
+        self._config: dict[str, Any] = {}
         self._total = num_train_steps
         self._first_step = 0
         self._row: dict[str, Any] = {}
@@ -68,55 +64,47 @@ class Writer:
     ) -> None:
         self._bar.close()
         with contextlib.suppress(RecordError) if error else contextlib.nullcontext():  # report the first error
-            self._flush()
-            self._sync()
-
-    def _write_json(self, name: str, value: dict[str, Any]) -> None:
-        if self._active:
-            text = json.dumps(_nonfinite_to_null(value), indent=2, allow_nan=False) + "\n"
-            storage.replace(self.workdir / name, text.encode())
+            # After an error the newest line is unfinished: a resumed run may add to it.
+            self._flush(unfinished=error is not None)
+            for output in self._outputs:
+                output.close(failed=error is not None)
 
     def config(self, config: Any) -> None:
-        """Writes config.json."""
-        text = json.dumps(dataclasses.asdict(config), indent=2)
-        self._config = textwrap.indent(text, "    ")  # a code block in TensorBoard's Markdown
-        self._write_json("config.json", dataclasses.asdict(config))
+        """Sets the config, which `resume` writes."""
+        self._config = dataclasses.asdict(config)
 
     def summary(self, summary: dict[str, Any]) -> None:
         """Writes the last line of metrics.jsonl and then summary.json, which marks the run as finished."""
         self._flush()
-        self._sync()
-        self._write_json("summary.json", summary)
+        for output in self._outputs:
+            output.summary(summary)
 
     def sync(self) -> dict[str, Any]:
         """Makes metrics.jsonl hold all lines but the newest, whose step may still get values; returns the newest."""
-        self._sync()
+        for output in self._outputs:
+            output.sync()
         return dict(self._row)
 
-    def _sync(self) -> None:
-        if self._active:
-            self._events.sync()
-            self._metrics.sync()
-
     def resume(self, step: int, row: dict[str, Any]) -> None:
-        """Truncates metrics.jsonl and the events to their state at `step`, when `sync` returned `row`."""
-        path = self.workdir / "metrics.jsonl"
+        """Starts the record, or truncates it to its state at `step`, when `sync` returned `row`."""
         self._row = dict(row)
         if self._active:
-            lines = (
-                path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []
-            )
-            steps = list(map(_parse_step, lines))
-            if damaged := sum(map(math.isnan, steps)):
-                self.warning(f"metrics.jsonl: {damaged} damaged line{'s' if damaged > 1 else ''} left out")
+            self._outputs = self._outputs or self._open_outputs()
             first_step = row.get("step", step + 1)
-            kept = [line for line, at in zip(lines, steps) if at < first_step]
-            self._metrics.replace("".join(kept).encode())
-            self._events.start(self._config, first_step)
+            rows, damaged = json_files.read_rows(self.workdir, first_step)
+            if damaged:
+                self.warning(f"metrics.jsonl: {damaged} damaged line{'s' if damaged > 1 else ''} left out")
+            for output in self._outputs:
+                output.start(self._config, first_step, rows)
         # Compilation and a rewound part of the run do not count when estimating the remaining time.
         self._start = self._last_line = time.monotonic()
         self._bar.reset()
         self._bar.initial = self._bar.n = self._first_step = step
+
+    def _open_outputs(self) -> list[Output]:
+        others = trackers.make(self._tracker_names, self.workdir, self._experiment, self.message, self.warning)
+        # The JSON files last: summary.json marks the run as finished.
+        return [Events(self.workdir, self.warning), *others, JsonFiles(self.workdir)]
 
     def scalars(self, step: int, epoch: int, values: dict[str, float]) -> None:
         """Adds values to the line of metrics.jsonl for `step`. Steps must not decrease; each has one line."""
@@ -124,10 +112,10 @@ class Writer:
             self._flush()
         self._row |= {"step": step, "epoch": epoch, **values}
 
-    def _flush(self) -> None:
-        if self._active and self._row:
-            self._events.scalars(self._row)
-            self._metrics.append(json.dumps(_nonfinite_to_null(self._row), allow_nan=False).encode() + b"\n")
+    def _flush(self, *, unfinished: bool = False) -> None:
+        for output in self._outputs if self._row else ():
+            if output.can_rewind or not unfinished:
+                output.scalars(self._row)
         self._row = {}
 
     def plot(self, name: str, draw: Callable[[], Any], step: int) -> None:
@@ -139,7 +127,8 @@ class Writer:
           step: the training step that the plot shows.
         """
         if self._active and (png := drawing.save(self.workdir / f"{name}.png", draw, self.warning)):
-            self._events.image(name, png, step)
+            for output in self._outputs:
+                output.image(name, png, step)
 
     def table(self, name: str, text: str) -> None:
         """Writes `<name>.csv`."""

@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 
 from research.data.batch import Batch
 from research.data.sources import Dataset
 from research.data.tokenization import Bytes, Tokenizer
+from research.tasks import token_loss
 from research.tasks.task import ExportedFunction, Inputs, Metrics, Task
 
 
@@ -29,6 +29,7 @@ class LanguageModel(Task):
       carry: returns the network's initial state for a batch size.
       length: the tokens of an example, T.
       tokenizer: of the text; None: tokens are bytes.
+      generation_carry: returns the initial state of a text that is generated token by token; None: `carry`.
     """
 
     per_device_gradients: ClassVar[bool] = True
@@ -37,6 +38,7 @@ class LanguageModel(Task):
     carry: Callable[[int], Any]
     length: int
     tokenizer: Tokenizer | None = None
+    generation_carry: Callable[[int], Any] | None = None
     parallel_over_time = True  # with a parallel cell; `experiments.char_rnn` rejects the others
 
     @property
@@ -66,9 +68,8 @@ class LanguageModel(Task):
         """
         tokens = batch["tokens"].astype(jnp.int32)
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        logits, carry = model(inputs, carry, batch["first"], train=train, key=key)  # pyright: ignore[reportCallIssue]
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-        correct = (logits.argmax(-1) == targets).astype(jnp.float32)
+        arguments = inputs, carry, batch["first"]
+        loss, correct, carry = token_loss.losses(model, targets, *arguments, train=train, key=key)
         count = batch["count"][:, None]
         weights = (jnp.arange(targets.shape[1]) < count) / jnp.maximum(count, 1)
         values = {"loss": loss, "accuracy": correct}
@@ -92,11 +93,12 @@ class LanguageModel(Task):
     def functions(self, model: nnx.Module, dataset: Dataset) -> dict[str, ExportedFunction]:
         """Exports `step`, one token of a sequence.
 
-        Inputs are "token" int32 [b] and the recurrent state, "carry.<i>" float32 [b, units] each (initially zeros).
-        Outputs are "logits" float32 [b, tokens] of the next token, and the state under the same names.
+        Inputs are "token" int32 [b] and the state, "carry.<i>" [b, ...] each (initially zeros): float32 [b, units] of
+        a recurrent network; the number of tokens, keys and values of a Transformer (`transformer.Cache`). Outputs are
+        "logits" float32 [b, tokens] of the next token, and the state under the same names.
         """
         del model, dataset
-        leaves, structure = jax.tree.flatten(self.initial_carry(1))
+        leaves, structure = jax.tree.flatten(jax.eval_shape(lambda: (self.generation_carry or self.carry)(1)))
         names = [f"carry.{i}" for i in range(len(leaves))]
 
         def step(model: Any, inputs: Inputs) -> dict[str, jax.Array]:
@@ -105,6 +107,7 @@ class LanguageModel(Task):
             logits, carry = model(token, carry, jnp.zeros(token.shape[0], bool), train=False)
             return {"logits": logits[:, 0]} | dict(zip(names, jax.tree.leaves(carry)))
 
-        state = {name: (f"b, {leaf.shape[1]}", str(leaf.dtype)) for name, leaf in zip(names, leaves)}
+        shapes = [", ".join(("b", *map(str, leaf.shape[1:]))) for leaf in leaves]
+        state = {name: (shape, str(leaf.dtype)) for name, shape, leaf in zip(names, shapes, leaves)}
         inputs = {"token": ("b", "int32"), **state}
         return {"step": ExportedFunction(step, inputs, "a token is the number of its class")}

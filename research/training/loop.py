@@ -1,6 +1,7 @@
 """The train loop: batch, step, metrics, evaluation, checkpoint, stop."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,15 @@ import numpy as np
 from research import plots
 from research.config import Config
 from research.data.sources import Dataset
-from research.errors import NonFiniteLossError, UserError
+from research.errors import NonFiniteLossError
 from research.process.signals import Signals, StoppedError
 from research.record import data_json, drawing
 from research.record.workdir import read_metrics
 from research.record.writer import Writer
 from research.tasks.task import Task
-from research.training import noise_scale, summary
+from research.training import early_stopping, noise_scale, summary
+from research.training.callbacks import Callback, Callbacks
 from research.training.checkpoint import Checkpoints, checksums_of
-from research.training.checkpoint_choice import find_step
 from research.training.pauses import Pauses
 from research.training.progress import non_finite
 from research.training.run import Training
@@ -33,18 +34,27 @@ class Loop:
       run: at its first step, or where it resumes.
       writer: of the record.
       checkpoints: of the run.
+      callbacks: called at chosen steps, after every epoch and at the end.
     """
 
-    def __init__(self, experiment: str, run: Training, writer: Writer, checkpoints: Checkpoints):
+    def __init__(
+        self,
+        experiment: str,
+        run: Training,
+        writer: Writer,
+        checkpoints: Checkpoints,
+        callbacks: Callbacks | None = None,
+    ):
         self._experiment = experiment
         self._run = run
         self._writer = writer
         self._checkpoints = checkpoints
         self._check_pending = True
-        self._pauses = Pauses(run.config)
+        self._callbacks = callbacks or Callbacks([])
+        self._pauses = Pauses(run.config, self._callbacks.every_steps, self._callbacks.at_steps)
 
     def train(self) -> None:
-        """Trains from where the run is to the end of the last epoch.
+        """Trains from where the run is to the end of the last epoch, or until it stops early.
 
         Raises:
           NonFiniteLossError: the loss or the gradient became NaN or infinite, more often than the config allows.
@@ -52,13 +62,16 @@ class Loop:
         """
         run, every = self._run, self._run.config.plot_every_epochs
         self._pauses.restart(run.progress.step)  # where it resumes
-        while (epoch := run.progress.epoch) < len(run.epoch_end_steps):
-            if epoch and every and epoch % every == 0:
+        while not self._is_finished():
+            if (epoch := run.progress.epoch) and every and epoch % every == 0:
                 self.draw()
             try:
                 self.train_epoch()
             except NonFiniteLossError as error:
                 self._rewind(error)
+
+    def _is_finished(self) -> bool:
+        return self._run.progress.epoch >= len(self._run.epoch_end_steps) or bool(self._run.stop_reason)
 
     def train_epoch(self) -> None:
         """Trains, evaluates and saves one epoch, or what is left of it."""
@@ -66,19 +79,20 @@ class Loop:
         if run.progress.step in run.epoch_end_steps:
             run.progress.sums = {}
         seconds_before, first = run.progress.train_seconds, run.progress.step
-        while run.progress.step < end:
+        while run.progress.step < end and not run.progress.stopped:
             # Batch, step, metrics: several steps per dispatch.
             for step, metrics in run.dispatches(self._pauses.next(run.progress.step, end)):
                 self._record(metrics)
                 speed = (step - first) * run.config.batch_size / (run.progress.train_seconds - seconds_before)
                 self._writer.progress(step, float(metrics["loss"].mean()), speed)
-            if run.progress.step < end:
+                self._callbacks.on_step(run, metrics)
+            if run.progress.step < end and not run.progress.stopped:
                 self.pause()
         # Evaluation, before the checkpoint and also where a stop signal came in the epoch's last dispatch: the
         # checkpoint at the end of an epoch holds its results, or resuming from it would never save them.
         self.finish_epoch()
         # Stop.
-        if run.progress.epoch < len(run.epoch_end_steps):
+        if not self._is_finished():
             self._stop_if_asked()
 
     def pause(self) -> None:
@@ -108,6 +122,8 @@ class Loop:
         results |= noise_scale.critical_batch_size(means) | run.evaluate()
         progress.finish_epoch(results)
         self._writer.scalars(progress.step, progress.epoch, results)
+        # Before the checkpoint, which holds the callbacks' state, and whether one of them stops the run.
+        self._callbacks.on_epoch(run, results)
         self.save()
         self._writer.message(summary.results_line(f"epoch {progress.epoch}/{len(run.epoch_end_steps)}", results))
 
@@ -202,6 +218,8 @@ def train_and_evaluate(
     mesh: jax.sharding.Mesh,
     workdir: Path,
     signals: Signals | None = None,
+    callbacks: Sequence[Callback] = (),
+    trackers: Sequence[str] = (),
 ) -> tuple[TrainState, dict[str, Any]]:
     """Trains `task` on `dataset` and records it in `workdir`; resumes from its newest checkpoint if there is one.
 
@@ -213,6 +231,8 @@ def train_and_evaluate(
       mesh: the devices.
       workdir: an existing folder.
       signals: stop signals, polled between dispatches.
+      callbacks: of the experiment.
+      trackers: names of the trackers that receive the record, too (`research/record/trackers.py`).
 
     Returns:
       The final state, and the contents of summary.json.
@@ -221,16 +241,21 @@ def train_and_evaluate(
       NonFiniteLossError: the loss or the gradient became NaN or infinite, more often than the config allows; the
         record up to that step stays.
       StoppedError: a stop signal came; a checkpoint has been saved.
-      UserError: the batch size is larger than the training set, or the checkpoints cannot be restored.
+      UserError: the batch size is larger than the training set, early stopping has no validation split, or the
+        checkpoints cannot be restored.
     """
+    early_stopping.check(config, dataset)
+    called = Callbacks(callbacks)
     run = Training(config, task, dataset, mesh, signals)
+    options = {"active": jax.process_index() == 0, "experiment": experiment, "tracker_names": trackers}
     with (
         jax.set_mesh(mesh),
-        Writer(workdir, run.epoch_end_steps[-1], active=jax.process_index() == 0) as writer,
+        Writer(workdir, run.epoch_end_steps[-1], **options) as writer,
         Checkpoints(workdir, keep=config.keep_checkpoints, message=writer.warning) as checkpoints,
     ):
-        loop = Loop(experiment, run, writer, checkpoints)
+        loop = Loop(experiment, run, writer, checkpoints, called)
         resumes = run.restore(checkpoints)
+        called.on_start(run)
         weights_line = "" if resumes else run.start_from_weights()
         compile_seconds = run.compile(train=True)
         if not resumes and (path := workdir / "metrics.jsonl").exists() and path.stat().st_size:
@@ -251,47 +276,11 @@ def train_and_evaluate(
         with run.signals.deferred():
             loop.train()
         checkpoints.wait()
+        if run.stop_reason:
+            writer.message(f"stopped at step {run.progress.step:,} by {run.stop_reason}")
         results = run.progress.results | task.final_metrics(run.predictor(), dataset)
         found = summary.make(experiment, run, results, compile_seconds)
+        called.on_end(run, found)
         writer.summary(found)
         loop.draw()
     return run.state, found
-
-
-def restore(
-    config: Config,
-    task: Task,
-    dataset: Dataset,
-    mesh: jax.sharding.Mesh,
-    workdir: Path,
-    checkpoint: str = "newest",
-) -> Training:
-    """Restores the run in `workdir` for evaluation: without the training carry. The workdir is only read.
-
-    Args:
-      config: resolved; the batch size need not be the run's.
-      task: what was learned.
-      dataset: may lack examples if the run is not evaluated and has no `stale_statistics`.
-      mesh: the devices.
-      workdir: the run's folder.
-      checkpoint: "newest", "best" (the lowest validation loss) or a step.
-
-    Raises:
-      UserError: there is no such checkpoint, or it cannot be restored.
-    """
-    run = Training(config, task, dataset, mesh)
-    message = Writer(workdir, 0, active=jax.process_index() == 0).warning
-    with Checkpoints(workdir, keep=config.keep_checkpoints, message=message, read_only=True) as checkpoints:
-        if not run.restore(checkpoints, find_step(checkpoints, checkpoint), with_carry=False):
-            raise UserError(f"--workdir={workdir} has no checkpoint")
-    if dataset.has_examples:
-        with jax.set_mesh(mesh):
-            run.estimate_statistics()
-    return run
-
-
-def evaluate(run: Training) -> dict[str, float]:
-    """The means of the metrics over each held-out split, as `<split>_<name>`, and the task's final metrics."""
-    with jax.set_mesh(run.mesh):
-        run.compile(train=False)
-        return run.evaluate() | run.task.final_metrics(run.predictor(), run.dataset)

@@ -47,6 +47,8 @@ class Progress:
         span: `num_steps` unless it is 0, else `num_epochs`; both 0: unknown.
       extended: for each extension the earlier length, "num_epochs" or "num_steps", and "step", the last step with its
         schedules.
+      stopped: why a callback stopped the run, or "".
+      callbacks: the state of each callback.
     """
 
     step: int = 0
@@ -65,6 +67,8 @@ class Progress:
     num_epochs: int = 0
     num_steps: int = 0
     extended: list[dict[str, int]] = dataclasses.field(default_factory=list)
+    stopped: str = ""
+    callbacks: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def begin(cls, config: Config) -> "Progress":
@@ -86,6 +90,7 @@ class Progress:
         earlier = ("num_steps", progress.num_steps) if progress.num_steps else ("num_epochs", progress.num_epochs)
         if progress.step and earlier[1] and earlier != config.length:
             progress.extended = [*progress.extended, {earlier[0]: earlier[1], "step": progress.step}]
+            progress.stopped = ""
         progress.num_epochs, progress.num_steps = config.num_epochs, config.num_steps
         return progress
 

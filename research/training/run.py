@@ -18,7 +18,7 @@ from research.process import distributed
 from research.process.signals import Signals
 from research.tasks.predictor import Predictor
 from research.tasks.task import Examples, Task
-from research.training import batch_statistics, hyperparams, initialization
+from research.training import batch_statistics, early_stopping, hyperparams, initialization
 from research.training.checkpoint import Checkpoints
 from research.training.dispatch import DispatchSizer
 from research.training.progress import Progress, non_finite
@@ -172,6 +172,11 @@ class Training:
         self.progress.rewinds = rewinds + 1
         self.progress.batches_left_out = left_out + failed_step - self.progress.step
         self._train_batches.seek(self.progress.next_batch)
+
+    @property
+    def stop_reason(self) -> str:
+        """Why the run stops before its last step, or ""."""
+        return early_stopping.reason(self.config, self.progress, self.epoch_end_steps)
 
     @property
     def wall_seconds(self) -> float:

@@ -8,6 +8,7 @@ import jax
 from research import sharding
 from research.data.sources import Dataset
 from research.process import jax_settings
+from research.training import early_stopping
 from research.training.run import Training
 from research.training.state import TrainState, num_params
 
@@ -31,6 +32,7 @@ def make(experiment: str, run: Training, results: dict[str, float], compile_seco
         "num_epochs": len(run.epoch_end_steps),
         **({"num_steps": config.num_steps} if config.num_steps else {}),
         **({"extended": progress.extended} if progress.extended else {}),
+        **early_stopping.summary(config, run.stop_reason),
         "global_batch_size": config.batch_size,
         **results,
         **({"best_validation_loss": progress.best[0], "best_step": progress.best[1]} if progress.best else {}),

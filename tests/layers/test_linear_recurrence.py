@@ -13,7 +13,7 @@ from research import sharding
 from research.config import Config, MeshConfig
 from research.layers import linear_recurrence as layer
 
-DTYPES = {"real": np.float32, "complex": np.complex64}
+DTYPES = {"real": np.float32, "complex": np.complex64, "constant": np.complex64}  # constant: a is that of every step
 OPTIONS = {"xla_backend_optimization_level": 0}  # compiling takes longer than running
 
 
@@ -25,13 +25,14 @@ def _draw(seed, dtype, *shape):
 
 def _arguments(kind, length=12):
     dtype = DTYPES[kind]
-    return _draw(0, dtype, length, 4, 5), _draw(1, dtype, length, 4, 5), _draw(2, dtype, 4, 5)
+    a = _draw(0, dtype, *(5,) if kind == "constant" else (length, 4, 5))
+    return a, _draw(1, dtype, length, 4, 5), _draw(2, dtype, 4, 5)
 
 
 def _loop(a, b, h):
     """Computes the recurrence step by step in NumPy, in double precision."""
     hidden = []
-    for a_t, b_t in zip(a, b):
+    for a_t, b_t in zip(np.broadcast_to(a, b.shape), b):
         h = a_t.astype(np.complex128) * h + b_t
         hidden.append(h)
     return np.stack(hidden)
@@ -96,6 +97,7 @@ def test_a_time_axis_on_several_devices(kind, axes, length):
     mesh = sharding.make_mesh(Config(batch_size=4, mesh=MeshConfig(*axes)))
     time = layer.SEQUENCE if length % axes[2] == 0 else None
     specs = (P(time, sharding.BATCH_AXES), P(time, sharding.BATCH_AXES), P(sharding.BATCH_AXES))
+    specs = (P(), *specs[1:]) if kind == "constant" else specs
     with jax.set_mesh(mesh):
         placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(arguments, specs)]
         together = _value_and_gradients(layer.linear_recurrence, placed)

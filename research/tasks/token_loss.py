@@ -1,0 +1,77 @@
+"""Cross-entropy and accuracy of the next token, without ever holding the logits of all tokens of a large vocabulary.
+
+The logits of T tokens are T times the vocabulary's size, by far the largest array of a small network: 8,192 tokens of a
+vocabulary of 50,000 take 1.6 GB, and as much again for their gradient. So above a limit they are computed in chunks of
+tokens, forward and, once more, backward: a fourth matrix product instead of three.
+
+A network offers this by two methods, defined in its own class (a subclass may override the call):
+
+    token_features(tokens, carry, first, train=..., key=...)    as a call, but returns features [b, T, width]
+    logits(features)                                            float32 [..., vocabulary], of each token on its own
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+MAX_LOGITS = 2**24  # of a chunk on each device: 64 MiB in float32
+
+Losses = tuple[jax.Array, jax.Array]
+
+
+def losses(model: Any, targets: jax.Array, *args: Any, **kwargs: Any) -> tuple[jax.Array, jax.Array, Any]:
+    """Calls a network, and computes the losses of its logits.
+
+    Args:
+      model: `model(*args, **kwargs)` returns logits [b, T, vocabulary] and a carry.
+      targets: int [b, T].
+      args, kwargs: for the network.
+
+    Returns:
+      Softmax cross-entropy in nats, float32 [b, T]; 1 where the target is the most likely token, else 0, float32 [b,
+      T]; and the carry.
+    """
+    if not {"token_features", "logits"} <= vars(type(model)).keys():
+        logits, carry = model(*args, **kwargs)
+        return *of_logits(logits, targets), carry
+    features, carry = model.token_features(*args, **kwargs)
+    return *_in_chunks(model.logits, features, targets, _num_chunks(model.logits, features)), carry
+
+
+def of_logits(logits: jax.Array, targets: jax.Array) -> Losses:
+    """Returns cross-entropy and accuracy of logits [..., vocabulary], as `losses`."""
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    return loss, (logits.argmax(-1) == targets).astype(jnp.float32)
+
+
+def _num_chunks(logits: Callable[[jax.Array], jax.Array], features: jax.Array) -> int:
+    """Returns the least number of chunks of at most `MAX_LOGITS` on each device; at most one for each time step."""
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = math.prod(size for axis, size in mesh.shape.items() if axis not in mesh.manual_axes)
+    total = math.prod(jax.eval_shape(logits, features).shape)
+    return min(features.shape[1], -(-total // (MAX_LOGITS * devices)))
+
+
+def _in_chunks(logits: Callable[[jax.Array], jax.Array], features: jax.Array, targets: jax.Array, count: int) -> Losses:
+    if count == 1:
+        return of_logits(logits(features), targets)
+    length = targets.shape[1]
+    steps = -(-length // count)  # of a chunk
+
+    # Chunk i has the time steps i, i + count, ...: so each device has its part of every chunk, whether the examples are
+    # sharded or the time axis.
+    def split(x: jax.Array) -> jax.Array:
+        padded = jnp.pad(x, [(0, 0), (0, steps * count - length), *[(0, 0)] * (x.ndim - 2)])
+        return jnp.moveaxis(padded.reshape(len(x), steps, count, *x.shape[2:]), 2, 0)
+
+    def joined(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x, 0, 2).reshape(len(targets), -1)[:, :length]
+
+    chunks = jax.lax.map(
+        jax.checkpoint(lambda chunk: of_logits(logits(chunk[0]), chunk[1])), (split(features), split(targets))
+    )
+    return joined(chunks[0]), joined(chunks[1])

@@ -1,0 +1,163 @@
+"""Profiles chosen train steps (--profile=FIRST:LAST): a trace for TensorBoard and Perfetto, and where the time goes."""
+
+import collections
+import math
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from jax.profiler import ProfileData
+from tqdm import tqdm
+
+from research.data.pipeline import WAITING_FOR_DATA
+from research.errors import UserError
+from research.record import storage
+from research.training.callbacks import Callback
+from research.training.run import Training
+
+_ROWS = 10  # operations in the table
+
+
+class Event(NamedTuple):
+    """An operation of a compiled program on a device, or a wait for data.
+
+    Attributes:
+      name: of the HLO instruction, such as "fusion.3", or `WAITING_FOR_DATA`.
+      track: the thread or queue that it ran on; events of one track are nested or follow each other.
+      start, end: in seconds.
+    """
+
+    name: str
+    track: str
+    start: float
+    end: float
+
+
+class Profile(Callback):
+    """Traces the steps after `first`, up to `last`, in the first process; writes the trace and prints a table.
+
+    Args:
+      first, last: numbers of steps made, as the progress shows them.
+      folder: of the trace.
+    """
+
+    every_steps = 0
+
+    def __init__(self, first: int, last: int, folder: Path):
+        self.first, self.last, self.at_steps = first, last, (first, last)
+        self._folder = folder
+        self._local = tempfile.TemporaryDirectory()
+
+    def on_start(self, run: Training) -> None:
+        if run.progress.step > self.first:
+            raise UserError(
+                f"--profile={self.first}:{self.last}: the run resumes at step {run.progress.step}: give later steps"
+            )
+
+    def on_step(self, run: Training, metrics: dict[str, float]) -> str | None:
+        if jax.process_index() > 0:
+            return
+        if run.progress.step == self.first:
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # tracing every call of Python would slow the host down
+            jax.profiler.start_trace(self._local.name, profiler_options=options)
+            self._began = time.monotonic()
+        else:
+            seconds = time.monotonic() - self._began
+            jax.profiler.stop_trace()
+            local = Path(self._local.name)
+            lines = table(read(local), seconds, self.last - self.first, run.train_program.as_text())
+            for path in filter(Path.is_file, local.rglob("*")):
+                # A workdir on an object store, too; the profiler itself writes to local folders only.
+                target = self._folder / path.relative_to(local)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                storage.replace(target, path.read_bytes())
+            head = f"profile of the steps {self.first + 1:,} to {self.last:,}: {self._folder}"
+            tqdm.write("\n".join([head, *lines]), file=sys.stdout)
+
+
+def make(text: str, num_train_steps: int, workdir: Path) -> Profile:
+    """Makes the callback of --profile=FIRST:LAST.
+
+    Raises:
+      UserError: it is not two increasing steps of training.
+    """
+    match = re.fullmatch(r"([0-9]{1,18}):([0-9]{1,18})", text)
+    first, last = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= first < last <= num_train_steps:
+        raise UserError(
+            f"--profile={text}: give FIRST:LAST, to profile the steps after FIRST up to LAST, with 1 <= FIRST < LAST "
+            f"<= {num_train_steps}, the number of train steps"
+        )
+    return Profile(first, last, workdir / "profile")
+
+
+def read(folder: Path) -> list[Event]:
+    """Returns the operations of the trace in a folder, and the waits for data."""
+    (path,) = folder.rglob("*.xplane.pb")
+    return list(_events(ProfileData.from_file(str(path))))
+
+
+def _events(profile: ProfileData) -> Iterator[Event]:
+    for plane in profile.planes:
+        for line in plane.lines:
+            # On a TPU one line has all operations; on CPUs and GPUs, operations carry the name of their instruction.
+            is_operation = plane.name.startswith("/device:TPU") and line.name == "XLA Ops"
+            for event in line.events:
+                is_wait = event.name == WAITING_FOR_DATA
+                if is_operation or is_wait or any(name == "hlo_op" for name, _ in event.stats):
+                    name = event.name if is_wait else event.name.removeprefix("%").partition(" ")[0]
+                    start = event.start_ns / 1e9
+                    yield Event(name, f"{plane.name} {line.name}", start, start + event.duration_ns / 1e9)
+
+
+def self_seconds(events: Iterable[Event]) -> dict[str, float]:
+    """Sums the time of each operation over all tracks, without that of operations within it, as in a loop."""
+    totals: dict[str, float] = collections.defaultdict(float)
+    enclosing: list[Event] = []
+    for event in sorted(events, key=lambda e: (e.track, e.start, -e.end)):
+        while enclosing and (enclosing[-1].track != event.track or enclosing[-1].end <= event.start):
+            enclosing.pop()
+        totals[event.name] += event.end - event.start
+        if enclosing:
+            totals[enclosing[-1].name] -= event.end - event.start
+        enclosing.append(event)
+    return totals
+
+
+def busy_seconds(events: Iterable[Event]) -> float:
+    """Returns the time during which at least one of the events runs."""
+    total, until = 0.0, -math.inf
+    for event in sorted(events, key=lambda e: e.start):
+        total += max(0.0, event.end - max(event.start, until))
+        until = max(until, event.end)
+    return total
+
+
+def table(events: list[Event], seconds: float, steps: int, program: str) -> list[str]:
+    """Returns the lines of the table.
+
+    Args:
+      events: as `read`.
+      seconds: wall time of the trace.
+      steps: the number of train steps in it.
+      program: the compiled program's text, which names the source of each operation.
+    """
+    waiting = sum(e.end - e.start for e in events if e.name == WAITING_FOR_DATA)
+    operations = [e for e in events if e.name != WAITING_FOR_DATA]
+    busy = busy_seconds(operations)
+    shares = {"on devices": busy, WAITING_FOR_DATA: waiting, "other work of the host": max(0, seconds - busy - waiting)}
+    parts = ", ".join(f"{name} {part / seconds:.1%}" for name, part in shares.items())
+    lines = [f"  {1e3 * seconds / steps:,.2f} ms per step: {parts}", "  ms per step   share  operation"]
+    totals = self_seconds(operations)
+    sources = dict(re.findall(r'^\s*(?:ROOT )?%?([\w.-]+) = .*op_name="([^"]*)"', program, re.MULTILINE))
+    whole = sum(totals.values())
+    for name, spent in sorted(totals.items(), key=lambda item: -item[1])[:_ROWS]:
+        source = "/".join(sources.get(name, "").split("/")[-2:])
+        lines.append(f"  {1e3 * spent / steps:11.3f}  {spent / whole:6.1%}  {name}  {source}".rstrip())
+    return lines

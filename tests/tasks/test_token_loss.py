@@ -1,0 +1,94 @@
+"""The loss in chunks is that of all logits at once, with its gradient, in less memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from research.tasks import token_loss
+
+B, T, WIDTH, VOCABULARY = 4, 7, 6, 50
+RNG = np.random.default_rng(0)
+FEATURES, KERNEL = RNG.standard_normal((B, T, WIDTH)), RNG.standard_normal((WIDTH, VOCABULARY))
+TARGETS = RNG.integers(0, VOCABULARY, (B, T), dtype=np.int32)
+WEIGHTS = RNG.random((B, T))
+
+
+class Network(nnx.Module):
+    """Its logits are a product of its input; the carry counts calls."""
+
+    def __init__(self, kernel=KERNEL, dtype=jnp.float32):
+        self.kernel, self.sizes = nnx.Param(jnp.asarray(kernel, dtype)), []
+
+    def __call__(self, x, carry, *, train):
+        x, carry = self.token_features(x, carry, train=train)
+        return self.logits(x), carry
+
+    def token_features(self, x, carry, *, train):
+        assert train
+        return x, carry + 1
+
+    def logits(self, features):
+        return features @ self.kernel[...]
+
+
+class Doubled(Network):
+    """Overrides the call, which must then be what counts."""
+
+    def __call__(self, x, carry, *, train):
+        logits, carry = super().__call__(x, carry, train=train)
+        return 2 * logits, carry
+
+
+def _reference(scale=1.0):
+    """Returns losses, hits, and the gradients of the weighted loss, in float64."""
+    logits = scale * FEATURES @ KERNEL
+    log_sums = np.log(np.exp(logits).sum(-1))
+    loss = log_sums - np.take_along_axis(logits, TARGETS[..., None], -1)[..., 0]
+    d_logits = np.exp(logits - log_sums[..., None]) - np.eye(VOCABULARY)[TARGETS]
+    d_logits = scale * d_logits * WEIGHTS[..., None]
+    gradients = d_logits @ KERNEL.T, np.einsum("btw,btv->wv", FEATURES, d_logits)
+    return loss, logits.argmax(-1) == TARGETS, gradients
+
+
+def _weighted(features, kernel, network):
+    model = network(kernel, kernel.dtype)
+    loss, hits, carry = token_loss.losses(model, jnp.asarray(TARGETS), features, 3, train=True)
+    return (loss * jnp.asarray(WEIGHTS, loss.dtype)).sum(), (loss, hits, carry)
+
+
+@pytest.mark.parametrize("network", [Network, Doubled])
+@pytest.mark.parametrize(("limit", "chunks"), [(10**9, 1), (B * VOCABULARY * 3, 3), (1, 7)])
+def test_values_and_gradients_are_those_of_all_logits(monkeypatch, limit, chunks, network):
+    monkeypatch.setattr(token_loss, "MAX_LOGITS", limit)
+    with jax.enable_x64(True):
+        arrays = jnp.asarray(FEATURES), jnp.asarray(KERNEL)
+        assert token_loss._num_chunks(Network(dtype=jnp.float64).logits, arrays[0]) == chunks
+        gradient = jax.value_and_grad(_weighted, (0, 1), has_aux=True)
+        (_, (loss, hits, carry)), gradients = jax.jit(gradient, static_argnums=2)(*arrays, network)
+    expected, expected_hits, expected_gradients = _reference(2.0 if network is Doubled else 1.0)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)  # of float32 accuracies
+    np.testing.assert_array_equal(hits, expected_hits)
+    assert int(carry) == 4
+    for ours, theirs in zip(gradients, expected_gradients):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_chunks_lower_the_peak_memory(monkeypatch):
+    tokens, vocabulary = 1024, 4096
+    shapes = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, tokens, 32), (32, vocabulary)))
+
+    def loss(features, kernel):
+        targets = jnp.zeros((1, tokens), jnp.int32)
+        return token_loss.losses(Network(kernel), targets, features, 0, train=True)[0].sum()
+
+    shapes, sizes = list(shapes), {}
+    for limit in (tokens * vocabulary, tokens * vocabulary // 16):
+        monkeypatch.setattr(token_loss, "MAX_LOGITS", limit)
+        jax.clear_caches()
+        compiled = jax.jit(jax.grad(loss, (0, 1))).lower(*shapes).compile()
+        sizes[limit] = compiled.memory_analysis().temp_size_in_bytes
+    whole, chunked = sizes.values()
+    assert whole > 4 * tokens * vocabulary
+    assert chunked < whole / 5, sizes

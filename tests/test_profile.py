@@ -1,0 +1,73 @@
+"""--profile: which steps are traced, what the table says, and that training does not notice."""
+
+import re
+
+import pytest
+from drawn import read_lines, run, same
+from jax.profiler import ProfileData
+
+from experiments import cifar_cnn
+from research import app
+from research.data.pipeline import WAITING_FOR_DATA
+from research.errors import UserError
+from research.training import profile
+from research.training.profile import Event
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A run without a profile: its workdir and state."""
+    workdir = tmp_path_factory.mktemp("plain")
+    return workdir, run(workdir)[0]
+
+
+def _spans(workdir):
+    """Returns how many batches were taken during the trace, and the instructions that ran."""
+    (path,) = workdir.rglob("*.xplane.pb")
+    events = [e for p in ProfileData.from_file(str(path)).planes for line in p.lines for e in line.events]
+    return sum(e.name == WAITING_FOR_DATA for e in events), {e.name for e in events if "hlo_op" in dict(e.stats)}
+
+
+def test_a_profile_has_the_chosen_steps_and_changes_nothing(plain, tmp_path, capsys):
+    state, _ = run(tmp_path, callbacks=[profile.make("3:7", 22, tmp_path)], steps_per_dispatch=2)
+    same(state, plain[1])
+    assert read_lines(tmp_path) == read_lines(plain[0])
+    lines = capsys.readouterr().out.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("profile of the steps 4 to 7"))
+    assert re.search(r"ms per step: on devices [\d.]+%, waiting for data [\d.]+%, other", lines[first + 1])
+    count, instructions = _spans(tmp_path / "profile")
+    assert count == 2  # dispatches of two steps each
+    assert lines[first + 3].split()[2] in instructions
+
+
+def test_the_time_of_an_operation_excludes_those_within_it():
+    events = [Event("while", "a", 0, 10), Event("dot", "a", 1, 4), Event("dot", "a", 5, 6), Event("add", "b", 2, 12)]
+    assert profile.self_seconds(events) == {"while": 6, "dot": 4, "add": 10}
+    assert profile.busy_seconds([*events, Event("add", "b", 20, 21)]) == 13
+
+
+def test_the_table_sorts_operations_and_names_their_source():
+    program = '  %dot = f32[2] dot(%a), metadata={op_name="jit(f)/layer/dot_general"}\n  ROOT add = f32[2] add(dot)'
+    events = [Event("add", "a", 0, 1), Event("dot", "a", 1, 4), Event(WAITING_FOR_DATA, "host", 4, 5)]
+    assert profile.table(events, 8.0, 2, program) == [
+        "  4,000.00 ms per step: on devices 50.0%, waiting for data 12.5%, other work of the host 37.5%",
+        "  ms per step   share  operation",
+        "     1500.000   75.0%  dot  layer/dot_general",
+        "      500.000   25.0%  add",
+    ]
+
+
+@pytest.mark.parametrize("text", ["5", "0:4", "4:4", "4:23", "a:b", "-1:4"])
+def test_steps_out_of_range_are_refused(text, tmp_path):
+    with pytest.raises(UserError, match=f"--profile={text}: give FIRST:LAST.*<= 22"):
+        profile.make(text, 22, tmp_path)
+
+
+def test_a_run_that_is_past_these_steps_refuses(plain):
+    with pytest.raises(UserError, match="--profile=3:7: the run resumes at step 22"):
+        run(plain[0], callbacks=[profile.make("3:7", 33, plain[0])], num_epochs=3)
+
+
+def test_only_training_is_profiled(plain):
+    with pytest.raises(UserError, match="--profile=1:2 is for training"):
+        app.parse(cifar_cnn.EXPERIMENT, [f"--workdir={plain[0]}", "--mode=eval", "--profile=1:2"])

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.profiler import ProfileData
@@ -103,7 +103,7 @@ def read(folder: Path) -> list[Event]:
     return list(_events(ProfileData.from_file(str(path))))
 
 
-def _events(profile: ProfileData) -> Iterator[Event]:
+def _events(profile: Any) -> Iterator[Event]:
     for plane in profile.planes:
         for line in plane.lines:
             # On a TPU one line has all operations; on CPUs and GPUs, operations carry the name of their instruction.

@@ -67,9 +67,7 @@ def run(
         last_step = epoch_ends(dataset.num_examples, config)[-1]
         profiles = [profile.make(command.profile, last_step, workdir)] if command.profile else []
         if finished and (ended := early_stopping.finished(finished, config, last_step)):
-            if profiles:
-                raise UserError(f"--profile={command.profile}: the run in {workdir} {ended}")
-            _say(f"the run in {workdir} {ended}")
+            _say(f"the run in {workdir} {ended}" + ("; nothing is profiled" if profiles else ""))
             return _evaluate(experiment, command, mesh)
         if command.reproduces:
             conditions = summary.conditions(dataset) | _hardware(mesh)

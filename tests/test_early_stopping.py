@@ -34,6 +34,7 @@ def test_it_counts_the_epochs_since_the_one_of_the_best_evaluation():
     assert _reason(33, 3, [0.5, 11], epochs=0) == ""
     assert _reason(0, 0, None) == ""
     assert _reason(44, 4, [0.5, 11]) == ""  # that is its end anyway
+    assert _reason(35, 3, [0.5, 11]) == ""  # resumed within an epoch
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,11 @@
 """--profile: which steps are traced, what the table says, and that training does not notice."""
 
 import re
+import shutil
+import time
 
+import jax
+import jax.numpy as jnp
 import pytest
 from drawn import read_lines, run, same
 from jax.profiler import ProfileData
@@ -37,7 +41,7 @@ def test_a_profile_has_the_chosen_steps_and_changes_nothing(plain, tmp_path, cap
     assert re.search(r"ms per step: on devices [\d.]+%, waiting for data [\d.]+%, other", lines[first + 1])
     count, instructions = _spans(tmp_path / "profile")
     assert count == 2  # dispatches of two steps each
-    assert lines[first + 3].split()[2] in instructions
+    assert lines[first + 4].split()[2] in instructions
 
 
 def test_the_time_of_an_operation_excludes_those_within_it():
@@ -46,11 +50,23 @@ def test_the_time_of_an_operation_excludes_those_within_it():
     assert profile.busy_seconds([*events, Event("add", "b", 20, 21)]) == 13
 
 
+def test_a_matrix_product_counts_until_its_end_in_other_threads(tmp_path):
+    x = jnp.ones((1500, 1500))
+    product = jax.jit(lambda x: x @ x).lower(x).compile()
+    with jax.profiler.trace(str(tmp_path)):
+        start = time.monotonic()
+        jax.block_until_ready(product(x))
+        seconds = time.monotonic() - start
+    events = profile.read(tmp_path)
+    assert sum(profile.self_seconds(events).values()) == pytest.approx(seconds, rel=0.5)
+
+
 def test_the_table_sorts_operations_and_names_their_source():
     program = '  %dot = f32[2] dot(%a), metadata={op_name="jit(f)/layer/dot_general"}\n  ROOT add = f32[2] add(dot)'
     events = [Event("add", "a", 0, 1), Event("dot", "a", 1, 4), Event(WAITING_FOR_DATA, "host", 4, 5)]
     assert profile.table(events, 8.0, 2, program) == [
         "  4,000.00 ms per step: on devices 50.0%, waiting for data 12.5%, other work of the host 37.5%",
+        "  operations by kind: dot 75.0%, add 25.0%",
         "  ms per step   share  operation",
         "     1500.000   75.0%  dot  layer/dot_general",
         "      500.000   25.0%  add",
@@ -63,9 +79,20 @@ def test_steps_out_of_range_are_refused(text, tmp_path):
         profile.make(text, 22, tmp_path)
 
 
-def test_a_run_that_is_past_these_steps_refuses(plain):
-    with pytest.raises(UserError, match="--profile=3:7: the run resumes at step 22"):
-        run(plain[0], callbacks=[profile.make("3:7", 33, plain[0])], num_epochs=3)
+@pytest.mark.parametrize("steps", ["22:24", "3:7"])
+def test_a_run_that_resumes_past_these_steps_warns(plain, steps, tmp_path, capsys):
+    shutil.copytree(plain[0], tmp_path / "run")
+    run(tmp_path / "run", callbacks=[profile.make(steps, 33, tmp_path)], num_epochs=3)
+    assert f"WARNING: --profile={steps}: the run resumes at step 22: nothing is profiled" in capsys.readouterr().err
+    assert not (tmp_path / "profile").exists()
+
+
+def test_a_run_that_ends_within_these_steps_leaves_no_trace_open(tmp_path, stop, capsys):
+    callback = profile.make("3:7", 22, tmp_path)
+    stop(5, lambda signals: run(tmp_path, signals=signals, callbacks=[callback], steps_per_dispatch=1))
+    assert "WARNING: --profile=3:7: the run ended before step 7: nothing was written" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="No profile"):
+        jax.profiler.stop_trace()
 
 
 def test_only_training_is_profiled(plain):

@@ -63,11 +63,13 @@ class Writer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.close()
-        with contextlib.suppress(RecordError) if error else contextlib.nullcontext():  # report the first error
+        with contextlib.ExitStack() as stack:
+            if error:  # report the first error
+                stack.enter_context(contextlib.suppress(RecordError))
+            for output in self._outputs:  # all are closed, even if one cannot write
+                stack.callback(output.close, failed=error is not None)
             # After an error the newest line is unfinished: a resumed run may add to it.
             self._flush(unfinished=error is not None)
-            for output in self._outputs:
-                output.close(failed=error is not None)
 
     def config(self, config: Any) -> None:
         """Sets the config, which `resume` writes."""

@@ -1,5 +1,6 @@
 """Callbacks: an experiment's own code at chosen steps, after every epoch and at the end, which may stop the run."""
 
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,17 +17,17 @@ class Callback:
     Every process calls every hook, at the same steps. `run.state` is the state of that step, `run.progress` how far the
     run is; `run.evaluate()` and `run.predictor()` work in every hook, if all processes call them.
 
-    A hook that returns a text stops the run, and the text says why. If any process returns one, all stop, at this step:
-    the run is evaluated, saved and summarized as at its last step. An exception ends the run with its traceback; the
-    newest checkpoint is intact, and a resumed run repeats the steps and hooks since.
+    A hook that returns a string stops the run; the string is the reason. If any process returns one, all stop, at this
+    step: the run is evaluated, saved and summarized as at its last step. An exception ends the run with its traceback;
+    the newest checkpoint is intact, and a resumed run repeats the steps and hooks since.
 
     Attributes:
       every_steps: `on_step` is called at the multiples of this; 0: only at `at_steps`. A dispatch, otherwise about half
         a second's worth of steps, ends there, so small numbers are slow for small networks. With several processes each
         call is also a collective.
       at_steps: further steps at which `on_step` is called.
-      state: JSON values, {} at first, that the hooks may read and change. Every checkpoint holds them; other attributes
-        are lost when a run is killed.
+      state: JSON values, {} at first, that the hooks may read and change. Every checkpoint holds them, those of the
+        first process if there are several; other attributes are lost when a run is killed.
     """
 
     every_steps: int = 1
@@ -44,6 +45,9 @@ class Callback:
 
     def on_end(self, run: Training, summary: dict[str, Any]) -> None:
         """Called after training, before summary.json is written; not if an error or a signal ends the run."""
+
+    def close(self) -> None:
+        """Called last, however the run ends, to release what the hooks have opened."""
 
 
 class Callbacks:
@@ -72,8 +76,15 @@ class Callbacks:
 
     def on_start(self, run: Training) -> None:
         """Calls all of them."""
-        for callback in self._callbacks.values():
+        for name, callback in self._callbacks.items():
+            callback.state = run.progress.callbacks.setdefault(name, {})
             callback.on_start(run)
+            run.progress.callbacks[name] = _as_json(callback.state)
+
+    def close(self) -> None:
+        """Calls all of them."""
+        for callback in self._callbacks.values():
+            callback.close()
 
     def on_step(self, run: Training, metrics: dict[str, np.ndarray]) -> None:
         """Calls those that are due at the newest step; the metrics are of the newest steps, [k] each."""
@@ -100,9 +111,14 @@ class Callbacks:
             callback.state = states.get(name, {})
             if why := hook(callback):
                 reasons.append(f"{type(callback).__name__}: {why}")
-            states[name] = callback.state
+            states[name] = _as_json(callback.state)
         if distributed.in_any_process(bool(reasons)):
             run.progress.stopped = "; ".join(reasons) or "a callback of another process"
+
+
+def _as_json(state: dict[str, Any]) -> dict[str, Any]:
+    # As a resumed run reads it: keys are strings, and tuples are lists.
+    return json.loads(json.dumps(state))
 
 
 def _is_due(callback: Callback, step: int) -> bool:

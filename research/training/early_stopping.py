@@ -35,6 +35,8 @@ def reason(config: Config, progress: Progress, epoch_end_steps: Sequence[int]) -
         return ""
     if progress.stopped or not config.early_stopping_epochs or progress.best is None:
         return progress.stopped
+    if progress.step not in epoch_end_steps:  # a run that resumes within an epoch finishes it
+        return ""
     loss, step = progress.best
     # The best evaluation may be one within an epoch (--config.eval_every_steps): then that epoch has improved.
     epochs = progress.epoch - 1 - bisect.bisect_left(epoch_end_steps, step)
@@ -51,7 +53,7 @@ def summary(config: Config, why: str) -> dict[str, Any]:
 
 
 def finished(found: dict[str, Any], config: Config, num_train_steps: int) -> str:
-    """Returns how a run ended if `config` trains it no further, and how to do so; else "".
+    """Returns a message that says how the run ended and how to continue it, or "" if `config` trains it further.
 
     Args:
       found: the run's summary.json.

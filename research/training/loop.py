@@ -1,5 +1,6 @@
 """The train loop: batch, step, metrics, evaluation, checkpoint, stop."""
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -245,18 +246,18 @@ def train_and_evaluate(
         checkpoints cannot be restored.
     """
     early_stopping.check(config, dataset)
-    called = Callbacks(callbacks)
     run = Training(config, task, dataset, mesh, signals)
     options = {"active": jax.process_index() == 0, "experiment": experiment, "tracker_names": trackers}
     with (
         jax.set_mesh(mesh),
+        contextlib.closing(Callbacks(callbacks)) as called,
         Writer(workdir, run.epoch_end_steps[-1], **options) as writer,
         Checkpoints(workdir, keep=config.keep_checkpoints, message=writer.warning) as checkpoints,
     ):
         loop = Loop(experiment, run, writer, checkpoints, called)
         resumes = run.restore(checkpoints)
-        called.on_start(run)
         weights_line = "" if resumes else run.start_from_weights()
+        called.on_start(run)
         compile_seconds = run.compile(train=True)
         if not resumes and (path := workdir / "metrics.jsonl").exists() and path.stat().st_size:
             writer.warning("metrics.jsonl has steps, but there is no checkpoint: training from the start")

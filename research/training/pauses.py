@@ -13,12 +13,12 @@ class Pauses:
 
     Args:
       config: its `eval_every_steps`, `checkpoint_every_steps` and `checkpoint_every_minutes` are used.
-      others: numbers of steps at whose multiples training also pauses, for callbacks.
+      callback_periods: numbers of steps at whose multiples training also pauses, for callbacks.
       at_steps: further steps at which it pauses.
     """
 
-    def __init__(self, config: Config, others: Sequence[int] = (), at_steps: Sequence[int] = ()):
-        self._others, self._at_steps = others, at_steps
+    def __init__(self, config: Config, callback_periods: Sequence[int] = (), at_steps: Sequence[int] = ()):
+        self._callback_periods, self._at_steps = callback_periods, at_steps
         self._eval_every = config.eval_every_steps
         self._checkpoint_every = config.checkpoint_every_steps
         self._seconds = 60 * config.checkpoint_every_minutes
@@ -31,7 +31,7 @@ class Pauses:
 
     def next(self, step: int, end: int) -> int:
         """Returns the first step after `step` at which training pauses, at most `end`, the end of the epoch."""
-        periods = (self._eval_every, self._checkpoint_every, *self._others)
+        periods = (self._eval_every, self._checkpoint_every, *self._callback_periods)
         multiples = [(step // every + 1) * every for every in periods if every]
         clock = [max(self._clock_step, step + 1)] if self._seconds else []
         return min([end, *multiples, *clock, *(at for at in self._at_steps if at > step)])

@@ -1,12 +1,13 @@
 """Profiles chosen train steps (--profile=FIRST:LAST): a trace for TensorBoard and Perfetto, and where the time goes."""
 
+import bisect
 import collections
 import math
 import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,9 @@ from research.record import storage
 from research.training.callbacks import Callback
 from research.training.run import Training
 
-_ROWS = 10  # operations in the table
+_ROWS, _KINDS = 10, 5  # operations in the table, and kinds of them
+_END = "end: "
+_CONTAINERS = ("while", "call", "conditional")
 
 
 class Event(NamedTuple):
@@ -51,34 +54,50 @@ class Profile(Callback):
     def __init__(self, first: int, last: int, folder: Path):
         self.first, self.last, self.at_steps = first, last, (first, last)
         self._folder = folder
-        self._local = tempfile.TemporaryDirectory()
+        self._local: tempfile.TemporaryDirectory | None = None  # of the trace, while there is one
+        self._is_due = jax.process_index() == 0  # one trace, even if the run goes back to an earlier step
+        self._began = 0.0
 
     def on_start(self, run: Training) -> None:
-        if run.progress.step > self.first:
-            raise UserError(
-                f"--profile={self.first}:{self.last}: the run resumes at step {run.progress.step}: give later steps"
-            )
+        # A warning, since a launcher restarts the same command after a preemption.
+        if self._is_due and run.progress.step >= self.first:
+            self._is_due = False
+            self._warn(f"the run resumes at step {run.progress.step}: nothing is profiled")
 
     def on_step(self, run: Training, metrics: dict[str, float]) -> str | None:
-        if jax.process_index() > 0:
-            return
-        if run.progress.step == self.first:
+        if run.progress.step == self.first and self._is_due:
+            self._is_due = False
+            self._local = tempfile.TemporaryDirectory()
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # tracing every call of Python would slow the host down
             jax.profiler.start_trace(self._local.name, profiler_options=options)
             self._began = time.monotonic()
-        else:
+        elif run.progress.step == self.last and self._local:
             seconds = time.monotonic() - self._began
             jax.profiler.stop_trace()
-            local = Path(self._local.name)
-            lines = table(read(local), seconds, self.last - self.first, run.train_program.as_text())
-            for path in filter(Path.is_file, local.rglob("*")):
-                # A workdir on an object store, too; the profiler itself writes to local folders only.
-                target = self._folder / path.relative_to(local)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                storage.replace(target, path.read_bytes())
+            local, self._local = self._local, None
+            with local:
+                lines = table(read(Path(local.name)), seconds, self.last - self.first, run.train_program.as_text())
+                self._save(Path(local.name))
             head = f"profile of the steps {self.first + 1:,} to {self.last:,}: {self._folder}"
             tqdm.write("\n".join([head, *lines]), file=sys.stdout)
+
+    def close(self) -> None:
+        if self._local:
+            jax.profiler.stop_trace()
+            self._local.cleanup()
+            self._local = None
+            self._warn(f"the run ended before step {self.last}: nothing was written")
+
+    def _save(self, local: Path) -> None:
+        # The profiler itself writes to local folders only, and a workdir may be on an object store.
+        for path in filter(Path.is_file, local.rglob("*")):
+            target = self._folder / path.relative_to(local)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            storage.replace(target, path.read_bytes())
+
+    def _warn(self, text: str) -> None:
+        tqdm.write(f"WARNING: --profile={self.first}:{self.last}: {text}", file=sys.stderr)
 
 
 def make(text: str, num_train_steps: int, workdir: Path) -> Profile:
@@ -100,7 +119,25 @@ def make(text: str, num_train_steps: int, workdir: Path) -> Profile:
 def read(folder: Path) -> list[Event]:
     """Returns the operations of the trace in a folder, and the waits for data."""
     (path,) = folder.rglob("*.xplane.pb")
-    return list(_events(ProfileData.from_file(str(path))))
+    events, ends = [], collections.defaultdict(list)
+    for event in _events(ProfileData.from_file(str(path))):
+        if event.name.startswith(_END):
+            ends[event.name.removeprefix(_END)].append(event.end)
+        else:
+            events.append(event)
+    for times in ends.values():
+        times.sort()
+    return [_until_end(event, ends.get(event.name, ())) for event in events]
+
+
+def _until_end(event: Event, ends: Sequence[float]) -> Event:
+    """Returns the event until the first of `ends` after its start, if there is one, on a track of its own."""
+    # A CPU computes large products and copies in other threads: the event only starts them, and one of another name
+    # marks their end. That of a loop or call would count its operations twice.
+    if event.name.startswith(_CONTAINERS):
+        return event
+    after = ends[bisect.bisect_left(ends, event.start) :][:1]
+    return event._replace(end=after[0], track=f"{event.track} {event.name}") if after else event
 
 
 def _events(profile: Any) -> Iterator[Event]:
@@ -109,9 +146,9 @@ def _events(profile: Any) -> Iterator[Event]:
             # On a TPU one line has all operations; on CPUs and GPUs, operations carry the name of their instruction.
             is_operation = plane.name.startswith("/device:TPU") and line.name == "XLA Ops"
             for event in line.events:
-                is_wait = event.name == WAITING_FOR_DATA
-                if is_operation or is_wait or any(name == "hlo_op" for name, _ in event.stats):
-                    name = event.name if is_wait else event.name.removeprefix("%").partition(" ")[0]
+                is_named = event.name == WAITING_FOR_DATA or event.name.startswith(_END)
+                if is_operation or is_named or any(name == "hlo_op" for name, _ in event.stats):
+                    name = event.name if is_named else event.name.removeprefix("%").partition(" ")[0]
                     start = event.start_ns / 1e9
                     yield Event(name, f"{plane.name} {line.name}", start, start + event.duration_ns / 1e9)
 
@@ -148,15 +185,21 @@ def table(events: list[Event], seconds: float, steps: int, program: str) -> list
       steps: the number of train steps in it.
       program: the compiled program's text, which names the source of each operation.
     """
-    waiting = sum(e.end - e.start for e in events if e.name == WAITING_FOR_DATA)
     operations = [e for e in events if e.name != WAITING_FOR_DATA]
     busy = busy_seconds(operations)
+    waiting = busy_seconds(events) - busy  # on an accelerator, data are often read while it computes
     shares = {"on devices": busy, WAITING_FOR_DATA: waiting, "other work of the host": max(0, seconds - busy - waiting)}
     parts = ", ".join(f"{name} {part / seconds:.1%}" for name, part in shares.items())
-    lines = [f"  {1e3 * seconds / steps:,.2f} ms per step: {parts}", "  ms per step   share  operation"]
-    totals = self_seconds(operations)
-    sources = dict(re.findall(r'^\s*(?:ROOT )?%?([\w.-]+) = .*op_name="([^"]*)"', program, re.MULTILINE))
+    totals, kinds = self_seconds(operations), collections.Counter()
     whole = sum(totals.values())
+    for name, spent in totals.items():
+        kinds[re.sub(r"[.\d]+$", "", name)] += spent / whole
+    lines = [
+        f"  {1e3 * seconds / steps:,.2f} ms per step: {parts}",
+        "  operations by kind: " + ", ".join(f"{kind} {share:.1%}" for kind, share in kinds.most_common(_KINDS)),
+        "  ms per step   share  operation",
+    ]
+    sources = dict(re.findall(r'^\s*(?:ROOT )?%?([\w.-]+) = .*op_name="([^"]*)"', program, re.MULTILINE))
     for name, spent in sorted(totals.items(), key=lambda item: -item[1])[:_ROWS]:
         source = "/".join(sources.get(name, "").split("/")[-2:])
         lines.append(f"  {1e3 * spent / steps:11.3f}  {spent / whole:6.1%}  {name}  {source}".rstrip())

@@ -10,11 +10,11 @@ import time
 import numpy as np
 import pytest
 
-from benchmarks import algorithms, growth, output, several_seeds, speedrun, structures, trials, width
+from benchmarks import algorithms, growth, language, output, several_seeds, speedrun, structures, trials, width
 from benchmarks import command as command_lib
 from benchmarks.peers import flax_peer, meshwork_peer, table, works
 from benchmarks.peers.clock import Clock
-from experiments import cifar_cnn
+from experiments import char_rnn, cifar_cnn
 from research import flags
 from research.config import DatasetConfig, OptimizerConfig, VAEConfig
 
@@ -183,6 +183,33 @@ def test_each_structure_is_a_valid_command_and_their_errors_are_fitted():
     assert found["widest_interval"][0] < found["widest_measured"] < found["widest_interval"][1]
 
 
+def test_losses_of_language_models_are_fitted_and_the_widest_predicted():
+    rows = [
+        {
+            "network": network,
+            "width": width,
+            "parameters": 10 * width**2,
+            "flops": 100 * width**2,
+            "seconds": width,
+            "test_loss": [1.3 + exponent * width ** (-2 * exponent) * noise for noise in (0.999, 1.001)],
+        }
+        for network, exponent in (("lstm", 0.25), ("transformer", 0.4))
+        for width in (8, 16, 32, 64)
+    ]
+    for network, exponent in (("lstm", 0.25), ("transformer", 0.4)):
+        _, found = language.law(rows, network, "flops")
+        assert found["exponent"][0] == pytest.approx(exponent, rel=0.05)
+        assert found["floor"][0] == pytest.approx(1.3, abs=0.01)
+        assert found["largest_interval"][0] < found["largest_measured"] < found["largest_interval"][1]
+    figure = language.plot([*rows, {**rows[0], "network": "gru"}])  # too few widths of the gru
+    assert figure.axes[0].get_legend_handles_labels()[1] == ["lstm", "transformer"]
+
+
+def test_each_language_model_of_the_study_is_a_valid_command():
+    for network in language.NETWORKS:
+        flags.parse(char_rnn.EXPERIMENT, language.flags_of(language.Settings(), network, 64, 0.004))
+
+
 @pytest.mark.slow
 def test_the_perceptron_trains_as_a_command(tmp_path):
     args = ["--config.num_epochs=1", "--config.dataset.train_fraction=0.2", f"--workdir={tmp_path / 'run'}"]
@@ -197,6 +224,8 @@ def test_the_perceptron_trains_as_a_command(tmp_path):
         (["sweep", "--trials=x"], "flag --trials=x"),
         (["peers", "--peer=nosuch"], "use flax, keras"),
         (["seeds", "--dataset=nosuch"], "nosuch"),
+        (["language", "--epochs=3"], "--epochs is for --study"),
+        (["language", "--study", "--widths=8,16,32"], "at least 4 for the power law"),
     ],
 )
 def test_bad_input_of_a_benchmark_is_one_line(args, words, env):

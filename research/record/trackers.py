@@ -28,7 +28,8 @@ from research.record.workdir import read_json
 
 _NAME = "trackers.json"
 _SECONDS_BETWEEN_SENDS = 2.0
-_MAX_WAIT_SECONDS = 120.0  # at the end of a run
+_MAX_WAIT_SECONDS = 120.0  # at the end of a run, for all trackers together
+_MAX_WAIT_SECONDS_AFTER_STOP = 15.0  # the same after a signal or an error: the process may soon be killed
 _OPENING = threading.Lock()  # the packages import more of themselves when they start
 
 
@@ -135,7 +136,7 @@ def make(
         with contextlib.suppress(Exception):  # which the tracker then warns of
             importlib.import_module(CLIENTS[name][0])
     clients = {name: CLIENTS[name][1](workdir, experiment, run_id) for name in names}
-    return [Tracker(name, client, message, warning) for name, client in clients.items()]
+    return [Tracker(name, client, message, warning, share=1 / len(names)) for name, client in clients.items()]
 
 
 class Tracker(Output):
@@ -146,18 +147,28 @@ class Tracker(Output):
       client: its API.
       message: called with a line about where the run is.
       warning: called with a warning.
+      share: of the seconds that the end of the run waits for trackers.
     """
 
     can_rewind = False
 
-    def __init__(self, name: str, client: Client, message: Callable[[str], None], warning: Callable[[str], None]):
+    def __init__(
+        self,
+        name: str,
+        client: Client,
+        message: Callable[[str], None],
+        warning: Callable[[str], None],
+        share: float = 1.0,
+    ):
         self._name, self._client, self._message, self._warning = name, client, message, warning
         self._rows: list[dict[str, Any]] = []  # not yet given to the thread
         self._last_send = 0.0
         self._last_step = -1
         self._actions: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._stored = threading.Event()  # the summary, or nothing any more
-        # A daemon, since a tracker that no longer answers must not keep the process from ending.
+        self._stored = threading.Event()  # set once the summary is stored, or once the tracker has failed
+        self._share, self._wait_seconds = share, share * _MAX_WAIT_SECONDS
+        # A daemon, since a tracker that no longer answers must not keep the process from ending. (W&B's own process,
+        # which Python waits for, ends by `wandb_client._FINISH_SECONDS`.)
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
 
     def start(self, config: dict[str, Any], step: int, rows: list[dict[str, Any]]) -> None:
@@ -184,7 +195,7 @@ class Tracker(Output):
         self.sync()
         self._put(lambda: self._client.summary(summary))
         self._put(self._stored.set)
-        self._stored.wait(_MAX_WAIT_SECONDS)
+        self._wait(self._stored.wait)
 
     def sync(self) -> None:
         """Gives all rows to the thread."""
@@ -197,9 +208,16 @@ class Tracker(Output):
             self.sync()
             self._put(lambda: self._client.close(failed))
             self._put(None)
-            self._thread.join(_MAX_WAIT_SECONDS)
+            if failed:
+                self._wait_seconds = min(self._wait_seconds, self._share * _MAX_WAIT_SECONDS_AFTER_STOP)
+            self._wait(self._thread.join)
             if self._thread.is_alive():
                 self._warning(f"{self._name} has not stored everything yet: not waiting for it any longer")
+
+    def _wait(self, wait: Callable[[float], Any]) -> None:
+        start = time.monotonic()
+        wait(self._wait_seconds)
+        self._wait_seconds = max(0.0, self._wait_seconds - (time.monotonic() - start))
 
     def _put(self, action: Callable[[], None] | None) -> None:
         if self._thread.is_alive():

@@ -70,6 +70,8 @@ def run(
             if profiles:
                 raise UserError(f"--profile={command.profile}: the run in {workdir} {ended}")
             _say(f"the run in {workdir} {ended}")
+            if jax.process_index() == 0:
+                trackers.replay(command.trackers, workdir, experiment.name)
             return _evaluate(experiment, command, mesh)
         if command.reproduces:
             conditions = summary.conditions(dataset) | _hardware(mesh)

@@ -3,13 +3,12 @@
 import json
 import shutil
 import struct
-
 from unittest import mock
 
 import pytest
 from drawn import read_lines, run
 
-from research.record import drawing, mlflow_client, wandb_client
+from research.record import drawing, mlflow_client, trackers, wandb_client
 from research.training import loop
 
 OPTIONS = {"steps_per_dispatch": 1, "keep_checkpoints": 9, "log_every_steps": 4}
@@ -72,6 +71,12 @@ def test_wandb(resumed, capsys):
     assert path.stem == f"run-{json.loads((workdir / 'trackers.json').read_text())['run_id']}"
     records = list(_wandb_records(path))
     history = [_values(record.history.item) for record in records if record.HasField("history")]
+    trackers.replay(["wandb"], workdir, "drawn_linear")  # the same command again
+    (replayed,) = workdir.glob("wandb/offline-run-*/*.wandb")
+    assert replayed != path
+    again = [_values(record.history.item) for record in _wandb_records(replayed) if record.HasField("history")]
+    assert [set(row) for row in again] == [set(row) for row in history]
+    path = replayed
     numbers = [{n: x for n, x in row.items() if n[0] != "_" and "." not in n} for row in history]
     assert [{"step": row["_step"], **values} for row, values in zip(history, numbers)] == read_lines(workdir)
     assert (path.parent / "files" / history[-1]["curves.path"]).read_bytes()[1:4] == b"PNG"

@@ -216,11 +216,11 @@ def test_a_resumed_run_keeps_its_trackers(tmp_path, monkeypatch):
     assert (found["config"], found["summary"]) == (finished["config"], finished["summary"])
     assert found["images"] == [("curves", b"PNG", rows[-1]["step"])]
     assert found["closed"] == [False]
-    command("--workdir=x", "--config.num_epochs=2")
+    trackers.replay(("wandb",), tmp_path / "x", "linear")
     assert (found["rows"], len(found["images"])) == (rows, 1)
     assert flags.parse(linear.EXPERIMENT, ["--workdir=x"]).trackers == ("wandb",)
     assert flags.parse(linear.EXPERIMENT, ["--workdir=x", "--tracker="]).trackers == ()
-    command("--workdir=x", "--config.num_epochs=2", "--tracker=")
+    trackers.replay((), tmp_path / "x", "linear")
     assert flags.parse(linear.EXPERIMENT, ["--workdir=x"]).trackers == ()
     assert json.loads((tmp_path / "x/trackers.json").read_text())["run_id"] == json.loads(before)["run_id"]
     for text in ('{"run_id": "../..", "trackers": []}', '{"run_id": "01234567", "trackers": ["x"]}', "{}"):

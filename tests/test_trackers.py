@@ -153,16 +153,16 @@ def test_the_end_of_a_run_waits_for_all_trackers_only_so_long(monkeypatch, tmp_p
 
 
 def test_a_plot_waits_for_the_row_of_its_step(tmp_path):
-    for step, failed in ((1, True), (1, False)):
+    for failed in (True, False):
         (tracker,) = trackers.make(["wandb"], tmp_path, "linear", print, print)
-        tracker.start({}, step, [])
-        tracker.image("curves", b"?PNG", step)
+        tracker.start({}, 1, [])
+        tracker.image("curves", b"?PNG", 1)
         if failed:  # the row is withheld: it is not finished
             tracker.close(failed=True)
             assert (_fake_run()["rows"], _fake_run()["images"]) == ([], [])
         else:
-            tracker.scalars({"step": step})
-            tracker.scalars({"step": step + 1})
+            tracker.scalars({"step": 1})
+            tracker.scalars({"step": 2})
             tracker.close(failed=False)
     assert _fake_run()["images"] == [("curves", b"PNG", 1)]
     assert _fake_run()["order"] == [1, "curves", 2]

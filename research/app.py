@@ -68,6 +68,8 @@ def run(
         profiles = [profile.make(command.profile, last_step, workdir)] if command.profile else []
         if finished and (ended := early_stopping.finished(finished, config, last_step)):
             _say(f"the run in {workdir} {ended}" + ("; nothing is profiled" if profiles else ""))
+            if jax.process_index() == 0:
+                trackers.replay(command.trackers, workdir, experiment.name)
             return _evaluate(experiment, command, mesh)
         if command.reproduces:
             conditions = summary.conditions(dataset) | _hardware(mesh)

@@ -3,11 +3,12 @@
 import json
 import shutil
 import struct
+from unittest import mock
 
 import pytest
 from drawn import read_lines, run
 
-from research.record import drawing
+from research.record import drawing, mlflow_client, trackers, wandb_client
 from research.training import loop
 
 OPTIONS = {"steps_per_dispatch": 1, "keep_checkpoints": 9, "log_every_steps": 4}
@@ -70,6 +71,12 @@ def test_wandb(resumed, capsys):
     assert path.stem == f"run-{json.loads((workdir / 'trackers.json').read_text())['run_id']}"
     records = list(_wandb_records(path))
     history = [_values(record.history.item) for record in records if record.HasField("history")]
+    trackers.replay(["wandb"], workdir, "drawn_linear")  # the same command again
+    (replayed,) = workdir.glob("wandb/offline-run-*/*.wandb")
+    assert replayed != path
+    again = [_values(record.history.item) for record in _wandb_records(replayed) if record.HasField("history")]
+    assert [set(row) for row in again] == [set(row) for row in history]
+    path = replayed
     numbers = [{n: x for n, x in row.items() if n[0] != "_" and "." not in n} for row in history]
     assert [{"step": row["_step"], **values} for row, values in zip(history, numbers)] == read_lines(workdir)
     assert (path.parent / "files" / history[-1]["curves.path"]).read_bytes()[1:4] == b"PNG"
@@ -108,3 +115,30 @@ def test_mlflow(resumed):
             assert json.load(file) == json.loads((workdir / f"{name}.json").read_text())
     (plot,) = client.list_artifacts(found.info.run_id, "plots")
     assert plot.path == "plots/curves.png"
+
+
+def test_another_run_may_create_the_mlflow_experiment_at_the_same_time(monkeypatch, tmp_path):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://shared")
+    client = mock.MagicMock()
+    client.create_experiment.side_effect = RuntimeError("it exists")
+    client.get_experiment_by_name.side_effect = [None, mock.Mock(experiment_id="7"), None, None]
+    client.search_runs.return_value = client.get_metric_history.return_value = []
+    package = mock.Mock()
+    package.MlflowClient.return_value = client
+    monkeypatch.setattr(mlflow_client, "_import", lambda: package)
+    mlflow_client.MlflowClient(tmp_path, "linear", "01234567").open({})
+    assert client.create_run.call_args.args == ("7",)
+    with pytest.raises(RuntimeError, match="it exists"):
+        mlflow_client.MlflowClient(tmp_path, "linear", "01234567").open({})
+
+
+def test_wandb_does_not_upload_without_end(monkeypatch, tmp_path):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    init = mock.Mock(side_effect=RuntimeError("not in this test"))
+    monkeypatch.setattr(wandb, "init", init)
+    with pytest.raises(RuntimeError, match="not in this test"):
+        wandb_client.WandbClient(tmp_path, "linear", "01234567").open({})
+    settings = init.call_args.kwargs["settings"]
+    assert 0 < settings.finish_timeout <= 15
+    assert settings.finish_timeout_raises

@@ -28,15 +28,17 @@ class Fake:
         self.key, self.name = run_id, experiment
 
     def open(self, config):
-        self.run = self.runs.setdefault(self.key, {"rows": [], "images": [], "closed": []})
+        self.run = self.runs.setdefault(self.key, {"rows": [], "images": [], "closed": [], "order": []})
         self.run["config"] = config
         return max((row["step"] for row in self.run["rows"]), default=-1), "in memory"
 
     def scalars(self, rows):
         self.run["rows"] += rows
+        self.run["order"] += [row["step"] for row in rows]
 
     def image(self, name, png, step):
         self.run["images"].append((name, png[1:4], step))
+        self.run["order"].append(name)
 
     def summary(self, summary):
         self.run["summary"] = summary
@@ -129,6 +131,43 @@ def test_training_does_not_wait_for_one_that_hangs(monkeypatch, tmp_path, capsys
     answered.set()
 
 
+def test_the_end_of_a_run_waits_for_all_trackers_only_so_long(monkeypatch, tmp_path, capsys):
+    answered, warnings = threading.Event(), []
+    monkeypatch.setattr(Fake, "scalars", lambda self, rows: answered.wait(9))
+    monkeypatch.setattr(trackers, "_MAX_WAIT_SECONDS", 0.1)
+
+    def tracker(name):
+        (tracker,) = trackers.make(["wandb"], tmp_path, "linear", print, warnings.append)
+        tracker.start({}, 1, [{"step": 1}])
+        return tracker
+
+    finished = tracker("finished")
+    finished.summary({})
+    monkeypatch.setattr(trackers, "_MAX_WAIT_SECONDS", 60)
+    finished.close(failed=False)  # has waited for the summary
+    assert len(warnings) == 1
+    monkeypatch.setattr(trackers, "_MAX_WAIT_SECONDS_AFTER_STOP", 0.1)
+    tracker("stopped").close(failed=True)
+    assert len(warnings) == 2
+    answered.set()
+
+
+def test_a_plot_waits_for_the_row_of_its_step(tmp_path):
+    for failed in (True, False):
+        (tracker,) = trackers.make(["wandb"], tmp_path, "linear", print, print)
+        tracker.start({}, 1, [])
+        tracker.image("curves", b"?PNG", 1)
+        if failed:  # the row is withheld: it is not finished
+            tracker.close(failed=True)
+            assert (_fake_run()["rows"], _fake_run()["images"]) == ([], [])
+        else:
+            tracker.scalars({"step": 1})
+            tracker.scalars({"step": 2})
+            tracker.close(failed=False)
+    assert _fake_run()["images"] == [("curves", b"PNG", 1)]
+    assert _fake_run()["order"] == [1, "curves", 2]
+
+
 def test_the_flag_is_checked_before_any_work(env, tmp_path, monkeypatch, capsys):
     done = run_here(["--tracker=wandb,tensorbord", "--workdir=x"], capsys)
     complains(done, "--tracker=wandb,tensorbord: 'tensorbord' is unknown: use wandb, mlflow, or several")
@@ -168,9 +207,20 @@ def test_a_resumed_run_keeps_its_trackers(tmp_path, monkeypatch):
         command("--workdir=x", "--mode=eval", "--tracker=wandb")
     command("--workdir=x", "--config.num_epochs=2")
     assert rows == read_lines(tmp_path / "x")
+    # The run is finished: a tracker that lacks something, here everything, is sent it.
+    finished, _ = _fake_run(), Fake.runs.clear()
+    (tmp_path / "x/curves.png").write_bytes(b"?PNG")
+    command("--workdir=x", "--config.num_epochs=2", "--tracker=wandb")
+    found = _fake_run()
+    assert found["rows"] == rows
+    assert (found["config"], found["summary"]) == (finished["config"], finished["summary"])
+    assert found["images"] == [("curves", b"PNG", rows[-1]["step"])]
+    assert found["closed"] == [False]
+    trackers.replay(("wandb",), tmp_path / "x", "linear")
+    assert (found["rows"], len(found["images"])) == (rows, 1)
     assert flags.parse(linear.EXPERIMENT, ["--workdir=x"]).trackers == ("wandb",)
     assert flags.parse(linear.EXPERIMENT, ["--workdir=x", "--tracker="]).trackers == ()
-    trackers.make((), tmp_path / "x", "linear", print, print)
+    trackers.replay((), tmp_path / "x", "linear")
     assert flags.parse(linear.EXPERIMENT, ["--workdir=x"]).trackers == ()
     assert json.loads((tmp_path / "x/trackers.json").read_text())["run_id"] == json.loads(before)["run_id"]
     for text in ('{"run_id": "../..", "trackers": []}', '{"run_id": "01234567", "trackers": ["x"]}', "{}"):

@@ -56,8 +56,7 @@ class MlflowClient:
             folder = self._workdir.resolve()
             uri, artifacts = f"sqlite:///{folder}/mlflow.db", (folder / "mlflow-artifacts").as_uri()
         self._client = mlflow.MlflowClient(uri)
-        found = self._client.get_experiment_by_name(self._experiment)
-        place = found.experiment_id if found else self._client.create_experiment(self._experiment, artifacts)
+        place = self._experiment_id(artifacts)
         runs = self._client.search_runs([place], f"tags.{_TAG} = '{self._id}'")
         if runs:
             self._run = runs[0].info.run_id
@@ -72,6 +71,18 @@ class MlflowClient:
         self._client.log_dict(self._run, config, "config.json")
         sent = self._client.get_metric_history(self._run, "epoch")  # every row has it
         return max((metric.step for metric in sent), default=-1), f"run {self._run} in {uri}"
+
+    def _experiment_id(self, artifacts: str | None) -> str:
+        found = self._client.get_experiment_by_name(self._experiment)
+        if found is None:
+            try:
+                return self._client.create_experiment(self._experiment, artifacts)
+            except Exception:
+                # Another run may have created it since.
+                found = self._client.get_experiment_by_name(self._experiment)
+                if found is None:
+                    raise
+        return found.experiment_id
 
     def scalars(self, rows: list[dict[str, Any]]) -> None:
         """Logs the numbers of each row at its step."""

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from research.errors import UserError
-from research.record import storage
+from research.record import drawing, storage
+from research.record.json_files import read_rows
 from research.record.mlflow_client import MlflowClient
 from research.record.output import Output
 from research.record.storage import check_no_password, is_local
@@ -28,7 +29,8 @@ from research.record.workdir import read_json
 
 _NAME = "trackers.json"
 _SECONDS_BETWEEN_SENDS = 2.0
-_MAX_WAIT_SECONDS = 120.0  # at the end of a run
+_MAX_WAIT_SECONDS = 120.0  # at the end of a run, for all trackers together
+_MAX_WAIT_SECONDS_AFTER_STOP = 15.0  # the same after a signal or an error: the process may soon be killed
 _OPENING = threading.Lock()  # the packages import more of themselves when they start
 
 
@@ -135,7 +137,7 @@ def make(
         with contextlib.suppress(Exception):  # which the tracker then warns of
             importlib.import_module(CLIENTS[name][0])
     clients = {name: CLIENTS[name][1](workdir, experiment, run_id) for name in names}
-    return [Tracker(name, client, message, warning) for name, client in clients.items()]
+    return [Tracker(name, client, message, warning, share=1 / len(names)) for name, client in clients.items()]
 
 
 class Tracker(Output):
@@ -146,18 +148,31 @@ class Tracker(Output):
       client: its API.
       message: called with a line about where the run is.
       warning: called with a warning.
+      share: of the seconds that the end of the run waits for trackers.
     """
 
     can_rewind = False
 
-    def __init__(self, name: str, client: Client, message: Callable[[str], None], warning: Callable[[str], None]):
+    def __init__(
+        self,
+        name: str,
+        client: Client,
+        message: Callable[[str], None],
+        warning: Callable[[str], None],
+        share: float = 1.0,
+    ):
         self._name, self._client, self._message, self._warning = name, client, message, warning
         self._rows: list[dict[str, Any]] = []  # not yet given to the thread
+        # A tracker ignores a row of a step that it has, be it by a plot only: plots wait for the row of their step.
+        self._images: list[tuple[str, bytes, int]] = []
+        self._last_row = -1  # step of the newest row given to the thread
         self._last_send = 0.0
-        self._last_step = -1
+        self._first_step = self._last_step = -1  # that the tracker has: when it is opened, and now
         self._actions: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._stored = threading.Event()  # the summary, or nothing any more
-        # A daemon, since a tracker that no longer answers must not keep the process from ending.
+        self._stored = threading.Event()  # set once the summary is stored, or once the tracker has failed
+        self._share, self._wait_seconds = share, share * _MAX_WAIT_SECONDS
+        # A daemon, since a tracker that no longer answers must not keep the process from ending. (W&B's own process,
+        # which Python waits for, ends by `wandb_client._FINISH_SECONDS`.)
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
 
     def start(self, config: dict[str, Any], step: int, rows: list[dict[str, Any]]) -> None:
@@ -165,31 +180,35 @@ class Tracker(Output):
         if self._thread.ident is None:
             self._thread.start()
             self._put(lambda: self._open(config))
-        self._rows = list(rows)
+        self._rows, self._images = list(rows), []
         self.sync()
 
     def scalars(self, row: dict[str, Any]) -> None:
         """Sends a row, together with others if they come fast."""
         self._rows.append(row)
-        if time.monotonic() - self._last_send > _SECONDS_BETWEEN_SENDS:
+        if self._images or time.monotonic() - self._last_send > _SECONDS_BETWEEN_SENDS:
             self.sync()
 
     def image(self, name: str, png: bytes, step: int) -> None:
-        """Sends a plot."""
+        """Sends a plot, once the row of its step is sent."""
+        self._images.append((name, png, step))
         self.sync()
-        self._put(lambda: self._client.image(name, png, step))
 
     def summary(self, summary: dict[str, Any]) -> None:
         """Sends the summary, and waits until it is stored: afterwards the run counts as finished."""
         self.sync()
         self._put(lambda: self._client.summary(summary))
         self._put(self._stored.set)
-        self._stored.wait(_MAX_WAIT_SECONDS)
+        self._wait(self._stored.wait)
 
     def sync(self) -> None:
-        """Gives all rows to the thread."""
+        """Gives all rows to the thread, and the plots of their steps."""
         rows, self._rows, self._last_send = self._rows, [], time.monotonic()
         self._put(lambda: self._send(rows))
+        self._last_row = rows[-1]["step"] if rows else self._last_row
+        ready = [image for image in self._images if image[2] <= self._last_row]
+        self._images = [image for image in self._images if image[2] > self._last_row]
+        self._put(lambda: self._send_images(ready))
 
     def close(self, failed: bool) -> None:
         """Waits until everything is stored."""
@@ -197,9 +216,16 @@ class Tracker(Output):
             self.sync()
             self._put(lambda: self._client.close(failed))
             self._put(None)
-            self._thread.join(_MAX_WAIT_SECONDS)
+            if failed:
+                self._wait_seconds = min(self._wait_seconds, self._share * _MAX_WAIT_SECONDS_AFTER_STOP)
+            self._wait(self._thread.join)
             if self._thread.is_alive():
                 self._warning(f"{self._name} has not stored everything yet: not waiting for it any longer")
+
+    def _wait(self, wait: Callable[[float], Any]) -> None:
+        start = time.monotonic()
+        wait(self._wait_seconds)
+        self._wait_seconds = max(0.0, self._wait_seconds - (time.monotonic() - start))
 
     def _put(self, action: Callable[[], None] | None) -> None:
         if self._thread.is_alive():
@@ -208,6 +234,7 @@ class Tracker(Output):
     def _open(self, config: dict[str, Any]) -> None:
         with _OPENING:
             self._last_step, place = self._client.open(config)
+        self._first_step = self._last_step
         self._message(f"{self._name}: {place}")
 
     def _send(self, rows: list[dict[str, Any]]) -> None:
@@ -216,6 +243,11 @@ class Tracker(Output):
             # None: NaN or infinity, read from metrics.jsonl.
             self._client.scalars([{name: x for name, x in row.items() if x is not None} for row in new])
             self._last_step = new[-1]["step"]
+
+    def _send_images(self, images: list[tuple[str, bytes, int]]) -> None:
+        for name, png, step in images:
+            if step > self._first_step:
+                self._client.image(name, png, step)
 
     def _work(self) -> None:
         """Calls the actions in turn, until one fails."""
@@ -227,3 +259,22 @@ class Tracker(Output):
                 self._warning(f"{self._name} no longer receives this run ({reason}): resuming it sends what is missing")
                 self._stored.set()
                 return
+
+
+def replay(names: Sequence[str], workdir: Path, experiment: str) -> None:
+    """Makes these the trackers of a finished run, and sends them what they lack of its record.
+
+    Raises:
+      UserError: a file of the record is damaged.
+    """
+    config, summary = (read_json(workdir / f"{name}.json") or {} for name in ("config", "summary"))
+    rows, _ = read_rows(workdir, summary["num_train_steps"] + 1)
+    outputs = make(names, workdir, experiment, print, drawing.print_warning)
+    for output in outputs:
+        output.start(config, summary["num_train_steps"] + 1, rows)
+        for path in sorted(workdir.glob("*.png")):
+            output.image(path.stem, path.read_bytes(), summary["num_train_steps"])
+    for output in outputs:
+        output.summary(summary)
+    for output in outputs:
+        output.close(failed=False)

@@ -10,6 +10,9 @@ from typing import Any
 from research.record.storage import is_local
 
 _INIT_SECONDS = 20.0  # how long to try to reach the server before logging offline
+# How long to upload at the end, unless WANDB_FINISH_TIMEOUT says it; without a limit W&B's process would keep this one
+# from ending as long as the server does not answer. Less than a `Tracker` waits after a stop.
+_FINISH_SECONDS = 12.0
 
 
 class WandbClient:
@@ -39,7 +42,13 @@ class WandbClient:
     def open(self, config: dict[str, Any]) -> tuple[int, str]:
         """Opens the run, offline if that is asked for, if there are no credentials, or if the server is not reached."""
         wandb: Any = importlib.import_module("wandb")
-        settings = wandb.Settings(console="off", silent=True, init_timeout=_INIT_SECONDS)
+        settings = wandb.Settings(
+            console="off",
+            silent=True,
+            init_timeout=_INIT_SECONDS,
+            finish_timeout=wandb.setup().settings.finish_timeout or _FINISH_SECONDS,
+            finish_timeout_raises=True,
+        )
         if wandb.setup().settings.mode != "online":
             why = ""
         elif wandb.login(prompt=False, verify=False):
@@ -77,5 +86,5 @@ class WandbClient:
         self._run.summary.update(summary)
 
     def close(self, failed: bool) -> None:
-        """Waits for the upload."""
+        """Waits for the upload, but raises `TimeoutError` after some seconds."""
         self._run.finish(exit_code=int(failed))

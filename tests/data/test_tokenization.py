@@ -1,7 +1,9 @@
 """Tokenizers: prompts and texts, how many bytes a token stands for, bad files, and the command that trains them."""
 
+import errno
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -67,6 +69,10 @@ def test_special_tokens_stand_for_no_text():
         found.encode("z")
     with pytest.raises(UserError, match="the tokenizer has no tokens for a newline"):
         found.encode("")
+    # A vocabulary of words without one for unknown words: the library raises a bare Exception.
+    words = FromJson(library.Tokenizer(library.models.WordLevel({"a": 0}, unk_token="?")).to_str(), "words.json")
+    with pytest.raises(UserError, match=r"words\.json cannot encode the text \(.*\): use a tokenizer that"):
+        words.encode_texts(["b"])
 
 
 def test_what_is_no_tokenizer_is_named(tmp_path, monkeypatch):
@@ -83,6 +89,24 @@ def test_what_is_no_tokenizer_is_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="is a folder: give the file"):
         tokenization.read(str(tmp_path))
     assert tokenization.read("") is None
+    for url, words in (
+        ("foo://x", "foo:// is not supported"),
+        ("s3://key:s3cr3t@host/x", "a URL with a password"),
+        ("s3://bucket/x", "the package for s3:// is not installed"),
+    ):
+        monkeypatch.setitem(sys.modules, "s3fs", None)
+        for look in (tokenization.read, tokenization.exists):
+            with pytest.raises(UserError, match=words):
+                look(url)
+
+    def denied(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", denied)
+        for look in (tokenization.read, tokenization.exists):
+            with pytest.raises(UserError, match=r"json could not be read \(Permission denied\): fix the cause"):
+                look(str(path))
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(UserError, match=re.escape('pip install -e ".[text]"')):
         tokenization.read(str(path))

@@ -99,7 +99,7 @@ def test_pieces_depend_on_the_text_only(count, cuts, separator):
         piece.decode()
 
 
-def test_a_large_vocabulary_has_32_bits_and_a_lossy_tokenizer_is_refused(data_dir):
+def test_a_large_vocabulary_has_32_bits_and_a_lossy_tokenizer_is_refused(data_dir, monkeypatch):
     library = tokenization.library()
 
     def words(vocabulary):
@@ -115,6 +115,15 @@ def test_a_large_vocabulary_has_32_bits_and_a_lossy_tokenizer_is_refused(data_di
     lossy = ArrayText("x", np.frombuffer("abäö日本".encode() * 50, np.uint8))
     with pytest.raises(UserError, match=r"words\.json: its tokens stand for 300 of the first 600 bytes of x"):
         token_store.load(lossy, large)
+    # Also if only the end of the text is lost, tokenized after the start.
+    monkeypatch.setattr(token_store, "_PIECE", 100)
+    monkeypatch.setattr(token_store, "_PIECES_AT_ONCE", 1)
+    lossy = ArrayText("x", np.frombuffer(b"ab" * 50 + "äö日本".encode() * 50, np.uint8))
+    with pytest.raises(UserError, match=r"its tokens stand for 1\d\d of the first 200 bytes of x"):
+        token_store.load(lossy, large)
+    latin = ArrayText("x", np.frombuffer("ü".encode("latin-1") * 9, np.uint8))
+    with pytest.raises(UserError, match=r"x is not in UTF-8 \(.*\), which a tokenizer needs"):
+        token_store.load(latin, large)
 
 
 def test_a_long_text_needs_a_cache(book, monkeypatch, tmp_path):
@@ -161,6 +170,16 @@ def test_text_columns_of_hugging_face_sets(data_dir, book, names):
     assert texts == {role: "\n".join(row or "" for row in part) for role, part in parts.items()}
 
 
+def test_a_part_without_rows_is_an_error_that_leaves_no_entry(data_dir, book):
+    datasets = pytest.importorskip("datasets")
+    folder = data_dir / ("set" * 50) / ("long" * 40)  # longer together than the name of a file may be
+    datasets.Dataset.from_dict({"text": ["One row."] * 8}).save_to_disk(folder)
+    with pytest.raises(UserError, match=r"a part of it has no text .* use a longer text, or hold out tokens by"):
+        book(name=f"hf:{folder}", data_dir="")
+    assert "{}" not in [path.read_text() for path in cache.folder().glob("*/entry.json")]
+    assert len(book(name=f"hf:{folder}", data_dir="", test_fraction=0.5).train["text"]) > 5
+
+
 def _write(path, tokens):
     np.asarray(tokens, "<u2").tofile(path)
 
@@ -181,6 +200,9 @@ def test_files_of_tokens_are_used_as_they_are(data_dir, book, pairs):
     alone = book(data_dir=str(data_dir / "train.bin"))
     sizes = [len(split["text"]) for split in (alone.train, alone.validation, alone.test)]
     assert sizes == [270, 15, 15]
+    _write(data_dir / "short.bin", range(10))
+    with pytest.raises(UserError, match=r"short\.bin has only 10 tokens, too few to hold out 5% of them"):
+        book(data_dir=str(data_dir / "short.bin"))
     _write(data_dir / "val.bin", [last + 1])
     with pytest.raises(UserError, match=rf"val\.bin has the token {last + 1}, but .*json has only {last + 1}"):
         book(data_dir=str(data_dir))

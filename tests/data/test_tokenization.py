@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from research.data import text_sets, tokenization, tokenizer
+from research.data import named_sets, text_sets, tokenization, tokenizer
+from research.data.tfds_sets import UnavailableError
 from research.data.tokenization import Bytes, FromJson, Numbers
 from research.errors import UserError
 
@@ -148,18 +149,32 @@ def test_the_command_trains_on_the_training_split(data_dir, capsys):
         (["extra"], "unexpected 'extra'"),
         (["--out=there.json"], "there.json exists"),
         (["--out=absent/x.json"], "no such folder"),
-        (["--data_dir=absent"], "data_dir=absent: no such file or folder"),
+        (["--data_dir=absent"], "--data_dir=absent: no such file or folder"),
+        (["--data_dir="], "--name=text needs --data_dir=DIR|FILE"),
+        (["--name=pydoc|"], "--name='pydoc|': name a data set"),
     ],
 )
 def test_bad_options_of_the_command(data_dir, monkeypatch, changes, words):
     monkeypatch.chdir(data_dir)
     (data_dir / "there.json").write_text("")
-    with pytest.raises(UserError, match=re.escape(words)):
+    with pytest.raises(UserError, match=re.escape(words)) as error:
         tokenizer.run(["--name=text", f"--data_dir={data_dir}", "--out=new.json", *changes])
+    assert "--config" not in str(error.value)
     assert [path.name for path in data_dir.iterdir()] == ["there.json"]
 
 
+def test_the_command_uses_the_first_set_that_is_available(monkeypatch, capsys):
+    def unavailable(name, config):
+        raise UnavailableError(name, "is not prepared", "prepare it")
+
+    monkeypatch.setattr(named_sets, "_load_tfds", unavailable)
+    assert named_sets.open_text("tiny_shakespeare|pydoc", "").name == "pydoc"
+    assert "WARNING: tiny_shakespeare is not prepared: using pydoc instead" in capsys.readouterr().err
+
+
 def test_images_are_not_a_text():
+    with pytest.raises(UserError, match=r"own: the feature text is int64\[3\], not bytes, uint8 \[n\]: convert it"):
+        text_sets.as_text("own", {"text": np.arange(3)})
     with pytest.raises(UserError, match="--name=digits is not a text"):
         text_sets.as_text("digits", {"image": np.zeros(3)})
     given = FromJson(tokenizer.train(iter([b""]), 256), "x")

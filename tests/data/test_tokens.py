@@ -9,7 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from research.config import DatasetConfig
-from research.data import cache, sources, text, text_sets, token_files, token_store, tokenization, tokenizer
+from research.data import (
+    cache,
+    sources,
+    text,
+    text_sets,
+    text_source,
+    token_files,
+    token_store,
+    tokenization,
+    tokenizer,
+)
+from research.data.hugging_face_text import ColumnText
 from research.data.text_source import ArrayText
 from research.data.tfds_sets import find
 from research.errors import UserError
@@ -159,7 +170,10 @@ def test_text_columns_of_hugging_face_sets(data_dir, book, names):
     datasets = pytest.importorskip("datasets")
     rows = [f"Row {n}, über.\n" * (n % 3) for n in range(100)]
     rows[7] = None
-    split = datasets.Dataset.from_dict({"text": rows, "label": list(range(100))})
+    split = datasets.Dataset.from_dict({"text": rows, "a": list(range(100)), "b": list(range(100))})
+    # Of several label columns none could be chosen, but a text needs none.
+    for column in "ab":
+        split = split.cast_column(column, datasets.ClassLabel(num_classes=100))
     datasets.DatasetDict(dict.fromkeys(names, split)).save_to_disk(data_dir / "set")
     found = book(name="hf:set", data_dir=str(data_dir))
     texts = {role: found.tokenizer.decode(split["text"]) for role, split in found.splits.items()}
@@ -168,6 +182,24 @@ def test_text_columns_of_hugging_face_sets(data_dir, book, names):
     else:
         parts = {"train": rows, "test": rows}
     assert texts == {role: "\n".join(row or "" for row in part) for role, part in parts.items()}
+
+
+def test_a_block_of_rows_is_limited_by_bytes(monkeypatch):
+    monkeypatch.setattr(text_source, "_BLOCK", 10)
+    rows = [b"a" * 7, b"", b"b" * 25, b"c", b"d" * 8, b""]
+    blocks = list(text_source.join(rows))
+    assert b"".join(blocks) == b"\n".join(rows)
+    assert max(map(len, blocks)) <= 9 + 1 + 25
+
+
+def test_rows_in_memory_are_hashed_whole():
+    datasets = pytest.importorskip("datasets")
+    rows = [f"row {n}" for n in range(10)]
+    column = ColumnText("x", datasets.Dataset.from_dict({"text": rows}))
+    other = ColumnText("x", datasets.Dataset.from_dict({"text": [*rows[:3], "now 3", *rows[4:]]}))
+    assert column.size == other.size
+    assert column.key != other.key
+    assert column.key == ColumnText("x", datasets.Dataset.from_dict({"text": rows})).key
 
 
 def test_a_part_without_rows_is_an_error_that_leaves_no_entry(data_dir, book):

@@ -172,6 +172,11 @@ def test_the_command_uses_the_first_set_that_is_available(monkeypatch, capsys):
     assert "WARNING: tiny_shakespeare is not prepared: using pydoc instead" in capsys.readouterr().err
 
 
+def test_training_needs_utf_8():
+    with pytest.raises(UserError, match=r"notes is not in UTF-8 \(.*\), which a tokenizer needs"):
+        tokenizer.train(iter([b"fine\n" * 20_000, b"\xff"]), 300, "notes")
+
+
 def test_images_are_not_a_text():
     with pytest.raises(UserError, match=r"own: the feature text is int64\[3\], not bytes, uint8 \[n\]: convert it"):
         text_sets.as_text("own", {"text": np.arange(3)})

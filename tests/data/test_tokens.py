@@ -2,6 +2,7 @@
 
 import itertools
 import tracemalloc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from research.data import (
     text,
     text_sets,
     text_source,
+    tfds_records,
     token_files,
     token_store,
     tokenization,
@@ -190,6 +192,8 @@ def test_a_block_of_rows_is_limited_by_bytes(monkeypatch):
     blocks = list(text_source.join(rows))
     assert b"".join(blocks) == b"\n".join(rows)
     assert max(map(len, blocks)) <= 9 + 1 + 25
+    records = SimpleNamespace(__getitems__=lambda numbers: [{"text": b"%d" % number} for number in numbers])
+    assert list(tfds_records._texts(records, 5, 105)) == [b"%d" % number for number in range(5, 105)]
 
 
 def test_rows_in_memory_are_hashed_whole():

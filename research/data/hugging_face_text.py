@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import datasets
 
 COLUMN = "text"
+_ROWS_AT_ONCE = 32  # few, since a row may be a whole book; one by one takes several times as long
 
 
 def is_text(features: Mapping[str, Any]) -> bool:
@@ -63,7 +64,12 @@ class ColumnText(Text):
         """Yields the text in blocks of about a megabyte, or of a longer row."""
         del is_utf8  # strings always are
         with reading(self.name):
-            yield from join((row.as_py() or "").encode() for row in self._column)
+            yield from join(self._rows())
+
+    def _rows(self) -> Iterator[bytes]:
+        for chunk in self._column.chunks:
+            for start in range(0, len(chunk), _ROWS_AT_ONCE):
+                yield from ((row or "").encode() for row in chunk.slice(start, _ROWS_AT_ONCE).to_pylist())
 
     def part(self, part: Part) -> "ColumnText":
         """Returns a part of the whole text."""

@@ -22,7 +22,7 @@ from research import app, flags
 from research.config import option
 from research.data import decoding
 from research.errors import RecordError, UserError
-from research.record.storage import open_path
+from research.paths import open_path
 
 if TYPE_CHECKING:
     from jax.export import Exported

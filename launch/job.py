@@ -21,9 +21,9 @@ from research import config as config_lib
 from research import flags
 from research.errors import UserError
 from research.experiment import Experiment
+from research.paths import check_no_password
 from research.process.exit import exit_with
 from research.process.terminal import ignore_output_errors
-from research.record.storage import check_no_password
 from research.record.workdir import default_workdir
 
 _SWEEP = "launch.sweep"

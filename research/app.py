@@ -58,8 +58,7 @@ def run(
         weights.check(config.init.path)  # before the data is loaded
     with Workdir(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
         distributed.wait("the first process has claimed the workdir")
-        with distributed.first_process_first("the data set is on disk"):
-            config, dataset, task = _load_for(experiment, command)
+        config, dataset, task = _load_for(experiment, command)
         _say(_first_line(experiment, dataset, mesh))
         finished = read_json(workdir / "summary.json")
         if finished and not isinstance(finished.get("num_train_steps"), int):
@@ -133,6 +132,7 @@ def load(experiment: Experiment, config: Any) -> tuple[Any, sources.Dataset, Tas
     return config, dataset, experiment.build_task(config, dataset)
 
 
+@distributed.first_process_first("the data set is on disk")
 def _load_for(experiment: Experiment, command: Command) -> tuple[Any, sources.Dataset, Task]:
     """Like `load`; if the workdir holds a run, checks config and data against its record and uses its statistics."""
     recorded = data_json.read(command.workdir) if command.earlier else None

@@ -13,9 +13,9 @@ from absl import flags
 
 from research import plots
 from research.errors import UserError
+from research.paths import open_path
 from research.process.terminal import ignore_output_errors
 from research.record import drawing
-from research.record.storage import open_path
 from research.record.workdir import read_json, read_metrics
 
 _METRICS = ("train_", "validation_", "test_", "best_", "examples_per_second", "num_params", "num_train_steps")

@@ -6,8 +6,8 @@ from typing import Any
 from research.config import Config
 from research.errors import UserError
 from research.experiment import Experiment
+from research.paths import open_path
 from research.record import config_json
-from research.record.storage import open_path
 from research.record.workdir import read_json
 
 

@@ -18,8 +18,8 @@ from research import earlier_runs
 from research.config import Config
 from research.errors import UserError
 from research.experiment import Experiment
+from research.paths import open_path
 from research.record import trackers
-from research.record.storage import open_path
 from research.record.workdir import default_workdir
 
 

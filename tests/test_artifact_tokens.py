@@ -4,6 +4,7 @@ import sys
 
 import numpy as np
 import pytest
+import tokenizers
 
 from launch.artifacts import tokens
 from launch.artifacts.artifact import ArtifactError
@@ -48,6 +49,11 @@ def test_bad_manifests_and_prompts_are_named(monkeypatch):
     ):
         with pytest.raises(ValueError, match=r"are not bytes|is not described"):
             tokens.check(manifest)
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"?": 0, "a": 1}, unk_token="?")).to_str()
+    unknown = {"classes": ["?", "a"], "tokenizer": {"kind": "0123", "json": words}}
+    assert tokens.encode(unknown, "a") == [1]
+    with pytest.raises(ArtifactError, match="--prompt='b': the tokenizer has no tokens for it"):
+        tokens.encode(unknown, "b")
     damaged = {"classes": [], "tokenizer": {"kind": "0123", "json": "{}"}}
     with pytest.raises(ArtifactError, match="the artifact's tokenizer cannot be read"):
         tokens.encode(damaged, "a")

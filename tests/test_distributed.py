@@ -8,7 +8,9 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from unittest.mock import Mock
 
+import jax
 import numpy as np
 import pytest
 from command import DIGITS, read_summary
@@ -16,6 +18,7 @@ from compiling import QUICKLY
 
 from launch import job as job_lib
 from launch import local
+from research import app
 from research.config import DistributedConfig
 from research.errors import UserError
 from research.process import distributed
@@ -72,6 +75,18 @@ def _rendezvous_errors(indices, count, timeout):
 
 def test_all_processes_find_each_other():
     assert _rendezvous_errors([2, 0, 1], 3, 20) == {}
+
+
+def test_data_is_loaded_by_the_first_process_before_the_others(monkeypatch):
+    order = []
+    experiment, command = Mock(), Mock(earlier=None)
+    experiment.load_data.side_effect = lambda config: order.append("load")
+    monkeypatch.setattr(distributed, "wait", order.append)
+    for index in (0, 1):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        app._load_for(experiment, command)
+    barrier = "the data set is on disk"
+    assert order == ["load", barrier, barrier, "load"]
 
 
 def test_a_missing_process_is_named(monkeypatch, capsys):

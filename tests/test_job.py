@@ -11,10 +11,9 @@ from launch import export, gke, local, plan, predict, scaling, slurm, sweep, tpu
 from launch import job as job_lib
 from launch.sweeps import search_space, trials
 from launch.sweeps.options import SweepOptions
-from research import flags
+from research import flags, paths
 from research.data import tfds_sets
 from research.errors import UserError
-from research.record import storage
 
 pytest.importorskip("optuna", reason="the extra `sweep` is not installed")
 
@@ -84,7 +83,7 @@ def test_every_path_may_begin_with_the_home_folder(home):
     trials.open_storage("~/journal.log", home)
     assert (home / "journal.log").exists()
     assert tfds_sets.data_folder("~/o") == home / "o"
-    compare_with = storage.open_path("~/plot.png")
+    compare_with = paths.open_path("~/plot.png")
     assert compare_with == home / "plot.png"
     assert not list(Path().iterdir())
 

@@ -12,9 +12,8 @@ from flax import nnx
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 from upath import UPath
 
-from research import app, compare
+from research import app, compare, paths
 from research.config import Config, DatasetConfig
-from research.record import storage
 from research.tasks.classification import Classification
 from research.training import checkpoint
 
@@ -36,7 +35,7 @@ def _config():
 @pytest.fixture
 def store(monkeypatch, tmp_path):
     """fsspec's memory, as an object store; Orbax, which cannot write there, has a local folder for the checkpoints."""
-    monkeypatch.setitem(storage._EXTRAS, "memory", "")
+    monkeypatch.setitem(paths._EXTRAS, "memory", "")
     monkeypatch.setattr(checkpoint, "_orbax_path", lambda _: epath.Path(tmp_path / "checkpoints"))
     yield UPath("memory://runs")
     fsspec.filesystem("memory").rm("/runs", recursive=True)

@@ -1,6 +1,7 @@
 """The tokens of an artifact's language model: bytes, those of a tokenizer.json, or bare numbers."""
 
 import functools
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -62,7 +63,8 @@ def encode(manifest: Mapping[str, Any], prompt: str) -> list[int]:
         raise
     except Exception as error:  # its only type
         raise ArtifactError(f"--prompt: the tokenizer cannot encode it ({error}): change the prompt") from None
-    if not tokens:
+    name = json.loads(tokenizer["json"])["model"].get("unk_token")
+    if not tokens or (name is not None and _open(tokenizer["json"]).token_to_id(name) in tokens):
         raise ArtifactError(f"--prompt={prompt!r}: the tokenizer has no tokens for it: change the prompt")
     return tokens
 

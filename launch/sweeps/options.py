@@ -7,7 +7,7 @@ from research import config as config_lib
 from research.config import Config, option
 from research.errors import UserError
 from research.experiment import Experiment
-from research.record.storage import check_no_password
+from research.paths import check_no_password
 
 if TYPE_CHECKING:
     from launch.sweeps.search_space import SearchSpace

@@ -44,7 +44,8 @@ def load(name: str, data_dir: str) -> tuple[tuple[str, ...], Mapping[str, Callab
         working directory, and the cache that `datasets` uses by default.
 
     Returns:
-      - The label names. The integers of a label column without names are named "0" to the largest in train.
+      - The label names, () of texts. The integers of a label column without names are named "0" to the largest in
+        train.
       - For each split its text, if it has a column `text` of strings and no images, or a function, which opens it, or
         raises a `UserError` if it is damaged, has no image column, or has other labels than train.
       - The revision, if the set comes from the Hub, else "".
@@ -68,7 +69,8 @@ def load(name: str, data_dir: str) -> tuple[tuple[str, ...], Mapping[str, Callab
     with quiet_and_offline(), reading(name):
         splits, revision = open_splits(name, data_dir)
         reference = "train" if "train" in splits else next(iter(splits))
-        label_names = _label_names(f"{name}/{reference}", splits[reference])
+        is_image = not is_text(splits[reference].features)
+        label_names = _label_names(f"{name}/{reference}", splits[reference]) if is_image else ()
         loaders = {
             split: ColumnText(f"{name}/{split}", dataset)
             if is_text(dataset.features)

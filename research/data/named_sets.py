@@ -2,10 +2,12 @@
 
 import difflib
 import functools
-from collections.abc import Mapping
+import itertools
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from research.config import DatasetConfig
 from research.data import embedded, folder, hugging_face, own_data, prepare, text_sets, tfds_records, tfds_sets
@@ -13,6 +15,8 @@ from research.data.source import Source
 from research.data.text_source import Text, hold_out
 from research.data.tfds_sets import UnavailableError
 from research.errors import UserError
+
+_T = TypeVar("_T")
 
 
 def open_splits(
@@ -48,6 +52,24 @@ def open_splits(
     return label_names, _with_held_out(loaders, config), version
 
 
+def first_available(names: str, load: Callable[[str], _T]) -> _T:
+    """Returns `load(name)` of the first name of `a|b` that is available; prints a warning for each one before.
+
+    Raises:
+      UserError: a name is empty, or as `load`.
+    """
+    split_names = [name.strip() for name in names.split("|")]
+    if not all(split_names):
+        raise UserError(f"--config.dataset.name={names!r}: name a data set, or several separated by |")
+    for name, following in itertools.pairwise(split_names):
+        try:
+            return load(name)
+        except UnavailableError as error:
+            remedy = f"To use {name}: {error.remedy}"
+            print(f"WARNING: {name} {error.reason}: using {following} instead. {remedy}", file=sys.stderr)
+    return load(split_names[-1])
+
+
 def open_split(loader: Any) -> Any:
     """Returns a split that `open_splits` has opened: a text as it is, otherwise what the function returns."""
     return loader if text_sets.has_parts(loader) else loader()
@@ -59,6 +81,10 @@ def open_text(name: str, data_dir: str) -> Text:
     Raises:
       UserError: as `open_splits`, or the set is not a text or has no split train.
     """
+    return first_available(name, lambda one: _open_text(one, data_dir))
+
+
+def _open_text(name: str, data_dir: str) -> Text:
     _, loaders, _ = open_splits(name, DatasetConfig(name=name, data_dir=data_dir))
     if "train" not in loaders:
         raise UserError(f"--name={name} has no split train, only {', '.join(loaders)}")

@@ -1,9 +1,7 @@
 """Data sets by name: finds, prepares and loads the one that a config names, and splits it."""
 
 import dataclasses
-import itertools
 import json
-import sys
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -15,7 +13,6 @@ from research.data import cache, named_sets, own_data, splits, text_sets, token_
 from research.data.source import ArraySource, Source
 from research.data.splits import Examples
 from research.data.streamed import Column, StreamedSplit
-from research.data.tfds_sets import UnavailableError
 from research.data.tokenization import FromJson, Tokenizer
 from research.errors import UserError
 
@@ -134,16 +131,7 @@ def load(config: DatasetConfig, own: Mapping[str, own_data.Load] = MappingProxyT
     """
     _check_crops(config)
     tokenizer = tokenization.read(config.tokenizer)
-    names = [name.strip() for name in config.name.split("|")]
-    if not all(names):
-        raise UserError(f"--config.dataset.name={config.name!r}: name a data set, or several separated by |")
-    for name, following in itertools.pairwise(names):
-        try:
-            return _load(name, config, own, tokenizer)
-        except UnavailableError as error:
-            remedy = f"To use {name}: {error.remedy}"
-            print(f"WARNING: {name} {error.reason}: using {following} instead. {remedy}", file=sys.stderr)
-    return _load(names[-1], config, own, tokenizer)
+    return named_sets.first_available(config.name, lambda name: _load(name, config, own, tokenizer))
 
 
 def _check_crops(config: DatasetConfig) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from research.data import tokenization
 from research.data.sources import Dataset
+from research.data.text_source import check_bytes
 from research.data.token_files import LONG
 from research.errors import UserError
 
@@ -48,7 +49,7 @@ def streams(dataset: Dataset, batch_size: int, length: int, eval_batch_size: int
       `label_names[i]`. The vocabulary of bytes is those that occur in any split; of more than 1 GiB of text, all 256.
 
     Raises:
-      UserError: the data set is not a text, is too short, or has 2^31 examples or more.
+      UserError: the data set is not a text, or neither bytes nor tokens, is too short, or has 2^31 examples or more.
     """
     if "text" not in dataset.train:
         raise UserError(
@@ -56,6 +57,8 @@ def streams(dataset: Dataset, batch_size: int, length: int, eval_batch_size: int
             "--config.dataset.data_dir=DIR"
         )
     texts = {name: np.asarray(split["text"]) for name, split in dataset.splits.items()}
+    for name, text in texts.items() if dataset.tokenizer is None else ():
+        check_bytes(f"{dataset.name}/{name}", text)
     steps = (len(texts["train"]) - 1) // (batch_size * length)
     if steps < 1:
         raise UserError(

@@ -61,15 +61,23 @@ def find(data_dir: str) -> dict[str, list[Path]]:
 
 
 def _files(path: Path) -> list[Path]:
-    """Returns a file, or the files below a folder, in the order of their paths."""
-    if not path.is_dir():
-        return [path]
-    files = []
-    with reading(path):
-        for folder, subfolders, names in os.walk(path):
-            subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-            files += [Path(folder, name) for name in names if not name.startswith(".")]
-    return sorted(file for file in files if file.is_file())
+    """Returns a file, or the files below a folder, in the order of their paths.
+
+    Links are followed; one that leads back to a folder on its own path is skipped, as in `folder_listing`.
+    """
+    files: list[Path] = []
+    pending: list[tuple[Path, tuple[tuple[int, int], ...]]] = [(path, ())]
+    while pending:
+        path, ancestors = pending.pop()
+        with reading(path):
+            if path.is_file():
+                files.append(path)
+            elif path.is_dir():
+                stat = path.stat()
+                identity = stat.st_dev, stat.st_ino
+                entries = () if identity in ancestors else path.iterdir()
+                pending += [(x, (*ancestors, identity)) for x in entries if not x.name.startswith(".")]
+    return sorted(files)
 
 
 class FileText(Text):

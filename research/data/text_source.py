@@ -1,16 +1,18 @@
 """The interface of a text that is read block by block, and the fixed parts of a text that are held out."""
 
 import abc
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Protocol, TypeVar
 
 import numpy as np
 
 from research.data import cache
+from research.errors import UserError
 
 Part = tuple[int, int]  # begin and end, in percent of a whole text
 
 WHOLE: Part = (0, 100)
+_BLOCK = 2**20  # bytes
 
 
 class Text(abc.ABC):
@@ -38,15 +40,42 @@ class Text(abc.ABC):
         """
 
 
+def join(rows: Iterable[bytes]) -> Iterator[bytes]:
+    """Joins the rows of a table with a newline between any two, and yields the text in blocks of about a megabyte."""
+    block, is_first = bytearray(), True
+    for row in rows:
+        if not is_first:
+            block += b"\n"
+        block += row
+        is_first = False
+        if len(block) >= _BLOCK:
+            yield bytes(block)
+            block.clear()
+    yield bytes(block)
+
+
+def check_bytes(name: str, array: np.ndarray) -> None:
+    """Raises `UserError` unless an array, of the text that `name` names, is uint8 with one axis."""
+    if array.dtype != np.uint8 or array.ndim != 1:
+        raise UserError(
+            f"{name}: the feature text is {array.dtype}{list(array.shape)}, not bytes, uint8 [n]: convert it by "
+            "np.frombuffer(text.encode(), np.uint8), or write token numbers to train.bin and val.bin for name=text"
+        )
+
+
 class ArrayText(Text):
     """A text in memory.
 
     Args:
       name: names it in messages.
       array: uint8 [number of bytes].
+
+    Raises:
+      UserError: the array is another.
     """
 
     def __init__(self, name: str, array: np.ndarray):
+        check_bytes(name, array)
         self.name, self._array = name, array
         self.key = f"array-{cache.fingerprint({'text': array})}"
         self.size = len(array)

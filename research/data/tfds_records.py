@@ -15,11 +15,13 @@ from research.data import decoding
 from research.data.cache import Arrays
 from research.data.file_errors import reading
 from research.data.source import DamagedError, Source
+from research.data.text_source import join
 from research.data.tfds_description import Description
 from research.errors import UserError, as_out_of_memory_error
 
 MOST_CLASSES = 2**20  # larger integer labels are not class numbers, and are decoded as this value
 _EXAMPLES_AT_ONCE = 2000
+_TEXTS_AT_ONCE = 32  # fewer, since a text may be a whole book
 _OTHER_FILES = 256  # that a process has open
 
 
@@ -50,15 +52,14 @@ def decode(
         source = builder.as_data_source(split, file_format="array_record", decoders=_skip_images(builder))
         if not len(source):
             raise UserError(f"{label} in {path} has no examples")
-        channels = 0 if description.is_text else _declared_channels(label, builder.info.features["image"])
-        size = None
         first, end = (len(source) * percent // 100 for percent in part)
+        if description.is_text:
+            for block in join(_texts(source, first, end)):
+                yield {"text": np.frombuffer(block, np.uint8)}
+            return
+        channels, size = _declared_channels(label, builder.info.features["image"]), None
         for start in range(first, end, _EXAMPLES_AT_ONCE):
             examples = _read(source, range(start, min(start + _EXAMPLES_AT_ONCE, end)))
-            if description.is_text:
-                text = b"\n".join(example["text"] for example in examples)
-                yield {"text": np.frombuffer(b"\n" + text if start > first else text, np.uint8)}
-                continue
             arrays = {"image": _images(label, start, examples, channels, size)}
             size = arrays["image"].shape[1:3]
             if description.has_labels:
@@ -177,6 +178,11 @@ def _read(source: Any, numbers: range) -> list[dict[str, Any]]:
             except Exception as error:
                 raise _ExampleError(f"example {number}") from error
         raise
+
+
+def _texts(source: Any, first: int, end: int) -> Iterator[bytes]:
+    for start in range(first, end, _TEXTS_AT_ONCE):
+        yield from (example["text"] for example in _read(source, range(start, min(start + _TEXTS_AT_ONCE, end))))
 
 
 def _explained(error: Exception, label: str, path: Path, files: Sequence[Any]) -> UserError:

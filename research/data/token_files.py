@@ -51,8 +51,17 @@ class TokenFile:
         return max(int(tokens[int(start) : int(start) + _AT_ONCE].max()) for start in starts)
 
     def tokens(self) -> np.ndarray:
-        """Returns the tokens, a read-only memory map, uint16 [n]."""
+        """Returns the tokens, a read-only memory map, uint16 [n].
+
+        Raises:
+          UserError: there are none in this part, or the file is not readable.
+        """
         with reading(self.path):
             everything = np.memmap(self.path, _DTYPE, "r")
         begin, end = (len(everything) * percent // 100 for percent in self._part)
+        if begin == end:
+            raise UserError(
+                f"{self.path} has only {len(everything)} tokens, too few to hold out 5% of them: use a longer file, or "
+                "train.bin and val.bin"
+            )
         return everything[begin:end]

@@ -11,7 +11,7 @@ import re
 import sys
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -27,6 +27,7 @@ _PIECE = 2**16  # bytes that are tokenized as one text
 _PIECES_AT_ONCE = 32
 _SAMPLES, _SAMPLE_SIZE = 64, 2**16  # tokens that a fingerprint of a long text is made from
 _PROGRESS_SECONDS = 10.0
+_LABEL_LENGTH = 48  # characters of an entry's name, of up to four bytes each: file systems allow 255 bytes
 _LEAST_KEPT = 0.99  # of the bytes of a text, by a tokenizer
 
 
@@ -41,14 +42,14 @@ def load(text: Text, tokenizer: FromJson | None) -> np.ndarray:
       The bytes, uint8 [n], or the tokens, uint16 (uint32 if the vocabulary is larger than 65,536) [n].
 
     Raises:
-      UserError: the text cannot be read, or the tokenizer loses a part of it; or it is long and the cache cannot be
-        written.
+      UserError: the text is empty or cannot be read, or the tokenizer loses a part of it; or it is long and the cache
+        cannot be written.
     """
-    label = re.sub(r"\W+", "-", text.name).strip("-")
+    label = re.sub(r"\W+", "-", text.name).strip("-")[-_LABEL_LENGTH:]
     digest = hashlib.sha256(f"{_RULES} {text.key} {tokenizer.kind if tokenizer else ''}".encode()).hexdigest()[:16]
 
     def make() -> Iterator[Arrays]:
-        blocks = _with_progress(text, text.blocks(is_utf8=tokenizer is not None))
+        blocks = _with_progress(text, read_blocks(text, is_utf8=tokenizer is not None))
         return _bytes(blocks) if tokenizer is None else _tokens(text, blocks, tokenizer)
 
     return cache.load(f"{label}-{digest}", make, most_in_memory=LONG)["text"]
@@ -63,6 +64,23 @@ def fingerprint(tokens: np.ndarray) -> str:
         sample = np.ascontiguousarray(tokens[start : start + _SAMPLE_SIZE])
         digest.update(zlib.crc32(sample.data).to_bytes(4, "big"))
     return digest.hexdigest()[:16]
+
+
+def read_blocks(text: Text, *, is_utf8: bool) -> Iterator[bytes]:
+    """Yields the blocks of a text, see `Text.blocks`.
+
+    Raises:
+      UserError: as `Text.blocks`, or it is empty.
+    """
+    is_empty = True
+    for block in filter(None, text.blocks(is_utf8=is_utf8)):
+        is_empty = False
+        yield block
+    if is_empty:
+        raise UserError(
+            f"{text.name}: a part of it has no text (of a set with only one split, the end is held out by whole rows): "
+            "use a longer text, or hold out tokens by --config.dataset.test_fraction=0.1"
+        )
 
 
 def _with_progress(text: Text, blocks: Iterator[bytes]) -> Iterator[bytes]:
@@ -85,24 +103,32 @@ def _bytes(blocks: Iterator[bytes]) -> Iterator[Arrays]:
 def _tokens(text: Text, blocks: Iterator[bytes], tokenizer: FromJson) -> Iterator[Arrays]:
     dtype = np.uint16 if len(tokenizer.names) <= 2**16 else np.uint32
     pieces = split(blocks)
-    is_first = True
+    size = found = 0  # bytes, and those that the tokens stand for
     while group := list(itertools.islice(pieces, _PIECES_AT_ONCE)):
-        try:
-            encoded = tokenizer.encode_texts([piece.decode() for piece in group])
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{text.name} is not in UTF-8 ({error.reason}): leave out the tokenizer for bytes"
-            ) from None
+        encoded = tokenizer.encode_texts(decoded(text.name, group))
         tokens = np.fromiter(itertools.chain.from_iterable(encoded), dtype, sum(map(len, encoded)))
-        if is_first:
-            _check_kept(text, tokenizer, tokens, sum(map(len, group)))
-            is_first = False
+        size += sum(map(len, group))
+        found += int(tokenizer.num_bytes[tokens].sum())
+        _check_kept(text, tokenizer, found, size)
         yield {"text": tokens}
 
 
-def _check_kept(text: Text, tokenizer: FromJson, tokens: np.ndarray, size: int) -> None:
-    """Raises `UserError` if the tokens do not stand for about `size` bytes: bits per byte would be wrong."""
-    found = int(tokenizer.num_bytes[tokens].sum())
+def decoded(name: str, pieces: Iterable[bytes]) -> list[str]:
+    """Decodes pieces of a text, which `name` names in messages.
+
+    Raises:
+      UserError: it is not in UTF-8.
+    """
+    try:
+        return [piece.decode() for piece in pieces]
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{name} is not in UTF-8 ({error.reason}), which a tokenizer needs: use the bytes, without a tokenizer"
+        ) from None
+
+
+def _check_kept(text: Text, tokenizer: FromJson, found: int, size: int) -> None:
+    """Raises `UserError` if tokens stand for `found`, not about `size` bytes: bits per byte would be wrong."""
     if abs(found - size) > (1 - _LEAST_KEPT) * size:
         raise UserError(
             f"{tokenizer.source}: its tokens stand for {found:,} of the first {size:,} bytes of {text.name}: use a "

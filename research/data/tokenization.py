@@ -4,18 +4,17 @@
 """
 
 import abc
+import contextlib
 import functools
 import hashlib
 import json
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from upath import UPath
 
-from research.data.file_errors import reading
 from research.errors import UserError
+from research.paths import open_path
 
 
 def library() -> Any:
@@ -172,8 +171,19 @@ class FromJson(Tokenizer):
         return None if name is None else self._tokenizer.token_to_id(name)
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Returns the tokens of each text, in several threads."""
-        return [x.ids for x in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        """Returns the tokens of each text, in several threads.
+
+        Raises:
+          UserError: a text cannot be encoded.
+        """
+        try:
+            return [x.ids for x in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        except Exception as error:  # its only type
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"{self.source} cannot encode the text ({reason}): use a tokenizer that encodes any text, such as "
+                "byte-level BPE"
+            ) from None
 
     def decode(self, tokens: Sequence[int] | np.ndarray) -> str:
         """Decodes the tokens; special tokens are kept."""
@@ -198,33 +208,53 @@ def _num_bytes(tokenizer: Any, content: str, names: tuple[str, ...]) -> np.ndarr
     return np.array([count(number, name) for number, name in enumerate(names)], np.int32)
 
 
-def _open(path: str) -> Any:
-    return UPath(path if "://" in path else os.path.expanduser(path))
+@contextlib.contextmanager
+def _reading(source: str) -> Iterator[None]:
+    """Turns any error of the block into a `UserError`: each file system of object stores raises its own types."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(
+            f"{source} could not be read ({reason}): fix the cause, such as its permissions or the credentials, and "
+            "run the same command again"
+        ) from None
+
+
+def _source(path: str) -> str:
+    return f"--config.dataset.tokenizer={path}"
 
 
 def exists(path: str) -> bool:
-    """Returns whether `path`, a local file or a URL, exists."""
-    return _open(path).exists()
+    """Returns whether `path`, a local file or a URL, exists.
+
+    Raises:
+      UserError: it cannot be opened, see `open_path`, or reached.
+    """
+    file = open_path(path)
+    with _reading(_source(path)):
+        return file.exists()
 
 
 def read(path: str) -> FromJson | None:
     """Reads a `tokenizer.json`; "" is none: bytes.
 
     Raises:
-      UserError: the file does not exist or is not a tokenizer.
+      UserError: the file does not exist, cannot be read or is not a tokenizer.
     """
     if not path:
         return None
-    source = f"--config.dataset.tokenizer={path}"
-    file = _open(path)
-    if file.is_dir():
-        raise UserError(f"{source} is a folder: give the file, as in {file / 'tokenizer.json'}")
-    if not file.exists():
-        raise UserError(
-            f"{source}: no such file; train a tokenizer with `python -m research.data.tokenizer`, or leave this out "
-            "for bytes"
-        )
-    with reading(file):
+    source, file = _source(path), open_path(path)
+    with _reading(source):
+        if file.is_dir():
+            raise UserError(f"{source} is a folder: give the file, as in {file / 'tokenizer.json'}")
+        if not file.exists():
+            raise UserError(
+                f"{source}: no such file; train a tokenizer with `python -m research.data.tokenizer`, or leave this "
+                "out for bytes"
+            )
         content = file.read_bytes()
     try:
         return FromJson(content.decode(), source)

@@ -7,7 +7,9 @@ It sees the training split only. Any text can be encoded, and is the same after 
 tokens with --config.dataset.tokenizer=tokenizer.json. It needs Hugging Face tokenizers: pip install -e ".[text]".
 """
 
+import contextlib
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -16,8 +18,8 @@ from typing import Any
 
 from absl import flags
 
-from research.data import tokenization
-from research.data.token_store import split
+from research.data import token_store, tokenization
+from research.data.token_store import decoded, split
 from research.errors import UserError
 
 _BYTES = 256  # of every vocabulary
@@ -63,9 +65,10 @@ def run(argv: Sequence[str]) -> None:
     start = time.monotonic()
     from research.data import named_sets  # late, since it imports jax
 
-    text = named_sets.open_text(given["name"], given["data_dir"])
-    print(f"training {given['vocabulary_size']:,} tokens on {text.name} ...", file=sys.stderr, flush=True)
-    content = train(text.blocks(is_utf8=True), given["vocabulary_size"])
+    with _own_flags():
+        text = named_sets.open_text(given["name"], given["data_dir"])
+        print(f"training {given['vocabulary_size']:,} tokens on {text.name} ...", file=sys.stderr, flush=True)
+        content = train(token_store.read_blocks(text, is_utf8=True), given["vocabulary_size"], text.name)
     new = out.with_name(f".{out.name}.{os.getpid()}.new")
     try:
         new.write_text(content, encoding="utf-8")
@@ -77,7 +80,17 @@ def run(argv: Sequence[str]) -> None:
     print(f"{out}: {size:,} tokens, in {time.monotonic() - start:.0f} s: use --config.dataset.tokenizer={out}")
 
 
-def train(blocks: Iterator[bytes], vocabulary_size: int) -> str:
+@contextlib.contextmanager
+def _own_flags() -> Iterator[None]:
+    """Names the flags of this command in the errors of the block, which name those of training."""
+    try:
+        yield
+    except UserError as error:
+        error.args = (re.sub(r"--config\.dataset\.(name|data_dir)\b", r"--\1", str(error)),)
+        raise
+
+
+def train(blocks: Iterator[bytes], vocabulary_size: int, name: str = "the text") -> str:
     """Trains byte-level byte-pair encoding, as of GPT-2 (Radford et al. 2019, section 2.2).
 
     The text need not fit in memory, but its different words must.
@@ -85,12 +98,13 @@ def train(blocks: Iterator[bytes], vocabulary_size: int) -> str:
     Args:
       blocks: the text, in UTF-8.
       vocabulary_size: the number of tokens; there are fewer if no pair of tokens is left that occurs twice.
+      name: of the text, in messages.
 
     Returns:
       The text of a `tokenizer.json`.
 
     Raises:
-      UserError: `tokenizers` is not installed.
+      UserError: `tokenizers` is not installed, or the text is not in UTF-8.
     """
     library = tokenization.library()
     tokenizer = library.Tokenizer(library.models.BPE())
@@ -102,7 +116,7 @@ def train(blocks: Iterator[bytes], vocabulary_size: int) -> str:
         initial_alphabet=sorted(library.pre_tokenizers.ByteLevel.alphabet()),
         show_progress=sys.stderr.isatty(),
     )
-    tokenizer.train_from_iterator((piece.decode() for piece in split(blocks)), trainer)
+    tokenizer.train_from_iterator((text for piece in split(blocks) for text in decoded(name, [piece])), trainer)
     return tokenizer.to_str()
 
 

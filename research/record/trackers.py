@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from research.errors import UserError
+from research.paths import check_no_password
 from research.record import drawing, storage
 from research.record.json_files import read_rows
 from research.record.mlflow_client import MlflowClient
 from research.record.output import Output
-from research.record.storage import check_no_password, is_local
+from research.record.storage import is_local
 from research.record.wandb_client import WandbClient
 from research.record.workdir import read_json
 

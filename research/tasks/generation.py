@@ -25,7 +25,7 @@ def draw(logits: jax.Array, key: jax.Array, temperature: float, top_p: float) ->
     """Draws tokens by nucleus sampling (Holtzman et al. 2020, arXiv 1904.09751, section 3.1).
 
     Args:
-      logits: float [n, tokens].
+      logits: float [n, vocabulary].
       key: the random key.
       temperature: divides the logits before `top_p` is applied; 0 takes the most likely token.
       top_p: only the fewest, most likely tokens whose probabilities sum to this or more are drawn from.
@@ -47,14 +47,14 @@ def draw(logits: jax.Array, key: jax.Array, temperature: float, top_p: float) ->
 def generate(
     model: Any, prompt: jax.Array, carry: Any, key: jax.Array, *, length: int, temperature: float, top_p: float
 ) -> jax.Array:
-    """Generates the characters that continue a prompt, in one compiled loop.
+    """Generates the tokens that continue a prompt, in one compiled loop.
 
     Args:
-      model: `model(tokens, carry, first, train=False)` returns logits [n, T, characters] and the carry.
+      model: `model(tokens, carry, first, train=False)` returns logits [n, T, vocabulary] and the carry.
       prompt: int [n, P], P at least 1; processed in one call.
       carry: the network's initial state.
       key: the random key.
-      length: the number of characters.
+      length: the number of tokens.
       temperature, top_p: see `draw`.
 
     Returns:

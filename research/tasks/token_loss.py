@@ -51,7 +51,9 @@ def of_logits(logits: jax.Array, targets: jax.Array) -> Losses:
 def _num_chunks(logits: Callable[[jax.Array], jax.Array], features: jax.Array) -> int:
     """Returns the least number of chunks of at most `MAX_LOGITS` on each device; at most one for each time step."""
     mesh = jax.sharding.get_abstract_mesh()
-    devices = math.prod(size for axis, size in mesh.shape.items() if axis not in mesh.manual_axes)
+    # Not along the axis `model`: it does not split an odd vocabulary, or one whose kernel is that of the embedding.
+    axes = mesh.shape.keys() - {*mesh.manual_axes, "model"}
+    devices = math.prod(mesh.shape[axis] for axis in axes)
     total = math.prod(jax.eval_shape(logits, features).shape)
     return min(features.shape[1], -(-total // (MAX_LOGITS * devices)))
 

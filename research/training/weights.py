@@ -16,7 +16,7 @@ import safetensors
 
 from research.errors import UserError
 from research.models import torch_layout
-from research.record.storage import open_path
+from research.paths import open_path
 from research.training.checkpoint import Checkpoints
 from research.training.checkpoint_choice import best_or_newest
 

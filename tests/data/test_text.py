@@ -128,6 +128,9 @@ def test_unsuitable_data_sets_are_an_error():
     images = {"image": np.zeros((2, 8, 8, 1), np.uint8), "label": np.zeros(2, np.int32)}
     with pytest.raises(UserError, match="digits is not a text: use tiny_shakespeare or pydoc"):
         text.streams(Dataset("digits", ("0",), images, None, images), 4, 10, 8)
+    numbers = {"text": np.arange(300)}
+    with pytest.raises(UserError, match=r"own/train: the feature text is int64\[300\], not bytes, uint8 \[n\]"):
+        text.streams(Dataset("own", (), numbers, None, numbers), 4, 10, 8)
 
 
 def test_pydoc_is_split_like_tiny_shakespeare():

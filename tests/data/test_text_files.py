@@ -1,6 +1,8 @@
 """Text in files: plain or gzip, one or many, with fixed parts held out; and files that are no text."""
 
+import errno
 import gzip
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -63,6 +65,27 @@ def test_files_are_sorted_and_joined_with_newlines_between_them(data_dir):
     (data_dir / ".hidden").write_bytes(b"\0")
     text = FileText("text/train", text_files.find(str(data_dir))["train"])
     assert read(text) == b"first\nsecond\nthird, in two members"
+
+
+def test_links_are_followed_and_an_unreadable_folder_is_an_error(data_dir, tmp_path, monkeypatch):
+    (data_dir / "a").mkdir()
+    (data_dir / "a" / "loop").symlink_to(data_dir)
+    (data_dir / "broken").symlink_to("absent")
+    (data_dir / "a" / "1.txt").write_bytes(b"one\n")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "2.txt").write_bytes(b"two")
+    (data_dir / "linked").symlink_to(tmp_path / "elsewhere")
+    assert read(FileText("text/train", text_files.find(str(data_dir))["train"])) == b"one\ntwo"
+    iterdir = Path.iterdir
+
+    def denied(path):
+        if path.name == "a":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return iterdir(path)
+
+    monkeypatch.setattr(Path, "iterdir", denied)
+    with pytest.raises(UserError, match=r"/a could not be read \(Permission denied\)"):
+        text_files.find(str(data_dir))
 
 
 def test_a_file_is_a_text_of_bytes_whose_end_is_held_out(data_dir):

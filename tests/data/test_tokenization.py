@@ -1,12 +1,15 @@
 """Tokenizers: prompts and texts, how many bytes a token stands for, bad files, and the command that trains them."""
 
+import errno
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from research.data import text_sets, tokenization, tokenizer
+from research.data import named_sets, text_sets, tokenization, tokenizer
+from research.data.tfds_sets import UnavailableError
 from research.data.tokenization import Bytes, FromJson, Numbers
 from research.errors import UserError
 
@@ -67,6 +70,10 @@ def test_special_tokens_stand_for_no_text():
         found.encode("z")
     with pytest.raises(UserError, match="the tokenizer has no tokens for a newline"):
         found.encode("")
+    # A vocabulary of words without one for unknown words: the library raises a bare Exception.
+    words = FromJson(library.Tokenizer(library.models.WordLevel({"a": 0}, unk_token="?")).to_str(), "words.json")
+    with pytest.raises(UserError, match=r"words\.json cannot encode the text \(.*\): use a tokenizer that"):
+        words.encode_texts(["b"])
 
 
 def test_what_is_no_tokenizer_is_named(tmp_path, monkeypatch):
@@ -83,6 +90,24 @@ def test_what_is_no_tokenizer_is_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="is a folder: give the file"):
         tokenization.read(str(tmp_path))
     assert tokenization.read("") is None
+    for url, words in (
+        ("foo://x", "foo:// is not supported"),
+        ("s3://key:s3cr3t@host/x", "a URL with a password"),
+        ("s3://bucket/x", "the package for s3:// is not installed"),
+    ):
+        monkeypatch.setitem(sys.modules, "s3fs", None)
+        for look in (tokenization.read, tokenization.exists):
+            with pytest.raises(UserError, match=words):
+                look(url)
+
+    def denied(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", denied)
+        for look in (tokenization.read, tokenization.exists):
+            with pytest.raises(UserError, match=r"json could not be read \(Permission denied\): fix the cause"):
+                look(str(path))
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(UserError, match=re.escape('pip install -e ".[text]"')):
         tokenization.read(str(path))
@@ -124,18 +149,37 @@ def test_the_command_trains_on_the_training_split(data_dir, capsys):
         (["extra"], "unexpected 'extra'"),
         (["--out=there.json"], "there.json exists"),
         (["--out=absent/x.json"], "no such folder"),
-        (["--data_dir=absent"], "data_dir=absent: no such file or folder"),
+        (["--data_dir=absent"], "--data_dir=absent: no such file or folder"),
+        (["--data_dir="], "--name=text needs --data_dir=DIR|FILE"),
+        (["--name=pydoc|"], "--name='pydoc|': name a data set"),
     ],
 )
 def test_bad_options_of_the_command(data_dir, monkeypatch, changes, words):
     monkeypatch.chdir(data_dir)
     (data_dir / "there.json").write_text("")
-    with pytest.raises(UserError, match=re.escape(words)):
+    with pytest.raises(UserError, match=re.escape(words)) as error:
         tokenizer.run(["--name=text", f"--data_dir={data_dir}", "--out=new.json", *changes])
+    assert "--config" not in str(error.value)
     assert [path.name for path in data_dir.iterdir()] == ["there.json"]
 
 
+def test_the_command_uses_the_first_set_that_is_available(monkeypatch, capsys):
+    def unavailable(name, config):
+        raise UnavailableError(name, "is not prepared", "prepare it")
+
+    monkeypatch.setattr(named_sets, "_load_tfds", unavailable)
+    assert named_sets.open_text("tiny_shakespeare|pydoc", "").name == "pydoc"
+    assert "WARNING: tiny_shakespeare is not prepared: using pydoc instead" in capsys.readouterr().err
+
+
+def test_training_needs_utf_8():
+    with pytest.raises(UserError, match=r"notes is not in UTF-8 \(.*\), which a tokenizer needs"):
+        tokenizer.train(iter([b"fine\n" * 20_000, b"\xff"]), 300, "notes")
+
+
 def test_images_are_not_a_text():
+    with pytest.raises(UserError, match=r"own: the feature text is int64\[3\], not bytes, uint8 \[n\]: convert it"):
+        text_sets.as_text("own", {"text": np.arange(3)})
     with pytest.raises(UserError, match="--name=digits is not a text"):
         text_sets.as_text("digits", {"image": np.zeros(3)})
     given = FromJson(tokenizer.train(iter([b""]), 256), "x")

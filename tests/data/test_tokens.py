@@ -2,6 +2,7 @@
 
 import itertools
 import tracemalloc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from research.config import DatasetConfig
-from research.data import cache, sources, text, text_sets, token_files, token_store, tokenization, tokenizer
+from research.data import (
+    cache,
+    sources,
+    text,
+    text_sets,
+    text_source,
+    tfds_records,
+    token_files,
+    token_store,
+    tokenization,
+    tokenizer,
+)
+from research.data.hugging_face_text import ColumnText
 from research.data.text_source import ArrayText
 from research.data.tfds_sets import find
 from research.errors import UserError
@@ -99,7 +112,7 @@ def test_pieces_depend_on_the_text_only(count, cuts, separator):
         piece.decode()
 
 
-def test_a_large_vocabulary_has_32_bits_and_a_lossy_tokenizer_is_refused(data_dir):
+def test_a_large_vocabulary_has_32_bits_and_a_lossy_tokenizer_is_refused(data_dir, monkeypatch):
     library = tokenization.library()
 
     def words(vocabulary):
@@ -115,6 +128,15 @@ def test_a_large_vocabulary_has_32_bits_and_a_lossy_tokenizer_is_refused(data_di
     lossy = ArrayText("x", np.frombuffer("abäö日本".encode() * 50, np.uint8))
     with pytest.raises(UserError, match=r"words\.json: its tokens stand for 300 of the first 600 bytes of x"):
         token_store.load(lossy, large)
+    # Also if only the end of the text is lost, tokenized after the start.
+    monkeypatch.setattr(token_store, "_PIECE", 100)
+    monkeypatch.setattr(token_store, "_PIECES_AT_ONCE", 1)
+    lossy = ArrayText("x", np.frombuffer(b"ab" * 50 + "äö日本".encode() * 50, np.uint8))
+    with pytest.raises(UserError, match=r"its tokens stand for 1\d\d of the first 200 bytes of x"):
+        token_store.load(lossy, large)
+    latin = ArrayText("x", np.frombuffer("ü".encode("latin-1") * 9, np.uint8))
+    with pytest.raises(UserError, match=r"x is not in UTF-8 \(.*\), which a tokenizer needs"):
+        token_store.load(latin, large)
 
 
 def test_a_long_text_needs_a_cache(book, monkeypatch, tmp_path):
@@ -150,7 +172,10 @@ def test_text_columns_of_hugging_face_sets(data_dir, book, names):
     datasets = pytest.importorskip("datasets")
     rows = [f"Row {n}, über.\n" * (n % 3) for n in range(100)]
     rows[7] = None
-    split = datasets.Dataset.from_dict({"text": rows, "label": list(range(100))})
+    split = datasets.Dataset.from_dict({"text": rows, "a": list(range(100)), "b": list(range(100))})
+    # Of several label columns none could be chosen, but a text needs none.
+    for column in "ab":
+        split = split.cast_column(column, datasets.ClassLabel(num_classes=100))
     datasets.DatasetDict(dict.fromkeys(names, split)).save_to_disk(data_dir / "set")
     found = book(name="hf:set", data_dir=str(data_dir))
     texts = {role: found.tokenizer.decode(split["text"]) for role, split in found.splits.items()}
@@ -159,6 +184,36 @@ def test_text_columns_of_hugging_face_sets(data_dir, book, names):
     else:
         parts = {"train": rows, "test": rows}
     assert texts == {role: "\n".join(row or "" for row in part) for role, part in parts.items()}
+
+
+def test_a_block_of_rows_is_limited_by_bytes(monkeypatch):
+    monkeypatch.setattr(text_source, "_BLOCK", 10)
+    rows = [b"a" * 7, b"", b"b" * 25, b"c", b"d" * 8, b""]
+    blocks = list(text_source.join(rows))
+    assert b"".join(blocks) == b"\n".join(rows)
+    assert max(map(len, blocks)) <= 9 + 1 + 25
+    records = SimpleNamespace(__getitems__=lambda numbers: [{"text": b"%d" % number} for number in numbers])
+    assert list(tfds_records._texts(records, 5, 105)) == [b"%d" % number for number in range(5, 105)]
+
+
+def test_rows_in_memory_are_hashed_whole():
+    datasets = pytest.importorskip("datasets")
+    rows = [f"row {n}" for n in range(10)]
+    column = ColumnText("x", datasets.Dataset.from_dict({"text": rows}))
+    other = ColumnText("x", datasets.Dataset.from_dict({"text": [*rows[:3], "now 3", *rows[4:]]}))
+    assert column.size == other.size
+    assert column.key != other.key
+    assert column.key == ColumnText("x", datasets.Dataset.from_dict({"text": rows})).key
+
+
+def test_a_part_without_rows_is_an_error_that_leaves_no_entry(data_dir, book):
+    datasets = pytest.importorskip("datasets")
+    folder = data_dir / ("set" * 50) / ("long" * 40)  # longer together than the name of a file may be
+    datasets.Dataset.from_dict({"text": ["One row."] * 8}).save_to_disk(folder)
+    with pytest.raises(UserError, match=r"a part of it has no text .* use a longer text, or hold out tokens by"):
+        book(name=f"hf:{folder}", data_dir="")
+    assert "{}" not in [path.read_text() for path in cache.folder().glob("*/entry.json")]
+    assert len(book(name=f"hf:{folder}", data_dir="", test_fraction=0.5).train["text"]) > 5
 
 
 def _write(path, tokens):
@@ -181,6 +236,9 @@ def test_files_of_tokens_are_used_as_they_are(data_dir, book, pairs):
     alone = book(data_dir=str(data_dir / "train.bin"))
     sizes = [len(split["text"]) for split in (alone.train, alone.validation, alone.test)]
     assert sizes == [270, 15, 15]
+    _write(data_dir / "short.bin", range(10))
+    with pytest.raises(UserError, match=r"short\.bin has only 10 tokens, too few to hold out 5% of them"):
+        book(data_dir=str(data_dir / "short.bin"))
     _write(data_dir / "val.bin", [last + 1])
     with pytest.raises(UserError, match=rf"val\.bin has the token {last + 1}, but .*json has only {last + 1}"):
         book(data_dir=str(data_dir))

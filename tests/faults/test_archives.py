@@ -112,11 +112,11 @@ def test_archives_of_arbitrary_members(tmp_path, members, more):
 def test_a_url_with_a_password_is_refused_without_repeating_it(text):
     from launch import job
     from launch.local import LocalOptions
-    from research.record import storage
+    from research import paths
 
     with pytest.raises(UserError, match="a URL with a password") as error:
-        storage.open_path(text)
+        paths.open_path(text)
     assert "s3cr3t" not in str(error.value)
     with pytest.raises(UserError, match="a URL with a password"):
         job.parse("local", "", LocalOptions(), ["experiments.cifar_cnn", f"--workdir={text}"])
-    storage.check_no_password("gs://bucket/a@b:c")
+    paths.check_no_password("gs://bucket/a@b:c")

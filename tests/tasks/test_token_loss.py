@@ -75,6 +75,13 @@ def test_values_and_gradients_are_those_of_all_logits(monkeypatch, limit, chunks
         np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
+def test_devices_that_share_the_model_are_not_counted(monkeypatch):
+    monkeypatch.setattr(token_loss, "MAX_LOGITS", B * VOCABULARY)
+    for shape, chunks in (((1, 1), 7), ((2, 1), 4), ((1, 2), 7)):
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh(shape, ("data", "model"))):
+            assert token_loss._num_chunks(Network().logits, jnp.zeros((B, T, WIDTH))) == chunks
+
+
 def test_chunks_lower_the_peak_memory(monkeypatch):
     tokens, vocabulary = 1024, 4096
     shapes = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, tokens, 32), (32, vocabulary)))

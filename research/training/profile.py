@@ -190,17 +190,22 @@ def table(events: list[Event], seconds: float, steps: int, program: str) -> list
     waiting = busy_seconds(events) - busy  # on an accelerator, data are often read while it computes
     shares = {"on devices": busy, WAITING_FOR_DATA: waiting, "other work of the host": max(0, seconds - busy - waiting)}
     parts = ", ".join(f"{name} {part / seconds:.1%}" for name, part in shares.items())
-    totals, kinds = self_seconds(operations), collections.Counter()
+    totals = self_seconds(operations)
+    kinds: dict[str, float] = collections.defaultdict(float)
     whole = sum(totals.values())
     for name, spent in totals.items():
         kinds[re.sub(r"[.\d]+$", "", name)] += spent / whole
     lines = [
         f"  {1e3 * seconds / steps:,.2f} ms per step: {parts}",
-        "  operations by kind: " + ", ".join(f"{kind} {share:.1%}" for kind, share in kinds.most_common(_KINDS)),
+        "  operations by kind: " + ", ".join(f"{kind} {share:.1%}" for kind, share in _largest(kinds, _KINDS)),
         "  ms per step   share  operation",
     ]
     sources = dict(re.findall(r'^\s*(?:ROOT )?%?([\w.-]+) = .*op_name="([^"]*)"', program, re.MULTILINE))
-    for name, spent in sorted(totals.items(), key=lambda item: -item[1])[:_ROWS]:
+    for name, spent in _largest(totals, _ROWS):
         source = "/".join(sources.get(name, "").split("/")[-2:])
         lines.append(f"  {1e3 * spent / steps:11.3f}  {spent / whole:6.1%}  {name}  {source}".rstrip())
     return lines
+
+
+def _largest(seconds: dict[str, float], count: int) -> list[tuple[str, float]]:
+    return sorted(seconds.items(), key=lambda item: -item[1])[:count]

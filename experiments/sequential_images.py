@@ -5,6 +5,9 @@ python -m experiments.sequential_images --config=permuted      its pixels in a f
 python -m experiments.sequential_images --config=cifar10       grayscale CIFAR-10, 1,024 steps
 python -m experiments.sequential_images --config.model.name=mingru      also lstm, gru and simple
 
+The first reaches 98.74% on MNIST's test split, the second 93.88% (one run each, 4 epochs, 50 minutes of training on one
+x86 CPU core with AVX2, shared with other work).
+
 Le et al. 2015 (arXiv 1504.00941) introduced the first two, Long Range Arena (Tay et al. 2021, arXiv 2011.04006) the
 third, for which it turns the colors into gray.
 """

@@ -195,6 +195,7 @@ TESTED_ELSEWHERE = {
     "dataset.crop_min_area",
     "dataset.center_crop",
     "dataset.max_damaged",
+    "dataset.tokenizer",
     "distributed.start",
     "distributed.timeout",
     "init.path",

@@ -17,7 +17,7 @@ from PIL import Image
 
 from experiments import char_rnn
 from launch import predict
-from launch.artifacts import artifact, batches, sampling
+from launch.artifacts import artifact, batches, sampling, tokens
 from launch.artifacts.artifact import ArtifactError
 from launch.artifacts.runtimes import described
 from launch.export import _export
@@ -127,6 +127,7 @@ def test_nothing_of_research_is_imported_but_the_decoder(classifier, tmp_path, e
         "research.data",
         "research.data.decoding",
         "research.process",
+        "research.process.allocator",
         "research.process.child",
         "research.process.xla_flags",
     }
@@ -305,7 +306,7 @@ def test_options_that_do_not_apply_are_refused(request, tmp_path, monkeypatch, k
 
 
 def test_a_prompt_may_be_bytes_that_the_network_knows():
-    assert predict._tokens("a\udcc3", ("a", "\xc3")) == [0, 1]
+    assert tokens.encode({"classes": ["a", "\xc3"]}, "a\udcc3") == [0, 1]
     np.testing.assert_array_equal(Bytes(("a", "\xc3")).encode("a\udcc3"), [0, 1])
 
 

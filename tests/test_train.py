@@ -158,6 +158,7 @@ def test_evaluation_catches_a_last_update_that_diverges(tmp_path):
 
 def test_non_finite_metrics_are_recorded_as_null(tmp_path):
     with writer.Writer(tmp_path, 1, active=True) as record:
+        record.resume(0, {})
         record.scalars(1, 1, {"loss": 1.0, "grad_norm": math.inf, "other": math.nan})
     assert read_lines(tmp_path) == [{"step": 1, "epoch": 1, "loss": 1.0, "grad_norm": None, "other": None}]
 

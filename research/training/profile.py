@@ -2,6 +2,8 @@
 
 import bisect
 import collections
+import gzip
+import json
 import math
 import re
 import sys
@@ -12,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from jax.profiler import ProfileData
 from tqdm import tqdm
 
 from research.data.pipeline import WAITING_FOR_DATA
@@ -118,9 +119,10 @@ def make(text: str, num_train_steps: int, workdir: Path) -> Profile:
 
 def read(folder: Path) -> list[Event]:
     """Returns the operations of the trace in a folder, and the waits for data."""
-    (path,) = folder.rglob("*.xplane.pb")
+    # The JSON file of the trace: reading the other one, xplane.pb, aborts the process in jaxlib 0.12.
+    (path,) = folder.rglob("*.trace.json.gz")
     events, ends = [], collections.defaultdict(list)
-    for event in _events(ProfileData.from_file(str(path))):
+    for event in _events(json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]):
         if event.name.startswith(_END):
             ends[event.name.removeprefix(_END)].append(event.end)
         else:
@@ -140,17 +142,21 @@ def _until_end(event: Event, ends: Sequence[float]) -> Event:
     return event._replace(end=after[0], track=f"{event.track} {event.name}") if after else event
 
 
-def _events(profile: Any) -> Iterator[Event]:
-    for plane in profile.planes:
-        for line in plane.lines:
-            # On a TPU one line has all operations; on CPUs and GPUs, operations carry the name of their instruction.
-            is_operation = plane.name.startswith("/device:TPU") and line.name == "XLA Ops"
-            for event in line.events:
-                is_named = event.name == WAITING_FOR_DATA or event.name.startswith(_END)
-                if is_operation or is_named or any(name == "hlo_op" for name, _ in event.stats):
-                    name = event.name if is_named else event.name.removeprefix("%").partition(" ")[0]
-                    start = event.start_ns / 1e9
-                    yield Event(name, f"{plane.name} {line.name}", start, start + event.duration_ns / 1e9)
+def _events(trace: list[dict[str, Any]]) -> Iterator[Event]:
+    # "M" names a process or thread, "X" is a complete event; times are in microseconds.
+    named = [e for e in trace if e.get("ph") == "M"]
+    processes = {e["pid"]: e["args"]["name"] for e in named if e["name"] == "process_name"}
+    threads = {(e["pid"], e["tid"]): e["args"]["name"] for e in named if e["name"] == "thread_name"}
+    for event in trace:
+        if event.get("ph") != "X":
+            continue
+        pid, tid = event["pid"], event["tid"]
+        # On a TPU one line has all operations; on CPUs and GPUs, operations carry the name of their instruction.
+        is_operation = processes.get(pid, "").startswith("/device:TPU") and threads.get((pid, tid)) == "XLA Ops"
+        is_named = event["name"] == WAITING_FOR_DATA or event["name"].startswith(_END)
+        if is_operation or is_named or "hlo_op" in event.get("args", {}):
+            name = event["name"] if is_named else event["name"].removeprefix("%").partition(" ")[0]
+            yield Event(name, f"{pid} {tid}", event["ts"] / 1e6, (event["ts"] + event.get("dur", 0)) / 1e6)
 
 
 def self_seconds(events: Iterable[Event]) -> dict[str, float]:

@@ -77,9 +77,10 @@ def test_values_and_gradients_are_those_of_all_logits(monkeypatch, limit, chunks
 
 def test_devices_that_share_the_model_are_not_counted(monkeypatch):
     monkeypatch.setattr(token_loss, "MAX_LOGITS", B * VOCABULARY)
+    network, features = Network(), jnp.zeros((B, T, WIDTH))
     for shape, chunks in (((1, 1), 7), ((2, 1), 4), ((1, 2), 7)):
         with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh(shape, ("data", "model"))):
-            assert token_loss._num_chunks(Network().logits, jnp.zeros((B, T, WIDTH))) == chunks
+            assert token_loss._num_chunks(network.logits, features) == chunks
 
 
 def test_chunks_lower_the_peak_memory(monkeypatch):

@@ -17,13 +17,12 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import joblib
 from absl import flags
 from tqdm import tqdm
 
-from research.data import embedded, resized_copy
+from research.data import command_line, embedded, resized_copy
 from research.data.source import Source
 from research.errors import UserError
 
@@ -52,11 +51,7 @@ def copy_name(name: str, data_dir: str) -> str:
 
 def define_flags() -> flags.FlagValues:
     """Defines the flags of this command."""
-    values = flags.FlagValues()
-    flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
-    flags.DEFINE_string("name", "", "the set, as in --config.dataset.name", flag_values=values)
-    flags.DEFINE_string("data_dir", "", "its folder, as in --config.dataset.data_dir", flag_values=values)
-    flags.DEFINE_string("out", "", "folder for the copy, a local one", flag_values=values)
+    values = command_line.new_flags("set", "folder for the copy, a local one")
     flags.DEFINE_integer("side", 256, "largest length of the shorter side, in pixels", 1, flag_values=values)
     flags.DEFINE_integer("quality", 95, "quality of JPEG", 1, 100, flag_values=values)
     flags.DEFINE_integer("processes", None, "worker processes (default: all cores)", 1, flag_values=values)
@@ -70,20 +65,9 @@ def run(argv: Sequence[str]) -> None:
     Raises:
       UserError: bad input, found before anything is written; damaged examples; or a full disk.
     """
-    values = define_flags()
-    try:
-        unexpected = values(["resize", *argv])[1:]
-    except flags.Error as error:
-        raise UserError(str(error)) from None
-    if values["help"].value:
-        print(f"{str(__doc__).strip()}\n\n{values.main_module_help() or values.get_help()}".rstrip())
+    given = command_line.parse(define_flags(), argv, str(__doc__), "--name=SET --out=DIR")
+    if not given:
         return
-    given: dict[str, Any] = values.flag_values_dict()
-    if unexpected:
-        raise UserError(f"unexpected {unexpected[0]!r}: every option is of the form --name=value; --help lists them")
-    for flag in ("name", "out"):
-        if not given[flag]:
-            raise UserError(f"--{flag} is missing: give --name=SET --out=DIR; --help lists the options")
     if "://" in given["out"]:
         raise UserError(f"--out={given['out']}: write the copy to a local folder, and then copy that")
     out = Path(given["out"]).expanduser()
@@ -133,14 +117,7 @@ class _Progress:
 
 def main(argv: Sequence[str]) -> None:
     """Runs the command; an error is one line on stderr and an exit code (see `research.errors`)."""
-    try:
-        run(argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("error: interrupted; the same command continues the copy", file=sys.stderr)
-        sys.exit(130)
+    command_line.start(run, argv, "the same command continues the copy")
 
 
 if __name__ == "__main__":

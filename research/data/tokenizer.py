@@ -14,11 +14,10 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 
-from research.data import token_store, tokenization
+from research.data import command_line, token_store, tokenization
 from research.data.token_store import decoded, split
 from research.errors import UserError
 
@@ -27,12 +26,8 @@ _BYTES = 256  # of every vocabulary
 
 def define_flags() -> flags.FlagValues:
     """Defines the flags of this command."""
-    values = flags.FlagValues()
-    flags.DEFINE_boolean("help", False, "show this help", short_name="h", flag_values=values)
-    flags.DEFINE_string("name", "", "the text, as in --config.dataset.name", flag_values=values)
-    flags.DEFINE_string("data_dir", "", "its folder, as in --config.dataset.data_dir", flag_values=values)
+    values = command_line.new_flags("text", "the new file")
     flags.DEFINE_integer("vocabulary_size", 8192, "number of tokens", _BYTES + 1, 2**24, flag_values=values)
-    flags.DEFINE_string("out", "", "the new file", flag_values=values)
     return values
 
 
@@ -42,20 +37,9 @@ def run(argv: Sequence[str]) -> None:
     Raises:
       UserError: bad input, found before training; or the file cannot be written.
     """
-    values = define_flags()
-    try:
-        unexpected = values(["tokenizer", *argv])[1:]
-    except flags.Error as error:
-        raise UserError(str(error)) from None
-    if values["help"].value:
-        print(f"{str(__doc__).strip()}\n\n{values.main_module_help() or values.get_help()}".rstrip())
+    given = command_line.parse(define_flags(), argv, str(__doc__), "--name=SET --out=tokenizer.json")
+    if not given:
         return
-    given: dict[str, Any] = values.flag_values_dict()
-    if unexpected:
-        raise UserError(f"unexpected {unexpected[0]!r}: every option is of the form --name=value; --help lists them")
-    for flag in ("name", "out"):
-        if not given[flag]:
-            raise UserError(f"--{flag} is missing: give --name=SET --out=tokenizer.json; --help lists the options")
     out = Path(given["out"]).expanduser()
     if out.exists():
         raise UserError(f"--out={out} exists: give another file, or remove it")
@@ -122,14 +106,7 @@ def train(blocks: Iterator[bytes], vocabulary_size: int, name: str = "the text")
 
 def main(argv: Sequence[str]) -> None:
     """Runs the command; an error is one line on stderr and an exit code (see `research.errors`)."""
-    try:
-        run(argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("error: interrupted; nothing was written", file=sys.stderr)
-        sys.exit(130)
+    command_line.start(run, argv, "nothing was written")
 
 
 if __name__ == "__main__":

@@ -1,44 +1,19 @@
 """The recurrent networks equal their equations, carry their state, and every field of their config has its effect."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from text_network import NUM_TOKENS, OPTIONS, apply, draw_tokens, filled
 
 from research import sharding
 from research.config import Config, MeshConfig, RNNConfig
 from research.models import rnn
 
 CELLS = ("simple", "gru", "lstm", "mingru", "lru")
-CHARACTERS = 11
-OPTIONS = {"xla_backend_optimization_level": 0}  # compiling takes longer than running
-
-
-def _filled(config: RNNConfig) -> nnx.Module:
-    """Returns a network drawn by NumPy: compiling the initialization would dominate the tests."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: rnn.RNN(config, CHARACTERS, nnx.Rngs(0))))
-    rng = np.random.default_rng(0)
-    scale = {1: 0.5, 2: config.width**-0.5}
-    draw = jax.tree.map(lambda leaf: jnp.asarray(scale[leaf.ndim] * rng.standard_normal(leaf.shape), leaf.dtype), state)
-    return nnx.merge(graphdef, draw)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 5), compiler_options=OPTIONS)
-def _call(graphdef, state, tokens, carry, first, train, key):
-    return nnx.merge(graphdef, state)(tokens, carry, first, train=train, key=key)
-
-
-def _apply(model, tokens, carry, first=None, *, train=False, key=None):
-    first = np.zeros(len(tokens), bool) if first is None else np.asarray(first)
-    return _call(*nnx.split(model), jnp.asarray(tokens), carry, first, train, key)
-
-
-def _tokens(length, batch_size=4):
-    return np.random.default_rng(1).integers(0, CHARACTERS, (batch_size, length))
 
 
 def _memory(config, batch_size=4):
@@ -68,9 +43,9 @@ def _layer_params(name: str, w: int) -> int:
 @pytest.mark.parametrize("tied", [False, True])
 def test_parameter_counts(name, tied):
     config = RNNConfig(name=name, width=24, layers=3, tied=tied)
-    model = nnx.eval_shape(lambda: rnn.RNN(config, CHARACTERS, nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: rnn.RNN(config, NUM_TOKENS, nnx.Rngs(0)))
     count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
-    outside = CHARACTERS * 24 * (1 if tied else 2) + CHARACTERS + (24 if name in rnn.PARALLEL else 0)
+    outside = NUM_TOKENS * 24 * (1 if tied else 2) + NUM_TOKENS + (24 if name in rnn.PARALLEL else 0)
     assert count == 3 * _layer_params(name, 24) + outside
 
 
@@ -78,11 +53,11 @@ def test_parameter_counts(name, tied):
 def test_the_carry_continues_a_text_that_was_cut(name):
     """Reads a text at once, and in three pieces, one of them a single character."""
     config = RNNConfig(name=name, width=8)
-    model, tokens, carry = _filled(config), _tokens(8), _memory(config)
-    whole, last = _apply(model, tokens, carry)
+    model, tokens, carry = filled(config), draw_tokens(8, batch_size=4), _memory(config)
+    whole, last = apply(model, tokens, carry)
     pieces = []
     for piece in (tokens[:, :4], tokens[:, 4:5], tokens[:, 5:]):
-        logits, carry = _apply(model, piece, carry)
+        logits, carry = apply(model, piece, carry)
         pieces.append(logits)
     _close((jnp.concatenate(pieces, 1), carry), (whole, last))
 
@@ -90,17 +65,17 @@ def test_the_carry_continues_a_text_that_was_cut(name):
 @pytest.mark.parametrize("name", CELLS)
 def test_first_resets_single_rows_and_the_future_is_not_seen(name):
     config = RNNConfig(name=name, width=8, layers=1)
-    model, tokens, carry = _filled(config), _tokens(6), _memory(config)
+    model, tokens, carry = filled(config), draw_tokens(6, batch_size=4), _memory(config)
     first = np.array([True, False, True, False])
-    reset, _ = _apply(model, tokens, carry, first)
-    fresh, _ = _apply(model, tokens, rnn.initial_carry(config, 4))
-    kept, _ = _apply(model, tokens, carry)
+    reset, _ = apply(model, tokens, carry, first)
+    fresh, _ = apply(model, tokens, rnn.initial_carry(config, 4))
+    kept, _ = apply(model, tokens, carry)
     _close(reset[first], fresh[first])
     _close(reset[~first], kept[~first])
     assert np.abs(fresh - kept).max(axis=(1, 2)).min() > 1e-3
     other = tokens.copy()
-    other[:, 3:] = (other[:, 3:] + 1) % CHARACTERS
-    changed, _ = _apply(model, other, carry)
+    other[:, 3:] = (other[:, 3:] + 1) % NUM_TOKENS
+    changed, _ = apply(model, other, carry)
     np.testing.assert_array_equal(changed[:, :3], kept[:, :3])
     assert np.abs(changed[:, 3:] - kept[:, 3:]).max(axis=(0, 2)).min() > 1e-3
 
@@ -146,8 +121,8 @@ def _lru(layer, x, h):
 @pytest.mark.parametrize(("name", "equations"), [("mingru", _min_gru), ("lru", _lru)])
 def test_the_parallel_networks_equal_their_equations(name, equations):
     config = RNNConfig(name=name, width=8, layers=2)
-    model, tokens = _filled(config), _tokens(6)
-    logits, last = _apply(model, tokens, carry := _memory(config))
+    model, tokens = filled(config), draw_tokens(6, batch_size=4)
+    logits, last = apply(model, tokens, carry := _memory(config))
     memories = [np.float64(state[0]) for state in carry]
     for t in range(6):
         x = np.float64(model.embedding.embedding[...])[tokens[:, t]]
@@ -160,13 +135,13 @@ def test_the_parallel_networks_equal_their_equations(name, equations):
 
 @pytest.mark.parametrize("name", ["gru", "mingru", "lru"])
 def test_dropout_acts_in_training_only_and_stores_no_random_state(name):
-    model, plain = (_filled(RNNConfig(name=name, width=8, layers=1, dropout=rate)) for rate in (0.5, 0.0))
+    model, plain = (filled(RNNConfig(name=name, width=8, layers=1, dropout=rate)) for rate in (0.5, 0.0))
     assert not jax.tree.leaves(nnx.state(model, nnx.RngState))
-    tokens, carry = _tokens(3), rnn.initial_carry(RNNConfig(name=name, width=8, layers=1), 4)
+    tokens, carry = draw_tokens(3, batch_size=4), rnn.initial_carry(RNNConfig(name=name, width=8, layers=1), 4)
     keys = jax.random.split(jax.random.key(0))
-    evaluation = _apply(plain, tokens, carry)[0]
-    np.testing.assert_array_equal(_apply(model, tokens, carry, key=keys[0])[0], evaluation)
-    one, other = (_apply(model, tokens, carry, train=True, key=key)[0] for key in keys)
+    evaluation = apply(plain, tokens, carry)[0]
+    np.testing.assert_array_equal(apply(model, tokens, carry, key=keys[0])[0], evaluation)
+    one, other = (apply(model, tokens, carry, train=True, key=key)[0] for key in keys)
     assert np.abs(one - other).max() > 1e-3
     assert np.abs(one - evaluation).max() > 1e-3
 
@@ -174,13 +149,13 @@ def test_dropout_acts_in_training_only_and_stores_no_random_state(name):
 @pytest.mark.parametrize("name", ["gru", "mingru", "lru"])
 def test_bfloat16_networks_return_float32_logits_and_states(name):
     carry = _memory(config := RNNConfig(name=name, width=8, layers=1))
-    full = _apply(_filled(config), _tokens(3), carry)
-    low = _apply(_filled(dataclasses.replace(config, dtype="bfloat16")), _tokens(3), carry)
+    full = apply(filled(config), draw_tokens(3, batch_size=4), carry)
+    low = apply(filled(dataclasses.replace(config, dtype="bfloat16")), draw_tokens(3, batch_size=4), carry)
     assert {leaf.dtype for leaf in jax.tree.leaves((low, full))} == {jnp.dtype(jnp.float32)}
     assert 1e-4 < np.abs(low[0] - full[0]).max() < 0.3
 
 
-def _initial(config, vocabulary_size=CHARACTERS):
+def _initial(config, vocabulary_size=NUM_TOKENS):
     """Returns the initial parameters."""
     return jax.jit(lambda: nnx.state(rnn.RNN(config, vocabulary_size, nnx.Rngs(0))), compiler_options=OPTIONS)()
 
@@ -223,8 +198,8 @@ def test_lru_is_initialized_on_its_ring_and_keeps_the_scale_of_its_input():
 )
 def test_eight_devices_agree_with_one(name, axes):
     config = RNNConfig(name=name, width=8, layers=1)
-    graphdef, state = nnx.split(_filled(config))
-    tokens, carry, first = jnp.asarray(_tokens(8)), _memory(config), np.array([True, False] * 2)
+    graphdef, state = nnx.split(filled(config))
+    tokens, carry, first = jnp.asarray(draw_tokens(8, batch_size=4)), _memory(config), np.array([True, False] * 2)
 
     def loss(state, mesh, tokens, carry, first):
         state = state if mesh is None else sharding.gather(state, mesh)

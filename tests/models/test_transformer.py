@@ -1,44 +1,19 @@
 """The Transformer equals its equations in NumPy, at once and token by token, and every field has its effect."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from text_network import NUM_TOKENS, OPTIONS, apply, draw_tokens, filled
 
 from research.config import MeshConfig, RNNConfig
 from research.errors import UserError
 from research.models import text_networks, transformer
 
-TOKENS = 11
 CONFIG = RNNConfig(name="transformer", width=8, layers=2, heads=2)
-OPTIONS = {"xla_backend_optimization_level": 0}  # compiling takes longer than running
-
-
-def _filled(config):
-    """Returns a network drawn by NumPy: compiling the initialization would dominate the tests."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: transformer.Transformer(config, TOKENS, nnx.Rngs(0))))
-    rng = np.random.default_rng(0)
-    scale = {1: 0.5, 2: config.width**-0.5}
-    draw = jax.tree.map(lambda leaf: jnp.asarray(scale[leaf.ndim] * rng.standard_normal(leaf.shape), leaf.dtype), state)
-    return nnx.merge(graphdef, draw)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 5), compiler_options=OPTIONS)
-def _call(graphdef, state, tokens, carry, first, train, key):
-    return nnx.merge(graphdef, state)(tokens, carry, first, train=train, key=key)
-
-
-def _apply(model, tokens, carry=(), first=None, *, train=False, key=None):
-    first = np.zeros(len(tokens), bool) if first is None else np.asarray(first)
-    return _call(*nnx.split(model), jnp.asarray(tokens), carry, first, train, key)
-
-
-def _tokens(length=7, batch_size=3):
-    return np.random.default_rng(1).integers(0, TOKENS, (batch_size, length))
 
 
 def _norm(x, layer):
@@ -90,8 +65,8 @@ def _expected(model, tokens, heads=2, scale=0.5, window=100):
     ],
 )
 def test_it_equals_its_equations(fields, heads, scale):
-    model, tokens = _filled(dataclasses.replace(CONFIG, **fields)), _tokens()
-    logits, carry = _apply(model, tokens)
+    model, tokens = filled(dataclasses.replace(CONFIG, **fields)), draw_tokens()
+    logits, carry = apply(model, tokens)
     assert carry == ()
     for row, text in zip(logits, tokens):
         np.testing.assert_allclose(row, _expected(model, text, heads, scale), rtol=1e-5, atol=1e-5)
@@ -100,10 +75,10 @@ def test_it_equals_its_equations(fields, heads, scale):
 @pytest.mark.parametrize("pieces", [[1] * 7, [4, 1, 2], [7]], ids=str)
 @pytest.mark.parametrize("context", [7, 3])
 def test_with_a_cache_it_attends_to_the_last_tokens_however_the_text_is_cut(context, pieces):
-    model, tokens, logits = _filled(CONFIG), _tokens(), []
+    model, tokens, logits = filled(CONFIG), draw_tokens(), []
     carry = transformer.empty_cache(CONFIG, context, 3)
     for piece in np.split(tokens, np.cumsum(pieces)[:-1], axis=1):
-        some, carry = _apply(model, piece, carry)
+        some, carry = apply(model, piece, carry)
         logits.append(some)
     assert carry.count.tolist() == [7, 7, 7]
     for row, text in zip(np.concatenate(logits, 1), tokens):
@@ -111,32 +86,32 @@ def test_with_a_cache_it_attends_to_the_last_tokens_however_the_text_is_cut(cont
 
 
 def test_first_forgets_the_cache_of_single_rows():
-    model, tokens = _filled(CONFIG), _tokens()
-    _, carry = _apply(model, tokens, transformer.empty_cache(CONFIG, 4, 3))
-    kept, _ = _apply(model, tokens, carry)
-    reset, _ = _apply(model, tokens, carry, [True, False, True])
-    fresh, _ = _apply(model, tokens, transformer.empty_cache(CONFIG, 4, 3))
+    model, tokens = filled(CONFIG), draw_tokens()
+    _, carry = apply(model, tokens, transformer.empty_cache(CONFIG, 4, 3))
+    kept, _ = apply(model, tokens, carry)
+    reset, _ = apply(model, tokens, carry, [True, False, True])
+    fresh, _ = apply(model, tokens, transformer.empty_cache(CONFIG, 4, 3))
     np.testing.assert_allclose(reset[::2], fresh[::2], atol=1e-6)
     np.testing.assert_allclose(reset[1], kept[1], atol=1e-6)
     assert np.abs(kept - fresh)[:, 0].max(-1).min() > 1e-3
 
 
 def test_the_future_is_not_seen():
-    model, tokens = _filled(CONFIG), _tokens()
-    logits, _ = _apply(model, tokens)
-    tokens[:, 4:] = (tokens[:, 4:] + 1) % TOKENS
-    changed, _ = _apply(model, tokens)
+    model, tokens = filled(CONFIG), draw_tokens()
+    logits, _ = apply(model, tokens)
+    tokens[:, 4:] = (tokens[:, 4:] + 1) % NUM_TOKENS
+    changed, _ = apply(model, tokens)
     np.testing.assert_array_equal(changed[:, :4], logits[:, :4])
     assert np.abs(changed - logits)[:, 4:].max(axis=(0, 2)).min() > 1e-3
 
 
 def test_dropout_acts_in_training_only_and_stores_no_random_state():
-    model = _filled(dataclasses.replace(CONFIG, dropout=0.5))
+    model = filled(dataclasses.replace(CONFIG, dropout=0.5))
     assert not jax.tree.leaves(nnx.state(model, nnx.RngState))
     keys = jax.random.split(jax.random.key(0))
-    evaluation, _ = _apply(_filled(CONFIG), _tokens())
-    np.testing.assert_array_equal(_apply(model, _tokens(), key=keys[0])[0], evaluation)
-    one, other = (_apply(model, _tokens(), train=True, key=key)[0] for key in keys)
+    evaluation, _ = apply(filled(CONFIG), draw_tokens())
+    np.testing.assert_array_equal(apply(model, draw_tokens(), key=keys[0])[0], evaluation)
+    one, other = (apply(model, draw_tokens(), train=True, key=key)[0] for key in keys)
     assert np.abs(one - other).max() > 1e-3
     assert np.abs(one - evaluation).max() > 1e-3
 
@@ -145,7 +120,7 @@ def test_bfloat16_returns_float32_logits_and_a_cache_of_half_the_size():
     low = dataclasses.replace(CONFIG, dtype="bfloat16")
     carry = transformer.empty_cache(low, 4, 3)
     assert {x.dtype for x in jax.tree.leaves(carry.layers)} == {jnp.dtype(jnp.bfloat16)}
-    (full, _), (logits, new) = _apply(_filled(CONFIG), _tokens(4)), _apply(_filled(low), _tokens(4), carry)
+    (full, _), (logits, new) = apply(filled(CONFIG), draw_tokens(4)), apply(filled(low), draw_tokens(4), carry)
     assert logits.dtype == jnp.float32
     assert jax.tree.map(lambda x: x.dtype, new) == jax.tree.map(lambda x: x.dtype, carry)
     assert 1e-4 < np.abs(logits - full).max() < 0.3
@@ -154,9 +129,9 @@ def test_bfloat16_returns_float32_logits_and_a_cache_of_half_the_size():
 @pytest.mark.parametrize("tied", [False, True])
 def test_parameter_counts(tied):
     config = RNNConfig(name="transformer", width=24, layers=3, tied=tied)
-    model = nnx.eval_shape(lambda: transformer.Transformer(config, TOKENS, nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: transformer.Transformer(config, NUM_TOKENS, nnx.Rngs(0)))
     count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
-    assert count == 3 * (4 * 24 * 24 + 3 * 24 * 64 + 2 * 24) + 24 + TOKENS * 24 * (1 if tied else 2)
+    assert count == 3 * (4 * 24 * 24 + 3 * 24 * 64 + 2 * 24) + 24 + NUM_TOKENS * 24 * (1 if tied else 2)
 
 
 def test_initial_kernels_have_their_scales():

@@ -52,6 +52,11 @@ class ReplicaError(UserError):
     exit_code = 6
 
 
+def brief(error: BaseException) -> str:
+    """Returns the error's text on one line, at most 200 characters of it, to be quoted in a message."""
+    return " ".join(str(error).split())[:200]
+
+
 _OUT_OF_MEMORY_TEXTS = ("RESOURCE_EXHAUSTED", "Out of memory allocating")  # the second: XLA:CPU, with status INTERNAL
 _ADVICE = (
     "lower --config.microbatch_size, a divisor of --config.batch_size: how many examples are in memory at once (and in "

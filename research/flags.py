@@ -211,7 +211,10 @@ def make_command(experiment: Experiment, values: absl_flags.FlagValues) -> Comma
     _check_length(config, values)
     config_lib.check(config)
     options = _sample_options(experiment, values, mode)
-    tracked = trackers.parse(values["tracker"].value, workdir, mode)
+    for name in ("tracker", "profile"):
+        if mode != "train" and values[name].value:
+            raise UserError(f"--{name}={values[name].value} is for training: leave it or --mode={mode} out")
+    tracked = trackers.parse(values["tracker"].value, workdir) if mode == "train" else ()
     return Command(
         config,
         workdir,
@@ -222,7 +225,7 @@ def make_command(experiment: Experiment, values: absl_flags.FlagValues) -> Comma
         earlier,
         reproduces,
         tracked,
-        _profile(values, mode),
+        str(values["profile"].value),
     )
 
 
@@ -244,13 +247,6 @@ def _checkpoint(values: absl_flags.FlagValues, mode: str) -> str:
             f"--checkpoint={checkpoint} is for evaluation, sampling and export: training resumes from the newest"
         )
     return checkpoint
-
-
-def _profile(values: absl_flags.FlagValues, mode: str) -> str:
-    text = str(values["profile"].value)
-    if mode != "train" and text:
-        raise UserError(f"--profile={text} is for training: leave it or --mode={mode} out")
-    return text
 
 
 def _sample_options(experiment: Experiment, values: absl_flags.FlagValues, mode: str) -> Any:

@@ -1,4 +1,4 @@
-"""What trackers receive, over kills, resumes and failures; their flags. (Real ones: test_tracker_clients.py.)"""
+"""Trackers receive the record over kills, resumes and failures; their flags. (Real ones: test_tracker_clients.py.)"""
 
 import json
 import shutil

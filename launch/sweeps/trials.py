@@ -19,7 +19,7 @@ import optuna
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from research.errors import UserError
+from research.errors import UserError, brief
 
 _HEARTBEAT_SECONDS = 5.0
 _SECONDS_TO_CREATE_TABLES = 1.0
@@ -59,7 +59,7 @@ def _database(url: str) -> optuna.storages.BaseStorage:
 
 def _unreachable(text: str, error: Exception) -> UserError:
     shown = re.sub(r"//[^@/]*@", "//***@", text)  # it may contain a password
-    why = " ".join(str(error).split())[:200]
+    why = brief(error)
     return UserError(
         f"--storage={shown} cannot be reached: {why}; give another one, or leave it out to use journal.log in --workdir"
     )

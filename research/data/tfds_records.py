@@ -17,7 +17,7 @@ from research.data.file_errors import reading
 from research.data.source import DamagedError, Source
 from research.data.text_source import join
 from research.data.tfds_description import Description
-from research.errors import UserError, as_out_of_memory_error
+from research.errors import UserError, as_out_of_memory_error, brief
 
 MOST_CLASSES = 2**20  # larger integer labels are not class numbers, and are decoded as this value
 _EXAMPLES_AT_ONCE = 2000
@@ -126,7 +126,7 @@ class TfdsSource(Source):
             return {"image": image} | ({"label": features["label"].int64_list.value[0]} if self._has_labels else {})
         except Exception as error:  # readers of records and protocol buffers raise many types
             _check_readable(Path(self._files[int(np.searchsorted(self._file_ends, number, "right"))]))
-            reason = " ".join(str(error).split())[:200]
+            reason = brief(error)
             raise DamagedError(f"of {self._path} cannot be read ({type(error).__name__}: {reason})") from error
 
 
@@ -190,7 +190,7 @@ def _explained(error: Exception, label: str, path: Path, files: Sequence[Any]) -
     example = ""
     if isinstance(error, _ExampleError) and isinstance(error.__cause__, Exception):
         example, error = f"{error}: ", error.__cause__
-    reason = f"{example}{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    reason = f"{example}{type(error).__name__}: {brief(error)}"
     if memory := as_out_of_memory_error(error, f"use a smaller data set than {label}, or a larger host"):
         return memory
     if isinstance(error, (ImportError, NotImplementedError)):

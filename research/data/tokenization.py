@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from research.errors import UserError
+from research.errors import UserError, brief
 from research.paths import open_path
 
 
@@ -132,7 +132,7 @@ class FromJson(Tokenizer):
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(content)
         except Exception as error:  # its only type
-            reason = " ".join(str(error).split())[:200]
+            reason = brief(error)
             raise UserError(
                 f"{source} is not a tokenizer.json of Hugging Face tokenizers ({reason}): train one with "
                 "`python -m research.data.tokenizer`"
@@ -179,7 +179,7 @@ class FromJson(Tokenizer):
         try:
             return [x.ids for x in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
         except Exception as error:  # its only type
-            reason = " ".join(str(error).split())[:200]
+            reason = brief(error)
             raise UserError(
                 f"{self.source} cannot encode the text ({reason}): use a tokenizer that encodes any text, such as "
                 "byte-level BPE"
@@ -216,7 +216,7 @@ def _reading(source: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {brief(error)}"
         raise UserError(
             f"{source} could not be read ({reason}): fix the cause, such as its permissions or the credentials, and "
             "run the same command again"

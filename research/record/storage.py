@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from research.errors import RecordError, UserError
+from research.errors import RecordError, UserError, brief
 
 
 def is_local(path: Path) -> bool:
@@ -39,7 +39,7 @@ def _reason(error: Exception) -> str:
     number = re.search(r"os_error_code='(\d+)'", str(error))
     if number:
         return os.strerror(int(number[1]))
-    return getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+    return getattr(error, "strerror", None) or brief(error)
 
 
 def replace(path: Path, data: bytes) -> None:

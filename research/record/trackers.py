@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from research.errors import UserError
+from research.errors import UserError, brief
 from research.paths import check_no_password
 from research.record import drawing, storage
 from research.record.json_files import read_rows
@@ -79,16 +79,12 @@ def _read(workdir: Path) -> tuple[str, tuple[str, ...]]:
     return run_id, tuple(names)
 
 
-def parse(text: str | None, workdir: Path, mode: str) -> tuple[str, ...]:
+def parse(text: str | None, workdir: Path) -> tuple[str, ...]:
     """Parses --tracker, a comma-separated list; None: the trackers that the run in `workdir` had before.
 
     Raises:
-      UserError: a tracker is unknown, or `mode` is not "train".
+      UserError: a tracker is unknown.
     """
-    if mode != "train":
-        if text:
-            raise UserError(f"--tracker={text} is for training: leave it or --mode={mode} out")
-        return ()
     if text is None:
         return _read(workdir)[1]
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
@@ -256,7 +252,7 @@ class Tracker(Output):
             try:
                 action()
             except Exception as error:
-                reason = " ".join(str(error).split())[:200] or type(error).__name__
+                reason = brief(error) or type(error).__name__
                 self._warning(f"{self._name} no longer receives this run ({reason}): resuming it sends what is missing")
                 self._stored.set()
                 return

@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from research import randomness
-from research.errors import RecordError, UserError, as_out_of_memory_error
+from research.errors import RecordError, UserError, as_out_of_memory_error, brief
 from research.process import distributed
 from research.record import storage
 from research.training.checksums import checksums
@@ -192,7 +192,7 @@ class Checkpoints:
             except Exception as error:  # Orbax passes on any error of its readers
                 if "Gloo" in str(error):  # another process has ended: XLA raises this one as a ValueError
                     raise
-                reason = " ".join(str(error).split())[:200]
+                reason = brief(error)
                 if not _is_damage(error):
                     raise as_out_of_memory_error(error) or RecordError(
                         f"checkpoint {step} in {self._place} could not be read ({reason}); it is unchanged: "

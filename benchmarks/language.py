@@ -24,6 +24,7 @@ from benchmarks import command, output, several_seeds, trials
 from experiments import char_rnn
 from launch.sweeps import scaling_law
 from launch.sweeps.scaling_law import ScalingLaw
+from research import flags as experiment_flags
 from research.config import DatasetConfig
 from research.errors import UserError
 from research.record import drawing
@@ -81,12 +82,9 @@ def best_rate(settings: Settings, network: str) -> float:
     Raises:
       UserError: every run diverged.
     """
-    config = char_rnn.get_config()
-    config.dataset = DatasetConfig(name=settings.dataset)
-    config.num_epochs = settings.epochs
-    model, width, rates = config.model, settings.widths[0], settings.rates
-    model.name, model.width, model.layers, model.dropout = network, width, _LAYERS, 0.0
-    model.parametrization, model.base_width = "mup", width
+    rates = settings.rates
+    args = flags_of(settings, network, settings.widths[0], rates[0])
+    config = experiment_flags.parse(char_rnn.EXPERIMENT, args).config
     runs = trials.train(char_rnn.EXPERIMENT, config, [{"optimizer.learning_rate": rate} for rate in rates])
     losses = [(run["loss"], rate) for run, rate in zip(runs, rates) if run]
     if not losses:

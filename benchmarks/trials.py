@@ -1,4 +1,4 @@
-"""What the studies share: small data sets, many runs of one config in one program, and runs of a command."""
+"""Shared by the studies: small data sets, many runs of one config in one program, and runs of a command."""
 
 import copy
 import dataclasses

@@ -35,7 +35,7 @@ class ColumnText(Text):
     """
 
     def __init__(self, name: str, dataset: "datasets.Dataset", part: Part = WHOLE):
-        self.name, self._dataset, self._part = f"hf:{name}", dataset, part
+        self.name, self._set_name, self._dataset, self._part = f"hf:{name}", name, dataset, part
         column = dataset.data.column(COLUMN)
         # Offsets that point outside of the file would crash the process. This does not read the text.
         column.validate()
@@ -73,4 +73,4 @@ class ColumnText(Text):
 
     def part(self, part: Part) -> "ColumnText":
         """Returns a part of the whole text."""
-        return ColumnText(self.name.removeprefix("hf:"), self._dataset, part)
+        return ColumnText(self._set_name, self._dataset, part)

@@ -41,7 +41,7 @@ class TokenFile:
 
     @property
     def is_long(self) -> bool:
-        """Whether the file is too long to be read as a whole at every start."""
+        """True if the file is too long to be read as a whole at every start."""
         return self._size > LONG
 
     def largest(self) -> int:

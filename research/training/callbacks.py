@@ -35,7 +35,7 @@ class Callback:
     state: dict[str, Any]
 
     def on_start(self, run: Training) -> None:
-        """Called before training starts or resumes, and before anything is compiled; may raise `UserError`."""
+        """Called before training starts or resumes, and before the steps are compiled; may raise `UserError`."""
 
     def on_step(self, run: Training, metrics: dict[str, float]) -> str | None:
         """Called after a step with its metrics, such as "loss" and "grad_norm"."""
@@ -48,6 +48,9 @@ class Callback:
 
     def close(self) -> None:
         """Called last, however the run ends, to release what the hooks have opened."""
+
+
+_Hook = Callable[[Callback], str | None]
 
 
 class Callbacks:
@@ -76,10 +79,7 @@ class Callbacks:
 
     def on_start(self, run: Training) -> None:
         """Calls all of them."""
-        for name, callback in self._callbacks.items():
-            callback.state = run.progress.callbacks.setdefault(name, {})
-            callback.on_start(run)
-            run.progress.callbacks[name] = _as_json(callback.state)
+        _call(run, self._callbacks, lambda callback: callback.on_start(run))
 
     def close(self) -> None:
         """Calls all of them."""
@@ -91,34 +91,36 @@ class Callbacks:
         due = {n: c for n, c in self._on_step.items() if _is_due(c, run.progress.step)}
         if due:
             newest = {name: float(values[-1]) for name, values in metrics.items()}
-            self._call(run, due, lambda callback: callback.on_step(run, newest))
+            self._call_and_stop(run, due, lambda callback: callback.on_step(run, newest))
 
     def on_epoch(self, run: Training, results: dict[str, float]) -> None:
         """Calls all of them."""
-        self._call(run, self._callbacks, lambda callback: callback.on_epoch(run, results))
+        self._call_and_stop(run, self._callbacks, lambda callback: callback.on_epoch(run, results))
 
     def on_end(self, run: Training, summary: dict[str, Any]) -> None:
         """Calls all of them."""
-        self._call(run, self._callbacks, lambda callback: callback.on_end(run, summary))
+        self._call_and_stop(run, self._callbacks, lambda callback: callback.on_end(run, summary))
 
-    def _call(self, run: Training, callbacks: dict[str, Callback], hook: Callable[[Callback], str | None]) -> None:
+    def _call_and_stop(self, run: Training, callbacks: dict[str, Callback], hook: _Hook) -> None:
         """Calls a hook; if it requests a stop in any process, stores the reason in the run's progress."""
         if not callbacks:
             return
-        states, reasons = run.progress.callbacks, []
-        for name, callback in callbacks.items():
-            # Set before each call: resuming and rewinding replace the run's progress.
-            callback.state = states.get(name, {})
-            if why := hook(callback):
-                reasons.append(f"{type(callback).__name__}: {why}")
-            states[name] = _as_json(callback.state)
+        reasons = _call(run, callbacks, hook)
         if distributed.in_any_process(bool(reasons)):
             run.progress.stopped = "; ".join(reasons) or "a callback of another process"
 
 
-def _as_json(state: dict[str, Any]) -> dict[str, Any]:
-    # As a resumed run reads it: keys are strings, and tuples are lists.
-    return json.loads(json.dumps(state))
+def _call(run: Training, callbacks: dict[str, Callback], hook: _Hook) -> list[str]:
+    """Calls a hook, with the callbacks' states of the run's progress; returns the reasons to stop that it gave."""
+    states, reasons = run.progress.callbacks, []
+    for name, callback in callbacks.items():
+        # Set before each call: resuming and rewinding replace the run's progress.
+        callback.state = states.get(name, {})
+        if why := hook(callback):
+            reasons.append(f"{type(callback).__name__}: {why}")
+        # As a resumed run reads it: keys are strings, and tuples are lists.
+        states[name] = json.loads(json.dumps(callback.state))
+    return reasons
 
 
 def _is_due(callback: Callback, step: int) -> bool:

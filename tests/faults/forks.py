@@ -80,7 +80,9 @@ class Forks:
         """
         self._process.stdin.write(json.dumps({"what": what, "args": args, **job}, default=str) + "\n")
         self._process.stdin.flush()
-        code, seconds, operations = json.loads(self._process.stdout.readline())
+        if not (line := self._process.stdout.readline()):
+            raise RuntimeError(f"The process that forks ended with {self._process.wait()}, see stderr.")
+        code, seconds, operations = json.loads(line)
         return Ended(code, seconds, operations, (self.folder / "output").read_text())
 
     def close(self):
@@ -118,7 +120,8 @@ def _limit(limits):
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
 
 
-def _child(job):
+def _child(job, counted):
+    """Runs the job; writes the number of its operations to the file descriptor `counted`, at once or not at all."""
     output = os.open("output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -140,7 +143,7 @@ def _child(job):
             module.app.main(module.EXPERIMENT, job["args"])
     except SystemExit as exit_:
         code = int(exit_.code or 0)
-    Path("operations").write_text(str(len(operations)))
+    os.write(counted, b"%d" % len(operations))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -164,18 +167,20 @@ def _serve():
         importlib.import_module(name)
     for line in sys.stdin:
         job = json.loads(line)
-        Path("operations").write_text("0")
+        count, counted = os.pipe()
         began, over = time.monotonic(), threading.Event()
         if not (child := os.fork()):
             try:
-                _child(job)
+                _child(job, counted)
             finally:
                 os._exit(1)
+        os.close(counted)
         if job.get("kill_after") is not None or job.get("send"):
             threading.Thread(target=_send_signal, args=(child, job, over)).start()
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         over.set()
-        print(json.dumps([code, time.monotonic() - began, int(Path("operations").read_text())]), flush=True)
+        with open(count) as file:
+            print(json.dumps([code, time.monotonic() - began, int(file.read() or 0)]), flush=True)
 
 
 if __name__ == "__main__":

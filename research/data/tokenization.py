@@ -167,7 +167,10 @@ class FromJson(Tokenizer):
 
     @functools.cached_property
     def _unknown(self) -> int | None:
-        name = json.loads(self.content)["model"].get("unk_token")
+        model = json.loads(self.content)["model"]
+        if "unk_id" in model:  # Unigram
+            return model["unk_id"]
+        name = model.get("unk_token")
         return None if name is None else self._tokenizer.token_to_id(name)
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:

@@ -74,6 +74,11 @@ def test_special_tokens_stand_for_no_text():
     words = FromJson(library.Tokenizer(library.models.WordLevel({"a": 0}, unk_token="?")).to_str(), "words.json")
     with pytest.raises(UserError, match=r"words\.json cannot encode the text \(.*\): use a tokenizer that"):
         words.encode_texts(["b"])
+    # Unigram has the number of its token for unknown text, not the name.
+    unigram = FromJson(library.Tokenizer(library.models.Unigram([("?", 0.0), ("a", -1.0)], unk_id=0)).to_str(), "x")
+    assert unigram.encode("a").tolist() == [1]
+    with pytest.raises(UserError, match="the tokenizer has no tokens for it"):
+        unigram.encode("b")
 
 
 def test_what_is_no_tokenizer_is_named(tmp_path, monkeypatch):

@@ -36,6 +36,14 @@ html_extra_path = ["index.html"]
 html_copy_source = False
 
 
+def _mark_literal_blocks(app, what, name, obj, options, lines):
+    """Makes what is indented after a colon and a blank line, such as commands and formulas, a literal block."""
+    for i in range(len(lines) - 2):
+        if lines[i].endswith(":") and not lines[i + 1] and lines[i + 2].startswith("    "):
+            lines[i] += ":"
+
+
 def setup(app):
-    """Inserts the tables of fields and flags, which are generated from their declarations."""
+    """Connects the generated pages, and the docstrings as they are before napoleon reads them."""
     app.connect("source-read", config_pages.insert)
+    app.connect("autodoc-process-docstring", _mark_literal_blocks, priority=400)

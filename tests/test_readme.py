@@ -32,7 +32,6 @@ MODULES = (char_rnn, cifar_cnn, cifar_speedrun, image_classifier, mnist_vae, seq
 EXPERIMENTS = {module.__name__: module.EXPERIMENT for module in MODULES}
 LAUNCHERS = ("export", "gke", "local", "plan", "scaling", "slurm", "sweep", "tpu")
 DRY_RUN = ("gke", "local", "scaling", "slurm", "tpu")
-EXAMPLE = "experiments.digits_linear"  # the README's own; a test below runs it
 NOT_OURS = (
     "--logdir",
     "--xla_force_host_platform_device_count",
@@ -41,7 +40,11 @@ NOT_OURS = (
 ONE_LINE = ("peers", "input")  # folders whose files have one line together
 MUP = ["--config.model.parametrization=mup", "--config.model.base_width=32"]  # each is an error without the other
 
-_FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_FENCE = re.compile(r"^```([^\n`]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PYTHON = [(page, block) for page in PAGES for language, block in _FENCE.findall(page.read_text()) if language == "python"]
+# The complete programs among them, by the names that the pages' commands give them; a test below runs each.
+PROGRAMS = {found[1]: block for _, block in PYTHON if (found := re.search(r'app\.Experiment\(\s*"(\w+)"', block))}
+EXAMPLES = {f"experiments.{name}" for name in PROGRAMS}
 
 
 def _code(page):
@@ -148,7 +151,8 @@ def test_every_benchmark_takes_its_flags():
 
 @pytest.mark.parametrize(("module", "args"), COMMANDS, ids=str)
 def test_every_command_is_understood(module, args, tmp_path, monkeypatch):
-    if module == EXAMPLE:
+    if module in EXAMPLES:
+        flags.define_flags(_example(module))([module, *args])
         return
     assert importlib.util.find_spec(module), module
     monkeypatch.chdir(tmp_path)
@@ -182,6 +186,12 @@ def test_every_flag_exists_and_takes_its_value(flag):
             assert any(_takes(experiment, f"{name}={value}") for experiment in EXPERIMENTS.values()), value
 
 
+def _example(module):
+    names = {"__name__": "shown", "__doc__": ""}
+    exec(PROGRAMS[module.removeprefix("experiments.")], names)
+    return names["EXPERIMENT"]
+
+
 def _takes(experiment, flag):
     try:
         return bool(app.parse(experiment, MUP if flag in MUP else [flag]))
@@ -201,12 +211,13 @@ def test_every_link_leads_somewhere(page, target):
 
 @pytest.mark.parametrize(("page", "path"), PATHS, ids=str)
 def test_every_path_exists(page, path):
-    assert path == f"{EXAMPLE.replace('.', '/')}.py" or (ROOT / path).exists() or (page.parent / path).exists()
+    examples = {f"{module.replace('.', '/')}.py" for module in EXAMPLES}
+    assert path in examples or (ROOT / path).exists() or (page.parent / path).exists()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_module_exists(name):
-    if name != EXAMPLE:
+    if name not in EXAMPLES:
         importlib.import_module(name)
 
 
@@ -222,16 +233,11 @@ def test_a_folders_readme_names_its_files(folder):
     assert named == files
 
 
-def _shown_program(number):
-    """A program of README.md, with the name that its commands give it."""
-    program = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[number]
-    return re.search(r'app\.Experiment\(\s*"(\w+)"', program).group(1), program
-
-
-@pytest.mark.parametrize(("number", "accuracy"), [(0, 0.85), (1, 0.75)])
-def test_an_experiment_of_one_file_runs(number, accuracy, tmp_path):
-    name, program = _shown_program(number)
-    (tmp_path / f"{name}.py").write_text(program)
+@pytest.mark.parametrize(
+    ("name", "accuracy"), [("digits_linear", 0.85), ("spirals_perceptron", 0.75), ("digits_mlp", 0.9)]
+)
+def test_an_experiment_of_one_file_runs(name, accuracy, tmp_path):
+    (tmp_path / f"{name}.py").write_text(PROGRAMS[name])
     args = [sys.executable, f"{name}.py", "--config.num_epochs=10", "--workdir=run"]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(args, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
@@ -239,9 +245,14 @@ def test_an_experiment_of_one_file_runs(number, accuracy, tmp_path):
     assert json.loads((tmp_path / "run/summary.json").read_text())["test_accuracy"] > accuracy
 
 
-def test_the_flags_of_the_first_of_them_exist():
-    (shown,) = {args for module, args in COMMANDS if module == EXAMPLE}
-    flags.define_flags(cifar_cnn.EXPERIMENT)([EXAMPLE, *shown])
+def test_every_program_is_run():
+    assert sorted(PROGRAMS) == ["digits_linear", "digits_mlp", "spirals_perceptron"]
+
+
+@pytest.mark.parametrize(("page", "block"), PYTHON, ids=str)
+def test_every_block_of_python_can_be_executed(page, block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, page, "exec"), {"__name__": "shown", "__doc__": ""})
 
 
 def test_a_misspelt_flag_is_noticed():

@@ -4,6 +4,8 @@ The source folder is the repository, so links between Markdown files are the sam
 README of each folder is a page.
 """
 
+import dataclasses
+import re
 import sys
 from pathlib import Path
 
@@ -27,23 +29,35 @@ autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
 napoleon_use_ivar = True
+smartquotes = False  # "--config" is not a dash
+highlight_language = "text"
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 100
 
 html_theme = "furo"
 html_title = "Meshwork"
+html_static_path = ["static"]
+html_css_files = ["site.css"]
 html_extra_path = ["index.html"]
 html_copy_source = False
 
 
-def _mark_literal_blocks(app, what, name, obj, options, lines):
-    """Makes what is indented after a colon and a blank line, such as commands and formulas, a literal block."""
-    for i in range(len(lines) - 2):
-        if lines[i].endswith(":") and not lines[i + 1] and lines[i + 2].startswith("    "):
-            lines[i] += ":"
+def _to_rst(app, what, name, obj, options, lines):
+    """Translates what is Markdown in the docstrings to reStructuredText, before napoleon reads their sections."""
+    # Commands and formulas, indented after a colon and a blank line, are a literal block.
+    text = re.sub(r":\n\n(?=    )", "::\n\n", "\n".join(lines))
+    # What is quoted and not a name is code: `runs/<name>` would be a link with a title.
+    text = re.sub(r"(?<!`)`([^`]+)`(?!`)", lambda m: m[0] if re.fullmatch(r"[\w.]+", m[1]) else f"`{m[0]}`", text)
+    lines[:] = text.split("\n")
+
+
+def _without_fields(app, what, name, obj, options, signature, returns):
+    """Leaves out the signature of a dataclass, which repeats its attributes."""
+    return ("", None) if dataclasses.is_dataclass(obj) else None
 
 
 def setup(app):
     """Connects the generated pages, and the docstrings as they are before napoleon reads them."""
     app.connect("source-read", config_pages.insert)
-    app.connect("autodoc-process-docstring", _mark_literal_blocks, priority=400)
+    app.connect("autodoc-process-docstring", _to_rst, priority=400)
+    app.connect("autodoc-process-signature", _without_fields)

@@ -63,11 +63,10 @@ def _groups(config: Any, prefix: str = "", known: Iterable[str] = ()) -> Iterato
 
 
 def _table(rows: Iterable[tuple[str, dataclasses.Field, Any]], prefix: str = "") -> Iterator[str]:
-    yield from ("| flag | type | default | values | meaning |", "| --- | --- | --- | --- | --- |")
+    yield from ("| flag | values | meaning |", "| --- | --- | --- |")
     for path, field, value in rows:
-        kind = _TYPES.get(field.type, getattr(field.type, "__name__", ""))
         default = {"": "empty", (): "none", None: "see meaning"}.get(value, f"`{value}`")
-        cells = (f"`--{prefix}{path}`", kind, default, _values(field), field.metadata["help"])
+        cells = (f"`--{prefix}{path}`", f"{_values(field)}; default {default}", field.metadata["help"])
         yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
     yield ""
 
@@ -76,4 +75,5 @@ def _values(field: dataclasses.Field) -> str:
     if choices := field.metadata["choices"]:
         return ", ".join(f"`{choice}`" if choice else "empty" for choice in choices)
     found = ((words, field.metadata[name]) for name, words in _BOUNDS.items())
-    return ", ".join(words.format(bound) for words, bound in found if bound is not None)
+    kind = _TYPES.get(field.type, getattr(field.type, "__name__", ""))
+    return ", ".join([kind, *(words.format(bound) for words, bound in found if bound is not None)])

@@ -32,16 +32,18 @@ def test_every_flag_of_a_config_is_in_the_page_with_its_default_and_help(experim
     for path, field, value in config_lib.walk(experiment.default_config, "--config."):
         assert field.metadata["help"].replace("|", "\\|") in rows[path]
         if value not in ("", (), None):
-            assert f"`{value}`".replace("|", "\\|") in rows[path]
+            assert f"default `{value}` |".replace("|", "\\|", str(value).count("|")) in rows[path]
 
 
 def test_the_page_shows_bounds_and_choices(fields):
     every = fields["Every experiment"]
-    assert "| int | `0` | ≥ 0, ≤ 4294967295 |" in every["--config.seed"]
-    assert "| str | `none` | `none`, `blocks`, `all` |" in every["--config.remat"]
-    assert "| float | `0.0` | ≥ 0, < 1 |" in fields["cifar_cnn"]["--config.model.dropout"]
+    assert "| int, ≥ 0, ≤ 4294967295; default `0` |" in every["--config.seed"]
+    assert "| `none`, `blocks`, `all`; default `none` |" in every["--config.remat"]
+    assert "| float, ≥ 0, < 1; default `0.0` |" in fields["cifar_cnn"]["--config.model.dropout"]
     assert "--config.remat" not in fields["cifar_cnn"]
-    assert "`muon`" in fields["cifar_cnn"]["--config.optimizer.name"]  # not the default of every experiment
+    # Its own default, and that of every experiment.
+    assert "default `muon`" in fields["cifar_cnn"]["--config.optimizer.name"]
+    assert "default `nesterov`" in every["--config.optimizer.name"]
 
 
 def test_every_flag_of_a_launcher_is_in_the_page_of_commands():

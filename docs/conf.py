@@ -9,16 +9,16 @@ import re
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+from sphinx.errors import ExtensionError
 
-import config_pages
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 project = "Meshwork"
 author = copyright = "the Meshwork authors"
 root_doc = "docs/index"
 include_patterns = ["*.md", "*/README.md", "tests/faults/README.md", "docs/**.md", "docs/notebooks/*.ipynb"]
 exclude_patterns = [".*", "build", "runs", "**/__pycache__"]
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "config_pages"]
 
 myst_heading_anchors = 4
 nb_execution_mode = "off"  # the slow tests execute the notebooks
@@ -56,8 +56,15 @@ def _without_fields(app, what, name, obj, options, signature, returns):
     return ("", None) if dataclasses.is_dataclass(obj) else None
 
 
+def _check_offline(app, exception):
+    """Raises an error if a page needs the network: scripts, styles, fonts or images of other hosts."""
+    for page in Path(app.outdir).rglob("*.html"):
+        if found := re.search(r'<(?:script|img|iframe|link)\b[^>]*(?:src|href)="(?:https?:)?//[^"]*', page.read_text()):
+            raise ExtensionError(f"{page} cannot be read offline: {found[0]}")
+
+
 def setup(app):
-    """Connects the generated pages, and the docstrings as they are before napoleon reads them."""
-    app.connect("source-read", config_pages.insert)
+    """Connects these to Sphinx; docstrings are translated before napoleon, of priority 500, reads them."""
     app.connect("autodoc-process-docstring", _to_rst, priority=400)
     app.connect("autodoc-process-signature", _without_fields)
+    app.connect("build-finished", _check_offline)

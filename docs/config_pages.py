@@ -5,20 +5,27 @@ import dataclasses
 import importlib
 import inspect
 import io
+import pkgutil
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import experiments
 from research.config import Config
 from research.config_fields import walk
 
-EXPERIMENTS = ("cifar_cnn", "cifar_speedrun", "image_classifier", "sequential_images", "char_rnn", "mnist_vae")
+EXPERIMENTS = sorted(module.name for module in pkgutil.iter_modules(experiments.__path__))
 COMMANDS = ("sweep", "plan", "scaling", "local", "slurm", "tpu", "gke", "export", "predict")
 _BOUNDS = {"minimum": "≥ {}", "above": "> {}", "maximum": "≤ {}", "below": "< {}"}
 _TYPES = {float | None: "float", tuple[str, ...]: "str, repeatable"}
 
 
-def insert(app: Any, page: str, source: list[str]) -> None:
-    """Appends the generated text to the pages that have some; a listener of Sphinx's event `source-read`."""
+def setup(app: Any) -> None:
+    """Makes this module an extension of Sphinx."""
+    app.connect("source-read", _append)
+
+
+def _append(app: Any, page: str, source: list[str]) -> None:
+    """Appends the generated text to the source of the pages that have some."""
     del app
     generated = {"docs/reference/config": config_page, "docs/reference/commands": commands_page}
     if page in generated:
@@ -52,14 +59,15 @@ def commands_page() -> Iterator[str]:
 
 def _groups(config: Any, prefix: str = "", known: Iterable[str] = ()) -> Iterator[str]:
     """Yields a heading, the docstring and a table for a config and each config in it; `known` fields are left out."""
-    nested = [field.name for field in dataclasses.fields(config) if dataclasses.is_dataclass(getattr(config, field.name))]
+    names = [field.name for field in dataclasses.fields(config)]
     own = [(p, f, v) for p, f, v in walk(config, prefix) if p not in known and "." not in p.removeprefix(prefix)]
     if own:
         title = f"`--config.{prefix}*`" if prefix else "`--config.*`"
         doc = inspect.getdoc(type(config)) or ""
         yield from (f"### {title}", "", f"{doc.splitlines()[0]}", "", *_table(own, "config."))
-    for name in nested:
-        yield from _groups(getattr(config, name), f"{prefix}{name}.", known)
+    for name in names:
+        if dataclasses.is_dataclass(group := getattr(config, name)):
+            yield from _groups(group, f"{prefix}{name}.", known)
 
 
 def _table(rows: Iterable[tuple[str, dataclasses.Field, Any]], prefix: str = "") -> Iterator[str]:

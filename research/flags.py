@@ -133,7 +133,7 @@ def field_help(path: str, field: dataclasses.Field, value: Any, when: str = "") 
 
 
 def nearest(name: str, known: Sequence[str]) -> list[str]:
-    """The known names closest to a misspelled one: the same field of another group, its initials, a similar spelling."""
+    """The known names closest to a wrong one: the same field of another group, its initials, or a similar spelling."""
     last = {flag: flag.rpartition(".")[2] for flag in known}
     word = name.rpartition(".")[2]
     near = [flag for flag in known if last[flag] == word]

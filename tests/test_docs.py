@@ -26,7 +26,6 @@ def fields():
 @pytest.mark.parametrize("experiment", EXPERIMENTS.values(), ids=lambda experiment: experiment.name)
 def test_every_flag_of_a_config_is_in_the_page_with_its_default_and_help(experiment, fields):
     rows = fields["Every experiment"] | fields[experiment.name]
-    assert len(fields) == 1 + len(EXPERIMENTS)
     named = {name for name in flags.define_flags(experiment) if name.startswith("config.")}
     assert {f"--{name}" for name in named} == {name for name in rows if name.startswith("--config.")}
     for path, field, value in config_lib.walk(experiment.default_config, "--config."):

@@ -46,7 +46,8 @@ ONE_LINE = ("peers", "input")  # folders whose files have one line together
 MUP = ["--config.model.parametrization=mup", "--config.model.base_width=32"]  # each is an error without the other
 
 _FENCE = re.compile(r"^```([^\n`]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-PYTHON = [(page, block) for page in PAGES for language, block in _FENCE.findall(page.read_text()) if language == "python"]
+BLOCKS = [(page, language, block) for page in PAGES for language, block in _FENCE.findall(page.read_text())]
+PYTHON = [(page, block) for page, language, block in BLOCKS if language == "python"]
 # The complete programs among them, by the names that the pages' commands give them; a test below runs each.
 PROGRAMS = {found[1]: block for _, block in PYTHON if (found := re.search(r'app\.Experiment\(\s*"(\w+)"', block))}
 EXAMPLES = {f"experiments.{name}" for name in PROGRAMS}
@@ -160,7 +161,7 @@ def test_every_command_is_understood(module, args, tmp_path, monkeypatch):
         flags.define_flags(_example(module))([module, *args])
         return
     if any(arg.startswith(f"{MISSPELLED}=") for arg in args):
-        with pytest.raises(UserError, match="did you mean --config.optimizer.learning_rate"):
+        with pytest.raises(UserError, match=r"did you mean --config\.optimizer\.learning_rate"):
             app.parse(EXPERIMENTS[module], args)
         return
     assert importlib.util.find_spec(module), module
@@ -256,7 +257,7 @@ def test_an_experiment_of_one_file_runs(name, accuracy, tmp_path):
 
 def test_the_network_with_flags_of_its_own_is_what_they_say():
     """Of the other program, which would take longer to compile than all of the above."""
-    assert EXAMPLES == {"experiments.digits_linear", "experiments.spirals_perceptron", "experiments.digits_mlp"}
+    assert sorted(PROGRAMS) == ["digits_linear", "digits_mlp", "spirals_perceptron"]
     experiment = _example("experiments.digits_mlp")
     config = app.parse(experiment, ["--config=wide", "--config.model.depth=3"]).config
     dataset = experiment.load_data(config.dataset)

@@ -48,7 +48,8 @@ def _to_rst(app, what, name, obj, options, lines):
     text = re.sub(r":\n\n(?=    )", "::\n\n", "\n".join(lines))
     # What is quoted and not a name is code: `runs/<name>` would be a link with a title.
     text = re.sub(r"(?<!`)`([^`]+)`(?!`)", lambda m: m[0] if re.fullmatch(r"[\w.]+", m[1]) else f"`{m[0]}`", text)
-    lines[:] = text.split("\n")
+    # Napoleon would take what is before a colon in the first line of a property for its type.
+    lines[:] = [""] * (what == "property") + text.split("\n")
 
 
 def _without_fields(app, what, name, obj, options, signature, returns):

@@ -133,10 +133,11 @@ def field_help(path: str, field: dataclasses.Field, value: Any, when: str = "") 
 
 
 def nearest(name: str, known: Sequence[str]) -> list[str]:
-    """The known names closest to a misspelled one: the same field of another group, or else a similar spelling."""
+    """The known names closest to a wrong one: the same field of another group, its initials, or a similar spelling."""
     last = {flag: flag.rpartition(".")[2] for flag in known}
     word = name.rpartition(".")[2]
     near = [flag for flag in known if last[flag] == word]
+    near = near or [flag for flag in known if "_" in last[flag] and re.sub(r"([^_])[^_]*_?", r"\1", last[flag]) == word]
     near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.7)
     near = near or [flag for flag in known if last[flag] in difflib.get_close_matches(word, last.values(), n=1)]
     return near or [flag for flag in known if word in last[flag].split("_")]

@@ -155,10 +155,10 @@ def test_impossible_periods_and_sweeps_are_refused(tmp_path):
 
 
 def _example():
-    """The callback that research/README.md shows."""
-    text = (Path(__file__).parent.parent / "research/README.md").read_text()
+    """The callback that docs/how-to/callbacks.md shows."""
+    text = (Path(__file__).parent.parent / "docs/how-to/callbacks.md").read_text()
     names = {}
-    exec(text.partition("## Callbacks")[2].partition("```python\n")[2].partition("```")[0], names)
+    exec(text.partition("```python\n")[2].partition("```")[0], names)
     return names["TargetReached"]
 
 

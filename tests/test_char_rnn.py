@@ -102,6 +102,7 @@ def test_bad_flags_name_what_is_right(tmp_path):
         (["--mode=sample", f"--workdir={tmp_path}"], "--mode=sample needs the --workdir of a run"),
         (["--config.model.name=lstn"], "'lstn': use one of"),
         (["--config.sequence_len=8"], "did you mean --config.sequence_length?"),
+        (["--config.optimizer.lr=1"], "did you mean --config.optimizer.learning_rate?"),
         (["--config.dataset.name=digits", f"--workdir={tmp_path / 'x'}"], "digits is not a text"),
         (["--config.dataset.name=pydoc", "--config.batch_size=9000", "--config.mesh.data=-1"], "lower either"),
     ):

@@ -14,14 +14,18 @@ import sys
 import tomllib
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 from absl import flags as absl_flags
+from flax import nnx
 
 from experiments import char_rnn, cifar_cnn, cifar_speedrun, image_classifier, mnist_vae, sequential_images
 from launch import job, predict
 from research import app, flags
 from research import config as config_lib
 from research.data import resize, tokenizer
+from research.data.batch import Batch
 from research.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -32,16 +36,21 @@ MODULES = (char_rnn, cifar_cnn, cifar_speedrun, image_classifier, mnist_vae, seq
 EXPERIMENTS = {module.__name__: module.EXPERIMENT for module in MODULES}
 LAUNCHERS = ("export", "gke", "local", "plan", "scaling", "slurm", "sweep", "tpu")
 DRY_RUN = ("gke", "local", "scaling", "slurm", "tpu")
-EXAMPLE = "experiments.digits_linear"  # the README's own; a test below runs it
 NOT_OURS = (
     "--logdir",
     "--xla_force_host_platform_device_count",
     "--xla_cpu_experimental_onednn_custom_call",
 )
+MISSPELLED = "--config.optimizer.lr"  # the tutorial shows its error
 ONE_LINE = ("peers", "input")  # folders whose files have one line together
 MUP = ["--config.model.parametrization=mup", "--config.model.base_width=32"]  # each is an error without the other
 
-_FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_FENCE = re.compile(r"^```([^\n`]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCKS = [(page, language, block) for page in PAGES for language, block in _FENCE.findall(page.read_text())]
+PYTHON = [(page, block) for page, language, block in BLOCKS if language == "python"]
+# The complete programs among them, by the names that the pages' commands give them; a test below runs each.
+PROGRAMS = {found[1]: block for _, block in PYTHON if (found := re.search(r'app\.Experiment\(\s*"(\w+)"', block))}
+EXAMPLES = {f"experiments.{name}" for name in PROGRAMS}
 
 
 def _code(page):
@@ -148,7 +157,12 @@ def test_every_benchmark_takes_its_flags():
 
 @pytest.mark.parametrize(("module", "args"), COMMANDS, ids=str)
 def test_every_command_is_understood(module, args, tmp_path, monkeypatch):
-    if module == EXAMPLE:
+    if module in EXAMPLES:
+        flags.define_flags(_example(module))([module, *args])
+        return
+    if any(arg.startswith(f"{MISSPELLED}=") for arg in args):
+        with pytest.raises(UserError, match=r"did you mean --config\.optimizer\.learning_rate"):
+            app.parse(EXPERIMENTS[module], args)
         return
     assert importlib.util.find_spec(module), module
     monkeypatch.chdir(tmp_path)
@@ -157,7 +171,7 @@ def test_every_command_is_understood(module, args, tmp_path, monkeypatch):
         own = resize if module == resize.__name__ else tokenizer
         assert own.define_flags()([module, *args]) == [module]
         return
-    if "..." in args or module.startswith(("benchmarks.", "research.")):
+    if "..." in args or EXAMPLES & set(args) or module.startswith(("benchmarks.", "research.")):
         return
     kind, _, name = module.partition(".")
     if kind == "experiments":
@@ -174,12 +188,20 @@ def test_every_command_is_understood(module, args, tmp_path, monkeypatch):
 @pytest.mark.parametrize("flag", FLAGS)
 def test_every_flag_exists_and_takes_its_value(flag):
     name, _, values = flag.partition("=")
-    if name in NOT_OURS:
+    if name in (*NOT_OURS, MISSPELLED):
         return
     assert name[2:] in _names() or any(known.startswith(f"{name[2:]}.") for known in _names())  # --config.mesh
     if name.startswith("--config") and values:
+        experiments = [*EXPERIMENTS.values(), *map(_example, sorted(EXAMPLES))]
         for value in values.split("|"):
-            assert any(_takes(experiment, f"{name}={value}") for experiment in EXPERIMENTS.values()), value
+            assert any(_takes(experiment, f"{name}={value}") for experiment in experiments), value
+
+
+@functools.cache
+def _example(module):
+    names = {"__name__": "shown", "__doc__": ""}
+    exec(PROGRAMS[module.removeprefix("experiments.")], names)
+    return names["EXPERIMENT"]
 
 
 def _takes(experiment, flag):
@@ -201,12 +223,13 @@ def test_every_link_leads_somewhere(page, target):
 
 @pytest.mark.parametrize(("page", "path"), PATHS, ids=str)
 def test_every_path_exists(page, path):
-    assert path == f"{EXAMPLE.replace('.', '/')}.py" or (ROOT / path).exists() or (page.parent / path).exists()
+    examples = {f"{module.replace('.', '/')}.py" for module in EXAMPLES}
+    assert path in examples or (ROOT / path).exists() or (page.parent / path).exists()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_module_exists(name):
-    if name != EXAMPLE:
+    if name not in EXAMPLES:
         importlib.import_module(name)
 
 
@@ -222,16 +245,9 @@ def test_a_folders_readme_names_its_files(folder):
     assert named == files
 
 
-def _shown_program(number):
-    """A program of README.md, with the name that its commands give it."""
-    program = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[number]
-    return re.search(r'app\.Experiment\(\s*"(\w+)"', program).group(1), program
-
-
-@pytest.mark.parametrize(("number", "accuracy"), [(0, 0.85), (1, 0.75)])
-def test_an_experiment_of_one_file_runs(number, accuracy, tmp_path):
-    name, program = _shown_program(number)
-    (tmp_path / f"{name}.py").write_text(program)
+@pytest.mark.parametrize(("name", "accuracy"), [("digits_linear", 0.85), ("spirals_perceptron", 0.75)])
+def test_an_experiment_of_one_file_runs(name, accuracy, tmp_path):
+    (tmp_path / f"{name}.py").write_text(PROGRAMS[name])
     args = [sys.executable, f"{name}.py", "--config.num_epochs=10", "--workdir=run"]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(args, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
@@ -239,9 +255,29 @@ def test_an_experiment_of_one_file_runs(number, accuracy, tmp_path):
     assert json.loads((tmp_path / "run/summary.json").read_text())["test_accuracy"] > accuracy
 
 
-def test_the_flags_of_the_first_of_them_exist():
-    (shown,) = {args for module, args in COMMANDS if module == EXAMPLE}
-    flags.define_flags(cifar_cnn.EXPERIMENT)([EXAMPLE, *shown])
+def test_the_network_with_flags_of_its_own_is_what_they_say():
+    """Of the other program, which would take longer to compile than all of the above."""
+    assert sorted(PROGRAMS) == ["digits_linear", "digits_mlp", "spirals_perceptron"]
+    experiment = _example("experiments.digits_mlp")
+    config = app.parse(experiment, ["--config=wide", "--config.model.depth=3"]).config
+    dataset = experiment.load_data(config.dataset)
+    task = experiment.build_task(experiment.resolve(config, dataset), dataset)
+    batch = Batch({}, np.arange(4)).gather(dataset.train)
+
+    def kernels_and_losses():
+        model = task.create_model(nnx.Rngs(0))
+        kernels = [layer.kernel[...] for layer in model.hidden]
+        return kernels, task.evaluate(model, batch, key=jax.random.key(0), train=True)["loss"]
+
+    kernels, losses = nnx.eval_shape(kernels_and_losses)
+    assert [kernel.shape for kernel in kernels] == [(1024, 256), (256, 256), (256, 256)]
+    assert losses.shape == (4,)
+
+
+@pytest.mark.parametrize(("page", "block"), PYTHON, ids=str)
+def test_every_block_of_python_can_be_executed(page, block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, page, "exec"), {"__name__": "shown", "__doc__": ""})
 
 
 def test_a_misspelt_flag_is_noticed():

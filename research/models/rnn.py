@@ -215,8 +215,8 @@ class LRU(nnx.Module):
     """The linear recurrent unit: h = lambda h + gamma B x, y = Re(C h) + D x, with lambda, B, C, h complex.
 
     lambda = exp(-exp(nu) + i exp(theta)) lies within the unit circle for any nu (section 3.3). It is initialized with
-    0.9 <= |lambda| <= 0.999, and gamma = sqrt(1 - |lambda|^2) keeps the scale of h near that of its inputs (section
-    3.4).
+    0.9 <= abs(lambda) <= 0.999, and gamma = sqrt(1 - abs(lambda)^2) keeps the scale of h near that of its inputs
+    (section 3.4).
     """
 
     def __init__(self, config: RecurrentConfig, rngs: nnx.Rngs):

@@ -209,11 +209,11 @@ class VAE(Task):
     def functions(self, model: Any, dataset: Dataset) -> dict[str, ExportedFunction]:
         """Exports `encode`, `decode` and `sample`.
 
-        encode: "image" uint8 [b, h, w, c] and "index" int32 [b] to "targets" float32 [b, h, w, c], the network's input
-          (drawn as in evaluation), and "mean" and "logvar" of q(z|x), float32 [b, latents].
-        decode: "latents" float32 [b, latents] to the expected "image" float32 [b, h, w, c] in 0..1, and "parameters" of
-          p(x|z).
-        sample: "seed" uint32 scalar and "index" int32 [b] to the expected "image" of latents drawn from the prior.
+        - encode: "image" uint8 [b, h, w, c] and "index" int32 [b] to "targets" float32 [b, h, w, c], the network's
+          input (drawn as in evaluation), and "mean" and "logvar" of q(z|x), float32 [b, latents].
+        - decode: "latents" float32 [b, latents] to the expected "image" float32 [b, h, w, c] in 0..1, and "parameters"
+          of p(x|z).
+        - sample: "seed" uint32 scalar and "index" int32 [b] to the expected "image" of latents drawn from the prior.
         """
         probe = jax.ShapeDtypeStruct((1, *self.image_shape), jnp.float32)
         latents = jax.eval_shape(model.encode, probe)[0].shape[1]

@@ -1,8 +1,8 @@
 """Hierarchical variational autoencoders: groups of latents at several resolutions, drawn from the top down.
 
-The structure is that of Sønderby et al. 2016 (arXiv 1602.02282), with the residual blocks of Child 2021 (arXiv
-2011.10650, figure 3). A bottom-up path of residual blocks computes features of the image at every resolution. The
-top-down path begins with a learned state h of the lowest resolution. Each group updates it:
+The structure is that of Sønderby et al. 2016 (arXiv 1602.02282) and of Child 2021 (arXiv 2011.10650). A bottom-up path
+of residual blocks computes features of the image at every resolution. The top-down path begins with a learned state h
+of the lowest resolution. Each group updates it:
 
     h <- h + a residual branch of h
     prior      z ~ N(m(h), s(h)^2)
@@ -14,8 +14,8 @@ The latents that this module returns and takes are the u: under the prior all ar
 the KL and the weights of importance samples are those of a VAE with one layer of latents. That VAE is the case of one
 group: the prior of the first is N(0, 1).
 
-Initialization: the last convolution of each of the n residual branches, and W of each group, is divided by sqrt(n). So
-the variance of the states does not depend on the depth, and mean and logvar are near 0, that is, the KL is.
+Initialization: the last layer of each of the n residual branches, and W of each group, is divided by sqrt(n). So the
+variance of the states does not depend on the depth; mean and logvar are near 0, and so is the KL.
 """
 
 import dataclasses
@@ -84,7 +84,7 @@ class HierarchicalVAE(nnx.Module):
         # The stride of the first convolution, and the pixels along a side that the last one returns at each position.
         self.patch = 2 ** (config.groups.count(",") + 1 - len(stages))
         branches = sum(count * (config.depth + 2) for _, count in stages)
-        last = dataclasses.replace(style, kernel_init=_scaled(LECUN, 1 / math.sqrt(branches)))
+        last = dataclasses.replace(style, linear_init=_scaled(LECUN, 1 / math.sqrt(branches)))
         width = config.width
         self.stem = style.conv(mean.shape[-1], width, max(3, self.patch), stride=self.patch, padding="SAME")
         self.stem_bias = Bias(width)
@@ -94,7 +94,8 @@ class HierarchicalVAE(nnx.Module):
         self.bottom_up_counts = tuple(max(count, 1) for _, count in stages)
         self.start = nnx.Param(jnp.zeros((*stages[0][0], width)))
         self.groups = nnx.List([Group(config, i == 0, style, last) for i in range(len(self.shapes))])
-        self.out = style.conv(width, self.patch**2 * num_parameters(config.likelihood, mean.shape[-1]), 1)
+        outputs = self.patch**2 * num_parameters(config.likelihood, mean.shape[-1])
+        self.out = style.linear(width, outputs, use_bias=False)
         self.bias = nnx.Param(jnp.asarray(initial_bias(config, mean)))
 
     @property
@@ -169,9 +170,9 @@ class Group(nnx.Module):
         width, self.channels = config.width, config.latents
         self.activation = ACTIVATIONS[config.activation]
         self.prior = None if is_first else _Block(config, width, width, style, last)
-        self.prior_head = None if is_first else last.conv(width, 2 * self.channels, 1)
+        self.prior_head = None if is_first else last.linear(width, 2 * self.channels)
         self.posterior = _Block(config, 2 * width, 2 * self.channels, style, last)
-        self.project, self.bias = last.conv(self.channels, width, 1), Bias(width)
+        self.project = last.linear(self.channels, width)
         self.blocks = nnx.List([_Block(config, width, width, style, last) for _ in range(config.depth)])
 
     def __call__(
@@ -187,33 +188,27 @@ class Group(nnx.Module):
         if features is not None:
             mean, logvar = jnp.split(self.posterior(jnp.concatenate([h, features], -1)).astype(jnp.float32), 2, -1)
             latents = mean + jnp.exp(logvar / 2) * values
-        h = self.bias(h + self.project((shift + scale * latents).astype(h.dtype)))
+        h = h + self.project((shift + scale * latents).astype(h.dtype))
         for block in self.blocks:
             h = block(h)
         return h, latents, mean, logvar
 
 
 class _Block(nnx.Module):
-    """1x1, 3x3, 3x3 and 1x1 convolutions, each after an activation (Child 2021, figure 3); residual if shapes agree."""
+    """1x1, 3x3 and 1x1 convolutions, each after an activation, with half the width between; residual if sizes agree."""
 
     def __init__(self, config: VAEConfig, inputs: int, outputs: int, style: Style, last: Style):
         self.activation = ACTIVATIONS[config.activation]
-        middle = -(-config.width // 4)
-        self.convs = nnx.List(
-            [
-                style.conv(inputs, middle, 1),
-                style.conv(middle, middle),
-                style.conv(middle, middle),
-                last.conv(middle, outputs, 1),
-            ]
-        )
-        self.biases = nnx.List([Bias(size) for size in (middle, middle, middle, outputs)])
+        middle = -(-config.width // 2)
+        # Dense layers are 1x1 convolutions, and compile faster.
+        self.reduce = style.linear(inputs, middle)
+        self.conv, self.bias = style.conv(middle, middle), Bias(middle)
+        self.expand = last.linear(middle, outputs)
         self.is_residual = inputs == outputs
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x
-        for conv, bias in zip(self.convs, self.biases):
-            y = bias(conv(self.activation(y)))
+        y = self.bias(self.conv(self.activation(self.reduce(self.activation(x)))))
+        y = self.expand(self.activation(y))
         return x + y if self.is_residual else y
 
 

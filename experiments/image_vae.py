@@ -19,7 +19,7 @@ def get_config() -> MnistVAEConfig:
     """A hierarchy: steps whose gradient is not finite are skipped, and larger gradients are clipped."""
     return MnistVAEConfig(
         num_epochs=5,
-        batch_size=32,
+        batch_size=16,
         max_skipped_steps=10,
         final_samples=10,
         dataset=DatasetConfig(name="cifar10|digits"),
@@ -41,7 +41,7 @@ def get_config() -> MnistVAEConfig:
 def flat() -> MnistVAEConfig:
     """One layer of latents, with the convolutional encoder and decoder of experiments/mnist_vae.py."""
     config = get_config()
-    config.model = VAEConfig(name="conv", latents=128, width=32, depth=3, activation="silu", likelihood="logistic")
+    config.model = VAEConfig(name="conv", latents=128, width=16, depth=3, activation="silu", likelihood="logistic")
     return config
 
 

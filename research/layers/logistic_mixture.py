@@ -61,8 +61,8 @@ def log_prob(targets: jax.Array, parameters: jax.Array) -> jax.Array:
     # log(sigmoid(u) - sigmoid(l)) = log sigmoid(u) + log sigmoid(-l) + log(1 - exp(l - u)), without cancellation. The
     # lowest value has no lower bound and the highest no upper one.
     is_lowest, is_highest = targets[..., None] < 0.5 / 255, targets[..., None] > 254.5 / 255
-    below_upper = jnp.where(is_highest, 0.0, -jax.nn.softplus(-upper))
-    above_lower = jnp.where(is_lowest, 0.0, -jax.nn.softplus(upper - width))
+    below_upper = jnp.where(is_highest, 0.0, -_softplus(-upper))
+    above_lower = jnp.where(is_lowest, 0.0, -_softplus(upper - width))
     between = jnp.where(is_lowest | is_highest, 0.0, jnp.log(-jnp.expm1(-width)))
     by_component = (below_upper + above_lower + between).sum(-2)
     return jax.nn.logsumexp(log_weights + by_component, axis=-1).sum((-2, -1))
@@ -120,3 +120,9 @@ def _mean(means: jax.Array, coefficients: jax.Array, values: Sequence[jax.Array]
     first = math.comb(channel, 2)
     terms = (coefficients[..., first + j, :] * values[j] for j in range(channel))
     return sum(terms, means[..., channel, :])
+
+
+def _softplus(x: jax.Array) -> jax.Array:
+    # Its absolute error of 6e-8 is small in a sum of logarithms. `jax.nn.softplus` has a small relative error as well,
+    # and with it the gradient for [16, 32, 32, 50] takes 38 ms of a CPU core instead of 24.
+    return jnp.maximum(x, 0) + jnp.log(1 + jnp.exp(-jnp.abs(x)))

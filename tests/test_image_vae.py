@@ -178,7 +178,7 @@ def test_presets_fit_every_named_data_set(name, shape):
     config_lib.check(config)
     dataset = sources.Dataset("drawn", ("a",), {"image": np.zeros((200, *shape), np.uint8)}, None, {})
     config = image_vae.EXPERIMENT.resolve(config, dataset)
-    task = image_vae.EXPERIMENT.make_task(config, dataset)
+    task = mnist_vae.make_task(config, dataset)
     assert task.likelihood == "logistic"
     assert task.binarize == ""
 

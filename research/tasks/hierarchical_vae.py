@@ -14,8 +14,8 @@ from research.data.batch import Batch
 from research.data.sources import Dataset
 from research.tasks import densities, vae_plots
 from research.tasks.predictor import Predictor
-from research.tasks.task import ExportedFunction, Inputs, Metrics
-from research.tasks.vae import VAE, prior_noise
+from research.tasks.task import Metrics
+from research.tasks.vae import VAE
 
 _PLOTTED = 50  # reconstructions
 _MEASURED = 1000  # test images that the plotted KL is averaged over
@@ -65,21 +65,6 @@ class HierarchicalVAE(VAE):
         positions = jnp.array([height * width for height, width, _ in self.shapes], jnp.float32)
         weights = jax.lax.stop_gradient(positions * sharding.batch_mean(kl)) + 1e-6
         return counted * jnp.where(step + 1 < self.warmup_steps, weights / weights.mean(), 1.0)
-
-    def functions(self, model: Any, dataset: Dataset) -> dict[str, ExportedFunction]:
-        """Exports `encode`, `decode` and `sample`, as `VAE`; `sample` has the input "temperature", float32 scalar.
-
-        The latents are those of all groups, one after another. The temperature multiplies their standard deviations.
-        """
-        functions = super().functions(model, dataset)
-        index = functions["sample"].inputs["index"]
-
-        def sample(model: Any, inputs: Inputs) -> dict[str, jax.Array]:
-            latents = inputs["temperature"] * prior_noise(inputs["seed"], inputs["index"], self._num_latents(0, 0))
-            return {"image": self._expected(model.decode(latents))}
-
-        inputs = {"seed": ("", "uint32"), "temperature": ("", "float32"), "index": index}
-        return functions | {"sample": dataclasses.replace(functions["sample"], call=sample, inputs=inputs)}
 
     def plots(self, predict: Predictor, dataset: Dataset) -> dict[str, Callable[[], Any]]:
         """Plots reconstructions, interpolations, samples of the prior, and the KL of each group on the test set."""

@@ -238,7 +238,9 @@ class VAE(Task):
             return {"image": self._expected(parameters), "parameters": parameters}
 
         def sample(model: Any, inputs: Inputs) -> dict[str, jax.Array]:
-            return {"image": self._expected(model.decode(prior_noise(inputs["seed"], inputs["index"], latents)))}
+            keys = _keys(jax.random.key(inputs["seed"], impl=randomness.IMPLEMENTATION), inputs["index"], _LATENTS)
+            drawn = jax.vmap(lambda key: jax.random.normal(key, (latents,)))(keys)
+            return {"image": self._expected(model.decode(drawn))}
 
         image, index = ", ".join(map(str, ("b", *self.image_shape))), ("b", "int32")
         return {
@@ -284,12 +286,6 @@ class VAE(Task):
                 labels, names = np.zeros(len(means)), ("unlabeled",)
             drawings["latents"] = lambda: plots.scatter(means, labels, names, "means of q(z|x), test set")
         return drawings
-
-
-def prior_noise(seed: jax.Array, index: jax.Array, latents: int) -> jax.Array:
-    """Draws standard normal latents, float32 [b, latents], that depend on the seed and each image's number only."""
-    keys = _keys(jax.random.key(seed, impl=randomness.IMPLEMENTATION), index, _LATENTS)
-    return jax.vmap(lambda key: jax.random.normal(key, (latents,)))(keys)
 
 
 def _keys(key: jax.Array, index: jax.Array, purpose: int) -> jax.Array:

@@ -82,6 +82,9 @@ def test_the_prior_of_a_group_depends_on_the_groups_above():
     group = model.groups[1]
     h, u = jnp.asarray(np.random.default_rng(2).standard_normal((2, 2, 2, 4)), jnp.float32), jnp.ones((2, 2, 2, 2))
     group.blocks = nnx.List([])
+    assert group.prior is not None
+    assert group.prior_head is not None
+    assert group.project.bias is not None
     after, *_ = group(h, None, u)
     before = group.prior(h)
     shift, log_scale = np.split(np.asarray(group.prior_head(nnx.silu(before))), 2, -1)

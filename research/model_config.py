@@ -99,19 +99,35 @@ class RNNConfig(RecurrentConfig):
 
 @dataclasses.dataclass
 class VAEConfig(NetworkConfig):
-    """A variational autoencoder (`research.models.vae`)."""
+    """A variational autoencoder (`research.models.vae`, `research.models.hierarchical_vae`)."""
 
-    name: str = option("dense", "architecture of encoder and decoder", choices=("dense", "conv"), decides_others=True)
-    latents: int = option(50, "dimensions of the latent space", minimum=1)
+    name: str = option(
+        "dense",
+        "architecture of encoder and decoder; hierarchical: groups of latents at several resolutions",
+        choices=("dense", "conv", "hierarchical"),
+        decides_others=True,
+    )
+    latents: int = option(
+        50, "dimensions of the latent space; hierarchical: channels of each group of latents", minimum=1
+    )
+    groups: str = option(
+        "",
+        "hierarchical: how many groups of latents each resolution has, from the lowest to the image's, each twice the "
+        "one before; zeros at the end leave out the highest (default: 1,2,3,0)",
+    )
     width: int = option(200, "units per hidden layer; conv: channels at full resolution", minimum=1)
     depth: int = option(
-        2, "hidden layers of the encoder and of the decoder; conv: how often the resolution is halved", minimum=1
+        2,
+        "hidden layers of the encoder and of the decoder; conv: how often the resolution is halved; hierarchical: "
+        "residual blocks after each group",
+        minimum=1,
     )
     activation: str = option("tanh", "activation function", choices=("tanh", "relu", "silu", "gelu"))
     likelihood: str = option(
         "bernoulli",
-        "distribution of a pixel given the latents; gaussian: with learned mean and variance",
-        choices=("bernoulli", "gaussian"),
+        "distribution of a pixel given the latents; gaussian: a density, with learned mean and variance; logistic: of "
+        "the 256 values, a discretized mixture of logistics (their bits per dimension are not comparable)",
+        choices=("bernoulli", "gaussian", "logistic"),
         decides_others=True,
     )
     dtype: str = option("float32", "compute dtype; parameters and likelihoods stay float32", choices=DTYPES)

@@ -131,7 +131,9 @@ def test_samples_are_saved_and_depend_on_the_seed(tmp_path, capsys):
         (["--config.binarize=none"], "config.binarize='none': use one of"),
         (["--config.model.name=conv", "--config.model.depth=4"], "depth=4: images of 8x8 cannot be halved"),
         (["--num_samples=3"], "--num_samples is for --mode=sample"),
-        (["--config.model.name=dens"], "'dens': use one of 'dense', 'conv'"),
+        (["--config.model.name=dens"], "'dens': use one of 'dense', 'conv', 'hierarchical'"),
+        (["--config.model.groups=1,2"], "groups=1,2: dense has one layer of latents"),
+        (["--config.model.likelihood=logistic", "--config.binarize=fixed"], "binarize=fixed: only a bernoulli"),
     ],
 )
 def test_bad_flags_name_what_is_right(args, words):
@@ -153,7 +155,7 @@ def _loss(**fields):
     task = mnist_vae.make_task(config, dataset)
     model = SimpleNamespace(
         encode=lambda x: (x[:, 0, :2, 0], x[:, 1, :2, 0]),
-        decode=lambda z: jax.numpy.tile(z, 32 if task.likelihood == "bernoulli" else 64),
+        decode=lambda z: jax.numpy.tile(z, 32 * {"bernoulli": 1, "gaussian": 2, "logistic": 15}[task.likelihood]),
     )
     features = {name: jax.ShapeDtypeStruct((8, *x.shape[1:]), x.dtype) for name, x in dataset.train.items()}
     index, step = jax.ShapeDtypeStruct((8,), np.int32), jax.ShapeDtypeStruct((), np.int32)
@@ -174,6 +176,7 @@ def _loss(**fields):
         ("binarize", "fixed"),
         ("final_samples", 7),
         ("model.likelihood", "gaussian"),
+        ("model.likelihood", "logistic"),
     ],
 )
 def test_each_field_changes_the_loss(field, value):
@@ -189,5 +192,5 @@ def test_presets_are_valid(name):
     config = mnist_vae.EXPERIMENT.resolve(config, dataset)
     task = mnist_vae.make_task(config, dataset)  # pyright: ignore
     assert task.samples == (50 if name == "iwae" else 1)
-    assert task.final_samples == 5000
+    assert task.final_samples == (100 if name == "hierarchical" else 5000)
     assert task.binarize == "stochastic"

@@ -20,7 +20,7 @@ import pytest
 from absl import flags as absl_flags
 from flax import nnx
 
-from experiments import char_rnn, cifar_cnn, cifar_speedrun, image_classifier, mnist_vae, sequential_images
+from experiments import char_rnn, cifar_cnn, cifar_speedrun, image_classifier, image_vae, mnist_vae, sequential_images
 from launch import job, predict
 from research import app, flags
 from research import config as config_lib
@@ -32,7 +32,7 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = ("benchmarks", "docs", "experiments", "launch", "research", "tests")
 PAGES = sorted(path for path in (*ROOT.glob("*.md"), *(p for f in FOLDERS for p in (ROOT / f).rglob("*.md"))))
 PAGES = [path for path in PAGES if path.name != "CHANGELOG.md"]  # it may name what is gone
-MODULES = (char_rnn, cifar_cnn, cifar_speedrun, image_classifier, mnist_vae, sequential_images)
+MODULES = (char_rnn, cifar_cnn, cifar_speedrun, image_classifier, image_vae, mnist_vae, sequential_images)
 EXPERIMENTS = {module.__name__: module.EXPERIMENT for module in MODULES}
 LAUNCHERS = ("export", "gke", "local", "plan", "scaling", "slurm", "sweep", "tpu")
 DRY_RUN = ("gke", "local", "scaling", "slurm", "tpu")

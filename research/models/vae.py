@@ -4,9 +4,10 @@
 | --- | --- | --- |
 | dense | `depth` hidden layers of `width` units (Burda et al. 2016, arXiv 1509.00519: 2 of 200, tanh) | the same |
 | conv | a 3x3 convolution of `width` channels, `depth` more of stride 2 that double the channels | its mirror image |
+| hierarchical | groups of latents at several resolutions: `research.models.hierarchical_vae` | |
 
 The encoder returns a diagonal Gaussian over one layer of latents; the decoder returns the parameters of each pixel's
-likelihood: a logit (bernoulli), or mean and log variance (gaussian).
+likelihood: a logit (bernoulli), mean and log variance (gaussian), or those of `research.layers.logistic_mixture`.
 """
 
 import itertools
@@ -19,11 +20,11 @@ from flax import nnx
 
 from research.config import VAEConfig
 from research.errors import UserError
+from research.layers import logistic_mixture
 from research.layers.bias import bias_add
 from research.models.blocks import GLOROT, LECUN, Style
 
-_ACTIVATIONS = {"tanh": jnp.tanh, "relu": nnx.relu, "silu": nnx.silu, "gelu": nnx.gelu}
-_PARAMETERS = {"bernoulli": 1, "gaussian": 2}  # of each pixel's likelihood
+ACTIVATIONS = {"tanh": jnp.tanh, "relu": nnx.relu, "silu": nnx.silu, "gelu": nnx.gelu}
 
 
 def check(config: VAEConfig, image_shape: tuple[int, ...]) -> None:
@@ -46,11 +47,31 @@ def create(config: VAEConfig, *, mean: np.ndarray, rngs: nnx.Rngs) -> "VAE":
 
 
 def initial_bias(config: VAEConfig, mean: np.ndarray) -> np.ndarray:
-    """Computes the bias for which the decoder outputs the mean image (gaussian: with variance 0.05), float32."""
+    """Computes the bias for which the decoder outputs the mean image (gaussian: with variance 0.05), float32 [n]."""
     flat = np.clip(mean, 0.001, 0.999).ravel()
     if config.likelihood == "gaussian":
         return np.concatenate([flat, np.full(flat.size, math.log(0.05))]).astype(np.float32)
+    if config.likelihood == "logistic":
+        return logistic_mixture.initial_bias(mean).ravel()
     return np.log(flat / (1 - flat)).astype(np.float32)
+
+
+def num_parameters(likelihood: str, channels: int) -> int:
+    """Returns the number of parameters of the likelihood of a pixel."""
+    match likelihood:
+        case "gaussian":
+            return 2 * channels
+        case "logistic":
+            return logistic_mixture.num_parameters(channels)
+        case _:
+            return channels
+
+
+def flatten_parameters(likelihood: str, x: jax.Array) -> jax.Array:
+    """Reorders parameters [b, h, w, `num_parameters`] as `VAE.decode` returns them, [b, n]."""
+    # Gaussian: channels are grouped by parameter, all means before all log variances.
+    x = x.reshape(*x.shape[:-1], 2 if likelihood == "gaussian" else 1, -1)
+    return jnp.moveaxis(x, -2, 1).reshape(x.shape[0], -1)
 
 
 class VAE(nnx.Module):
@@ -71,7 +92,8 @@ class VAE(nnx.Module):
     def decode(self, latents: jax.Array) -> jax.Array:
         """Computes the parameters of p(image | latents): float32 [..., latents] to float32 [..., h*w*c] logits.
 
-        For a gaussian likelihood [..., 2*h*w*c]: all means, of pixels in 0..1, then all log variances.
+        For a gaussian likelihood [..., 2*h*w*c]: all means, of pixels in 0..1, then all log variances. For a logistic
+        one, [..., h*w*p]: each pixel's parameters in turn.
         """
         flat = self.decoder(latents.reshape(-1, latents.shape[-1]))
         return bias_add(flat.reshape(*latents.shape[:-1], -1).astype(jnp.float32), self.bias[...])
@@ -81,7 +103,7 @@ class _DenseEncoder(nnx.Module):
     """Images [b, h, w, c] to [b, 2 * latents]."""
 
     def __init__(self, config: VAEConfig, image_shape: tuple[int, ...], style: Style):
-        self.activation = _ACTIVATIONS[config.activation]
+        self.activation = ACTIVATIONS[config.activation]
         widths = [math.prod(image_shape), *[config.width] * config.depth]
         self.hidden = nnx.List([style.linear(*pair) for pair in itertools.pairwise(widths)])
         self.out = style.linear(config.width, 2 * config.latents)
@@ -97,10 +119,10 @@ class _DenseDecoder(nnx.Module):
     """Latents [b, latents] to the likelihood's parameters, without the bias: [b, parameters * h*w*c]."""
 
     def __init__(self, config: VAEConfig, image_shape: tuple[int, ...], style: Style):
-        self.activation = _ACTIVATIONS[config.activation]
+        self.activation = ACTIVATIONS[config.activation]
         widths = [config.latents, *[config.width] * config.depth]
         self.hidden = nnx.List([style.linear(*pair) for pair in itertools.pairwise(widths)])
-        outputs = _PARAMETERS[config.likelihood] * math.prod(image_shape)
+        outputs = math.prod(image_shape[:2]) * num_parameters(config.likelihood, image_shape[-1])
         self.out = style.linear(config.width, outputs, use_bias=False)
 
     def __call__(self, latents: jax.Array) -> jax.Array:
@@ -120,7 +142,7 @@ class _ConvEncoder(nnx.Module):
     """Images [b, h, w, c] to [b, 2 * latents]."""
 
     def __init__(self, config: VAEConfig, image_shape: tuple[int, ...], style: Style):
-        self.activation = _ACTIVATIONS[config.activation]
+        self.activation = ACTIVATIONS[config.activation]
         sizes = _sizes(config, image_shape)
         features = [image_shape[-1], *[channels for _, _, channels in sizes]]
         self.convs = nnx.List(
@@ -144,21 +166,18 @@ class _ConvDecoder(nnx.Module):
     """
 
     def __init__(self, config: VAEConfig, image_shape: tuple[int, ...], style: Style):
-        self.activation = _ACTIVATIONS[config.activation]
+        self.activation = ACTIVATIONS[config.activation]
         self.sizes = _sizes(config, image_shape)[::-1]
-        self.parameters = _PARAMETERS[config.likelihood]
+        self.likelihood = config.likelihood
         features = [channels for _, _, channels in self.sizes]
         self.hidden = style.linear(config.latents, math.prod(self.sizes[0]))
         self.convs = nnx.List([style.conv(*pair) for pair in itertools.pairwise(features)])
         self.norms = nnx.List([style.normalization(channels) for channels in features[1:]])
-        self.out = style.conv(features[-1], self.parameters * image_shape[-1])
+        self.out = style.conv(features[-1], num_parameters(config.likelihood, image_shape[-1]))
 
     def __call__(self, latents: jax.Array) -> jax.Array:
         x = self.activation(self.hidden(latents)).reshape(-1, *self.sizes[0])
         for conv, norm, (height, width, _) in zip(self.convs, self.norms, self.sizes[1:]):
             x = x.repeat(2, 1).repeat(2, 2)[:, :height, :width]
             x = self.activation(norm(conv(x), train=False))
-        x = self.out(x)
-        # Channels are grouped by parameter: all means before all log variances.
-        x = x.reshape(*x.shape[:-1], self.parameters, -1)
-        return jnp.moveaxis(x, -2, 1).reshape(x.shape[0], -1)
+        return flatten_parameters(self.likelihood, self.out(x))

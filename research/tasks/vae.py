@@ -15,15 +15,14 @@ from research.config import is_on
 from research.data.batch import Batch
 from research.data.sources import Dataset
 from research.randomness import Stream
-from research.tasks import densities
+from research.tasks import densities, image_likelihood, vae_plots
 from research.tasks.predictor import Predictor
 from research.tasks.task import ExportedFunction, Inputs, Metrics, Task
+from research.tasks.vae_plots import GRID_SIZE
 
 _ACTIVE_VARIANCE = 0.01  # Burda et al. 2016, section 5.2
 _EVAL_BATCH = 1000  # examples of a batch of the log-likelihood's estimate
 _MAX_PLOTTED_PIXELS = 2**26  # in the test images that are plotted: 256 MB as float32
-_GRID_SIZE = 10  # images in a row of a plot, and latents traversed
-_TRAVERSAL = np.linspace(-3, 3, 11, dtype=np.float32)  # covers nearly all of the prior's mass
 _TARGETS, _LATENTS, _RESAMPLING = 0, 1, 2  # purposes of the keys
 
 
@@ -34,13 +33,14 @@ class VAE(Task):
     A bernoulli likelihood models bits: a pixel is 1 with probability gray / 255, drawn at every visit ("stochastic", as
     in Burda et al. 2016) or once ("fixed"). A gaussian likelihood models the density of gray + u, u uniform in 0..1, on
     the scale 0..256. Its log-likelihood is then a lower bound of that of the 8-bit values (Theis et al. 2016, arXiv
-    1511.01844, section 3.1), so bits per dimension are comparable with the literature.
+    1511.01844, section 3.1), so bits per dimension are comparable with the literature. A logistic likelihood models
+    these values themselves (`research.layers.logistic_mixture`), so its bits per dimension are no lower bound.
 
     Attributes:
       network: builds the network from its rngs: `research.models.vae.VAE`, or any with its two methods.
       image_shape: (h, w, c).
-      likelihood: "bernoulli" or "gaussian".
-      binarize: "stochastic" or "fixed"; "" for a gaussian likelihood.
+      likelihood: "bernoulli", "gaussian" or "logistic".
+      binarize: "stochastic" or "fixed"; "" unless the likelihood is bernoulli.
       samples: k of the training bound. 1: the ELBO, with the KL in closed form; more: IWAE (Burda et al., equation 8).
       gradient_samples: if there are several samples, the number that the gradient is estimated by, without bias; 0: all
         of them, the exact gradient.
@@ -87,16 +87,16 @@ class VAE(Task):
         # A stream separate from evaluation's: otherwise training and test images of equal number share thresholds.
         fixed = train and self.binarize == "fixed"
         targets = self.targets(batch["image"], batch.index, randomness.key(Stream.FIXED_BITS) if fixed else key)
-        mean, logvar = model.encode(targets)
-        shape = (self.samples if train else 1, mean.shape[-1])
+        posterior = self._posterior(model, targets)
+        shape = (self.samples if train else 1, self._num_latents(model, posterior))
         noise = jax.vmap(lambda key: jax.random.normal(key, shape))(_keys(key, batch.index, _LATENTS))
-        log_prob, log_ratio = self._log_weights(model, targets, mean, logvar, noise)
-        kl = densities.kl_to_standard(mean, logvar)
+        log_prob, log_ratio, kl = self._log_weights(model, targets, posterior, noise)
         reconstruction = -log_prob.mean(1)
         loss = reconstruction + kl.sum(-1)
         values = {"loss": loss, "reconstruction": reconstruction, "kl": kl.sum(-1), "elbo": -loss}
+        values |= self._details(posterior, kl, train=train)
         if not train:
-            return values | {"mean": mean, "squared_mean": jnp.square(mean)}
+            return values
         beta = self.beta * jnp.minimum(1.0, (batch.step + 1) / max(self.warmup_steps, 1))
         if self.samples > 1:
             log_weights = log_prob + beta * log_ratio
@@ -108,24 +108,45 @@ class VAE(Task):
                 weights = jax.lax.stop_gradient(log_weights)
                 resample = jax.vmap(lambda key, w: jax.random.categorical(key, w, shape=(self.gradient_samples,)))
                 resampled = jnp.take_along_axis(noise, resample(keys, weights)[..., None], 1)
-                log_prob, log_ratio = self._log_weights(model, targets, mean, logvar, resampled)
+                log_prob, log_ratio, _ = self._log_weights(model, targets, posterior, resampled)
                 mean_log_weight = (log_prob + beta * log_ratio).mean(1)
                 # The value of the bound, with the gradient of the resampled mean.
                 bound = jax.lax.stop_gradient(bound - mean_log_weight) + mean_log_weight
             return values | {"loss": -bound}
-        # Where a latent's mean KL over the batch is below the limit, every example costs the limit. So the mean over
-        # the batch is max(limit, mean), with the matching gradient.
-        if is_on(self.free_bits):
-            kl = jnp.where(sharding.batch_mean(kl) < self.free_bits, self.free_bits, kl)
-        return values | {"loss": reconstruction + beta * kl.sum(-1)}
+        return values | {"loss": reconstruction + beta * self._training_kl(kl, batch.step).sum(-1)}
+
+    def _posterior(self, model: Any, targets: jax.Array) -> Any:
+        """Computes what the latents are drawn from: mean and log variance of q(z|x), [b, latents]."""
+        return model.encode(targets)
+
+    def _num_latents(self, model: Any, posterior: Any) -> int:
+        del model
+        return posterior[0].shape[-1]
 
     def _log_weights(
-        self, model: Any, targets: jax.Array, mean: jax.Array, logvar: jax.Array, noise: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """Computes log p(x|z) and log p(z) - log q(z|x), [b, k] each, at z = mean + std * noise [b, k, latents]."""
+        self, model: Any, targets: jax.Array, posterior: Any, noise: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Computes log p(x|z) and log p(z) - log q(z|x), [b, k] each, at z = mean + std * noise [b, k, latents].
+
+        The third result is the KL of each latent, [b, latents].
+        """
+        mean, logvar = posterior
         latents = mean[:, None] + jnp.exp(logvar / 2)[:, None] * noise
         log_prob = self.log_prob(targets[:, None], model.decode(latents))
-        return log_prob, densities.log_ratio(noise, latents, logvar[:, None])
+        log_ratio = densities.log_ratio(noise, latents, logvar[:, None])
+        return log_prob, log_ratio, densities.kl_to_standard(mean, logvar)
+
+    def _details(self, posterior: Any, kl: jax.Array, *, train: bool) -> Metrics:
+        """Returns further metrics of `evaluate`."""
+        del kl
+        return {} if train else {"mean": posterior[0], "squared_mean": jnp.square(posterior[0])}
+
+    def _training_kl(self, kl: jax.Array, step: jax.Array | None) -> jax.Array:
+        """Returns the KL [b, n] as the training loss counts it at an update, before its weight beta."""
+        del step
+        # Where a latent's mean KL over the batch is below the limit, every example costs the limit. So the mean over
+        # the batch is max(limit, mean), with the matching gradient.
+        return jnp.where(sharding.batch_mean(kl) < self.free_bits, self.free_bits, kl) if is_on(self.free_bits) else kl
 
     def summarize(self, means: Mapping[str, Any]) -> dict[str, float]:
         """Adds "bits_per_dim" of the ELBO and, in evaluation, "active_units".
@@ -149,36 +170,29 @@ class VAE(Task):
           index: int32 [b], the examples' numbers.
           key: the random key; each example's is folded from it and the example's number.
         """
-        keys = _keys(key, index, _TARGETS)
-        if self.likelihood == "bernoulli":
-            return jax.vmap(_bits)(keys, image)
-        noise = jax.vmap(lambda key: jax.random.uniform(key, self.image_shape))(keys)
-        return (image + noise) / 256
+        return image_likelihood.targets(self.likelihood, image, _keys(key, index, _TARGETS))
 
     def log_prob(self, targets: jax.Array, parameters: jax.Array) -> jax.Array:
         """Computes log p(x|z): targets [..., h, w, c] and the `parameters` of `decode` to [...]."""
-        flat = targets.reshape(*targets.shape[:-3], -1)
-        if self.likelihood == "bernoulli":
-            return densities.bernoulli(flat, parameters)
-        # The density of values in 0..256 is that of values in 0..1, divided by 256 for each pixel.
-        return densities.gaussian(flat, *jnp.split(parameters, 2, -1)) - flat.shape[-1] * math.log(256)
+        return image_likelihood.log_prob(self.likelihood, targets, parameters)
 
     def log_likelihood(self, model: Any, batch: Batch, _: jax.Array) -> jax.Array:
         """Estimates log p(x), [b], by `final_samples` samples of q(z|x) (Burda et al., equation 8)."""
         # A loop with a running logsumexp of the weights, so memory does not grow with the number of samples.
         key = randomness.key(Stream.EVALUATION)
         targets = self.targets(batch["image"], batch.index, key)
-        mean, logvar = model.encode(targets)
+        posterior = self._posterior(model, targets)
+        shape = 1, self._num_latents(model, posterior)
         keys = _keys(key, batch.index, _LATENTS)
 
         def add(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             largest, total = carry
-            noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), (1, mean.shape[1])))(keys)
-            log_weight = jnp.add(*self._log_weights(model, targets, mean, logvar, noise))[:, 0]
+            noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), shape))(keys)
+            log_weight = jnp.add(*self._log_weights(model, targets, posterior, noise)[:2])[:, 0]
             maximum = jnp.maximum(largest, log_weight)
             return maximum, total * jnp.exp(largest - maximum) + jnp.exp(log_weight - maximum)
 
-        start = jnp.full(len(mean), -jnp.inf), jnp.zeros(len(mean))
+        start = jnp.full(len(targets), -jnp.inf), jnp.zeros(len(targets))
         largest, total = jax.lax.fori_loop(0, self.final_samples, add, start)
         return largest + jnp.log(total) - math.log(self.final_samples)
 
@@ -200,11 +214,7 @@ class VAE(Task):
         return self._expected(model.decode(batch["latents"]))
 
     def _expected(self, parameters: jax.Array) -> jax.Array:
-        if self.likelihood == "bernoulli":
-            expected = jax.nn.sigmoid(parameters)
-        else:
-            expected = jnp.clip(jnp.split(parameters, 2, -1)[0], 0, 1)
-        return expected.reshape(-1, *self.image_shape)
+        return image_likelihood.expected(self.likelihood, parameters, self.image_shape)
 
     def functions(self, model: Any, dataset: Dataset) -> dict[str, ExportedFunction]:
         """Exports `encode`, `decode` and `sample`.
@@ -233,12 +243,11 @@ class VAE(Task):
             return {"image": self._expected(model.decode(drawn))}
 
         image, index = ", ".join(map(str, ("b", *self.image_shape))), ("b", "int32")
-        bits = "a pixel is 1 with the probability image / 255, else 0" if self.binarize else "(image + noise) / 256"
         return {
             "encode": ExportedFunction(
                 encode,
                 {"image": (image, "uint8"), "index": index},
-                f"{bits}, drawn by a key derived from `index`",
+                image_likelihood.TARGETS[self.likelihood],
             ),
             "decode": ExportedFunction(decode, {"latents": (f"b, {latents}", "float32")}, "none"),
             "sample": ExportedFunction(
@@ -246,37 +255,30 @@ class VAE(Task):
             ),
         }
 
-    def draw_prior(self, predict: Predictor, latents: int, count: int, seed: int = 0) -> np.ndarray:
-        """Computes the expected images of `count` draws from the prior: float32 [count, h, w, c] in 0..1."""
+    def draw_prior(
+        self, predict: Predictor, latents: int, count: int, seed: int = 0, temperature: float = 1.0
+    ) -> np.ndarray:
+        """Computes the expected images of `count` draws from the prior: float32 [count, h, w, c] in 0..1.
+
+        `temperature` multiplies the latents' standard deviation.
+        """
         draws = randomness.generator(Stream.PRIOR_SAMPLES, seed).standard_normal((count, latents)).astype(np.float32)
-        return predict(self.decoded, {"latents": draws})
+        return predict(self.decoded, {"latents": np.float32(temperature) * draws})
 
     def plots(self, predict: Predictor, dataset: Dataset) -> dict[str, Callable[[], Any]]:
         """Plots reconstructions, samples of the prior and latent traversals; if there are two latents, their means."""
         # Limits the memory: `encoded` returns the float32 targets of all these images along with the means.
-        images = dataset.test["image"][: 5 * _GRID_SIZE + _MAX_PLOTTED_PIXELS // math.prod(self.image_shape)]
+        images = dataset.test["image"][: 5 * GRID_SIZE + _MAX_PLOTTED_PIXELS // math.prod(self.image_shape)]
         targets, means = predict(self.encoded, {"image": images})
-        count = len(targets[: 5 * _GRID_SIZE])
-        pairs = np.stack([targets[:count], predict(self.decoded, {"latents": means[:count]})], 1)
-        samples = self.draw_prior(predict, means.shape[1], _GRID_SIZE**2)
-        # Traverse the latents that vary most over the test set.
-        traversed = np.argsort(-means.var(0), kind="stable")[:_GRID_SIZE]
-        latents = np.tile(means[0], (len(traversed), len(_TRAVERSAL), 1))
-        for row, latent in enumerate(traversed):
-            latents[row, :, latent] = _TRAVERSAL
-        traversals = predict(self.decoded, {"latents": latents.reshape(-1, means.shape[1])})
+        targets = targets[: 5 * GRID_SIZE]
+        reconstructed = predict(self.decoded, {"latents": means[: 5 * GRID_SIZE]})
+        samples = self.draw_prior(predict, means.shape[1], GRID_SIZE**2)
+        traversed, latents = vae_plots.traversed_latents(means)
+        traversals = predict(self.decoded, {"latents": latents})
         drawings: dict[str, Callable[[], Any]] = {
-            "reconstructions": lambda: plots.image_grid(
-                pairs.reshape(-1, *self.image_shape),
-                _GRID_SIZE,
-                "test images, each followed by its reconstruction",
-            ),
-            "samples": lambda: plots.image_grid(samples, _GRID_SIZE, "samples of the prior"),
-            "traversals": lambda: plots.image_grid(
-                traversals,
-                len(_TRAVERSAL),
-                f"rows: latents {', '.join(map(str, traversed))} from {_TRAVERSAL[0]:g} to {_TRAVERSAL[-1]:g}",
-            ),
+            "reconstructions": lambda: vae_plots.reconstructions(targets, reconstructed),
+            "samples": lambda: plots.image_grid(samples, GRID_SIZE, "samples of the prior"),
+            "traversals": lambda: vae_plots.traversals(traversals, traversed),
         }
         if means.shape[1] == 2:
             labels, names = dataset.test.get("label", np.full(1, -1))[: len(means)], dataset.label_names
@@ -289,11 +291,3 @@ class VAE(Task):
 def _keys(key: jax.Array, index: jax.Array, purpose: int) -> jax.Array:
     """Folds each example's number into the key, [b]: its draws do not depend on the rest of the batch."""
     return jax.vmap(lambda number: jax.random.fold_in(jax.random.fold_in(key, purpose), number))(index)
-
-
-def _bits(key: jax.Array, image: jax.Array) -> jax.Array:
-    """Draws float32 bits, each 1 with probability gray / 255 of its pixel (uint8), to within 2^-17."""
-    # Half a random word for each pixel: the draws take a good part of a small network's train step.
-    words = jax.random.bits(key, (-(-image.size // 2),))
-    halves = jnp.concatenate([words & 0xFFFF, words >> 16])[: image.size].reshape(image.shape)
-    return (halves < (image.astype(jnp.uint32) * 65536 + 127) // 255).astype(jnp.float32)

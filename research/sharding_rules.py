@@ -84,9 +84,11 @@ def check(rules: Rules, params: Any, mesh: Mesh) -> None:
       mesh: the devices.
 
     Raises:
-      UserError: an expression is invalid or matches no parameter, a rule is no tuple of mesh axes, does not have an
-        entry for each axis of a parameter, or the mesh does not split that axis evenly.
+      UserError: the rules are no dictionary; an expression is invalid or matches no parameter; a rule is no tuple of
+        mesh axes, does not have an entry for each axis of a parameter, or the mesh does not split that axis evenly.
     """
+    if not isinstance(rules, Mapping) or not all(isinstance(regex, str) for regex in rules):
+        raise UserError(f"{_NAME}: give a dictionary from regular expressions to tuples of mesh axes")
     paths = parameter_groups.names(params)
     shapes = dict(zip(paths, (leaf.shape for leaf in jax.tree.leaves(params)), strict=True))
     for regex, rule in rules.items():

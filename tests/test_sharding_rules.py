@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import json
 import math
+import re
+from pathlib import Path
 
 import jax
 import linear
@@ -13,7 +15,8 @@ import optax
 import pytest
 
 from launch import plan
-from launch.plans import hlo
+from launch.plans import hlo, topologies
+from launch.plans.planner import Planner
 from research import app, optimizers, sharding
 from research.config import MeshConfig
 from research.data.sources import Dataset
@@ -90,6 +93,14 @@ def test_column_and_row_parallel_layers_train_as_on_one_device_with_one_all_redu
     assert "all-gather" in kinds
 
 
+def test_the_rules_that_the_readme_shows_are_understood():
+    text = (Path(__file__).parent.parent / "research/README.md").read_text()
+    (program,) = re.findall(r"```python\n(SHARDING_RULES.*?)```", text, re.DOTALL)
+    exec(program, names := {})
+    shards = _shards(_training(names["SHARDING_RULES"], fsdp=2, model=2).state.params)
+    assert shards == {"kernel": (16, 16), "bias": (16,), "down": (16, 8)}
+
+
 def test_rules_of_all_axes_train_as_on_one_device():
     found = _train(_training(data=2, fsdp=2, model=2))
     _agrees(found, _one_device())
@@ -123,6 +134,7 @@ def test_parameters_stored_in_shards_along_data_work_with_per_device_gradients()
             {},
             "sharding_rules=blocks/0/upp matches no parameter: the nearest is blocks/0/up/",
         ),
+        ([("up/kernel", (None, "model"))], {}, "sharding_rules: give a dictionary"),
         ({"up/(": (None, "model")}, {}, r"sharding_rules=up/\(: this is not a regular expression"),
         ({"up/kernel": (None, "tensor")}, {}, "'up/kernel' has .* the mesh has no axis 'tensor'; use data, fsdp, seq"),
         ({"up/kernel": "model"}, {}, "'up/kernel' has 'model': give a tuple"),
@@ -178,3 +190,17 @@ def test_a_plan_has_the_rules_shards_and_collectives(tmp_path):
     per_chip = 1024 * 16 + 16 + 16 * 10 + 10 + 2 * ((16 * 32 + 32 + 32 * 16) // 4 + 16)
     assert row["parameter_bytes_per_chip"] == 4 * per_chip
     assert {collective["kind"] for collective in row["collectives"]} == {"all-reduce"}
+
+
+def test_a_search_of_plans_skips_meshes_that_the_rules_do_not_fit(capsys):
+    experiment = dataclasses.replace(megatron.EXPERIMENT, sharding_rules={"head/kernel": (None, "model")})
+    config, topology = megatron.get_config(), topologies.parse("h100-4")
+    both = [
+        plan.Candidate(topology, dataclasses.replace(config, mesh=MeshConfig(data=4 // size, model=size)))
+        for size in (2, 4)
+    ]
+    planner = Planner(experiment, config, [(one.topology, one.config) for one in both])
+    assert plan._shardable(planner, both) == both[:1]  # of 10 classes
+    assert "skipped 1 of 2 plans" in capsys.readouterr().out
+    with pytest.raises(UserError, match="model=4 cannot split its 10 evenly"):
+        plan._shardable(planner, both[1:])

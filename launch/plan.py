@@ -149,6 +149,22 @@ def _possible(wanted: Sequence[Candidate], num_examples: int) -> list[Candidate]
     return found
 
 
+def _shardable(planner: Any, wanted: Sequence[Candidate]) -> list[Candidate]:
+    """Drops the candidates whose mesh the experiment's sharding rules do not fit; raises the error if none is left."""
+    found, errors = [], []
+    for one in wanted:
+        try:
+            planner.check_sharding(one.topology, one.config)
+            found.append(one)
+        except UserError as error:
+            errors.append(error)
+    if not found:
+        raise errors[0]
+    if errors:
+        print(f"skipped {len(errors)} of {len(wanted)} plans, whose meshes the experiment's sharding rules do not fit")
+    return found
+
+
 def _write(workdir: Path, rows: Sequence[dict[str, Any]], options: PlanOptions) -> dict[str, Any]:
     """Writes plan.json and plan.png; returns the row chosen by `answer`."""
     chosen = answer(rows)
@@ -200,7 +216,7 @@ def run(argv: Sequence[str]) -> int:
 
     began = time.monotonic()
     planner = Planner(job.experiment, job.config, [(one.topology, one.config) for one in wanted])
-    wanted = _possible(wanted, planner.workload.num_examples)
+    wanted = _shardable(planner, _possible(wanted, planner.workload.num_examples))
     workdir = job_lib.make_folder(job.workdir)
     print(report.first_line(job.experiment.name, planner.workload, len(wanted)), flush=True)
     if not options.sweep_topology and any(one.config.batch_size != job.config.batch_size for one in wanted):

@@ -24,6 +24,7 @@ from launch import job as job_lib
 from launch.job import Job
 from launch.sweeps import options as sweep_options
 from launch.sweeps.options import SweepOptions
+from research.config import MeshConfig
 from research.errors import RecordError, UserError
 from research.process.signals import Signals, StoppedError
 from research.process.terminal import ignore_output_errors
@@ -89,9 +90,7 @@ def _run(job: Job, argv: Sequence[str], signals: Signals) -> int:
     if options.processes:
         job_lib.make_folder(job.workdir)
     study.plan(sweep.trials, points)
-    print(
-        f"{name}: {sweep.trials} trials of {sweep.metric}, {sweep.size} runs at a time on {_devices(sweep)}", flush=True
-    )
+    print(f"{name}: {sweep.trials} trials of {sweep.metric}, {_at_once(sweep)} on {_devices(sweep)}", flush=True)
     _train(job, argv, sweep, study, signals)
     if options.processes:
         best.finish(workdir, command, options.fit, sweep, study, signals)
@@ -136,6 +135,13 @@ def _work(sweep: "Sweep", study: "Study", signals: Signals, display: Any) -> Non
     display.update()
 
 
+def _at_once(sweep: "Sweep") -> str:
+    if sweep.devices_per_run == 1:
+        return f"{sweep.size} runs at a time"
+    count = len(sweep.devices) // sweep.devices_per_run
+    return f"{count} run{'s' if count > 1 else ''} at a time, each over {sweep.devices_per_run} devices,"
+
+
 def _devices(sweep: "Sweep") -> str:
     return f"{len(sweep.devices)} {sweep.devices[0].platform} device{'s' if len(sweep.devices) > 1 else ''}"
 
@@ -148,28 +154,60 @@ def _sweep(job: Job) -> tuple["Sweep", list[dict[str, Any]]]:
     """
     options = job.options
     space, points = _space(job)
-    split = _set_devices(options)
-    import jax
-
+    split = _set_devices(options, job.config.mesh)
     from launch.sweeps.worker import Sweep, load
-    from research.training.population import Population
-    from research.training.population_devices import default_size
 
+    place = _place(options, job.config.mesh, split)
     dataset = job.experiment.load_data(job.config.dataset)
     fraction = job.config.dataset.validation_fraction if dataset.validation else _VALIDATION_FRACTION
     found = dataclasses.replace(job.config.dataset, name=dataset.name, validation_fraction=fraction)
     config = dataclasses.replace(job.config, dataset=found)
     dataset = job.experiment.prepare(config, load(job.experiment, config.dataset))
     resolved = job.experiment.resolve(config, dataset)
-    devices = jax.local_devices()[: options.population or None]  # not jax.devices(): it includes those of other hosts
-    single_run_devices = devices[:1] if split and devices[0].platform == "cpu" else None
-    population = Population(resolved, job.experiment.build_task(resolved, dataset), dataset, devices, len(devices))
-    metric = _metric(options.metric, population.metric_names(), job.experiment.name)
-    size = options.population or max(default_size(devices), options.seeds)
     trials = len(points) or options.trials or _DEFAULT_TRIALS
-    return Sweep(
-        job.experiment, config, space, metric, trials, options.seeds, size, devices, single_run_devices
-    ), points
+    sweep = Sweep(job.experiment, config, space, "", trials, options.seeds, **place)
+    population = sweep.population(resolved, job.experiment.build_task(resolved, dataset), dataset, 1)
+    metric = _metric(options.metric, population.metric_names(), job.experiment.name)
+    return dataclasses.replace(sweep, metric=metric), points
+
+
+def _place(options: Any, mesh: MeshConfig, split: bool) -> dict[str, Any]:
+    """Returns the fields of `Sweep` that say where its runs train, and how many at a time.
+
+    Args:
+      options: the sweep's.
+      mesh: of each run.
+      split: whether each CPU core is a device.
+
+    Raises:
+      UserError: the mesh does not divide the devices, or does not fit on them as often as `options.population`.
+    """
+    import jax
+
+    from research.training.population_devices import default_size, devices_per_member
+
+    devices = jax.local_devices()  # not jax.devices(): it includes those of other hosts
+    count = devices_per_member(mesh, len(devices))
+    if count == 1:
+        devices = devices[: options.population or None]
+        one_device = mesh != MeshConfig() or (split and devices[0].platform == "cpu")
+        size, single_run_devices = max(default_size(devices), options.seeds), devices[:1] if one_device else None
+        size = options.population or size
+    else:
+        most = len(devices) // count
+        if options.population > most:
+            raise UserError(
+                f"--population={options.population}: the {len(devices)} devices here suffice for {most} at a time, "
+                f"each over {count}; give at most --population={most}"
+            )
+        devices = devices[: (options.population or most) * count]
+        size, single_run_devices = max(len(devices) // count, options.seeds), devices[:count]
+    return {
+        "size": size,
+        "devices": devices,
+        "single_run_devices": single_run_devices,
+        "devices_per_run": count,
+    }
 
 
 def _space(job: Job) -> tuple["SearchSpace", list[dict[str, Any]]]:
@@ -187,8 +225,11 @@ def _space(job: Job) -> tuple["SearchSpace", list[dict[str, Any]]]:
     return space, points
 
 
-def _set_devices(options: Any) -> bool:
-    """Sets which devices JAX sees, before it starts; returns whether each CPU core is a device."""
+def _set_devices(options: Any, mesh: MeshConfig) -> bool:
+    """Sets which devices JAX sees, before it starts; returns whether each CPU core is a device.
+
+    For a sweep over a mesh, they are those of a single run.
+    """
     from launch.sweeps import processes
 
     os.environ.update(processes.gpu_of_worker(os.environ))
@@ -198,7 +239,7 @@ def _set_devices(options: Any) -> bool:
     from research.training.population_devices import split_cpu
 
     compilation_cache.enable()
-    split = split_cpu(options.population)
+    split = mesh == MeshConfig() and split_cpu(options.population)
     backend.check()
     jax_settings.pin()
     return split

@@ -41,7 +41,7 @@ __all__ = [
 _place = functools.partial(
     option,
     may_change="resume",
-    not_searchable="each trial of a sweep has one device, and the trials are spread over all devices",
+    not_searchable="it says where the trials of a sweep train, not what they compute",
 )
 
 

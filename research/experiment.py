@@ -10,6 +10,7 @@ from research import optimizers
 from research.config import Config, DatasetConfig
 from research.data import own_data, sources
 from research.process.signals import Signals
+from research.sharding_rules import Rules
 from research.tasks.predictor import Predictor
 from research.tasks.task import Task
 from research.training.callbacks import Callback
@@ -35,6 +36,8 @@ class Experiment:
       sample_options: a dataclass of `research.config.option` fields, each of which is a flag.
       callbacks: makes a run's callbacks from the resolved config (`research/training/callbacks.py`). Sweeps refuse an
         experiment that has them.
+      sharding_rules: how the mesh splits parameters, by regular expressions over their paths, or a function that makes
+        the rules from the resolved config (`research/sharding_rules.py`).
       run: replaces `app.run` as the whole command; None: `app.run`. Sweeps refuse an experiment that has one.
     """
 
@@ -48,6 +51,7 @@ class Experiment:
     sample: Callable[[Predictor, Any, sources.Dataset, Any, Path], None] | None = None
     sample_options: type | None = None
     callbacks: Callable[[Any], Sequence[Callback]] | None = None
+    sharding_rules: Rules | Callable[[Any], Rules] = dataclasses.field(default_factory=dict)
     run: Callable[["Experiment", Sequence[str], Signals], Any] | None = None
 
     @property
@@ -80,12 +84,14 @@ class Experiment:
         return self.complete(resolved, dataset)
 
     def build_task(self, config: Any, dataset: sources.Dataset) -> Task:
-        """Calls `make_task`, and checks the data set.
+        """Calls `make_task`, gives the task the sharding rules, and checks the data set.
 
         Raises:
           UserError: the task cannot learn from the data set.
         """
-        task = self.make_task(config, dataset)
+        task = copy.copy(self.make_task(config, dataset))
+        rules = self.sharding_rules(config) if callable(self.sharding_rules) else self.sharding_rules
+        object.__setattr__(task, "sharding_rules", rules)  # a task may be a frozen dataclass
         task.check_data(dataset)
         return task
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from research import sharding
+from research import sharding, sharding_rules
 
 
 @jax.tree_util.register_dataclass
@@ -54,10 +54,11 @@ def merge_network(graphdef: nnx.GraphDef, params: Any, model_state: Any) -> Any:
     return nnx.merge(graphdef, params, jax.tree.map(typed, model_state, is_leaf=is_stored), copy=True)
 
 
-def gather(params: Any, model_state: Any, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
-    """All-gathers the parameters along `fsdp`, frozen ones included, as `sharding.gather`; inside jit."""
+def gather(params: Any, model_state: Any, mesh: jax.sharding.Mesh, rules: sharding_rules.Rules) -> tuple[Any, Any]:
+    """All-gathers the parameters, frozen ones included, as `sharding.gather`; `rules` shard them; inside jit."""
     frozen, changing = split_frozen(model_state)
-    params, frozen = sharding.gather((params, frozen), mesh)
+    specs = tuple(sharding_rules.partition_specs(tree, rules, mesh) for tree in (params, frozen))
+    params, frozen = sharding.gather((params, frozen), mesh, specs)
     # Within `jax.shard_map`, a layer's own backward pass also computes the gradients of frozen parameters (XLA removes
     # them), and their type must be that of the parameters.
     return params, nnx.merge_state(sharding.vary(frozen), changing)

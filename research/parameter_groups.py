@@ -29,7 +29,7 @@ def names(tree: Any) -> list[str]:
 
 
 def _name(path: tuple[Any, ...]) -> str:
-    while isinstance(path[-1], jax.tree_util.GetAttrKey):  # the array of an `nnx.Variable`
+    while len(path) > 1 and isinstance(path[-1], jax.tree_util.GetAttrKey):  # the array of an `nnx.Variable`
         path = path[:-1]
     return jax.tree_util.keystr(path, simple=True, separator="/")
 

@@ -169,32 +169,44 @@ def bytes_per_device(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def gather(params: Any, mesh: Mesh) -> Any:
-    """All-gathers the parameters along `fsdp`, for use in layers; inside jit (Zhao et al. 2023, arXiv 2304.11277)."""
+def gather(params: Any, mesh: Mesh, specs: Any = None) -> Any:
+    """All-gathers the parameters, except along `model`, for use in layers; inside jit.
+
+    Along `model`, a layer computes with its shards (Shoeybi et al. 2019, arXiv 1909.08053); along the other axes, they
+    are only stored as shards (Zhao et al. 2023, arXiv 2304.11277).
+
+    Args:
+      params: a pytree of arrays.
+      mesh: the devices.
+      specs: a pytree of their PartitionSpecs; None: those of `partition_spec`.
+    """
     # Explicit, not left to the compiler: the partitioner of jaxlib 0.10.2 on the CPU silently computes a wrong gradient
     # of a matrix product if the batch is sharded over (data, fsdp) and the kernel over (fsdp, model).
-    return params if mesh.shape["fsdp"] == 1 else jax.tree.map(functools.partial(_gather, mesh), params)
+    specs = jax.tree.map(lambda x: partition_spec(x.shape, mesh), params) if specs is None else specs
+    if manual_batch_axes() or all(_gathered(spec) == spec for spec in jax.tree.leaves(specs)):
+        return params
+    return jax.tree.map(functools.partial(_gather, mesh), specs, params)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gather(mesh: Mesh, leaf: jax.Array) -> jax.Array:
-    return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, _gathered_spec(leaf.shape, mesh)))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gather(mesh: Mesh, spec: P, leaf: jax.Array) -> jax.Array:
+    return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, _gathered(spec)))
 
 
-def _gathered_spec(shape: tuple[int, ...], mesh: Mesh) -> P:
-    return P(*(None if axis == "fsdp" else axis for axis in partition_spec(shape, mesh)))
+def _gathered(spec: P) -> P:
+    return P(*("model" if axis == "model" or "model" in (axis or ()) else None for axis in spec))
 
 
-def _gather_forward(mesh: Mesh, leaf: jax.Array) -> tuple[jax.Array, None]:
-    return _gather(mesh, leaf), None
+def _gather_forward(mesh: Mesh, spec: P, leaf: jax.Array) -> tuple[jax.Array, None]:
+    return _gather(mesh, spec, leaf), None
 
 
-def _gather_backward(mesh: Mesh, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+def _gather_backward(mesh: Mesh, spec: P, _: None, gradient: jax.Array) -> tuple[jax.Array]:
     # Without this, the gradient would be replicated by an all-reduce, which transfers twice the bytes of a
     # reduce-scatter. Kernels of convolutions are exempt: libtpu 0.0.42 would convolve in pieces, in a ring, with a
     # third more FLOPs and nearly twice the bytes (ResNet-18 over 16 chips of v5e, estimated by launch.plan).
-    spec = (partition_spec if gradient.ndim <= 2 else _gathered_spec)(gradient.shape, mesh)
-    return (jax.lax.with_sharding_constraint(gradient, NamedSharding(mesh, spec)),)
+    kept = spec if gradient.ndim <= 2 else _gathered(spec)
+    return (jax.lax.with_sharding_constraint(gradient, NamedSharding(mesh, kept)),)
 
 
 _gather.defvjp(_gather_forward, _gather_backward)

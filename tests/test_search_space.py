@@ -30,7 +30,7 @@ BAD_SPACES = {
     "optimizer.name=[sgd,sdg]": "'sdg': use one of",
     "optimizer.name=[]": "one or more different values",
     "mirror=[maybe]": "'maybe' is not of type bool",
-    "mesh.fsdp=[1,2]": "each trial of a sweep has one device",
+    "mesh.fsdp=[1,2]": "it says where the trials of a sweep train",
     "no_such_file.py": "must define a working `def search(trial)`",
 }
 

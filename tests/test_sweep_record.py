@@ -73,7 +73,7 @@ def test_a_sweep_leaves_its_record_and_goes_on(folder, capsys):
         ([*WIDTHS, "--trials=5"], "the grid has 4 points"),
         ([*SWEEP, f"--search={RATE}=[0.3]", "--sampler=grid"], "search differs"),
         ([*SWEEP], "nothing to vary"),
-        ([*WIDTHS, "--config.mesh.fsdp=2"], "each trial of a sweep has one device"),
+        ([*WIDTHS, "--config.mesh.fsdp=2"], "must multiply to the 1 devices here"),
         ([*WIDTHS, "--config.max_rewinds=1"], "ends a trial at its first loss that is not finite"),
         ([*SWEEP, "--search=max_skipped_steps=[1,2]"], "ends a trial at its first loss that is not finite"),
         ([*WIDTHS, "--workdir=gs://x/y"], "must be on a local disk"),

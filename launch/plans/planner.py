@@ -10,11 +10,12 @@ from importlib.metadata import version
 from typing import Any
 
 import jax
+from flax import nnx
 
 from launch.plans import hlo, lowering, topologies
 from launch.plans.roofline import Roofline, roofline
 from launch.plans.topologies import Topology
-from research import sharding
+from research import sharding, sharding_rules
 from research.config import Config, MeshConfig
 from research.experiment import Experiment
 from research.training.state import TrainState, num_params
@@ -64,6 +65,12 @@ class Planner:
         if topology not in self._devices:
             self._devices[topology] = topologies.devices(topology)
         return self._devices[topology]
+
+    def check_sharding(self, topology: Topology, config: Any) -> None:
+        """Raises `UserError` if the experiment's sharding rules do not fit the mesh of a program."""
+        task, mesh = self.workload.task, sharding.make_mesh(config, self._devices_of(topology))
+        network = nnx.eval_shape(lambda: task.create_model(nnx.Rngs(0)))
+        sharding_rules.check(task.sharding_rules, nnx.state(network, nnx.Param), mesh)
 
     def row(self, topology: Topology, config: Any) -> dict[str, Any]:
         """The entry of one program in plan.json."""

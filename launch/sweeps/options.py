@@ -4,7 +4,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from research import config as config_lib
-from research.config import Config, option
+from research.config import Config, MeshConfig, option
 from research.errors import UserError
 from research.experiment import Experiment
 from research.paths import check_no_password
@@ -38,7 +38,8 @@ class SweepOptions:
     population: int = option(
         0,
         "runs that train together in one program; 0: 32 on each accelerator; on a CPU 8, or 2 per core if there are "
-        "more than 4 (each core trains one run at a time)",
+        "more than 4 (each core trains one run at a time). With --config.mesh: runs at a time, each over its own "
+        "devices; 0: as many as the devices suffice for",
         minimum=0,
     )
     processes: int = option(
@@ -86,11 +87,16 @@ def check_search(experiment: Experiment, options: SweepOptions, config: Config) 
             "nothing to vary: give a search space, as in --search='optimizer.learning_rate=log(1e-4,1)', or --seeds=5"
         )
     for path, field, value in config_lib.walk(config):
-        # How the processes of a sweep find each other may be configured.
+        # The mesh of a trial may be configured, and how the processes of a sweep find each other.
         reason = field.metadata["not_searchable"]
-        if reason and value != field.default and not path.startswith("distributed."):
+        if reason and value != field.default and not path.startswith(("mesh.", "distributed.")):
             raise UserError(f"--config.{path}: {reason}; leave it out")
-    if 0 < options.population < options.seeds:
+    over_mesh = config.mesh != MeshConfig()
+    if over_mesh and options.processes > 1:
+        raise UserError(
+            f"--processes={options.processes}: one process trains the trials over a mesh, on all devices; leave it out"
+        )
+    if 0 < options.population < options.seeds and not over_mesh:
         raise UserError(
             f"--population={options.population}: the {options.seeds} seeds of a trial train together; give at least "
             f"--population={options.seeds}"

@@ -18,7 +18,9 @@ from research.data.sources import Dataset
 from research.errors import NonFiniteLossError, UserError, as_out_of_memory_error
 from research.experiment import Experiment
 from research.process.signals import Signals, StoppedError
+from research.tasks.task import Task
 from research.training import hyperparams
+from research.training.mesh_population import MeshPopulation
 from research.training.population import Population, Report
 
 FIGURES, SEED_VALUES, FIELDS = "figures", "seed_values", "fields"
@@ -38,9 +40,10 @@ class Sweep:
       metric: the metric that ranks the trials, as in "validation_loss".
       trials: the number of trials.
       seeds: runs of each trial, whose mean is its value; the first has the config's seed.
-      size: runs that train together.
+      size: runs that train together, or take turns on a mesh.
       devices: the devices that train them.
       single_run_devices: the devices for the best trial's command, so that it rounds as its trial did; None: all.
+      devices_per_run: the size of the mesh over which each run trains; 1: no mesh.
     """
 
     experiment: Experiment
@@ -52,11 +55,19 @@ class Sweep:
     size: int
     devices: Sequence[Any]
     single_run_devices: Sequence[Any] | None = None
+    devices_per_run: int = 1
 
     @property
     def maximizes(self) -> bool:
         """True if larger values of the metric are better."""
         return self.metric.endswith("accuracy")
+
+    def population(
+        self, config: Config, task: Task, dataset: Dataset, size: int, share_data_with: Any = None
+    ) -> "Population | MeshPopulation":
+        """Returns a population on the sweep's devices; the arguments are those of `Population`."""
+        population: Any = Population if self.devices_per_run == 1 else MeshPopulation
+        return population(config, task, dataset, self.devices, size, share_data_with)
 
     def trial_config(self, values: dict[str, Any]) -> Config:
         """The config of a trial, not resolved.
@@ -71,6 +82,9 @@ class Sweep:
         config_lib.check(config)
         optimizers.check(config.optimizer)
         return config
+
+
+_Populations = dict[Any, tuple[Population | MeshPopulation, Dataset]]  # by signature, the newest last
 
 
 @dataclasses.dataclass
@@ -97,7 +111,7 @@ class Worker:
         self._capacity = max(1, sweep.size // sweep.seeds)  # trials that train together
         self._queues: dict[Any, list[_Running]] = {}
         self._running: list[_Running] = []
-        self._loaded: dict[str, tuple[Dataset, dict[Any, tuple[Population, Dataset]]]] = {}  # the newest last
+        self._loaded: dict[str, tuple[Dataset, _Populations]] = {}  # the newest last
         self._compilations = 0
         self._failures: list[str] = []
 
@@ -119,6 +133,8 @@ class Worker:
                 self._study.retry(running.trial, reason)
             half = max(self._sweep.seeds, self._sweep.size // 2)
             advice = f"give --population={half} to continue, or search smaller networks"
+            if self._sweep.devices_per_run > 1:
+                advice = "search smaller networks, or start a sweep whose mesh has more devices"
             if exhausted := as_out_of_memory_error(error, advice):
                 raise exhausted from None
             raise
@@ -146,7 +162,7 @@ class Worker:
             self._queues.setdefault(hyperparams.signature(config), []).append(_Running(trial, config))
         return True
 
-    def _population(self, signature: Any, config: Config) -> tuple[Population, Dataset]:
+    def _population(self, signature: Any, config: Config) -> tuple[Population | MeshPopulation, Dataset]:
         """The population of a signature, and its data set as the experiment prepares it."""
         key = repr(config.dataset)
         if key in self._loaded:
@@ -163,7 +179,7 @@ class Worker:
             task = experiment.build_task(config, dataset)
             size = self._capacity * sweep.seeds
             share_data_with = next((population for population, _ in populations.values()), None)
-            populations[signature] = Population(config, task, dataset, sweep.devices, size, share_data_with), dataset
+            populations[signature] = sweep.population(config, task, dataset, size, share_data_with), dataset
         populations[signature] = populations.pop(signature)  # the newest last
         return populations[signature]
 
@@ -194,7 +210,7 @@ class Worker:
             self._stop_if_all_fail()
         del self._queues[signature]
 
-    def _fill(self, population: Population, dataset: Dataset, signature: Any) -> bool:
+    def _fill(self, population: Population | MeshPopulation, dataset: Dataset, signature: Any) -> bool:
         """Starts waiting trials in free slots; returns whether any trial trains."""
         queue = self._queues[signature]
         while len(self._running) < self._capacity:

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from research import randomness, sharding
 from research.data.batch import Batch
 from research.network import gather, merge_network
 from research.randomness import Stream
+from research.sharding_rules import Rules
 
 _PROGRESS_SECONDS = 10.0  # between progress lines where stderr is not a terminal
 
@@ -29,13 +31,23 @@ class Predictor:
       params, model_state: its arrays, on the mesh.
       mesh: the devices.
       batch_size: examples of a batch, over all devices; a multiple of the number of devices that share a batch.
+      rules: the experiment's sharding rules.
     """
 
-    def __init__(self, graphdef: nnx.GraphDef, params: Any, model_state: Any, mesh: Mesh, batch_size: int):
+    def __init__(
+        self,
+        graphdef: nnx.GraphDef,
+        params: Any,
+        model_state: Any,
+        mesh: Mesh,
+        batch_size: int,
+        rules: Rules = MappingProxyType({}),
+    ):
         self._graphdef = graphdef
         self._arrays = params, model_state
         self._mesh = mesh
         self._batch_size = batch_size
+        self._rules = rules
         self._apply = jax.jit(self._merge_and_call, static_argnums=0, out_shardings=sharding.replicated(mesh))
 
     def __call__(
@@ -74,7 +86,7 @@ class Predictor:
         return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *parts)
 
     def _merge_and_call(self, function: Function, params: Any, model_state: Any, batch: Batch, key: jax.Array) -> Any:
-        model = merge_network(self._graphdef, *gather(params, model_state, self._mesh))
+        model = merge_network(self._graphdef, *gather(params, model_state, self._mesh, self._rules))
         return function(model, batch, key)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from research.data.batch import Batch
+from research.sharding_rules import Rules
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,6 +52,7 @@ class Task:
         inherit it: `research.training.per_device` says what it promises and how that is checked.
       per_example: names of values of `evaluate` that an evaluation does not average but collects, for every example of
         the split, for `evaluation_plots` and `tables`.
+      sharding_rules: those of the experiment, which sets them (`Experiment.build_task`).
     """
 
     network: Callable[[nnx.Rngs], nnx.Module]
@@ -57,6 +60,7 @@ class Task:
     parallel_over_time: bool = False
     per_device_gradients: ClassVar[bool] = False
     per_example: ClassVar[tuple[str, ...]] = ()
+    sharding_rules: Rules = MappingProxyType({})
 
     def create_model(self, rngs: nnx.Rngs) -> nnx.Module:
         """Builds the network with its initial parameters."""

@@ -28,8 +28,8 @@ from research.training.steps import Steps, add_sums
 
 
 @dataclasses.dataclass
-class _Member:
-    """One trial: its traced hyperparameters, its batches and its progress."""
+class Member:
+    """One run of a trial: its traced hyperparameters, its batches and its progress."""
 
     hparams: dict[str, Any]
     batches: TrainBatches
@@ -86,7 +86,7 @@ class Population:
         self._dataset = dataset
         self._mesh = share_data_with._mesh if share_data_with else population_devices.make_mesh(devices)
         shared = share_data_with if share_data_with and share_data_with._dataset is dataset else None
-        self._members: dict[int, _Member] = {}
+        self._members: dict[int, Member] = {}
         self._num_examples = dataset.num_examples
         epoch_end_steps = epoch_ends(self._num_examples, config)
         resident = is_resident(config, dataset.train, dataset.validation)
@@ -138,7 +138,7 @@ class Population:
         """Starts a new member in a slot; `config` is resolved and has the population's signature."""
         epoch_end_steps = epoch_ends(self._num_examples, config)
         hparams = hyperparams.traced(config, epoch_end_steps[-1])
-        self._members[slot] = _Member(hparams, self._batches.with_seed(config.seed), epoch_end_steps)
+        self._members[slot] = Member(hparams, self._batches.with_seed(config.seed), epoch_end_steps)
         with jax.set_mesh(self._mesh):
             state = initialization.apply(self._init(np.uint32(config.seed)), self._weights)
             self._states = self._steps.put(self._all_states(), np.int32(slot), state)
@@ -175,7 +175,7 @@ class Population:
         with jax.set_mesh(self._mesh):
             return self._reports()
 
-    def _left(self, member: _Member) -> int:
+    def _left(self, member: Member) -> int:
         """Returns the number of steps to the end of the current epoch."""
         return 0 if member.diverged_at is not None else member.epoch_end_steps[member.epoch] - member.step
 

@@ -1,5 +1,6 @@
 """How the members of a population are placed on the devices, and how many of them are vectorized together."""
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,6 +10,8 @@ import joblib
 from jax.sharding import AxisType, Mesh
 
 from research import sharding
+from research.config import MeshConfig
+from research.errors import UserError
 
 AXIS = "population"
 
@@ -59,6 +62,25 @@ def default_size(devices: Sequence[Any]) -> int:
     """Returns how many members use these devices well; no more, since a sampler only learns from finished members."""
     per_device = max(2, -(-8 // len(devices))) if devices[0].platform == "cpu" else 32
     return len(devices) * per_device
+
+
+def devices_per_member(mesh: MeshConfig, count: int) -> int:
+    """Returns how many of `count` devices a member's mesh has: 1 with the default mesh, all if an axis is -1.
+
+    Raises:
+      UserError: the mesh is invalid, or `count` is not a multiple of its size.
+    """
+    if mesh == MeshConfig():
+        return 1
+    sizes = {axis: getattr(mesh, axis) for axis in sharding.AXES}
+    size = count if -1 in sizes.values() else math.prod(sizes.values())
+    if size and count % size:
+        flags = " ".join(f"--config.mesh.{axis}={size}" for axis, size in sizes.items() if size != 1)
+        raise UserError(
+            f"{flags}: each trial trains on {size} devices of one process, and the {count} here are no multiple of "
+            f"{size}: give another mesh (a trial cannot span several processes)"
+        )
+    return math.prod(sharding.mesh_shape(mesh, size or count))
 
 
 def make_mesh(devices: Sequence[Any]) -> Mesh:

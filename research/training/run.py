@@ -287,8 +287,8 @@ class Training:
 
     def predictor(self) -> Predictor:
         """The network that evaluation uses, for plots and final metrics."""
-        size = self.config.examples_at_once
-        return Predictor(self.graphdef, self.state.eval_params, self.state.eval_model_state, self.mesh, size)
+        arrays = self.state.eval_params, self.state.eval_model_state
+        return Predictor(self.graphdef, *arrays, self.mesh, self.config.examples_at_once, self.task.sharding_rules)
 
 
 def _joined(parts: list[dict[str, np.ndarray]]) -> Examples:

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from research import parameter_groups, randomness, sharding
+from research import parameter_groups, randomness, sharding, sharding_rules
 from research.config import Config
 from research.network import split_frozen, split_network
 from research.randomness import Stream
@@ -70,7 +70,7 @@ def abstract_state(
       `jax.ShapeDtypeStruct`s with their shardings.
 
     Raises:
-      UserError: as `parameter_groups.check`.
+      UserError: as `parameter_groups.check` and `sharding_rules.check`.
     """
     graphdef = nnx.split(nnx.eval_shape(lambda: task.create_model(nnx.Rngs(config.seed))))[0]
     size = config.examples_at_once
@@ -89,9 +89,11 @@ def abstract_state(
 
     shapes = jax.eval_shape(init, np.uint32(config.seed))
     parameter_groups.check(config.optimizer, shapes.params, split_frozen(shapes.model_state)[0])
+    sharding_rules.check(task.sharding_rules, shapes.all_params, mesh)
     placed = sharding.batch_sharding(mesh, 1)
     shardings = dataclasses.replace(
-        sharding.tree_shardings(shapes, mesh), carry=jax.tree.map(lambda _: placed, shapes.carry)
+        sharding_rules.tree_shardings(shapes, shapes.all_params, task.sharding_rules, mesh),
+        carry=jax.tree.map(lambda _: placed, shapes.carry),
     )
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     return graphdef, init, abstract

@@ -91,7 +91,7 @@ class Steps:
 
         `momentum` replaces the momentum of every batch norm; `mode` is that of `remat.apply`.
         """
-        model = merge_network(self._graphdef, *gather(params, model_state, self._mesh))
+        model = merge_network(self._graphdef, *gather(params, model_state, self._mesh, self._task.sharding_rules))
         remat.apply(model, mode)
         with hyperparams.applied(self._task, model, hparams) as task, momentum_of(model, momentum):
             values, carry = task.advance(model, batch, carry, key=key, train=True)
@@ -270,7 +270,7 @@ class Steps:
         self, params: Any, model_state: Any, carry: Any, data: Data, batches: Batch, seeds: jax.Array
     ) -> tuple[Any, Sums, Metrics]:
         """Like `eval_steps`, for the examples of one device, or all; `seeds` are int [k]."""
-        arrays = gather(params, model_state, self._mesh)
+        arrays = gather(params, model_state, self._mesh, self._task.sharding_rules)
 
         def body(carry: Any, xs: tuple[Batch, jax.Array]) -> tuple[Any, tuple[Sums, Metrics]]:
             batch, seed = xs[0].gather(data), xs[1]

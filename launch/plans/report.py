@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from launch.plans.chips import CHIPS
 from launch.plans.lowering import Workload
+from research.chips import CHIPS
 
 _HEAD = (
     "topology|mesh|batch|microbatch|GiB/chip|compute ms|memory ms|interconnect ms|step ms|examples/s|efficiency|hours"

@@ -22,7 +22,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from research import optimizers, randomness, sharding
+from research import flops, optimizers, randomness, sharding
 from research.config import Config
 from research.data.batch import Batch
 from research.errors import UserError
@@ -133,6 +133,7 @@ class Steps:
         """
         count = len(batch.index)
 
+        @jax.named_scope(flops.GRADIENT)
         def microbatch_grads(
             model_state: Any, carry: Any, microbatch: Batch, number: jax.Array
         ) -> tuple[Any, Any, Any]:
@@ -212,7 +213,6 @@ class Steps:
         Returns:
           The state, and every metric as float32 [k], of which the first `num_steps` are set.
         """
-
         train_step = jax.jit(self.train_step, inline=True)  # traced once, for its shapes and in the loop
 
         def at(i: jax.Array) -> Batch:

@@ -266,10 +266,15 @@ def _last_lines(summary: dict[str, Any], workdir: Path) -> str:
         f"{summary['experiment']} on {summary['dataset']}: {tests}\n"
         f"  {summary['examples_per_second']:,.0f} examples/s over {summary['train_seconds']:.1f} s of training "
         f"(compilation excluded: {summary['compile_seconds']:.1f} s), "
-        f"{_devices(summary['device_count'], summary['platform'])}\n"
+        f"{_devices(summary['device_count'], summary['platform'])}{_utilization(summary)}\n"
         f"{_noise(summary)}"
         f"  record: {workdir}"
     )
+
+
+def _utilization(summary: dict[str, Any]) -> str:
+    used = summary.get("model_flops_utilization")
+    return f", {used:.1%} model FLOPs utilization" if used is not None else ""
 
 
 def _noise(summary: dict[str, Any]) -> str:

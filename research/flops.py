@@ -7,7 +7,7 @@ with the zeros of padding and dilation do not count. Other operations are not co
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ class Product(NamedTuple):
 
     Attributes:
       flops: of all its executions; NaN if they cannot be counted.
-      dtype: of its operands.
+      dtype: of its operands; "" if they cannot be counted.
       scope: the path of `jax.named_scope`s that contain it.
     """
 
@@ -67,10 +67,11 @@ def _products(jaxpr: Jaxpr, outer: str, times: float, scope: str) -> Iterator[Pr
         path, name = f"{outer}/{eqn.source_info.name_stack}", eqn.primitive.name
         if name in ("dot_general", "conv_general_dilated"):
             flops = _dot_flops(eqn) if name == "dot_general" else _convolution_flops(eqn)
-            dtype = eqn.invars[0].aval.dtype
-            yield Product(times * flops * (4 if jnp.issubdtype(dtype, np.complexfloating) else 1), dtype.name, path)
+            operand: Any = eqn.invars[0].aval
+            is_complex = jnp.issubdtype(operand.dtype, np.complexfloating)
+            yield Product(times * flops * (4 if is_complex else 1), operand.dtype.name, path)
         elif name.startswith(_OPAQUE):
-            yield Product(math.nan, eqn.outvars[0].aval.dtype.name, path)
+            yield Product(math.nan, "", path)
         elif name == "cond":
             yield from _of_branch(eqn, path, times, scope)
         else:
@@ -86,7 +87,9 @@ def _executions(eqn: JaxprEqn, *, in_scope: bool) -> float:
         case "while":
             return math.nan if in_scope else 1
         case "shard_map":  # shapes are those of one device
-            return math.prod(eqn.params["mesh"].shape[axis] for axis in eqn.params["manual_axes"])
+            params = eqn.params
+            axes = params["newly_manual_axes" if "newly_manual_axes" in params else "manual_axes"]  # in jax 0.9
+            return math.prod(params["mesh"].shape[axis] for axis in axes)
         case _:
             return 1
 
@@ -107,13 +110,13 @@ def _inner_jaxprs(eqn: JaxprEqn) -> list[Jaxpr]:
     return [_needed(x) for x in jaxprs] if eqn.primitive.name == "while" else jaxprs
 
 
-def _dot_flops(eqn: JaxprEqn) -> int:
+def _dot_flops(eqn: Any) -> int:
     (contracted, _), _ = eqn.params["dimension_numbers"]
     shape = eqn.invars[0].aval.shape
     return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[axis] for axis in contracted)
 
 
-def _convolution_flops(eqn: JaxprEqn) -> int:
+def _convolution_flops(eqn: Any) -> int:
     image, kernel, out = (var.aval.shape for var in (*eqn.invars, *eqn.outvars))
     params, numbers = eqn.params, eqn.params["dimension_numbers"]
     pairs = 1  # of an output pixel and a kernel pixel that meet a pixel of the image

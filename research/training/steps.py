@@ -133,12 +133,12 @@ class Steps:
         """
         count = len(batch.index)
 
-        @jax.named_scope(flops.GRADIENT)
         def microbatch_grads(
             model_state: Any, carry: Any, microbatch: Batch, number: jax.Array
         ) -> tuple[Any, Any, Any]:
             examples = dataclasses.replace(microbatch.gather(data), step=state.step)
-            gradient = jax.grad(remat.grouped(self._loss, self._config.remat), has_aux=True)
+            loss = remat.grouped(self._loss, self._config.remat)
+            gradient = jax.named_scope(flops.GRADIENT)(jax.grad(loss, has_aux=True))
             microbatch_key = jax.random.fold_in(key, number)
             grads, (model_state, carry, metrics) = gradient(
                 state.params, model_state, carry, examples, hparams, microbatch_key

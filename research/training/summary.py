@@ -8,7 +8,7 @@ import jax
 from research import sharding
 from research.data.sources import Dataset
 from research.process import jax_settings
-from research.training import early_stopping
+from research.training import early_stopping, utilization
 from research.training.run import Training
 from research.training.state import TrainState, num_params
 
@@ -39,6 +39,7 @@ def make(experiment: str, run: Training, results: dict[str, float], compile_seco
         **({"skipped_steps": progress.skipped} if config.max_skipped_steps else {}),
         **({"rewinds": progress.rewinds} if config.max_rewinds else {}),
         "examples_per_second": speed,
+        **_utilization(run, speed),
         **({f"{unit}_per_second": speed * count} if count > 1 else {}),
         "compile_seconds": compile_seconds,
         "train_seconds": progress.train_seconds,
@@ -50,6 +51,13 @@ def make(experiment: str, run: Training, results: dict[str, float], compile_seco
         "num_params": num_params(run.state),
         **conditions(run.dataset),
     }
+
+
+def _utilization(run: Training, examples_per_second: float) -> dict[str, float]:
+    """Returns the model FLOPs of a step and, if the peak of the devices is known, their utilization in training."""
+    flops, peak = utilization.model_flops(run), utilization.peak_speed(run)
+    found = {} if flops is None else {"model_flops_per_step": flops}
+    return found | ({} if peak is None else {"model_flops_utilization": examples_per_second / peak})
 
 
 def conditions(dataset: Dataset) -> dict[str, Any]:

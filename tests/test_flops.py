@@ -12,14 +12,14 @@ from flax import nnx
 from jax.experimental import pallas
 
 from experiments import char_rnn
-from research import app, chips, flops, optimizers, sharding
+from research import chips, flops, optimizers, sharding
 from research.config import CNNConfig, Config, OptimizerConfig, RNNConfig
 from research.data.batch import Batch
 from research.data.sources import Dataset
 from research.models import cnn
 from research.tasks import token_loss
 from research.tasks.classification import Classification
-from research.training import hyperparams
+from research.training import hyperparams, summary
 from research.training.state import abstract_state
 from research.training.steps import Steps
 
@@ -132,7 +132,7 @@ def test_a_run_shows_and_records_its_utilization_where_the_peak_is_known(tmp_pat
     assert plain["model_flops_per_step"] == linear
     assert "model_flops_utilization" not in plain
     assert "MFU" not in capsys.readouterr().out
-    assert "utilization" not in app._last_lines(plain, tmp_path)
+    assert "utilization" not in summary.last_lines(plain, tmp_path)
 
     slow = dataclasses.replace(chips.CHIPS["tpu7x"], float32_flops=1e7)  # two devices, which share this peak
     monkeypatch.setattr(chips, "of_device", lambda _: slow)
@@ -142,7 +142,7 @@ def test_a_run_shows_and_records_its_utilization_where_the_peak_is_known(tmp_pat
     shown = re.findall(r"examples/s, MFU ([\d.]+)%", capsys.readouterr().out)
     assert shown
     assert all(0 < float(percent) < 100 for percent in shown)
-    assert f", {used:.1%} model FLOPs utilization\n" in app._last_lines(found, tmp_path)
+    assert f", {used:.1%} model FLOPs utilization\n" in summary.last_lines(found, tmp_path)
 
 
 @pytest.mark.parametrize(

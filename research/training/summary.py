@@ -1,6 +1,7 @@
 """The contents of summary.json, and a run's lines on the terminal."""
 
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -91,3 +92,34 @@ def results_line(when: str, results: dict[str, float]) -> str:
     """Returns a line with the losses and accuracies of an epoch or an evaluation."""
     shown = (f"{name} {value:.4f}" for name, value in results.items() if name.endswith(("_loss", "_accuracy")))
     return f"{when}  " + "  ".join(shown)
+
+
+def figures(results: dict[str, Any]) -> str:
+    shown = (n for n in results if n.startswith(("validation_", "test_")))
+    return ", ".join(f"{n.replace('_', ' ')} {results[n]:.4f}" for n in shown)
+
+
+def devices(count: int, platform: str) -> str:
+    return f"{count} {platform} device{'s' if count != 1 else ''}"
+
+
+def last_lines(summary: dict[str, Any], workdir: Path) -> str:
+    tests = figures({n: v for n, v in summary.items() if n.startswith("test_")})
+    return (
+        f"{summary['experiment']} on {summary['dataset']}: {tests}\n"
+        f"  {summary['examples_per_second']:,.0f} examples/s over {summary['train_seconds']:.1f} s of training "
+        f"(compilation excluded: {summary['compile_seconds']:.1f} s), "
+        f"{devices(summary['device_count'], summary['platform'])}{_utilization_part(summary)}\n"
+        f"{_noise_line(summary)}"
+        f"  record: {workdir}"
+    )
+
+
+def _utilization_part(summary: dict[str, Any]) -> str:
+    used = summary.get("model_flops_utilization")
+    return f", {used:.1%} model FLOPs utilization" if used is not None else ""
+
+
+def _noise_line(summary: dict[str, Any]) -> str:
+    size = summary.get("critical_batch_size")
+    return f"  critical batch size (gradient noise scale of the last epoch): {size:,.0f}\n" if size is not None else ""

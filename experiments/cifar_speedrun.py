@@ -126,6 +126,8 @@ def run(experiment: app.Experiment, argv: Sequence[str], signals: Signals) -> di
       StoppedError: a stop signal was received; speedrun.json has the finished runs.
     """
     command = app.parse(experiment, argv)
+    if command.describe:
+        return app.run(experiment, argv, signals)
     config: Any = command.config
     path = command.workdir / "speedrun.json"
     _check(command, path)

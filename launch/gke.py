@@ -22,8 +22,8 @@ import yaml
 from launch import job as job_lib
 from launch import mounts
 from launch.job import Job
-from launch.plans.chips import CHIPS
 from launch.plans.topologies import LARGEST_SLICE
+from research.chips import CHIPS
 from research.config import option
 from research.errors import UserError
 

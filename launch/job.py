@@ -133,7 +133,7 @@ def parse(where: str, doc: str, options: Any, argv: Sequence[str]) -> Job:
         raise UserError(f"--workdir={workdir} holds a run: give launch.{where} a folder for its own record")
     values = flags.parse_flags(experiment, own, [name for name, _, _ in config_lib.walk(options)])
     given = flags.given_flags(values)
-    for name in ("tracker", "profile"):
+    for name in ("tracker", "profile", "describe"):
         if name in given and (worker or where not in _RUN_SWEEP_WORKERS):
             raise UserError(f"--{name} is for the runs of an experiment, not of this command: leave it out")
     if is_remote:

@@ -8,19 +8,15 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from launch import job as job_lib
 from launch.job import Job
-from research import app
+from research import app, trace
 from research.config import option
 from research.process.exit import own_exit_code
-
-# Names of collectives inserted by the partitioner, then of those in shard_map code.
-_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "psum", "all_gather")
 
 
 @dataclasses.dataclass
@@ -54,40 +50,34 @@ def step_seconds(run: Any, count: int) -> float:
     return statistics.median(seconds[1:]) / steps
 
 
-@contextmanager
-def _collective_seconds() -> Iterator[list[float]]:
-    """A context that profiles this process; afterwards the list holds the seconds of each collective."""
+def collective_seconds(run: Any) -> float:
+    """Trains for a dispatch; returns the seconds per step that this process spends in collectives."""
     import jax
-    from jax.profiler import ProfileData
 
-    seconds: list[float] = []
+    steps = run.steps_per_dispatch
     with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            yield seconds
-        (path,) = Path(folder).rglob("*.xplane.pb")
-        for plane in ProfileData.from_file(str(path)).planes:
-            for line in plane.lines:
-                seconds += [e.duration_ns / 1e9 for e in line.events if e.name.startswith(_COLLECTIVES)]
+        trace.start(Path(folder))
+        try:
+            for _ in run.dispatches(run.progress.step + steps):
+                pass
+        finally:
+            jax.profiler.stop_trace()
+        events = trace.read(Path(folder))
+    return trace.collective_seconds(events, run.train_program.as_text()) / steps
 
 
 def measure(job: Job) -> dict[str, Any]:
     """Seconds per step (median over dispatches), of these the seconds in collectives, and the batch size."""
     import jax
 
-    run = training(job)
-    count = job.options.dispatches
+    run, count = training(job), job.options.dispatches
     with jax.set_mesh(run.mesh):
         run.compile(train=True)
-        steps = run.steps_per_dispatch
-        seconds = step_seconds(run, count)
-        with _collective_seconds() as collectives:
-            for _ in run.dispatches(steps * (count + 2)):
-                pass
-    return {
-        "step_seconds": seconds,
-        "collective_seconds": sum(collectives) / steps,
-        "batch_size": run.config.batch_size,
-    }
+        return {
+            "step_seconds": step_seconds(run, count),
+            "collective_seconds": collective_seconds(run),
+            "batch_size": run.config.batch_size,
+        }
 
 
 def run(argv: Sequence[str]) -> int:

@@ -8,7 +8,7 @@ python -m launch.plan experiments.cifar_cnn --topology=v5e:4x4 --search         
 The train step is compiled ahead of time, on any machine: for TPUs by libtpu (extra "tpu"), for GPUs by JAX's CUDA
 plugin (extra "cuda12" or "cuda13") or, without the plugin, by XLA:CPU for the same number of devices. Memory, FLOPs and
 collectives are read from the compiled program. Times are estimates from the vendors' specifications
-(`plans/chips.py`). With --sweep_topology, `batch_size` and `microbatch_size` are per device. So is the default batch
+(`research/chips.py`). With --sweep_topology, `batch_size` and `microbatch_size` are per device. So is the default batch
 size if it cannot be split evenly over the devices. A set of images whose size is known (`plans/known_datasets.py`)
 need not be on disk. The workdir gets `plan.json`, and `plan.png` for several plans.
 """
@@ -23,7 +23,8 @@ from typing import Any
 
 from launch import job as job_lib
 from launch.job import Job
-from launch.plans import chips, report, topologies
+from launch.plans import report, topologies
+from launch.plans.prices import parse_prices
 from launch.plans.topologies import Topology
 from research.config import MeshConfig, option
 from research.errors import UserError
@@ -205,7 +206,7 @@ def run(argv: Sequence[str]) -> int:
     """
     job = job_lib.parse("plan", str(__doc__), PlanOptions(), argv)
     options, wanted = job.options, candidates(job)
-    prices = chips.prices(options.price_per_chip_hour, [one.topology.chip.name for one in wanted])
+    prices = parse_prices(options.price_per_chip_hour, [one.topology.chip.name for one in wanted])
     import jax
 
     from research.process import backend

@@ -23,7 +23,7 @@ from research.process.terminal import ignore_output_errors
 from research.record import config_json, data_json, trackers
 from research.record.workdir import Workdir, read_json
 from research.tasks.task import Task
-from research.training import early_stopping, evaluation, initialization, loop, profile, summary, weights
+from research.training import describe, early_stopping, evaluation, initialization, loop, profile, summary, weights
 from research.training.run import Training
 
 __all__ = ["Experiment", "load", "main", "parse", "restored", "run", "start"]
@@ -35,7 +35,7 @@ def run(
     """Runs an experiment's command on `devices` (default: all).
 
     Returns:
-      The contents of summary.json; with --mode=eval, the results.
+      The contents of summary.json; with --mode=eval, the results; with --describe, {}.
 
     Raises:
       UserError: invalid input, found before training starts; no folder is left behind.
@@ -56,6 +56,8 @@ def run(
         raise UserError(f"--workdir={workdir} holds {found}, but no config.json: give another --workdir")
     if command.earlier is None and config.init.path:
         weights.check(config.init.path)  # before the data is loaded
+    if command.describe:
+        return _describe(experiment, command, mesh)
     with Workdir(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
         distributed.wait("the first process has claimed the workdir")
         config, dataset, task = _load_for(experiment, command)
@@ -77,7 +79,7 @@ def run(
         callbacks = [*(experiment.callbacks(config) if experiment.callbacks else ()), *profiles]
         options = {"signals": signals, "callbacks": callbacks, "trackers": command.trackers}
         _, found = loop.train_and_evaluate(*arguments, **options)
-    _say(_last_lines(found, workdir))
+    _say(summary.last_lines(found, workdir))
     if command.reproduces:
         results = {n: v for n, v in found.items() if n.startswith(("train_", "test_")) and n != "train_seconds"}
         _say(_differences(command.reproduces, results))
@@ -221,7 +223,7 @@ def restored(experiment: Experiment, command: Command, mesh: Any, *, with_exampl
 def _evaluate(experiment: Experiment, command: Command, mesh: Any) -> dict[str, Any]:
     training = restored(experiment, command, mesh)
     step, results = training.progress.step, evaluation.evaluate(training)
-    _say(f"{experiment.name} on {training.dataset.name}, step {step:,}: {_figures(results)}")
+    _say(f"{experiment.name} on {training.dataset.name}, step {step:,}: {summary.figures(results)}")
     return {"step": step, **results}
 
 
@@ -232,6 +234,15 @@ def _sample(experiment: Experiment, command: Command, mesh: Any) -> dict[str, An
     assert experiment.sample is not None
     experiment.sample(training.predictor(), training.config, training.dataset, command.options, command.workdir)
     return {"step": training.progress.step}
+
+
+def _describe(experiment: Experiment, command: Command, mesh: Any) -> dict[str, Any]:
+    """Describes the training that this command would start or resume; writes nothing."""
+    config, dataset, task = _load_for(experiment, command)
+    with jax.set_mesh(mesh):
+        lines = describe.lines(Training(config, task, dataset, mesh))
+    _say("\n".join([_first_line(experiment, dataset, mesh), *lines]))
+    return {}
 
 
 def _hardware(mesh: Any) -> dict[str, Any]:
@@ -246,35 +257,9 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
     return "reproduced: " + ("; ".join(parts) if parts else f"the same {', '.join(now)}")
 
 
-def _figures(results: dict[str, Any]) -> str:
-    shown = (n for n in results if n.startswith(("validation_", "test_")))
-    return ", ".join(f"{n.replace('_', ' ')} {results[n]:.4f}" for n in shown)
-
-
-def _devices(count: int, platform: str) -> str:
-    return f"{count} {platform} device{'s' if count != 1 else ''}"
-
-
 def _first_line(experiment: Experiment, dataset: sources.Dataset, mesh: Any) -> str:
     counts = ", ".join(f"{len(next(iter(split.values()))):,} {name}" for name, split in dataset.splits.items())
-    return f"{experiment.name}: {dataset.name} ({counts}), {_devices(mesh.size, mesh.devices.flat[0].platform)}"
-
-
-def _last_lines(summary: dict[str, Any], workdir: Path) -> str:
-    tests = _figures({n: v for n, v in summary.items() if n.startswith("test_")})
-    return (
-        f"{summary['experiment']} on {summary['dataset']}: {tests}\n"
-        f"  {summary['examples_per_second']:,.0f} examples/s over {summary['train_seconds']:.1f} s of training "
-        f"(compilation excluded: {summary['compile_seconds']:.1f} s), "
-        f"{_devices(summary['device_count'], summary['platform'])}\n"
-        f"{_noise(summary)}"
-        f"  record: {workdir}"
-    )
-
-
-def _noise(summary: dict[str, Any]) -> str:
-    size = summary.get("critical_batch_size")
-    return f"  critical batch size (gradient noise scale of the last epoch): {size:,.0f}\n" if size is not None else ""
+    return f"{experiment.name}: {dataset.name} ({counts}), {summary.devices(mesh.size, mesh.devices.flat[0].platform)}"
 
 
 def main(experiment: Experiment, argv: Sequence[str] | None = None) -> None:

@@ -38,6 +38,7 @@ class Command:
       reproduces: the summary of the run to reproduce, or None.
       trackers: the names of the trackers that receive the record.
       profile: the text of --profile, or "".
+      describe: whether to describe the training that this command would start, instead of starting it.
     """
 
     config: Config
@@ -50,6 +51,7 @@ class Command:
     reproduces: dict[str, Any] | None
     trackers: tuple[str, ...]
     profile: str
+    describe: bool
 
 
 class _OptionalFloatParser(absl_flags.FloatParser):
@@ -83,6 +85,7 @@ def define_flags(experiment: Experiment) -> absl_flags.FlagValues:
     absl_flags.DEFINE_string("reproduce", None, "summary.json of a run to run again", flag_values=values)
     absl_flags.DEFINE_string("tracker", None, "trackers that receive the record", flag_values=values)
     absl_flags.DEFINE_string("profile", "", "steps to profile", flag_values=values)
+    absl_flags.DEFINE_boolean("describe", False, "describe the training", flag_values=values)
     names = list(experiment.presets)
     absl_flags.DEFINE_enum("config", names[0], names, "the preset to start from", flag_values=values)
     for prefix, options in _groups(experiment):
@@ -114,6 +117,7 @@ def help_text(experiment: Experiment) -> str:
         f"  --tracker={','.join(trackers.CLIENTS)}  trackers that receive the record, too; --tracker= for none "
         "(default: those of the run in --workdir)",
         "  --profile=FIRST:LAST  profile the steps after FIRST, up to LAST: a trace in the workdir, a table here",
+        "  --describe  print the network, memory of a device, FLOPs, mesh and config of this training; do not start it",
         f"  --config=NAME  the preset to start from: {', '.join(experiment.presets)}",
         "",
     ]
@@ -212,10 +216,11 @@ def make_command(experiment: Experiment, values: absl_flags.FlagValues) -> Comma
     _check_length(config, values)
     config_lib.check(config)
     options = _sample_options(experiment, values, mode)
-    for name in ("tracker", "profile"):
-        if mode != "train" and values[name].value:
-            raise UserError(f"--{name}={values[name].value} is for training: leave it or --mode={mode} out")
-    tracked = trackers.parse(values["tracker"].value, workdir) if mode == "train" else ()
+    does = f"--mode={mode}" if mode != "train" else "--describe" if values["describe"].value else ""
+    for name in ("tracker", "profile", *(["describe"] if mode != "train" else [])):
+        if does and values[name].value:
+            raise UserError(f"--{name}={values[name].value} is for training: leave it or {does} out")
+    tracked = () if does else trackers.parse(values["tracker"].value, workdir)
     return Command(
         config,
         workdir,
@@ -227,6 +232,7 @@ def make_command(experiment: Experiment, values: absl_flags.FlagValues) -> Comma
         reproduces,
         tracked,
         str(values["profile"].value),
+        bool(values["describe"].value),
     )
 
 

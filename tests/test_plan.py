@@ -15,9 +15,9 @@ import pytest
 from benchmarks import roofline as benchmark
 from experiments import mnist_vae
 from launch import plan
-from launch.plans import chips, lowering, roofline, topologies
+from launch.plans import lowering, roofline, topologies
 from launch.plans.hlo import Collective
-from research import sharding
+from research import chips, sharding
 from research.config import MeshConfig
 from research.errors import UserError
 from research.training.run import Training

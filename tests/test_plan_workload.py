@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from experiments import cifar_cnn, image_classifier
-from launch.plans import chips, known_datasets, lowering, report
+from launch.plans import known_datasets, lowering, report
+from launch.plans.prices import parse_prices
 from research.config import MeshConfig
 from research.errors import UserError
 
@@ -49,9 +50,9 @@ def test_a_prepared_set_is_read(tmp_path):
 
 
 def test_each_kind_of_chip_has_its_price():
-    assert chips.prices("1.5", ["v5e", "h100"]) == {"h100": 1.5, "v5e": 1.5}
-    assert chips.prices("h100=3,v5e=1.2,v4=9", ["v5e", "h100"]) == {"h100": 3.0, "v5e": 1.2}
-    assert chips.prices("", ["v5e"]) == {}
+    assert parse_prices("1.5", ["v5e", "h100"]) == {"h100": 1.5, "v5e": 1.5}
+    assert parse_prices("h100=3,v5e=1.2,v4=9", ["v5e", "h100"]) == {"h100": 3.0, "v5e": 1.2}
+    assert parse_prices("", ["v5e"]) == {}
 
 
 @pytest.mark.parametrize(
@@ -66,7 +67,7 @@ def test_each_kind_of_chip_has_its_price():
 )
 def test_a_wrong_price_is_named(text, words):
     with pytest.raises(UserError, match=words):
-        chips.prices(text, ["h100", "v5e"])
+        parse_prices(text, ["h100", "v5e"])
 
 
 def test_the_host_decodes_what_its_chip_consumes_or_not():

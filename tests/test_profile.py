@@ -11,10 +11,9 @@ from drawn import read_lines, run, same
 
 from experiments import cifar_cnn
 from research import app
-from research.data.pipeline import WAITING_FOR_DATA
 from research.errors import UserError
+from research.trace import WAITING_FOR_DATA, Event
 from research.training import profile
-from research.training.profile import Event
 
 
 @pytest.fixture(scope="module")
@@ -42,36 +41,6 @@ def test_a_profile_has_the_chosen_steps_and_changes_nothing(plain, tmp_path, cap
     count, instructions = _spans(tmp_path / "profile")
     assert count == 2  # dispatches of two steps each
     assert lines[first + 4].split()[2] in instructions
-
-
-def test_the_time_of_an_operation_excludes_those_within_it():
-    events = [Event("while", "a", 0, 10), Event("dot", "a", 1, 4), Event("dot", "a", 5, 6), Event("add", "b", 2, 12)]
-    assert profile.self_seconds(events) == {"while": 6, "dot": 4, "add": 10}
-    assert profile.busy_seconds([*events, Event("add", "b", 20, 21)]) == 13
-
-
-def _write_trace(folder, *events):
-    (folder / "vm.trace.json.gz").write_bytes(gzip.compress(json.dumps({"traceEvents": events}).encode()))
-
-
-def test_a_matrix_product_on_a_cpu_counts_until_its_end_in_another_thread(tmp_path):
-    operation = {"ph": "X", "pid": 1, "tid": 1, "dur": 1}
-    dot = operation | {"name": "dot.1", "args": {"hlo_op": "dot.1"}}
-    loop = operation | {"name": "while", "args": {"hlo_op": "while"}}
-    ends = [operation | {"name": f"end: {name}", "tid": 2, "ts": ts} for name, ts in (("dot.1", 100), ("dot.1", 250))]
-    ends.append(ends[0] | {"name": "end: while", "ts": 300})
-    _write_trace(tmp_path, dot | {"ts": 0}, dot | {"ts": 200}, loop | {"ts": 0, "tid": 3}, *ends)
-    seconds = profile.self_seconds(profile.read(tmp_path))
-    assert seconds["dot.1"] == pytest.approx(101e-6 + 51e-6)
-    assert seconds["while"] == pytest.approx(1e-6)  # its operations are counted
-
-
-def test_the_operations_of_a_tpu_are_those_of_one_line(tmp_path):
-    names = [("process_name", None, "/device:TPU:0"), ("thread_name", 1, "XLA Ops"), ("thread_name", 2, "Steps")]
-    metadata = [{"ph": "M", "pid": 7, "name": name, "args": {"name": n}, "tid": tid} for name, tid, n in names]
-    events = [{"ph": "X", "pid": 7, "tid": tid, "name": "%fusion.3 = f32[2]", "ts": 0, "dur": 5} for tid in (1, 2)]
-    _write_trace(tmp_path, *metadata, *events)
-    assert profile.self_seconds(profile.read(tmp_path)) == {"fusion.3": pytest.approx(5e-6)}
 
 
 def test_the_table_sorts_operations_and_names_their_source():

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.works import Work
-from launch.plans.chips import CHIPS
+from research.chips import of_device
 
 Report = dict[str, Any]
 
@@ -65,8 +65,8 @@ def row(work: Work, peer: str, ours: list[Report], theirs: list[Report]) -> dict
 
 
 def utilization(device: str, dtype: str, flops: float) -> float | None:
-    """Returns `flops` (FLOP/s) as a fraction of the GPU's peak (`chips.py`); None for other devices."""
-    chip = next((chip for name, chip in CHIPS.items() if name.upper() in device), None)
+    """Returns `flops` (FLOP/s) as a fraction of the peak of this device; None if that is not known."""
+    chip = of_device(device)
     return round(flops / chip.flops(dtype), 4) if chip and flops else None
 
 

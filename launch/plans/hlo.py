@@ -14,8 +14,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-_KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute|collective-broadcast"
-_COLLECTIVE = re.compile(rf" = (.*?) ({_KINDS})(-start)?\(")
+from research.trace import COLLECTIVES
+
+_COLLECTIVE = re.compile(rf" = (.*?) ({COLLECTIVES})(-start)?\(")
 _CUDNN = re.compile(
     r" = \((\S+),.*? custom-call\((.*?)\),.* dim_labels=\w+?_(\w+)->.*\"__cudnn\$conv(?:BiasActivation)?(\w+)\""
 )

@@ -3,20 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-from launch.plans.chips import CHIPS
 from launch.plans.lowering import Workload
+from research.chips import CHIPS
+from research.units import bytes_text, count_text
 
 _HEAD = (
     "topology|mesh|batch|microbatch|GiB/chip|compute ms|memory ms|interconnect ms|step ms|examples/s|efficiency|hours"
 )
-
-
-def _bytes(count: float) -> str:
-    """Formats bytes, as in 1.50 MiB."""
-    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if count >= 1024**power:
-            return f"{count / 1024**power:,.2f} {unit}"
-    return f"{count:,.0f} B"
 
 
 def _seconds(seconds: float) -> str:
@@ -25,14 +18,6 @@ def _seconds(seconds: float) -> str:
         if seconds * factor >= 1:
             return f"{seconds * factor:,.2f} {unit}"
     return f"{seconds * 1e6:,.1f} us"
-
-
-def _count(number: float) -> str:
-    """Formats a count with a unit prefix, as in 1.50 G."""
-    for factor, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
-        if number >= factor:
-            return f"{number / factor:,.2f} {unit}"
-    return f"{number:,.0f} "
 
 
 def _mesh(row: dict[str, Any]) -> str:
@@ -107,10 +92,10 @@ def input_line(row: dict[str, Any]) -> str:
 
 def too_large(row: dict[str, Any]) -> str:
     """One line for a plan that does not fit: the memory that it needs, and remedies."""
-    needed = f"{_bytes(row['bytes_per_chip'])} of memory" if row["bytes_per_chip"] else "more memory"
+    needed = f"{bytes_text(row['bytes_per_chip'])} of memory" if row["bytes_per_chip"] else "more memory"
     return (
         f"the train step needs {needed} on each chip of {row['topology']}, which has "
-        f"{_bytes(row['chip_memory_bytes'])}: try a smaller --config.microbatch_size, "
+        f"{bytes_text(row['chip_memory_bytes'])}: try a smaller --config.microbatch_size, "
         "--config.mesh.fsdp above 1, or a smaller --config.batch_size"
     )
 
@@ -127,21 +112,21 @@ def _facts(row: dict[str, Any]) -> list[str]:
     lines = [
         f"{row['topology']}: {chips:,} chips, {_mesh(row)}, batch {row['batch_size']:,}",
         f"from the program compiled by {row['compiler']} in {row['compile_seconds']:.1f} s{stand_in}:",
-        f"  parameters       {row['num_params']:,}: {_bytes(row['parameter_bytes_per_chip'])} per chip",
-        f"  optimizer state  {_bytes(row['optimizer_bytes_per_chip'])} per chip",
-        f"  peak memory      {_bytes(row['bytes_per_chip'])} of {_bytes(row['chip_memory_bytes'])} per chip, data "
-        f"included: fits, {_bytes(spare)} free",
-        f"  FLOPs per step   {_count(row['flops_per_chip'])}FLOP per chip, "
-        f"{_count(row['flops_per_chip'] * chips)}FLOP in total",
-        f"  bytes per step   {_bytes(row['bytes_accessed_per_chip'])} per chip, "
-        f"{_bytes(row['bytes_accessed_per_chip'] * chips)} in total",
+        f"  parameters       {row['num_params']:,}: {bytes_text(row['parameter_bytes_per_chip'])} per chip",
+        f"  optimizer state  {bytes_text(row['optimizer_bytes_per_chip'])} per chip",
+        f"  peak memory      {bytes_text(row['bytes_per_chip'])} of {bytes_text(row['chip_memory_bytes'])} per chip, "
+        f"data included: fits, {bytes_text(spare)} free",
+        f"  FLOPs per step   {count_text(row['flops_per_chip'])}FLOP per chip, "
+        f"{count_text(row['flops_per_chip'] * chips)}FLOP in total",
+        f"  bytes per step   {bytes_text(row['bytes_accessed_per_chip'])} per chip, "
+        f"{bytes_text(row['bytes_accessed_per_chip'] * chips)} in total",
     ]
     for found in row["collectives"] or [None]:
         text = "none"
         if found:
             times = f", {found['count']:,} times" if found["count"] > 1 else ""
             over = f"{found['axis']} ({found['devices']:,})"
-            text = f"{found['kind']} of {_bytes(found['bytes'])} over {over}{times}"
+            text = f"{found['kind']} of {bytes_text(found['bytes'])} over {over}{times}"
         lines.append(f"  collective       {text}")
     return lines
 

@@ -8,13 +8,16 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from launch.plans.chips import HOP_SECONDS
 from launch.plans.hlo import Collective
 from launch.plans.topologies import Topology, spanned
 
 # Traffic through each device's links, as a fraction of the whole array. In an all-to-all, chunks travel at most half
 # way around a ring.
 _VOLUMES = {"all-reduce": 2.0, "all-gather": 1.0, "reduce-scatter": 1.0, "all-to-all": 0.25}
+
+
+# A hop between neighbors takes about a microsecond (https://jax-ml.github.io/scaling-book/sharding).
+_HOP_SECONDS = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,14 +65,14 @@ def collective_seconds(row: Collective, topology: Topology, devices: Sequence[An
     volume = _VOLUMES.get(row.kind, 1.0) * row.bytes
     if row.kind.startswith("collective-"):
         # A permute goes over one link to a neighbor, or over the network.
-        return row.bytes / (chip.link_bandwidth if slices == 1 else chip.network_bandwidth) + HOP_SECONDS
+        return row.bytes / (chip.link_bandwidth if slices == 1 else chip.network_bandwidth) + _HOP_SECONDS
     seconds = 0.0
     if chips > 1:
         spread = [size for size in extents if size > 1]
         rings = [size % chip.ring == 0 for size in spread]
         bandwidth = chip.link_bandwidth * sum(2 if ring else 1 for ring in rings)
         hops = sum(size // 2 if ring else size - 1 for size, ring in zip(spread, rings))
-        latency = HOP_SECONDS * hops * (2 if row.kind == "all-reduce" else 1)
+        latency = _HOP_SECONDS * hops * (2 if row.kind == "all-reduce" else 1)
         seconds = max(volume * (chips - 1) / chips / bandwidth, latency)
     if slices > 1:
         seconds += volume / chips * (slices - 1) / slices / chip.network_bandwidth

@@ -15,8 +15,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from launch.plans.chips import CHIPS, Chip
 from launch.plans.gpu_targets import TARGETS
+from research.chips import CHIPS, Chip
 from research.errors import UserError
 
 LARGEST_SLICE = {"v4": 4096, "v5e": 256, "v5p": 6144, "v6e": 256, "tpu7x": 9216}  # chips, by the pages in CHIPS

@@ -36,15 +36,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from research import randomness, sharding
+from research import randomness, sharding, trace
 from research.config import Config
 from research.data.batch import Batch
 from research.data.sources import Split
 from research.data.streamed import StreamedSplit
 from research.errors import UserError
 from research.randomness import Stream
-
-WAITING_FOR_DATA = "waiting for data"  # in profiles
 
 
 @functools.lru_cache(maxsize=2)
@@ -217,7 +215,7 @@ class TrainBatches(_Split):
 
     def take(self, num_steps: int) -> Batch:
         """Returns the batches of the next `num_steps` steps, padded with zeros to `capacity` steps: [k, m, b, ...]."""
-        with jax.profiler.TraceAnnotation(WAITING_FOR_DATA):
+        with jax.profiler.TraceAnnotation(trace.WAITING_FOR_DATA):
             return self._to_devices(self.take_local(num_steps), 2, self._microbatch_size)
 
     def take_local(self, num_steps: int) -> Batch:

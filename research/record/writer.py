@@ -137,9 +137,9 @@ class Writer:
         if self._active:
             storage.replace(self.workdir / f"{name}.csv", text.encode())
 
-    def progress(self, step: int, loss: float, examples_per_second: float) -> None:
-        """Shows progress: a bar on a terminal, else a line every 10 seconds."""
-        speed = f"{examples_per_second:,.0f} examples/s"
+    def progress(self, step: int, loss: float, examples_per_second: float, utilization: float | None = None) -> None:
+        """Shows progress, with the model FLOPs utilization if given: a bar on a terminal, else a line every 10 s."""
+        speed = f"{examples_per_second:,.0f} examples/s" + (f", MFU {utilization:.1%}" if utilization else "")
         is_narrow = (self._bar.format_dict["ncols"] or _MIN_COLUMNS) < _MIN_COLUMNS
         self._bar.bar_format = _NARROW_BAR if is_narrow else None
         self._bar.set_postfix_str(f"loss {loss:.4f}" + ("" if is_narrow else f", {speed}"), refresh=False)

@@ -24,6 +24,15 @@ Inputs = Mapping[str, jax.Array]  # of an exported function
 Examples = Mapping[str, np.ndarray]  # values of `Task.per_example` and the examples' numbers, "index", [n] each
 
 
+def join_examples(parts: list[dict[str, np.ndarray]]) -> Examples:
+    """Joins the values of several dispatches, [k, b] each, without those of padding and damaged examples."""
+    if not parts:
+        return {}
+    joined = {name: np.concatenate([part[name].ravel() for part in parts]) for name in parts[0]}
+    kept = joined.pop("weight") > 0
+    return {name: values[kept] for name, values in joined.items()}
+
+
 @dataclasses.dataclass(frozen=True)
 class ExportedFunction:
     """A function of a trained network that `launch.export` compiles.

@@ -18,7 +18,7 @@ from research.record import data_json, drawing
 from research.record.workdir import read_metrics
 from research.record.writer import Writer
 from research.tasks.task import Task
-from research.training import early_stopping, noise_scale, summary
+from research.training import early_stopping, noise_scale, summary, utilization
 from research.training.callbacks import Callback, Callbacks
 from research.training.checkpoint import Checkpoints, checksums_of
 from research.training.pauses import Pauses
@@ -51,6 +51,7 @@ class Loop:
         self._writer = writer
         self._checkpoints = checkpoints
         self._check_pending = True
+        self._peak_speed: float | None = None
         self._callbacks = callbacks or Callbacks([])
         self._pauses = Pauses(run.config, self._callbacks.every_steps, self._callbacks.at_steps)
 
@@ -62,6 +63,7 @@ class Loop:
           StoppedError: a stop signal came; a checkpoint has been saved.
         """
         run, every = self._run, self._run.config.plot_every_epochs
+        self._peak_speed = utilization.peak_speed(run)
         self._pauses.restart(run.progress.step)  # where it resumes
         while not self._is_finished():
             if (epoch := run.progress.epoch) and every and epoch % every == 0:
@@ -85,7 +87,8 @@ class Loop:
             for step, metrics in run.dispatches(self._pauses.next(run.progress.step, end)):
                 self._record(metrics)
                 speed = (step - first) * run.config.batch_size / (run.progress.train_seconds - seconds_before)
-                self._writer.progress(step, float(metrics["loss"].mean()), speed)
+                used = speed / self._peak_speed if self._peak_speed else None
+                self._writer.progress(step, float(metrics["loss"].mean()), speed, used)
                 self._callbacks.on_step(run, metrics)
             if run.progress.step < end and not run.progress.stopped:
                 self.pause()

@@ -1,45 +1,22 @@
 """Profiles chosen train steps (--profile=FIRST:LAST): a trace for TensorBoard and Perfetto, and where the time goes."""
 
-import bisect
 import collections
-import gzip
-import json
-import math
 import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
 from tqdm import tqdm
 
-from research.data.pipeline import WAITING_FOR_DATA
+from research import trace
 from research.errors import UserError
 from research.record import storage
 from research.training.callbacks import Callback
 from research.training.run import Training
 
 _ROWS, _KINDS = 10, 5  # operations in the table, and kinds of them
-_END = "end: "
-_CONTAINERS = ("while", "call", "conditional")
-
-
-class Event(NamedTuple):
-    """An operation of a compiled program on a device, or a wait for data.
-
-    Attributes:
-      name: of the HLO instruction, such as "fusion.3", or `WAITING_FOR_DATA`.
-      track: the thread or queue that it ran on; events of one track are nested or follow each other.
-      start, end: in seconds.
-    """
-
-    name: str
-    track: str
-    start: float
-    end: float
 
 
 class Profile(Callback):
@@ -69,16 +46,16 @@ class Profile(Callback):
         if run.progress.step == self.first and self._is_due:
             self._is_due = False
             self._local = tempfile.TemporaryDirectory()
-            options = jax.profiler.ProfileOptions()
-            options.python_tracer_level = 0  # tracing every call of Python would slow the host down
-            jax.profiler.start_trace(self._local.name, profiler_options=options)
+            trace.start(Path(self._local.name))
             self._began = time.monotonic()
         elif run.progress.step == self.last and self._local:
             seconds = time.monotonic() - self._began
             jax.profiler.stop_trace()
             local, self._local = self._local, None
             with local:
-                lines = table(read(Path(local.name)), seconds, self.last - self.first, run.train_program.as_text())
+                lines = table(
+                    trace.read(Path(local.name)), seconds, self.last - self.first, run.train_program.as_text()
+                )
                 self._save(Path(local.name))
             head = f"profile of the steps {self.first + 1:,} to {self.last:,}: {self._folder}"
             tqdm.write("\n".join([head, *lines]), file=sys.stdout)
@@ -117,86 +94,25 @@ def make(text: str, num_train_steps: int, workdir: Path) -> Profile:
     return Profile(first, last, workdir / "profile")
 
 
-def read(folder: Path) -> list[Event]:
-    """Returns the operations of the trace in a folder, and the waits for data."""
-    # The JSON file of the trace: reading the other one, xplane.pb, aborts the process in jaxlib 0.12.
-    (path,) = folder.rglob("*.trace.json.gz")
-    events, ends = [], collections.defaultdict(list)
-    for event in _events(json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]):
-        if event.name.startswith(_END):
-            ends[event.name.removeprefix(_END)].append(event.end)
-        else:
-            events.append(event)
-    for times in ends.values():
-        times.sort()
-    return [_until_end(event, ends.get(event.name, ())) for event in events]
-
-
-def _until_end(event: Event, ends: Sequence[float]) -> Event:
-    """Returns the event until the first of `ends` after its start, if there is one, on a track of its own."""
-    # A CPU computes large products and copies in other threads: the event only starts them, and one of another name
-    # marks their end. That of a loop or call would count its operations twice.
-    if event.name.startswith(_CONTAINERS):
-        return event
-    after = ends[bisect.bisect_left(ends, event.start) :][:1]
-    return event._replace(end=after[0], track=f"{event.track} {event.name}") if after else event
-
-
-def _events(trace: list[dict[str, Any]]) -> Iterator[Event]:
-    # "M" names a process or thread, "X" is a complete event; times are in microseconds.
-    named = [e for e in trace if e.get("ph") == "M"]
-    processes = {e["pid"]: e["args"]["name"] for e in named if e["name"] == "process_name"}
-    threads = {(e["pid"], e["tid"]): e["args"]["name"] for e in named if e["name"] == "thread_name"}
-    for event in trace:
-        if event.get("ph") != "X":
-            continue
-        pid, tid = event["pid"], event["tid"]
-        # On a TPU one line has all operations; on CPUs and GPUs, operations carry the name of their instruction.
-        is_operation = processes.get(pid, "").startswith("/device:TPU") and threads.get((pid, tid)) == "XLA Ops"
-        is_named = event["name"] == WAITING_FOR_DATA or event["name"].startswith(_END)
-        if is_operation or is_named or "hlo_op" in event.get("args", {}):
-            name = event["name"] if is_named else event["name"].removeprefix("%").partition(" ")[0]
-            yield Event(name, f"{pid} {tid}", event["ts"] / 1e6, (event["ts"] + event.get("dur", 0)) / 1e6)
-
-
-def self_seconds(events: Iterable[Event]) -> dict[str, float]:
-    """Sums the time of each operation over all tracks, without that of operations within it, as in a loop."""
-    totals: dict[str, float] = collections.defaultdict(float)
-    enclosing: list[Event] = []
-    for event in sorted(events, key=lambda e: (e.track, e.start, -e.end)):
-        while enclosing and (enclosing[-1].track != event.track or enclosing[-1].end <= event.start):
-            enclosing.pop()
-        totals[event.name] += event.end - event.start
-        if enclosing:
-            totals[enclosing[-1].name] -= event.end - event.start
-        enclosing.append(event)
-    return totals
-
-
-def busy_seconds(events: Iterable[Event]) -> float:
-    """Returns the time during which at least one of the events runs."""
-    total, until = 0.0, -math.inf
-    for event in sorted(events, key=lambda e: e.start):
-        total += max(0.0, event.end - max(event.start, until))
-        until = max(until, event.end)
-    return total
-
-
-def table(events: list[Event], seconds: float, steps: int, program: str) -> list[str]:
+def table(events: list[trace.Event], seconds: float, steps: int, program: str) -> list[str]:
     """Returns the lines of the table.
 
     Args:
-      events: as `read`.
+      events: as `trace.read`.
       seconds: wall time of the trace.
       steps: the number of train steps in it.
       program: the compiled program's text, which names the source of each operation.
     """
-    operations = [e for e in events if e.name != WAITING_FOR_DATA]
-    busy = busy_seconds(operations)
-    waiting = busy_seconds(events) - busy  # on an accelerator, data are often read while it computes
-    shares = {"on devices": busy, WAITING_FOR_DATA: waiting, "other work of the host": max(0, seconds - busy - waiting)}
+    operations = [e for e in events if e.name != trace.WAITING_FOR_DATA]
+    busy = trace.busy_seconds(operations)
+    waiting = trace.busy_seconds(events) - busy  # on an accelerator, data are often read while it computes
+    shares = {
+        "on devices": busy,
+        trace.WAITING_FOR_DATA: waiting,
+        "other work of the host": max(0, seconds - busy - waiting),
+    }
     parts = ", ".join(f"{name} {part / seconds:.1%}" for name, part in shares.items())
-    totals = self_seconds(operations)
+    totals = trace.self_seconds(operations)
     kinds: dict[str, float] = collections.defaultdict(float)
     whole = sum(totals.values())
     for name, spent in totals.items():

@@ -17,7 +17,7 @@ from research.data.sources import Dataset
 from research.process import distributed
 from research.process.signals import Signals
 from research.tasks.predictor import Predictor
-from research.tasks.task import Examples, Task
+from research.tasks.task import Examples, Task, join_examples
 from research.training import batch_statistics, early_stopping, hyperparams, initialization
 from research.training.checkpoint import Checkpoints
 from research.training.dispatch import DispatchSizer
@@ -98,12 +98,21 @@ class Training:
             if name != "train"
         }
 
+    @property
+    def train_arguments(self) -> tuple[Any, ...]:
+        """Arguments of the train steps: (state, data, batches [k, m, b, ...], num_steps, hparams)."""
+        batches = self._train_batches
+        return self.state, batches.data, batches.example(), np.int32(1), self._hparams
+
+    @functools.cached_property
+    def train_trace(self) -> jax.stages.Traced:
+        """The traced train steps."""
+        return self._steps.jit_train(self.state).trace(*self.train_arguments)
+
     @functools.cached_property
     def train_program(self) -> Any:
         """The compiled train steps."""
-        batches = self._train_batches
-        arrays = self.state, batches.data, batches.example(), np.int32(1), self._hparams
-        return self._steps.jit_train(self.state).lower(*arrays).compile()
+        return self.train_trace.lower().compile()
 
     @functools.cached_property
     def _eval_programs(self) -> dict[str, Any]:
@@ -268,7 +277,7 @@ class Training:
                 if values:
                     parts.append(jax.device_get(self._replicate(values)))
             results |= self.task.split_metrics(split, *total)
-            examples[split] = _joined(parts)
+            examples[split] = join_examples(parts)
         self._examples = self.progress.step, examples
         for name, value in results.items():
             if name.endswith("_loss") and not np.isfinite(value):
@@ -289,12 +298,3 @@ class Training:
         """The network that evaluation uses, for plots and final metrics."""
         arrays = self.state.eval_params, self.state.eval_model_state
         return Predictor(self.graphdef, *arrays, self.mesh, self.config.examples_at_once, self.task.sharding_rules)
-
-
-def _joined(parts: list[dict[str, np.ndarray]]) -> Examples:
-    """Joins the values of several dispatches, [k, b] each, without those of padding and damaged examples."""
-    if not parts:
-        return {}
-    joined = {name: np.concatenate([part[name].ravel() for part in parts]) for name in parts[0]}
-    kept = joined.pop("weight") > 0
-    return {name: values[kept] for name, values in joined.items()}

@@ -22,7 +22,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from research import optimizers, randomness, sharding
+from research import flops, optimizers, randomness, sharding
 from research.config import Config
 from research.data.batch import Batch
 from research.errors import UserError
@@ -137,7 +137,8 @@ class Steps:
             model_state: Any, carry: Any, microbatch: Batch, number: jax.Array
         ) -> tuple[Any, Any, Any]:
             examples = dataclasses.replace(microbatch.gather(data), step=state.step)
-            gradient = jax.grad(remat.grouped(self._loss, self._config.remat), has_aux=True)
+            loss = remat.grouped(self._loss, self._config.remat)
+            gradient = jax.named_scope(flops.GRADIENT)(jax.grad(loss, has_aux=True))
             microbatch_key = jax.random.fold_in(key, number)
             grads, (model_state, carry, metrics) = gradient(
                 state.params, model_state, carry, examples, hparams, microbatch_key
@@ -212,7 +213,6 @@ class Steps:
         Returns:
           The state, and every metric as float32 [k], of which the first `num_steps` are set.
         """
-
         train_step = jax.jit(self.train_step, inline=True)  # traced once, for its shapes and in the loop
 
         def at(i: jax.Array) -> Batch:

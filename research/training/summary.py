@@ -1,6 +1,7 @@
 """The contents of summary.json, and a run's lines on the terminal."""
 
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import jax
 from research import sharding
 from research.data.sources import Dataset
 from research.process import jax_settings
-from research.training import early_stopping
+from research.training import early_stopping, utilization
 from research.training.run import Training
 from research.training.state import TrainState, num_params
 
@@ -39,6 +40,7 @@ def make(experiment: str, run: Training, results: dict[str, float], compile_seco
         **({"skipped_steps": progress.skipped} if config.max_skipped_steps else {}),
         **({"rewinds": progress.rewinds} if config.max_rewinds else {}),
         "examples_per_second": speed,
+        **_utilization(run, speed),
         **({f"{unit}_per_second": speed * count} if count > 1 else {}),
         "compile_seconds": compile_seconds,
         "train_seconds": progress.train_seconds,
@@ -50,6 +52,13 @@ def make(experiment: str, run: Training, results: dict[str, float], compile_seco
         "num_params": num_params(run.state),
         **conditions(run.dataset),
     }
+
+
+def _utilization(run: Training, examples_per_second: float) -> dict[str, float]:
+    """Returns the model FLOPs of a step and, if the peak of the devices is known, their utilization in training."""
+    flops, peak = utilization.model_flops(run), utilization.peak_speed(run)
+    found = {} if flops is None else {"model_flops_per_step": flops}
+    return found | ({} if peak is None else {"model_flops_utilization": examples_per_second / peak})
 
 
 def conditions(dataset: Dataset) -> dict[str, Any]:
@@ -83,3 +92,34 @@ def results_line(when: str, results: dict[str, float]) -> str:
     """Returns a line with the losses and accuracies of an epoch or an evaluation."""
     shown = (f"{name} {value:.4f}" for name, value in results.items() if name.endswith(("_loss", "_accuracy")))
     return f"{when}  " + "  ".join(shown)
+
+
+def figures(results: dict[str, Any]) -> str:
+    shown = (n for n in results if n.startswith(("validation_", "test_")))
+    return ", ".join(f"{n.replace('_', ' ')} {results[n]:.4f}" for n in shown)
+
+
+def devices(count: int, platform: str) -> str:
+    return f"{count} {platform} device{'s' if count != 1 else ''}"
+
+
+def last_lines(summary: dict[str, Any], workdir: Path) -> str:
+    tests = figures({n: v for n, v in summary.items() if n.startswith("test_")})
+    return (
+        f"{summary['experiment']} on {summary['dataset']}: {tests}\n"
+        f"  {summary['examples_per_second']:,.0f} examples/s over {summary['train_seconds']:.1f} s of training "
+        f"(compilation excluded: {summary['compile_seconds']:.1f} s), "
+        f"{devices(summary['device_count'], summary['platform'])}{_utilization_part(summary)}\n"
+        f"{_noise_line(summary)}"
+        f"  record: {workdir}"
+    )
+
+
+def _utilization_part(summary: dict[str, Any]) -> str:
+    used = summary.get("model_flops_utilization")
+    return f", {used:.1%} model FLOPs utilization" if used is not None else ""
+
+
+def _noise_line(summary: dict[str, Any]) -> str:
+    size = summary.get("critical_batch_size")
+    return f"  critical batch size (gradient noise scale of the last epoch): {size:,.0f}\n" if size is not None else ""

@@ -1,10 +1,6 @@
 """Specifications of TPU and GPU chips, each with its source."""
 
 import dataclasses
-import math
-from collections.abc import Iterable
-
-from research.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +46,6 @@ _DOCS = "https://docs.cloud.google.com/tpu/docs"
 _NVIDIA = "https://www.nvidia.com/en-us/data-center"
 _BOOK = "https://jax-ml.github.io/scaling-book"
 
-# A hop between neighbors takes about a microsecond (https://jax-ml.github.io/scaling-book/sharding).
-HOP_SECONDS = 1e-6
-
 # vCPUs: ct5lp-hightpu-4t, ct5p-hightpu-4t, ct6e-standard-4t and tpu7x-standard-4t have 112, 208, 180 and 224 for four
 # chips, a host of v4 240; a2-ultragpu-8g, a3-highgpu-8g and a3-ultragpu-8g 96, 208 and 224 for eight GPUs.
 # A link's bandwidth is the vendor's "bidirectional ICI bandwidth per chip", divided by two directions and all links.
@@ -72,29 +65,22 @@ CHIPS = {
     )
 }
 
+# Other models of these GPUs, with fewer cores or a lower clock, and parts of one (MIG) have other names.
+_DEVICE_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+    "NVIDIA A100-SXM4-80GB": "a100",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+}
 
-def prices(text: str, chips: Iterable[str]) -> dict[str, float]:
-    """Parses prices per chip-hour: one for all chips ("1.2"), or one for each kind ("h100=3,v5e=1.2"); {} for "".
 
-    Args:
-      text: the value of --price_per_chip_hour.
-      chips: the names of the chips that need one.
-
-    Raises:
-      UserError: a price is not a number above 0, or a chip is unknown or has none.
-    """
-    chips = sorted(set(chips))
-    if not text:
-        return {}
-    pairs = [part.rpartition("=") for part in text.split(",")]
-    try:
-        given = {chip.strip(): float(price) for chip, _, price in pairs}
-    except ValueError:
-        given = {"": 0.0}
-    if not all(0 < price < math.inf for price in given.values()):
-        raise UserError(f"--price_per_chip_hour={text}: give a number, or one for each chip, as in h100=3,v5e=1.2")
-    if unknown := sorted(given.keys() - {"", *CHIPS}):
-        raise UserError(f"--price_per_chip_hour={text}: {', '.join(unknown)} is not one of {', '.join(CHIPS)}")
-    if missing := [chip for chip in chips if "" not in given and chip not in given]:
-        raise UserError(f"--price_per_chip_hour={text} has no price of {', '.join(missing)}")
-    return {chip: given.get(chip, given.get("", 0.0)) for chip in chips}
+def of_device(device_kind: str) -> Chip | None:
+    """Returns the chip that JAX calls `device_kind`, or None if it is not known, as for every CPU."""
+    return CHIPS.get(_DEVICE_KINDS.get(device_kind, ""))

@@ -1,0 +1,131 @@
+"""The Python API: trains and loads runs, as the command of an experiment does, for notebooks and programs.
+
+    import research
+    from experiments.cifar_cnn import EXPERIMENT
+
+    config = EXPERIMENT.default_config
+    config.model.width = 16
+    run = research.train(EXPERIMENT, config, workdir="runs/wide")
+    run.predict(run.dataset.test["image"][:3])
+"""
+
+import dataclasses
+import os
+import signal
+from typing import Any
+
+import jax
+
+from research import app, earlier_runs, flags
+from research import config as config_lib
+from research.config import Config, DistributedConfig, MeshConfig
+from research.config_values import checked_copy
+from research.errors import UserError, as_out_of_memory_error
+from research.experiment import Experiment
+from research.paths import open_path
+from research.process import backend, distributed
+from research.process.signals import Signals
+from research.record import trackers
+from research.record.workdir import default_workdir
+from research.trained_run import TrainedRun
+
+
+def train(
+    experiment: Experiment,
+    config: Config,
+    workdir: str | os.PathLike[str] | None = None,
+    *,
+    tracker: str | None = None,
+) -> TrainedRun:
+    """Trains an experiment, or resumes the run in `workdir`, and records it.
+
+    The same as the command `python -m experiments.NAME --workdir=DIR --config...`, with the same bits. In the main
+    thread, SIGINT (Ctrl-C, or a notebook's interrupt button) and SIGTERM save a checkpoint first. Errors name a field
+    by its flag: `--config.batch_size` is `config.batch_size`.
+
+    Args:
+      experiment: such as `experiments.cifar_cnn.EXPERIMENT`.
+      config: of the experiment, as from `experiment.default_config` or `experiment.presets[name]()`; not changed.
+      workdir: the folder of the record; None: a new folder, runs/<experiment>/<date-time>-<random>.
+      tracker: as --tracker: "wandb", "mlflow" or "wandb,mlflow"; None: those that the run in `workdir` had before.
+
+    Raises:
+      UserError: the command's errors, such as bad input, a loss that is not finite, or a full disk.
+      KeyboardInterrupt: the training was interrupted. A checkpoint was saved, and the same `workdir` resumes the run.
+    """
+    command = _command(experiment, config, workdir, tracker)
+    signals = Signals()
+    try:
+        with signals.handled():
+            training, _ = app.execute(experiment, command, signals)
+    except UserError as error:
+        # Not a UserError: a loop over several runs may catch that one, and must end here.
+        if signals.received == signal.SIGINT:
+            raise KeyboardInterrupt(str(error)) from None
+        raise
+    except Exception as error:
+        if found := as_out_of_memory_error(error):
+            raise found from error
+        raise
+    distributed.wait("the first process has written the record")
+    return TrainedRun(experiment, command, training)
+
+
+def _command(
+    experiment: Experiment, config: Any, workdir: str | os.PathLike[str] | None, tracker: str | None
+) -> flags.Command:
+    _check_experiment(experiment)
+    if experiment.run:
+        raise UserError(f"{experiment.name} has a train loop of its own: run its command")
+    config = checked_copy(experiment, config)
+    config_lib.check(config)
+    path = open_path(os.fspath(workdir) if workdir else default_workdir(experiment.name))
+    return flags.Command(
+        config=config,
+        workdir=path,
+        given=frozenset({"workdir"} if workdir else ()),
+        mode="train",
+        checkpoint="newest",
+        options=None,
+        earlier=earlier_runs.config_of(experiment, path),
+        reproduces=None,
+        trackers=trackers.parse(tracker, path),
+        profile="",
+    )
+
+
+def _check_experiment(experiment: Any) -> None:
+    if not isinstance(experiment, Experiment):
+        raise UserError(f"experiment is of type {type(experiment).__name__}: give an Experiment, a module's EXPERIMENT")
+
+
+def load(
+    experiment: Experiment,
+    workdir: str | os.PathLike[str],
+    checkpoint: str | int = "newest",
+    *,
+    mesh: MeshConfig | None = None,
+) -> TrainedRun:
+    """Loads a run that was trained by the command or by `train`, perhaps on other devices. The workdir is only read.
+
+    Args:
+      experiment: of the run.
+      workdir: the folder of its record.
+      checkpoint: as --checkpoint: "newest", "best" (the lowest validation loss) or a step.
+      mesh: how the network is sharded over all devices; None: it is on the first device.
+
+    Raises:
+      UserError: there is no such run or checkpoint, or it is of another experiment.
+    """
+    _check_experiment(experiment)
+    command = flags.parse(experiment, ["--mode=eval", f"--workdir={os.fspath(workdir)}", f"--checkpoint={checkpoint}"])
+    config = command.config
+    config.mesh = dataclasses.replace(mesh or MeshConfig(), reduce_dtype=config.mesh.reduce_dtype)
+    config.distributed = DistributedConfig(start="never")  # not "always", as in a run on Cloud TPU
+    backend.check()
+    if jax.process_count() > 1:
+        raise UserError("research.load is for one process: start it without a launcher")
+    training = app.restored(
+        experiment, command, app.start(config, None if mesh else jax.devices()[:1]), with_examples=False
+    )
+    return TrainedRun(experiment, command, training)

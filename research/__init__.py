@@ -19,7 +19,7 @@ child.stop_with_parent()
 
 
 def __getattr__(name: str) -> Any:
-    # Imported late: XLA reads its flags when JAX is imported, and commands that need no JAX start at once.
+    # Imported late: `launch.predict` imports this package for the image decoder, and needs neither JAX nor training.
     if name not in __all__:
         raise AttributeError(f"module 'research' has no attribute {name!r}")
     from research import api

@@ -1,13 +1,4 @@
-"""The Python API: trains and loads runs, as the command of an experiment does, for notebooks and programs.
-
-    import research
-    from experiments.cifar_cnn import EXPERIMENT
-
-    config = EXPERIMENT.default_config
-    config.model.width = 16
-    run = research.train(EXPERIMENT, config, workdir="runs/wide")
-    run.predict(run.dataset.test["image"][:3])
-"""
+"""The Python API, for notebooks and programs: trains and loads runs, as the command of an experiment does."""
 
 import dataclasses
 import os

@@ -11,7 +11,6 @@ import numpy as np
 from flax import nnx
 
 from research import app
-from research.config import Config
 from research.data.batch import Batch
 from research.data.sources import Dataset
 from research.errors import UserError

@@ -1,8 +1,8 @@
 """The Python API, for notebooks and programs: trains and loads runs, as the command of an experiment does."""
 
 import dataclasses
-import os
 import signal
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from research.errors import UserError, as_out_of_memory_error
 from research.experiment import Experiment
 from research.paths import open_path
 from research.process import backend, distributed
-from research.process.signals import Signals
+from research.process.signals import Signals, StoppedError
 from research.record import trackers
 from research.record.workdir import default_workdir
 from research.trained_run import TrainedRun
@@ -24,7 +24,7 @@ from research.trained_run import TrainedRun
 def train(
     experiment: Experiment,
     config: Config,
-    workdir: str | os.PathLike[str] | None = None,
+    workdir: str | Path | None = None,
     *,
     tracker: str | None = None,
 ) -> TrainedRun:
@@ -42,35 +42,34 @@ def train(
 
     Raises:
       UserError: the command's errors, such as bad input, a loss that is not finite, or a full disk.
-      KeyboardInterrupt: the training was interrupted. A checkpoint was saved, and the same `workdir` resumes the run.
+      KeyboardInterrupt: it was interrupted. If it was training, a checkpoint was saved, and the same `workdir` resumes
+        the run.
     """
     command = _command(experiment, config, workdir, tracker)
-    signals = Signals()
+    signals, error = Signals(), None
     try:
         with signals.handled():
             training, _ = app.execute(experiment, command, signals)
-    except UserError as error:
-        # Not a UserError: a loop over several runs may catch that one, and must end here.
-        if signals.received == signal.SIGINT:
-            raise KeyboardInterrupt(str(error)) from None
-        raise
-    except Exception as error:
-        if found := as_out_of_memory_error(error):
-            raise found from error
-        raise
-    distributed.wait("the first process has written the record")
-    return TrainedRun(experiment, command, training)
+        distributed.wait("the first process has written the record")
+        return TrainedRun(experiment, command, training)
+    except Exception as raised:
+        error = raised if isinstance(raised, UserError) else as_out_of_memory_error(raised)
+        if error is None:
+            raise
+    # Raised out here, without its traceback: notebooks keep the last one, and with it the run's memory on the devices.
+    error = error.with_traceback(None)
+    if isinstance(error, StoppedError) and signals.received == signal.SIGINT:
+        raise KeyboardInterrupt(str(error))  # no UserError: a loop over runs may catch that, and must end here
+    raise error
 
 
-def _command(
-    experiment: Experiment, config: Any, workdir: str | os.PathLike[str] | None, tracker: str | None
-) -> flags.Command:
+def _command(experiment: Experiment, config: Any, workdir: str | Path | None, tracker: str | None) -> flags.Command:
     _check_experiment(experiment)
     if experiment.run:
         raise UserError(f"{experiment.name} has a train loop of its own: run its command")
     config = checked_copy(experiment, config)
     config_lib.check(config)
-    path = open_path(os.fspath(workdir) if workdir else default_workdir(experiment.name))
+    path = open_path(str(workdir) if workdir else default_workdir(experiment.name))
     return flags.Command(
         config=config,
         workdir=path,
@@ -92,7 +91,7 @@ def _check_experiment(experiment: Any) -> None:
 
 def load(
     experiment: Experiment,
-    workdir: str | os.PathLike[str],
+    workdir: str | Path,
     checkpoint: str | int = "newest",
     *,
     mesh: MeshConfig | None = None,
@@ -109,7 +108,7 @@ def load(
       UserError: there is no such run or checkpoint, or it is of another experiment.
     """
     _check_experiment(experiment)
-    command = flags.parse(experiment, ["--mode=eval", f"--workdir={os.fspath(workdir)}", f"--checkpoint={checkpoint}"])
+    command = flags.parse(experiment, ["--mode=eval", f"--workdir={workdir}", f"--checkpoint={checkpoint}"])
     config = command.config
     config.mesh = dataclasses.replace(mesh or MeshConfig(), reduce_dtype=config.mesh.reduce_dtype)
     config.distributed = DistributedConfig(start="never")  # not "always", as in a run on Cloud TPU

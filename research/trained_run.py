@@ -105,11 +105,14 @@ class TrainedRun:
         declared, apply = offered[name]
         arrays = _checked(name, declared, inputs)
         count = len(next(iter(arrays.values())))
-        # A power of two, so that calls with few examples do not compile a program for every number of examples.
-        padding = max(min(batch_size or self.config.examples_at_once, 2 ** max(count - 1, 0).bit_length()) - count, 0)
-        padded = {n: np.concatenate([x, np.zeros((padding, *x.shape[1:]), x.dtype)]) for n, x in arrays.items()}
+        size = self.config.examples_at_once if batch_size is None else batch_size
+        if size < 1:
+            raise UserError(f"batch_size={size}: must be at least 1")
+        # To a power of two, so that few examples do not compile a program for every number of them.
+        if (padding := min(size, 2 ** max(count - 1, 0).bit_length()) - count) > 0:
+            arrays = {n: np.concatenate([x, np.zeros((padding, *x.shape[1:]), x.dtype)]) for n, x in arrays.items()}
         with jax.set_mesh(self._mesh):
-            outputs = self.predictor(apply, padded, batch_size=batch_size or 0)
+            outputs = self.predictor(apply, arrays, batch_size=size)
         outputs = {n: x[:count] for n, x in outputs.items()}
         return next(iter(outputs.values())) if len(outputs) == 1 else outputs
 
@@ -133,10 +136,11 @@ def _checked(name: str, function: ExportedFunction, inputs: Any) -> Arrays:
         if len(needed) != 1:
             raise UserError(f"{name} has the inputs {', '.join(needed)}: give a dictionary of arrays")
         inputs = {next(iter(needed)): inputs}
-    if not needed.keys() <= inputs.keys() <= function.inputs.keys():
-        raise UserError(f"{name} has the inputs {', '.join(function.inputs)}, not {', '.join(map(str, inputs))}")
+    if not inputs or not needed.keys() <= inputs.keys() <= function.inputs.keys():
+        raise UserError(f"{name} has the inputs {', '.join(function.inputs)}, not {', '.join(inputs) or 'none'}")
     arrays = {n: _array(n, *function.inputs[n], value) for n, value in inputs.items()}
-    if len(counts := {n: len(x) for n, x in arrays.items()}) and len(set(counts.values())) > 1:
+    counts = {n: len(x) for n, x in arrays.items()}
+    if len(set(counts.values())) > 1:
         raise UserError(f"the inputs have different numbers of examples: {counts}")
     return arrays
 

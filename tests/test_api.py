@@ -1,6 +1,7 @@
 """The Python API: the same bits as the command, and runs that are inspected without it."""
 
 import dataclasses
+import gc
 import json
 import os
 import shutil
@@ -19,11 +20,13 @@ from drawn import read_lines
 import research
 from experiments import cifar_cnn, cifar_speedrun
 from research import app
-from research.config import Config, MeshConfig
+from research.config import Config, MeshConfig, assign
 from research.errors import OutOfMemoryError, UserError
 from research.process.signals import StoppedError
+from research.tasks.task import ExportedFunction
 from research.training.callbacks import Callback
 from research.training.loop import Loop
+from research.training.run import Training
 
 EXPERIMENT = linear.EXPERIMENT
 FLAGS = [
@@ -90,7 +93,7 @@ def test_the_run_holds_the_record(run):
 
 def test_the_network_is_the_one_of_evaluation(run):
     """The averaged parameters give the summary's loss; with those of the last step it differs by more than this."""
-    images, labels = run.dataset.test["image"], run.dataset.test["label"]
+    images, labels = run.dataset.test.values()
     logits = _logits(run.network, images)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     assert -log_p[np.arange(len(labels)), labels].mean() == pytest.approx(run.summary["test_loss"], rel=1e-5)
@@ -119,6 +122,33 @@ def test_predict_takes_any_number_of_rows(count, run):
 def test_inputs_that_do_not_fit_are_refused(arguments, words, run):
     with pytest.raises(UserError, match=words):
         run.predict(*arguments)
+
+
+def test_functions_may_have_several_inputs_and_outputs(run, monkeypatch):
+    def call(_, inputs):
+        return {"number": inputs["index"], "sum": inputs["one"] + inputs["two"][:, 0]}
+
+    shapes = {"one": ("b", "float32"), "two": ("b, 1", "float32"), "index": ("b", "int32")}
+    functions = {"add": ExportedFunction(call, shapes, "")}
+    functions["scale"] = ExportedFunction(call, {"by": ("", "float32")}, "")
+    monkeypatch.setattr(linear.Classification, "functions", lambda *_: functions)
+    loaded = research.load(EXPERIMENT, run.workdir)
+    x = np.arange(70.0)
+    found = loaded.predict({"one": x, "two": x[:, None]})
+    np.testing.assert_array_equal(found["number"], np.arange(70))
+    np.testing.assert_array_equal(found["sum"], 2 * x)
+    own = loaded.predict({"one": x, "two": x[:, None], "index": np.arange(70)[::-1]})
+    np.testing.assert_array_equal(own["number"], np.arange(70)[::-1])
+    for inputs, function, words in [
+        (x, "add", "add has the inputs one, two: give a dictionary"),
+        ({"one": x}, "add", "add has the inputs one, two, index, not one"),
+        ({"one": x, "two": x[:9, None]}, "add", "different numbers of examples: {'one': 70, 'two': 9}"),
+        (3.0, "scale", "by is a single number, which predict does not support"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            loaded.predict(inputs, function)
+    with pytest.raises(UserError, match="batch_size=0: must be at least 1"):
+        loaded.predict({"one": x, "two": x[:, None]}, batch_size=0)
 
 
 def test_a_task_without_functions_still_has_a_predictor(run, monkeypatch):
@@ -167,15 +197,16 @@ class _Kill(Callback):
             os.kill(os.getpid(), self.number)
 
 
-@pytest.mark.parametrize(
-    ("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, StoppedError)], ids=str
-)
+@pytest.mark.parametrize(("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, StoppedError)])
 def test_an_interrupted_run_saves_a_checkpoint_and_resumes_to_the_same_bits(number, kind, run, tmp_path):
     killed = dataclasses.replace(EXPERIMENT, callbacks=lambda _: [_Kill(number)])
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
-    with pytest.raises(kind, match="at step 7 with a checkpoint"):
+    with pytest.raises(kind, match="at step 7 with a checkpoint") as error:
         research.train(killed, _config(), tmp_path)
+    assert len(error.traceback) == 2  # this function and `train`
+    gc.collect()
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == handlers
+    assert not [found for found in gc.get_objects() if isinstance(found, Training)]  # though `error` is alive
     unfinished = research.load(EXPERIMENT, tmp_path)
     assert (unfinished.step, unfinished.summary, len(unfinished.metrics)) == (7, {}, 7)
     research.train(EXPERIMENT, _config(), tmp_path)
@@ -190,13 +221,9 @@ def test_another_thread_may_train(run, tmp_path):
     assert results[0].metrics == run.metrics
 
 
-def _changed(name, value):
+def _changed(path, value):
     config = _config()
-    *groups, last = name.split(".")
-    group = config
-    for part in groups:
-        group = getattr(group, part)
-    setattr(group, last, value)
+    assign(config, path, value)
     return config
 
 
@@ -226,23 +253,18 @@ def test_bad_configs_are_user_errors_and_leave_nothing_behind(config, words, tmp
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: research.train(linear, _config()), "experiment is of type module: give an Experiment"),
-        (lambda: research.train(cifar_speedrun.EXPERIMENT, _config()), "a train loop of its own: run its command"),
-        (lambda: research.train(EXPERIMENT, _config(), tracker="mlfow"), "'mlfow' is unknown: use wandb, mlflow"),
-        (lambda: research.load(linear, "x"), "experiment is of type module"),
-        (lambda: research.load(EXPERIMENT, "nowhere"), "there is no config.json in nowhere"),
+        (lambda _: research.train(linear, _config()), "experiment is of type module: give an Experiment"),
+        (lambda _: research.train(cifar_speedrun.EXPERIMENT, _config()), "a train loop of its own: run its command"),
+        (lambda _: research.train(EXPERIMENT, _config(), tracker="mlfow"), "'mlfow' is unknown: use wandb, mlflow"),
+        (lambda _: research.load(linear, "x"), "experiment is of type module"),
+        (lambda _: research.load(EXPERIMENT, "nowhere"), "there is no config.json in nowhere"),
+        (lambda run: research.load(cifar_cnn.EXPERIMENT, run.workdir), "is of another experiment or version"),
+        (lambda run: research.load(EXPERIMENT, run.workdir, checkpoint=3), "there is no checkpoint of step 3"),
     ],
 )
-def test_bad_arguments_are_user_errors(call, words):
+def test_bad_arguments_are_user_errors(call, words, run):
     with pytest.raises(UserError, match=words):
-        call()
-
-
-def test_a_run_of_another_experiment_or_a_missing_checkpoint_is_refused(run):
-    with pytest.raises(UserError, match="is of another experiment or version"):
-        research.load(cifar_cnn.EXPERIMENT, run.workdir)
-    with pytest.raises(UserError, match="there is no checkpoint of step 3"):
-        research.load(EXPERIMENT, run.workdir, checkpoint=3)
+        call(run)
 
 
 def test_numbers_of_numpy_are_numbers(monkeypatch):
@@ -268,16 +290,9 @@ def test_out_of_memory_is_a_user_error(monkeypatch):
         research.train(EXPERIMENT, _config(), "x")
 
 
-def test_no_global_flags_are_defined(run):
-    assert not {"workdir", "config.seed", "config"} & set(absl_flags.FLAGS)
-
-
 def test_importing_the_package_imports_no_jax():
     code = "import sys, research; assert 'jax' not in sys.modules and 'train' in research.__all__"
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         _ = research.trian
-
-
-def test_a_notebook_shows_one_line_instead_of_a_traceback():
-    assert UserError("wrong:\n do this")._render_traceback_() == ["UserError: wrong: do this"]
+    assert not {"workdir", "config.seed", "config"} & set(absl_flags.FLAGS)  # global flags, after all of the above

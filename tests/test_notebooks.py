@@ -7,6 +7,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from research.errors import UserError
+
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "docs/notebooks").glob("*.ipynb"))
 
@@ -46,6 +48,10 @@ def test_notebooks_are_committed_without_outputs(path):
     for cell in json.loads(path.read_text())["cells"]:
         assert not cell.get("outputs")
         assert cell.get("execution_count") is None
+
+
+def test_a_notebook_shows_one_line_instead_of_a_traceback():
+    assert UserError("wrong:\n do this")._render_traceback_() == ["UserError: wrong: do this"]
 
 
 @pytest.mark.slow

@@ -35,7 +35,8 @@ class Experiment:
       sample_options: a dataclass of `research.config.option` fields, each of which is a flag.
       callbacks: makes a run's callbacks from the resolved config (`research/training/callbacks.py`). Sweeps refuse an
         experiment that has them.
-      run: replaces `app.run` as the whole command; None: `app.run`. Sweeps refuse an experiment that has one.
+      run: replaces `app.run` as the whole command; None: `app.run`. Sweeps and `research.train` refuse an experiment
+        that has one.
     """
 
     name: str

@@ -7,17 +7,14 @@ from typing import Any
 
 import jax
 
-from research import app, earlier_runs, flags
+from research import app, flags
 from research import config as config_lib
 from research.config import Config, DistributedConfig, MeshConfig
 from research.config_values import checked_copy
 from research.errors import UserError, as_out_of_memory_error
 from research.experiment import Experiment
-from research.paths import open_path
 from research.process import backend, distributed
 from research.process.signals import Signals, StoppedError
-from research.record import trackers
-from research.record.workdir import default_workdir
 from research.trained_run import TrainedRun
 
 
@@ -69,19 +66,9 @@ def _command(experiment: Experiment, config: Any, workdir: str | Path | None, tr
         raise UserError(f"{experiment.name} has a train loop of its own: run its command")
     config = checked_copy(experiment, config)
     config_lib.check(config)
-    path = open_path(str(workdir) if workdir else default_workdir(experiment.name))
-    return flags.Command(
-        config=config,
-        workdir=path,
-        given=frozenset({"workdir"} if workdir else ()),
-        mode="train",
-        checkpoint="newest",
-        options=None,
-        earlier=earlier_runs.config_of(experiment, path),
-        reproduces=None,
-        trackers=trackers.parse(tracker, path),
-        profile="",
-    )
+    given = {"workdir": workdir or None, "tracker": tracker}
+    argv = [f"--{name}={value}" for name, value in given.items() if value is not None]
+    return dataclasses.replace(flags.parse(experiment, argv), config=config)
 
 
 def _check_experiment(experiment: Any) -> None:

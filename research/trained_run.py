@@ -53,8 +53,9 @@ class TrainedRun:
         self._arrays = training.graphdef, training.state.eval_params, training.state.eval_model_state
 
     def __repr__(self) -> str:
-        results = [f"{n}={v:.4g}" for n, v in self.summary.items() if n in ("test_accuracy", "test_loss")]
-        return f"<{', '.join([f'run of {self.experiment.name}', f'step {self.step:,}', *results, str(self.workdir)])}>"
+        results = self.summary if self.summary.get("num_train_steps") == self.step else {}
+        shown = [f"{name}={results[name]:.4g}" for name in ("test_accuracy", "test_loss") if name in results]
+        return f"<{', '.join([f'run of {self.experiment.name}', f'step {self.step:,}', *shown, str(self.workdir)])}>"
 
     @functools.cached_property
     def network(self) -> nnx.Module:

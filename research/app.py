@@ -26,7 +26,7 @@ from research.tasks.task import Task
 from research.training import describe, early_stopping, evaluation, initialization, loop, profile, summary, weights
 from research.training.run import Training
 
-__all__ = ["Experiment", "load", "main", "parse", "restored", "run", "start"]
+__all__ = ["Experiment", "execute", "load", "load_for", "main", "parse", "restored", "run", "start"]
 
 
 def run(
@@ -40,7 +40,13 @@ def run(
     Raises:
       UserError: invalid input, found before training starts; no folder is left behind.
     """
-    command = parse(experiment, argv)
+    return execute(experiment, parse(experiment, argv), signals, devices)[1]
+
+
+def execute(
+    experiment: Experiment, command: Command, signals: Signals | None = None, devices: Sequence[Any] | None = None
+) -> tuple[Training, dict[str, Any]]:
+    """Like `run`, for a parsed command; also returns the trained or restored run."""
     config, workdir = command.config, command.workdir
     trackers.check(command.trackers, workdir)
     mesh = start(config, devices)
@@ -60,7 +66,7 @@ def run(
         return _describe(experiment, command, mesh)
     with Workdir(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
         distributed.wait("the first process has claimed the workdir")
-        config, dataset, task = _load_for(experiment, command)
+        config, dataset, task = load_for(experiment, command)
         _say(_first_line(experiment, dataset, mesh))
         finished = read_json(workdir / "summary.json")
         if finished and not isinstance(finished.get("num_train_steps"), int):
@@ -78,12 +84,12 @@ def run(
         arguments = (experiment.name, config, task, dataset, mesh, workdir)
         callbacks = [*(experiment.callbacks(config) if experiment.callbacks else ()), *profiles]
         options = {"signals": signals, "callbacks": callbacks, "trackers": command.trackers}
-        _, found = loop.train_and_evaluate(*arguments, **options)
+        training, found = loop.train_and_evaluate(*arguments, **options)
     _say(summary.last_lines(found, workdir))
     if command.reproduces:
         results = {n: v for n, v in found.items() if n.startswith(("train_", "test_")) and n != "train_seconds"}
         _say(_differences(command.reproduces, results))
-    return found
+    return training, found
 
 
 def _remains(workdir: Path) -> str:
@@ -135,7 +141,7 @@ def load(experiment: Experiment, config: Any) -> tuple[Any, sources.Dataset, Tas
 
 
 @distributed.first_process_first("the data set is on disk")
-def _load_for(experiment: Experiment, command: Command) -> tuple[Any, sources.Dataset, Task]:
+def load_for(experiment: Experiment, command: Command) -> tuple[Any, sources.Dataset, Task]:
     """Like `load`; if the workdir holds a run, checks config and data against its record and uses its statistics."""
     recorded = data_json.read(command.workdir) if command.earlier else None
     given = data_json.recorded_tokenizer(command.config.dataset, recorded, command.workdir)
@@ -208,7 +214,7 @@ def restored(experiment: Experiment, command: Command, mesh: Any, *, with_exampl
         given = dataclasses.replace(given, name=recorded.name)
     # The data set is also loaded if there is no data.json (earlier versions), or if flags change the data set.
     if recorded is None or command.earlier is None or given != command.earlier.dataset:
-        config, dataset, task = _load_for(experiment, command)
+        config, dataset, task = load_for(experiment, command)
     else:
         dataset, config = recorded, experiment.resolve(command.config, recorded)
         _check_config(config, dataset, command)
@@ -220,29 +226,30 @@ def restored(experiment: Experiment, command: Command, mesh: Any, *, with_exampl
     return training
 
 
-def _evaluate(experiment: Experiment, command: Command, mesh: Any) -> dict[str, Any]:
+def _evaluate(experiment: Experiment, command: Command, mesh: Any) -> tuple[Training, dict[str, Any]]:
     training = restored(experiment, command, mesh)
     step, results = training.progress.step, evaluation.evaluate(training)
     _say(f"{experiment.name} on {training.dataset.name}, step {step:,}: {summary.figures(results)}")
-    return {"step": step, **results}
+    return training, {"step": step, **results}
 
 
-def _sample(experiment: Experiment, command: Command, mesh: Any) -> dict[str, Any]:
+def _sample(experiment: Experiment, command: Command, mesh: Any) -> tuple[Training, dict[str, Any]]:
     if jax.process_count() > 1:
         raise UserError("--mode=sample is for one process: start it without a launcher")
     training = restored(experiment, command, mesh, with_examples=False)
     assert experiment.sample is not None
     experiment.sample(training.predictor(), training.config, training.dataset, command.options, command.workdir)
-    return {"step": training.progress.step}
+    return training, {"step": training.progress.step}
 
 
-def _describe(experiment: Experiment, command: Command, mesh: Any) -> dict[str, Any]:
+def _describe(experiment: Experiment, command: Command, mesh: Any) -> tuple[Training, dict[str, Any]]:
     """Describes the training that this command would start or resume; writes nothing."""
-    config, dataset, task = _load_for(experiment, command)
+    config, dataset, task = load_for(experiment, command)
     with jax.set_mesh(mesh):
-        lines = describe.lines(Training(config, task, dataset, mesh))
+        training = Training(config, task, dataset, mesh)
+        lines = describe.lines(training)
     _say("\n".join([_first_line(experiment, dataset, mesh), *lines]))
-    return {}
+    return training, {}
 
 
 def _hardware(mesh: Any) -> dict[str, Any]:

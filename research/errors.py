@@ -23,6 +23,10 @@ class UserError(Exception):
 
     exit_code = 2
 
+    def _render_traceback_(self) -> list[str]:
+        """Returns what IPython shows instead of a traceback, in notebooks, too."""
+        return [f"{type(self).__name__}: {' '.join(str(self).split())}"]
+
 
 class NonFiniteLossError(UserError):
     """The loss, the gradient or a parameter became NaN or infinite at `step` (0: in several runs at once)."""

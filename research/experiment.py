@@ -38,7 +38,8 @@ class Experiment:
         experiment that has them.
       sharding_rules: how the mesh splits parameters, by regular expressions over their paths, or a function that makes
         the rules from the resolved config (`research/sharding_rules.py`).
-      run: replaces `app.run` as the whole command; None: `app.run`. Sweeps refuse an experiment that has one.
+      run: replaces `app.run` as the whole command; None: `app.run`. Sweeps and `research.train` refuse an experiment
+        that has one.
     """
 
     name: str

@@ -64,9 +64,10 @@ def run(
     workdir.mkdir(exist_ok=True)
     draw = loop.Loop.draw if plots else lambda _: None
     with mock.patch.object(loop.Loop, "draw", draw):
-        return loop.train_and_evaluate(
+        run, summary = loop.train_and_evaluate(
             "drawn_linear", config, task, dataset, mesh, workdir, signals, callbacks, trackers
         )
+    return run.state, summary
 
 
 def read_lines(workdir):

@@ -109,10 +109,10 @@ def test_batches_that_training_skips_are_left_out(fields, monkeypatch, tmp_path)
     config = _config(network="Everything", checkpoint_every_steps=2, **fields)
     mesh = sharding.make_mesh(config, jax.devices()[:1])
     task = outsider.make_task(config, dataset)
-    state, summary = loop.train_and_evaluate("outsider", config, task, dataset, mesh, tmp_path)
+    run, summary = loop.train_and_evaluate("outsider", config, task, dataset, mesh, tmp_path)
     assert summary["skipped_steps" if "max_skipped_steps" in fields else "rewinds"] == 1
     assert np.isfinite(summary["test_loss"])
-    for array in jax.tree.leaves(state.ema_model_state):
+    for array in jax.tree.leaves(run.state.ema_model_state):
         assert np.isfinite(array).all()
 
 

@@ -50,8 +50,8 @@ def _run(workdir, devices=1, axes=None, signals=None, **fields):
     dataset = char_rnn.prepare(config, RAW)
     workdir.mkdir(exist_ok=True)
     task = char_rnn.make_task(config, dataset)
-    state, _ = loop.train_and_evaluate("char_rnn", config, task, dataset, mesh, workdir, signals)
-    return state, read_lines(workdir)
+    run, _ = loop.train_and_evaluate("char_rnn", config, task, dataset, mesh, workdir, signals)
+    return run.state, read_lines(workdir)
 
 
 @pytest.mark.slow

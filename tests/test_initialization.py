@@ -144,7 +144,7 @@ def test_averaged_parameters_and_their_statistics_are_taken_from_a_run_that_eval
     config.optimizer = optimizers.resolve(dataclasses.replace(config.optimizer, ema_decay=0.5))
     mesh = sharding.make_mesh(config, jax.devices()[:1])
     task = outsider.make_task(config, DATASET)
-    state, summary = loop.train_and_evaluate("outsider", config, task, DATASET, mesh, tmp_path)
+    earlier, summary = loop.train_and_evaluate("outsider", config, task, DATASET, mesh, tmp_path)
     config = copy.deepcopy(config)
     config.init.path, config.seed, config.optimizer.ema_decay = str(tmp_path), 3, 0.0
     run = _training(config, make_task=outsider.make_task)
@@ -152,7 +152,7 @@ def test_averaged_parameters_and_their_statistics_are_taken_from_a_run_that_eval
     run.start_from_weights()
     assert _evaluated(run)["test_loss"] == pytest.approx(summary["test_loss"], rel=1e-6)
     _same(_arrays(nnx.filter_state(run.state.model_state, nnx.RngState)), streams)
-    assert not np.array_equal(_arrays(state.params)["last/kernel"], _arrays(run.state.params)["last/kernel"])
+    assert not np.array_equal(_arrays(earlier.state.params)["last/kernel"], _arrays(run.state.params)["last/kernel"])
 
 
 EXPERIMENTS = {

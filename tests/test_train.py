@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import sys
 import types
 
 import jax
@@ -67,6 +68,15 @@ def test_progress_is_plain_lines_without_a_terminal(tmp_path, monkeypatch, capfd
     lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("step")]
     assert len(lines) == 2
     assert re.fullmatch(r"step 11/22  loss \d\.\d{4}  [\d,]+ examples/s  \d\d:\d\d left", lines[0])
+
+
+@pytest.mark.parametrize(("steps", "has_bar"), [(5, True), (0, False)])
+def test_a_terminal_has_a_bar_for_steps_only(steps, has_bar, tmp_path, monkeypatch, capfd):
+    """An evaluation, which makes no steps, has none."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with writer.Writer(tmp_path, steps, active=True):
+        pass
+    assert ("0/5" in capfd.readouterr().err) == has_bar
 
 
 def test_the_recorded_learning_rate_follows_the_schedule(tmp_path):

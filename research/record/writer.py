@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from research.errors import RecordError
 from research.record import drawing, json_files, storage, trackers
@@ -28,7 +28,7 @@ class Writer:
 
     Args:
       workdir: an existing folder.
-      num_train_steps: the length of the progress bar.
+      num_train_steps: the length of the progress bar; 0: no bar.
       active: whether this process writes at all; true only in process 0.
       experiment: its name, for trackers.
       tracker_names: the trackers that receive the record, too.
@@ -52,8 +52,8 @@ class Writer:
         self._first_step = 0
         self._row: dict[str, Any] = {}
         self._start = self._last_line = time.monotonic()
-        # A bar needs a terminal that can move the cursor. None lets tqdm check whether stderr is a terminal.
-        disable = True if not active or os.environ.get("TERM") == "dumb" else None
+        # A bar needs a notebook, or a terminal that can move the cursor: None lets tqdm check.
+        disable = True if not (active and num_train_steps) or os.environ.get("TERM") == "dumb" else None
         self._bar = tqdm(total=num_train_steps, unit="step", dynamic_ncols=True, disable=disable)
 
     def __enter__(self) -> "Writer":

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from research import randomness, sharding
 from research.data.batch import Batch
@@ -18,7 +18,7 @@ from research.network import gather, merge_network
 from research.randomness import Stream
 from research.sharding_rules import Rules
 
-_PROGRESS_SECONDS = 10.0  # between progress lines where stderr is not a terminal
+_PROGRESS_SECONDS = 10.0  # between progress lines where there is no progress bar
 
 Function = Callable[[nnx.Module, Batch, jax.Array], Any]
 
@@ -100,7 +100,7 @@ def _with_progress(starts: range, name: str) -> Iterator[int]:
     for number, start in enumerate(bar, 1):
         yield start
         now = time.monotonic()
-        # tqdm disables itself where stderr is not a terminal.
+        # tqdm disables itself outside of a notebook if stderr is not a terminal.
         if bar.disable and now - last > _PROGRESS_SECONDS:
             last, left = now, tqdm.format_interval((now - start_time) / number * (len(starts) - number))
             print(f"{name}: batch {number:,}/{len(starts):,}  {left} left", flush=True)

@@ -24,7 +24,7 @@ from research.training.checkpoint import Checkpoints, checksums_of
 from research.training.pauses import Pauses
 from research.training.progress import non_finite
 from research.training.run import Training
-from research.training.state import TrainState, is_finite
+from research.training.state import is_finite
 
 
 class Loop:
@@ -224,7 +224,7 @@ def train_and_evaluate(
     signals: Signals | None = None,
     callbacks: Sequence[Callback] = (),
     trackers: Sequence[str] = (),
-) -> tuple[TrainState, dict[str, Any]]:
+) -> tuple[Training, dict[str, Any]]:
     """Trains `task` on `dataset` and records it in `workdir`; resumes from its newest checkpoint if there is one.
 
     Args:
@@ -239,7 +239,7 @@ def train_and_evaluate(
       trackers: names of the trackers that receive the record, too (`research/record/trackers.py`).
 
     Returns:
-      The final state, and the contents of summary.json.
+      The run with its final state, and the contents of summary.json.
 
     Raises:
       NonFiniteLossError: the loss or the gradient became NaN or infinite, more often than the config allows; the
@@ -287,4 +287,4 @@ def train_and_evaluate(
         called.on_end(run, found)
         writer.summary(found)
         loop.draw()
-    return run.state, found
+    return run, found

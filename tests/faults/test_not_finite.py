@@ -53,7 +53,8 @@ def _run(workdir, devices=1, axes=None, signals=None, epochs=(0,), what="loss", 
     example = int(example_numbers(0, 90, 8 * step - 8, 8 * step)[0][3])
     task = Spoilt(Linear, (0.5,), (0.25,), AugmentConfig(), 0.0, example=example, epochs=epochs, what=what)
     workdir.mkdir(exist_ok=True)
-    return loop.train_and_evaluate("drawn", config, task, DATASET, mesh, workdir, signals)
+    run, summary = loop.train_and_evaluate("drawn", config, task, DATASET, mesh, workdir, signals)
+    return run.state, summary
 
 
 def _by_hand(initial, without=(), order=None):

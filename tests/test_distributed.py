@@ -84,7 +84,7 @@ def test_data_is_loaded_by_the_first_process_before_the_others(monkeypatch):
     monkeypatch.setattr(distributed, "wait", order.append)
     for index in (0, 1):
         monkeypatch.setattr(jax, "process_index", lambda index=index: index)
-        app._load_for(experiment, command)
+        app.load_for(experiment, command)
     barrier = "the data set is on disk"
     assert order == ["load", barrier, barrier, "load"]
 

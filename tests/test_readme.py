@@ -275,7 +275,14 @@ def test_the_network_with_flags_of_its_own_is_what_they_say():
     assert losses.shape == (4,)
 
 
-@pytest.mark.parametrize(("page", "block"), PYTHON, ids=str)
+def _is_slow(block):
+    return [pytest.mark.slow] if "research.train(" in block else []
+
+
+@pytest.mark.parametrize(
+    ("page", "block"),
+    [pytest.param(page, block, marks=_is_slow(block), id=page.name) for page, block in PYTHON],
+)
 def test_every_block_of_python_can_be_executed(page, block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(block, page, "exec"), {"__name__": "shown", "__doc__": ""})

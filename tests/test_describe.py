@@ -132,8 +132,10 @@ def test_nothing_is_trained_or_written_and_the_config_is_resolved(tmp_path, monk
 def test_a_runs_config_is_described_and_other_flags_are_checked(tmp_path, capsys):
     config = dataclasses.replace(EXPERIMENT.default_config, batch_size=512, optimizer=SGD)
     (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    (tmp_path / "trackers.json").write_text('{"run_id": "0123abcd", "trackers": ["mlflow"]}')
     before = _files(tmp_path)
     describes = ["--describe", f"--workdir={tmp_path}"]
+    assert app.parse(EXPERIMENT, describes).trackers == ()  # whether or not their packages are installed
     app.main(EXPERIMENT, describes)
     assert "  --config.batch_size=512" in capsys.readouterr().out.splitlines()
     with pytest.raises(SystemExit) as exit_:

@@ -6,9 +6,10 @@ python -m launch.sweep experiments.cifar_cnn --trials=64 --search='optimizer.lea
 --search=FIELD=RANGE varies a field of the experiment's Config: log(low,high), float(low,high), int(low,high,step=n) or
 [a,b,c]. A Python file with `def search(trial)` may choose them instead. Trials are ranked on a validation split. At the
 end the best trial's command is printed and run, which evaluates the test split. The same command resumes a sweep that
-was stopped. More workers, on any machine that can reach the --storage, join with the same command and --processes=0, or
-by `python -m launch.slurm launch.sweep experiments.cifar_cnn ...` (or another launcher). The record in --workdir:
-sweep.json, trials.csv, sweep.html, journal.log, and the run of the best trial.
+was stopped. With --config.mesh, as in --config.mesh.fsdp=4, each trial trains over several devices. More workers, on
+any machine that can reach the --storage, join with the same command and --processes=0, or by `python -m launch.slurm
+launch.sweep experiments.cifar_cnn ...` (or another launcher). The record in --workdir: sweep.json, trials.csv,
+sweep.html, journal.log, and the run of the best trial.
 """
 
 import dataclasses

@@ -26,6 +26,7 @@ from research.errors import UserError
 from research.training import loop
 from research.training.checkpoint import Checkpoints, checksums_of
 from research.training.loop import Loop
+from research.training.mesh_population import MeshPopulation
 from research.training.population import Population
 from research.training.run import Training
 
@@ -285,6 +286,16 @@ def test_the_members_of_a_population_start_from_the_weights(source):
     for slot, config in enumerate(configs):
         fresh = _arrays(_training(config).state.params)["second/kernel"]
         np.testing.assert_allclose(params["second/kernel"][slot], fresh, rtol=1e-6)
+
+
+def test_members_over_a_mesh_start_from_the_weights_one_after_another(source):
+    config = _config(source[0], reset="^second/", mesh=MeshConfig(data=1, fsdp=2))
+    population = MeshPopulation(config, linear.make_task(config, DATASET), DATASET, jax.devices()[:2], 1)
+    for seed in (3, 4):
+        population.start(0, dataclasses.replace(config, seed=seed))
+        params = _arrays(population._members[0].state.params)
+        np.testing.assert_array_equal(params["first/kernel"], source[1]["first/kernel"])
+        population.stop(0)
 
 
 FLAGS = ["--config.dataset.name=digits", "--config.dataset.train_fraction=0.1"]

@@ -103,6 +103,16 @@ def test_a_diverged_member_does_not_affect_the_others():
     _agree(reports[1], 1)
 
 
+def test_gradients_per_device_are_checked_as_in_a_single_run(monkeypatch):
+    """Each device would draw the noise of the whole batch."""
+    noise = type("Noise", (outsider.NETWORKS["Noise"],), {"per_device_gradients": True})
+    monkeypatch.setitem(outsider.NETWORKS, "Noise", noise)
+    config = dataclasses.replace(CONFIGS[0], network="Noise", mesh=MeshConfig(data=2))
+    members = MeshPopulation(config, outsider.make_task(config, DATASET), DATASET, jax.devices()[:2], 1)
+    with pytest.raises(UserError, match="per_device_gradients is declared"):
+        members.start(0, config)
+
+
 @pytest.mark.parametrize(
     ("axes", "size"),
     [({}, 1), ({"fsdp": 4}, 8), ({"data": 1, "fsdp": 4}, 4), ({"data": 8}, 8), ({"data": 1, "model": 2}, 2)],

@@ -97,6 +97,22 @@ def test_a_network_with_shared_and_uncalled_layers():
     )
 
 
+def test_layers_in_a_plain_list_need_no_module_around_them():
+    class Listed(Linear):
+        def __init__(self, rngs):
+            self.blocks = nnx.data([nnx.Linear(36, 3, rngs=rngs), nnx.Linear(3, 3, rngs=rngs)])
+
+        def __call__(self, x, *, train, key=None):
+            return self.blocks[1](self.blocks[0](x.reshape(len(x), -1)))
+
+    found = _layers(*_images(Listed))
+    assert [(one.path, one.flops) for one in found] == [
+        ("", 2.0 * 39 * 3),
+        ("blocks/0", 2.0 * 36 * 3),
+        ("blocks/1", 2.0 * 3 * 3),
+    ]
+
+
 def test_the_memory_is_that_of_the_compiled_program():
     task, config, dataset = _images(Linear)
     mesh = sharding.make_mesh(config, jax.devices()[:1])

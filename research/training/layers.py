@@ -4,6 +4,7 @@
 batches with an empty field; here a layer's FLOPs are all products within its scope (`research.flops`).
 """
 
+import collections
 import dataclasses
 import itertools
 import math
@@ -55,7 +56,7 @@ def layers(run: Training) -> list[Layer]:
         return run.task.advance(*arguments, key=randomness.key(Stream.STEP), train=True)
 
     traced = jax.make_jaxpr(forward)(*run.train_arguments[:3])
-    totals = dict.fromkeys(modules, 0.0)
+    totals: dict[str, float] = collections.defaultdict(float)
     for product in flops.products(traced):
         for path in _enclosing(product.scope):
             totals[path] += product.flops / run.config.examples_at_once

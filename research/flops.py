@@ -100,7 +100,13 @@ def _of_branch(eqn: JaxprEqn, path: str, times: float, scope: str) -> Iterator[P
     if eqn.params.get("branches_platforms"):
         return _products(branches[-1], path, times, scope)
     counted = [list(_products(branch, path, times, scope)) for branch in branches]
-    return iter(max(counted, key=lambda found: sum(product.flops for product in found)))
+    return iter(max(counted, key=_total))
+
+
+def _total(found: list[Product]) -> float:
+    """Returns the FLOPs of products: infinite if they cannot be counted, as a NaN is neither more nor less."""
+    total = sum(product.flops for product in found)
+    return math.inf if math.isnan(total) else total
 
 
 def _inner_jaxprs(eqn: JaxprEqn) -> list[Jaxpr]:

@@ -125,6 +125,15 @@ def test_products_that_cannot_be_counted_leave_out_the_total(kernel):
     assert np.isnan(sum(found.values()))
 
 
+def test_a_branch_that_cannot_be_counted_leaves_out_the_total_wherever_it_is():
+    def loops(x):
+        return jax.lax.while_loop(lambda x: x.sum() > 1, lambda x: x @ x, x)
+
+    for branches in ((loops, lambda x: x @ x), (lambda x: x @ x, loops)):
+        traced = jax.jit(lambda x, both=branches: jax.lax.cond(x.sum() > 0, *both, x)).trace(jnp.ones((3, 3)))
+        assert np.isnan(sum(product.flops for product in flops.products(traced.jaxpr)))
+
+
 def test_a_run_shows_and_records_its_utilization_where_the_peak_is_known(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("research.record.writer._SECONDS_BETWEEN_PLAIN_LINES", 0.0)
     plain = run(tmp_path / "cpu")[1]

@@ -155,4 +155,7 @@ def _array(name: str, shape: str, dtype: str, value: Any) -> np.ndarray:
     fits = len(sizes) == array.ndim and all(s == str(n) or not s.isdecimal() for s, n in zip(sizes, array.shape))
     if not fits or not np.can_cast(array.dtype, np.dtype(dtype), "same_kind"):
         raise UserError(f"{name} must be {dtype} [{shape}] with any b, not {array.dtype} {list(array.shape)}")
-    return array.astype(dtype, copy=False)
+    converted = array.astype(dtype, copy=False)
+    if np.issubdtype(dtype, np.integer) and (converted != array).any():  # images of 16 bits, for example
+        raise UserError(f"{name} must be {dtype}, and these values of {array.dtype} do not fit")
+    return converted

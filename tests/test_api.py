@@ -115,6 +115,7 @@ def test_predict_takes_any_number_of_rows(count, run):
         ((np.zeros((2, 8, 8, 1), np.uint8),), r"image must be uint8 \[b, 32, 32, 1\] with any b, not uint8 \[2, 8, 8"),
         ((np.zeros((32, 32, 1), np.uint8),), r"not uint8 \[32, 32, 1\]"),
         ((np.zeros((2, 32, 32, 1)),), "not float64"),
+        ((np.full((2, 32, 32, 1), 256, np.uint16),), "image must be uint8, and these values of uint16 do not fit"),
         (({"images": np.zeros((2, 32, 32, 1), np.uint8)},), "classify has the inputs image, not images"),
         ((np.zeros((2, 32, 32, 1), np.uint8), "classfy"), "the functions of this task are 'classify'"),
     ],

@@ -97,7 +97,7 @@ def load(
     _check_experiment(experiment)
     command = flags.parse(experiment, ["--mode=eval", f"--workdir={workdir}", f"--checkpoint={checkpoint}"])
     config = command.config
-    config.mesh = dataclasses.replace(mesh or MeshConfig(), reduce_dtype=config.mesh.reduce_dtype)
+    config.mesh = mesh or MeshConfig()
     config.distributed = DistributedConfig(start="never")  # not "always", as in a run on Cloud TPU
     backend.check()
     if jax.process_count() > 1:

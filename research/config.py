@@ -65,7 +65,7 @@ class MeshConfig:
         "float32",
         "dtype of the gradients in the all-reduce, if `data` is the only axis",
         choices=("float32", "bfloat16"),
-        may_change="never",
+        may_change="evaluation",
     )
 
 

@@ -57,7 +57,7 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
     if config.mesh.reduce_dtype != "float32" and shape[0] != len(devices):
         raise UserError(
             f"--config.mesh.reduce_dtype={config.mesh.reduce_dtype}: with mesh axes other than `data` the compiler "
-            "sums the gradients, in float32; remove the flag"
+            "sums the gradients, in float32; give --config.mesh.reduce_dtype=float32"
         )
     shards = shape[0] * shape[1]
     for name in ("batch_size", "microbatch_size"):

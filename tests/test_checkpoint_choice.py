@@ -7,9 +7,11 @@ import linear
 import numpy as np
 import pytest
 
+import research
 from launch import export
 from launch.artifacts import artifact
 from research import app, flags, sharding
+from research.config import MeshConfig
 from research.errors import UserError
 from research.record.workdir import read_metrics
 from research.training import loop
@@ -19,7 +21,7 @@ from research.training.checkpoint import Checkpoints
 FLAGS = [
     *("--config.num_epochs=4", "--config.batch_size=96", "--config.dataset.validation_fraction=0.2"),
     *("--config.optimizer.learning_rate=30", "--config.optimizer.warmup=0.99", "--config.optimizer.clip_norm=0.1"),
-    "--config.keep_checkpoints=2",
+    *("--config.keep_checkpoints=2", "--config.mesh.reduce_dtype=bfloat16"),
 ]
 
 
@@ -49,6 +51,12 @@ def test_evaluation_of_each_checkpoint_gives_what_its_epoch_recorded(run):
         assert found["step"] == step
         for name in ("validation_loss", "test_loss", "test_accuracy"):
             assert found[name] == pytest.approx(lines[step][name])
+
+
+def test_a_run_that_sums_gradients_in_bfloat16_is_loaded_on_a_mesh_that_cannot(run):
+    workdir, summary, _ = run
+    loaded = research.load(linear.EXPERIMENT, workdir, "best", mesh=MeshConfig(data=2, fsdp=4))
+    assert loaded.step == summary["best_step"]
 
 
 def test_the_artifact_of_the_best_checkpoint_names_its_step(run, tmp_path):

@@ -8,7 +8,6 @@ import re
 from pathlib import Path
 
 import jax
-import linear
 import megatron
 import numpy as np
 import optax
@@ -36,52 +35,58 @@ def _split(count):
 DATASET = Dataset("drawn", ("a", "b", "c"), _split(96), None, _split(30))
 
 
-def _training(rules=megatron.RULES, module=megatron, freeze="", num_epochs=1, log_every_steps=50, **axes):
-    """A run of 6 steps an epoch on a mesh, before its first step."""
+def _training(rules=megatron.RULES, num_epochs=1, log_every_steps=50, **axes):
+    """A run of 6 steps an epoch on a mesh, before its first step; one kernel is frozen."""
     fields = {"num_epochs": num_epochs, "log_every_steps": log_every_steps, "mesh": MeshConfig(**{"data": 1, **axes})}
-    config = dataclasses.replace(module.get_config(), batch_size=16, **fields)
-    config.optimizer = optimizers.resolve(dataclasses.replace(config.optimizer, freeze=freeze))
+    config = dataclasses.replace(megatron.get_config(), batch_size=16, **fields)
+    config.optimizer = optimizers.resolve(dataclasses.replace(config.optimizer, freeze="0/up/kernel"))
     mesh = sharding.make_mesh(config, jax.devices()[: math.prod(axes.values())])
-    task = dataclasses.replace(module.EXPERIMENT, sharding_rules=rules).build_task(config, DATASET)
+    task = dataclasses.replace(megatron.EXPERIMENT, sharding_rules=rules).build_task(config, DATASET)
     return Training(config, task, DATASET, mesh)
+
+
+def _losses(training):
+    """The losses of all steps."""
+    with jax.set_mesh(training.mesh):
+        return np.concatenate([metrics["loss"] for _, metrics in training.dispatches(training.epoch_end_steps[-1])])
 
 
 def _train(training):
     """The training, its losses and its results."""
+    losses = _losses(training)
     with jax.set_mesh(training.mesh):
-        losses = np.concatenate([metrics["loss"] for _, metrics in training.dispatches(6)])
         return training, losses, training.evaluate()
 
 
 @functools.cache
-def _one_device(module=megatron, freeze=""):
-    return _train(_training({}, module, freeze))
+def _one_device():
+    return _train(_training({}))
 
 
-def _agrees(found, expected):
-    (training, losses, results), (one, one_losses, one_results) = found, expected
+def _agrees(found):
+    (training, losses, results), (one, one_losses, one_results) = found, _one_device()
     np.testing.assert_allclose(losses, one_losses, rtol=1e-5)
     assert results == pytest.approx(one_results, rel=1e-4)
     for many, single in zip(jax.tree.leaves(training.state), jax.tree.leaves(one.state), strict=True):
         np.testing.assert_allclose(many, single, rtol=1e-3, atol=1e-5)
 
 
-def _shards(tree):
+def _shards(tree, block=1):
     """The shapes of the shards of a block's arrays."""
     return {
-        name: tree["blocks"][0][layer][name][...].addressable_shards[0].data.shape
-        for layer, name in (("up", "kernel"), ("up", "bias"))
-    } | {"down": tree["blocks"][0]["down"]["kernel"][...].addressable_shards[0].data.shape}
+        name: tree["blocks"][block][layer][kind][...].addressable_shards[0].data.shape
+        for name, layer, kind in (("up", "up", "kernel"), ("bias", "up", "bias"), ("down", "down", "kernel"))
+    }
 
 
 def test_column_and_row_parallel_layers_train_as_on_one_device_with_one_all_reduce_each_way():
     """Of the activations, once per block and direction (Shoeybi et al. 2019, figure 3); no kernel is gathered."""
     found = _train(_training(model=4))
-    _agrees(found, _one_device())
+    _agrees(found)
     training = found[0]
     moments = [optax.tree.get(training.state.opt_state, name) for name in ("mu", "nu")]
     for tree in (training.state.params, training.state.ema_params, *moments):
-        assert _shards(tree) == {"kernel": (16, 8), "bias": (8,), "down": (8, 16)}
+        assert _shards(tree) == {"up": (16, 8), "bias": (8,), "down": (8, 16)}
     collectives = hlo.Program(training.train_program.as_text()).collectives()
     assert {collective.kind for collective in collectives} == {"all-reduce"}
     activations = 4 * 16 * 16
@@ -89,35 +94,37 @@ def test_column_and_row_parallel_layers_train_as_on_one_device_with_one_all_redu
     assert 4 * activations <= moved < 4 * activations + 200  # and the scalars of metrics and norms
 
 
-def test_the_rules_that_the_readme_shows_are_understood():
+ALL_AXES = {"data": 2, "fsdp": 2, "model": 2}
+
+
+@functools.cache
+def _rules_of_all_axes():
+    """Those that the README shows, and one for the frozen kernel."""
     text = (Path(__file__).parent.parent / "research/README.md").read_text()
     (program,) = re.findall(r"```python\n(SHARDING_RULES.*?)```", text, re.DOTALL)
     exec(program, names := {})
-    shards = _shards(_training(names["SHARDING_RULES"], fsdp=2, model=2).state.params)
-    assert shards == {"kernel": (16, 16), "bias": (16,), "down": (16, 8)}
+    return {"0/up/kernel": (("data", "fsdp"), "model"), **names["SHARDING_RULES"]}
 
 
-def test_rules_of_all_axes_train_as_on_one_device():
-    """With a frozen kernel, which is split over three axes; and the network predicts the same."""
-    rules = {"0/up/kernel": (("data", "fsdp"), "model"), **megatron.RULES}
-    found, expected = _train(_training(rules, freeze="0/up", data=2, fsdp=2, model=2)), _one_device(freeze="0/up")
-    _agrees(found, expected)
+def test_rules_of_all_axes_train_and_predict_as_on_one_device():
+    found = _train(_training(_rules_of_all_axes(), **ALL_AXES))
+    _agrees(found)
     state = found[0].state
-    assert _shards(state.all_params) == {"kernel": (4, 16), "bias": (16,), "down": (16, 8)}
-    assert state.params["blocks"][1]["up"]["kernel"][...].addressable_shards[0].data.shape == (16, 16)
+    assert _shards(state.all_params, block=0) == {"up": (4, 16), "bias": (16,), "down": (16, 8)}
+    assert _shards(state.params)["up"] == (16, 16)
     many, one = (
         run.predictor()(lambda model, batch, _: model(batch["image"], train=False), DATASET.test)
-        for run in (found[0], expected[0])
+        for run in (found[0], _one_device()[0])
     )
     np.testing.assert_allclose(many, one, rtol=1e-3, atol=1e-4)
 
 
-def test_parameters_stored_in_shards_along_data_work_with_per_device_gradients():
-    found = _train(_training({"kernel": ("data", None)}, linear, data=2))
+def test_parameters_stored_in_shards_along_data_work_with_per_device_gradients(monkeypatch):
+    monkeypatch.setattr(megatron.Network, "per_device_gradients", True, raising=False)
+    found = _train(_training({"kernel": ("data", None)}, data=2))
     assert found[0]._steps.num_replicas == 2
-    _agrees(found, _one_device(linear))
-    kernel = found[0].state.params["first"]["kernel"][...]
-    assert kernel.addressable_shards[0].data.shape == (8, 10)
+    _agrees(found)
+    assert _shards(found[0].state.params) == {"up": (8, 32), "bias": (32,), "down": (16, 16)}
 
 
 @pytest.mark.parametrize(
@@ -164,17 +171,13 @@ def test_a_bad_rule_ends_the_command_before_anything_is_written(tmp_path, monkey
 
 def test_a_run_resumes_on_another_mesh_with_the_results_of_one_device(tmp_path, monkeypatch):
     monkeypatch.setattr(loop.Loop, "draw", lambda _: None)  # takes longer than training
-    for name, axes, epochs in (("one", {}, 2), ("two", {"model": 4}, 1), ("two", {"fsdp": 2, "model": 2}, 2)):
-        run = _training(num_epochs=epochs, log_every_steps=1, **axes)
-        (tmp_path / name).mkdir(exist_ok=True)
-        loop.train_and_evaluate(name, run.config, run.task, DATASET, run.mesh, tmp_path / name)
-    one, two = (_losses(tmp_path / name) for name in ("one", "two"))
-    assert len(one) == 12
-    np.testing.assert_allclose(two, one, rtol=1e-4)
-
-
-def _losses(workdir):
-    return [line["loss"] for line in map(json.loads, (workdir / "metrics.jsonl").open()) if "loss" in line]
+    meshes = {"num_epochs": 1, "model": 4}, {"rules": _rules_of_all_axes(), "num_epochs": 2, **ALL_AXES}
+    for options in meshes:
+        run = _training(log_every_steps=1, **options)
+        loop.train_and_evaluate("megatron", run.config, run.task, DATASET, run.mesh, tmp_path)
+    found = [line["loss"] for line in map(json.loads, (tmp_path / "metrics.jsonl").open()) if "loss" in line]
+    assert len(found) == 12
+    np.testing.assert_allclose(found, _losses(_training({}, num_epochs=2)), rtol=1e-4)
 
 
 def test_a_plan_shards_by_the_rules_and_a_search_skips_meshes_that_they_do_not_fit(capsys):

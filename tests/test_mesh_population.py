@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import outsider
 import pytest
+from flax import nnx
 
 pytest.importorskip("optuna", reason="the extra `sweep` is not installed")
 
@@ -16,7 +17,8 @@ from research import optimizers, sharding
 from research.config import MeshConfig
 from research.data.sources import Dataset
 from research.errors import UserError
-from research.training import population_devices
+from research.tasks.classification import Classification
+from research.training import loop, population_devices
 from research.training.mesh_population import MeshPopulation
 from research.training.run import Training
 
@@ -32,15 +34,29 @@ def _split(count):
 DATASET = Dataset("drawn", ("a", "b", "c"), _split(96), _split(30), _split(5))
 
 
+class Network(outsider.BatchNorm):
+    """Arrays of every kind: parameters, batch statistics and random keys."""
+
+    def __init__(self, rngs):
+        super().__init__(16, 3, rngs)
+        self.dropout = nnx.Dropout(0.2, rngs=rngs)
+
+    def __call__(self, x, *, train, key=None):
+        return super().__call__(self.dropout(x.reshape(len(x), -1), deterministic=not train), train=train)
+
+
+TASK = Classification(Network, (0.5,), (0.25,))
+
+
 def _config(seed, rate=0.02):
-    """Two epochs of the network that has everything: batch statistics, and random keys among its arrays."""
-    fields = {"network": "Everything", "batch_size": 16, "seed": seed, "mesh": MeshConfig(data=1, fsdp=2)}
+    """Two epochs over two devices, with averaged parameters."""
+    fields = {"batch_size": 16, "seed": seed, "mesh": MeshConfig(data=1, fsdp=2)}
     config = dataclasses.replace(outsider.get_config(), **fields)
     optimizer = dataclasses.replace(config.optimizer, ema_decay=0.9, learning_rate=rate)
     return dataclasses.replace(config, optimizer=optimizers.resolve(optimizer))
 
 
-CONFIGS = [_config(0), _config(1, rate=0.1), _config(2, rate=0.005)]
+CONFIGS = [_config(0), _config(1, rate=0.1)]
 
 
 @functools.cache
@@ -49,7 +65,7 @@ def _single_run(number):
     config = CONFIGS[number]
     mesh = sharding.make_mesh(config, jax.devices()[:2])
     with jax.set_mesh(mesh):
-        run, found = Training(config, outsider.make_task(config, DATASET), DATASET, mesh), []
+        run, found = Training(config, TASK, DATASET, mesh), []
         for end in run.epoch_end_steps:
             for _ in run.dispatches(end):
                 pass
@@ -58,8 +74,7 @@ def _single_run(number):
 
 
 def _population(devices, size):
-    task = outsider.make_task(CONFIGS[0], DATASET)
-    return MeshPopulation(CONFIGS[0], task, DATASET, jax.devices()[:devices], size)
+    return MeshPopulation(CONFIGS[0], TASK, DATASET, jax.devices()[:devices], size)
 
 
 def _agree(report, number):
@@ -81,10 +96,11 @@ def test_a_member_matches_a_single_run(devices, size, meshes):
         _agree(report, slot)
     members.stop(1)
     assert members.free == list(range(1, size))
-    members.start(1, CONFIGS[2])
+    members.start(1, CONFIGS[0])
     reports = members.train_epoch()
-    _agree(reports[0], 0)
-    _agree(reports[1], 2)
+    assert [reports[slot].epoch for slot in (0, 1)] == [2, 1]
+    for slot in (0, 1):
+        _agree(reports[slot], 0)
     assert members.num_compilations == meshes
     used = {array.sharding.mesh.devices.size for array in jax.tree.leaves(members._trainers[0]._abstract)}
     assert used == {2}
@@ -128,6 +144,7 @@ MESH = ["--config.mesh.data=2", "--config.mesh.model=2"]
 def test_a_sweep_over_a_mesh_ends_with_the_run_of_its_best_trial(tmp_path, monkeypatch, capsys):
     """Two trials fail, as their batches cannot be shared evenly; the two seeds of the others take turns."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(loop.Loop, "draw", lambda _: None)  # takes longer than training
     argv = [*SEARCH, *MESH, "--seeds=2", "--population=1", "--workdir=w", "--pruner=median"]
     assert sweep.run(argv) == 0
     printed = capsys.readouterr().out

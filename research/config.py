@@ -59,7 +59,10 @@ class MeshConfig:
         1, "devices along `sequence`, which split the time axis of a parallel recurrence; -1: the rest", minimum=-1
     )
     model: int = _place(
-        1, "devices along `model`, which split the output features of each layer; -1: the rest", minimum=-1
+        1,
+        "devices along `model`, which split the output features of each layer, or what the experiment's sharding rules "
+        "say; -1: the rest",
+        minimum=-1,
     )
     reduce_dtype: str = _place(
         "float32",

@@ -1,7 +1,8 @@
 """The device mesh, and the sharding rules of batches and parameters.
 
 Mesh axes: `data` shards the batch; `fsdp` shards the batch and the parameters; `sequence` shards the time axis of
-networks that are parallel over time; `model` shards a layer's output features.
+networks that are parallel over time; `model` shards a layer's output features. An experiment may have its own rules for
+parameters (`research/sharding_rules.py`).
 """
 
 import functools

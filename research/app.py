@@ -246,7 +246,7 @@ def _describe(experiment: Experiment, command: Command, mesh: Any) -> tuple[Trai
     """Describes the training that this command would start or resume; writes nothing."""
     config, dataset, task = load_for(experiment, command)
     with jax.set_mesh(mesh):
-        training = Training(config, task, dataset, mesh)
+        training = Training(config, task, dataset, mesh, abstract=True)  # it may not fit
         lines = describe.lines(training)
     _say("\n".join([_first_line(experiment, dataset, mesh), *lines]))
     return training, {}

@@ -33,7 +33,7 @@ TEXT = {"text": np.random.default_rng(0).integers(97, 97 + V, 1200, dtype=np.uin
 def _layers(task, config, dataset, devices=1):
     mesh = sharding.make_mesh(config, jax.devices()[:devices])
     with jax.set_mesh(mesh):
-        return layers(Training(config, task, dataset, mesh))
+        return layers(Training(config, task, dataset, mesh, abstract=True))
 
 
 def _text(**fields):
@@ -117,9 +117,8 @@ def test_the_memory_is_that_of_the_compiled_program():
     task, config, dataset = _images(Linear)
     mesh = sharding.make_mesh(config, jax.devices()[:1])
     with jax.set_mesh(mesh):
-        run = Training(config, task, dataset, mesh)
-        memory = run.train_program.memory_analysis()
-        text = "\n".join(describe.lines(run))
+        memory = Training(config, task, dataset, mesh).train_program.memory_analysis()
+        text = "\n".join(describe.lines(Training(config, task, dataset, mesh, abstract=True)))
     size = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     size += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     size += sum(x.nbytes for x in dataset.test.values())
@@ -143,6 +142,12 @@ def test_nothing_is_trained_or_written_and_the_config_is_resolved(tmp_path, monk
     assert "train steps: 22, each of 64 examples" in lines
     assert f"model FLOPs of a step: {64 * 2 * (2 * 10240 + 3 * 100) / 1e6:.2f} MFLOP" in "\n".join(lines)
     assert "  --config.optimizer.learning_rate=0.1" in lines  # left open on the command line
+
+
+def test_a_network_that_no_device_here_holds_is_described(capsys):
+    app.main(EXPERIMENT, ["--describe", "--config.model.width=50000000", "--config.mesh.fsdp=2"])
+    (size,) = re.findall(r"([\d.]+) GiB  parameters", capsys.readouterr().out)
+    assert float(size) == pytest.approx(4 * (1024 + 10 + 1) * 50_000_000 / 2 / 2**30, rel=1e-3)
 
 
 def test_a_runs_config_is_described_and_other_flags_are_checked(tmp_path, capsys):

@@ -35,6 +35,7 @@ class Training:
       dataset: the examples.
       mesh: the devices.
       signals: stop signals, polled between dispatches; None: none come.
+      abstract: whether the state has shapes and shardings only; then nothing can be trained or evaluated.
 
     Attributes:
       state: the newest train state.
@@ -48,7 +49,13 @@ class Training:
     """
 
     def __init__(
-        self, config: Config, task: Task, dataset: Dataset, mesh: jax.sharding.Mesh, signals: Signals | None = None
+        self,
+        config: Config,
+        task: Task,
+        dataset: Dataset,
+        mesh: jax.sharding.Mesh,
+        signals: Signals | None = None,
+        abstract: bool = False,
     ):
         if not task.parallel_over_time:
             sharding.refuse_sequence(config.mesh, "this task")
@@ -57,18 +64,15 @@ class Training:
         self.signals, self.progress = signals or Signals(), Progress.begin(config)
         self.epoch_end_steps = epoch_ends(dataset.num_examples, config)
         self._resident = is_resident(config, dataset.train, dataset.validation, dataset.test)
-        self._sizer = DispatchSizer(
-            config,
-            streamed_bytes=0 if self._resident else batch_bytes(config, dataset.train),
-            longest_epoch=longest_epoch(self.epoch_end_steps),
-        )
+        streamed = 0 if self._resident else batch_bytes(config, dataset.train)
+        longest = longest_epoch(self.epoch_end_steps)
+        self._sizer = DispatchSizer(config, streamed_bytes=streamed, longest_epoch=longest)
         self._hparams = hyperparams.traced(config, self.epoch_end_steps[-1])
-        self.learning_rate = optimizers.learning_rate(
-            optimizers.scaled(config.optimizer, config.batch_size), self.epoch_end_steps[-1]
-        )
+        scaled = optimizers.scaled(config.optimizer, config.batch_size)
+        self.learning_rate = optimizers.learning_rate(scaled, self.epoch_end_steps[-1])
         self.learning_rate(0)  # compiled now, not while training
         tx = hyperparams.make_optimizer(config, self._hparams, task.widths)
-        self.graphdef, self.state = create_state(task, tx, config, mesh)
+        self.graphdef, self.state = create_state(task, tx, config, mesh, abstract)
         self._steps = Steps(task, self.graphdef, config, mesh)
         self._estimate = self._steps.jit_estimate(self.state)
         # On a CPU nothing is gained by running ahead of the devices, and several dispatches in flight over several
@@ -80,15 +84,8 @@ class Training:
 
     @functools.cached_property
     def _train_batches(self) -> TrainBatches:
-        return TrainBatches(
-            self.dataset.train,
-            self.config,
-            self.mesh,
-            resident=self._resident,
-            capacity=self._sizer.capacity,
-            start=self.progress.next_batch,
-            shuffle=self.dataset.shuffle,
-        )
+        options = {"resident": self._resident, "capacity": self._sizer.capacity, "shuffle": self.dataset.shuffle}
+        return TrainBatches(self.dataset.train, self.config, self.mesh, start=self.progress.next_batch, **options)
 
     @functools.cached_property
     def _eval_batches(self) -> dict[str, EvalBatches]:

@@ -105,7 +105,7 @@ def _has_batch_statistics(model_state: Any) -> bool:
 
 
 def create_state(
-    task: Task, tx: optax.GradientTransformation, config: Config, mesh: jax.sharding.Mesh
+    task: Task, tx: optax.GradientTransformation, config: Config, mesh: jax.sharding.Mesh, abstract: bool = False
 ) -> tuple[nnx.GraphDef, TrainState]:
     """Builds the model and its optimizer's state on the mesh.
 
@@ -113,10 +113,11 @@ def create_state(
     them, and the initialization is jitted with these shardings.
 
     Returns:
-      The model's static part (`merge_network` makes a module of it), and the state.
+      The model's static part (`merge_network` makes a module of it), and the state; if `abstract`, its shapes.
     """
     graphdef, init = make_init(task, tx, config, mesh)
-    return graphdef, init(np.uint32(config.seed))
+    seed = np.uint32(config.seed)
+    return graphdef, jax.eval_shape(init, seed) if abstract else init(seed)
 
 
 def make_init(

@@ -229,7 +229,7 @@ def restored(experiment: Experiment, command: Command, mesh: Any, *, with_exampl
 def _evaluate(experiment: Experiment, command: Command, mesh: Any) -> tuple[Training, dict[str, Any]]:
     training = restored(experiment, command, mesh)
     step, results = training.progress.step, evaluation.evaluate(training)
-    _say(f"{experiment.name} on {training.dataset.name}, step {step:,}: {summary.figures(results)}")
+    _say(f"{experiment.name} on {training.dataset.name}, step {step:,}: {summary.results_text(results)}")
     return training, {"step": step, **results}
 
 
@@ -266,7 +266,8 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 def _first_line(experiment: Experiment, dataset: sources.Dataset, mesh: Any) -> str:
     counts = ", ".join(f"{len(next(iter(split.values()))):,} {name}" for name, split in dataset.splits.items())
-    return f"{experiment.name}: {dataset.name} ({counts}), {summary.devices(mesh.size, mesh.devices.flat[0].platform)}"
+    devices = summary.devices_text(mesh.size, mesh.devices.flat[0].platform)
+    return f"{experiment.name}: {dataset.name} ({counts}), {devices}"
 
 
 def main(experiment: Experiment, argv: Sequence[str] | None = None) -> None:

@@ -94,22 +94,25 @@ def results_line(when: str, results: dict[str, float]) -> str:
     return f"{when}  " + "  ".join(shown)
 
 
-def figures(results: dict[str, Any]) -> str:
+def results_text(results: dict[str, Any]) -> str:
+    """Formats the metrics of the held-out splits, as in "test accuracy 0.9917, test loss 0.1516"."""
     shown = (n for n in results if n.startswith(("validation_", "test_")))
     return ", ".join(f"{n.replace('_', ' ')} {results[n]:.4f}" for n in shown)
 
 
-def devices(count: int, platform: str) -> str:
+def devices_text(count: int, platform: str) -> str:
+    """Formats a number of devices, as in "1 cpu device"."""
     return f"{count} {platform} device{'s' if count != 1 else ''}"
 
 
 def last_lines(summary: dict[str, Any], workdir: Path) -> str:
-    tests = figures({n: v for n, v in summary.items() if n.startswith("test_")})
+    """Returns the lines at the end of a run: its test metrics, its speed and the folder of its record."""
+    tests = results_text({n: v for n, v in summary.items() if n.startswith("test_")})
     return (
         f"{summary['experiment']} on {summary['dataset']}: {tests}\n"
         f"  {summary['examples_per_second']:,.0f} examples/s over {summary['train_seconds']:.1f} s of training "
         f"(compilation excluded: {summary['compile_seconds']:.1f} s), "
-        f"{devices(summary['device_count'], summary['platform'])}{_utilization_part(summary)}\n"
+        f"{devices_text(summary['device_count'], summary['platform'])}{_utilization_part(summary)}\n"
         f"{_noise_line(summary)}"
         f"  record: {workdir}"
     )

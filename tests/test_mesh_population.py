@@ -13,6 +13,7 @@ from flax import nnx
 pytest.importorskip("optuna", reason="the extra `sweep` is not installed")
 
 from launch import sweep
+from launch.sweeps import page
 from research import optimizers, sharding
 from research.config import MeshConfig
 from research.data.sources import Dataset
@@ -137,14 +138,15 @@ def test_the_mesh_says_how_many_devices_a_member_has(axes, size):
     assert population_devices.devices_per_member(MeshConfig(**axes), 8) == size
 
 
-SEARCH = ["megatron", "--search=optimizer.learning_rate=[0.01,1e-5]", "--search=batch_size=[96,97]", "--sampler=grid"]
+SEARCH = ["linear", "--search=optimizer.learning_rate=[0.01,1e-5]", "--search=batch_size=[96,97]", "--sampler=grid"]
 MESH = ["--config.mesh.data=2", "--config.mesh.model=2"]
 
 
 def test_a_sweep_over_a_mesh_ends_with_the_run_of_its_best_trial(tmp_path, monkeypatch, capsys):
     """Two trials fail, as their batches cannot be shared evenly; the two seeds of the others take turns."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(loop.Loop, "draw", lambda _: None)  # takes longer than training
+    for owner, name in ((loop.Loop, "draw"), (page, "render")):  # take longer than training
+        monkeypatch.setattr(owner, name, lambda *_: "")
     argv = [*SEARCH, *MESH, "--seeds=2", "--population=1", "--workdir=w", "--pruner=median"]
     assert sweep.run(argv) == 0
     printed = capsys.readouterr().out

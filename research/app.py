@@ -245,6 +245,7 @@ def _sample(experiment: Experiment, command: Command, mesh: Any) -> tuple[Traini
 def _describe(experiment: Experiment, command: Command, mesh: Any) -> tuple[Training, dict[str, Any]]:
     """Describes the training that this command would start or resume; writes nothing."""
     config, dataset, task = load_for(experiment, command)
+    early_stopping.check(config, dataset)
     with jax.set_mesh(mesh):
         training = Training(config, task, dataset, mesh, abstract=True)  # it may not fit
         lines = describe.lines(training)

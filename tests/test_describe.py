@@ -172,6 +172,7 @@ def test_a_runs_config_is_described_and_other_flags_are_checked(tmp_path, capsys
         (["--profile=1:2"], "--profile=1:2 is for training: leave it or --describe out"),
         (["--tracker=wandb"], "--tracker=wandb is for training: leave it or --describe out"),
         (["--describe=5"], "--describe"),
+        (["--config.early_stopping_epochs=2"], "needs a validation split"),
         (["--config.batch_size=5000"], "--config.batch_size=5000 is larger than the training set"),
     ],
 )

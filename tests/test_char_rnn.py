@@ -64,6 +64,7 @@ def test_eight_devices_with_time_over_four_of_them_record_what_one_does(tmp_path
             assert one[figure] == pytest.approx(other[figure], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_bit_exact(stop, tmp_path):
     """Stopped within an epoch, in the middle of the streams, with dropout."""
     fields = {"name": "lstm", "dropout": 0.2}
@@ -75,6 +76,7 @@ def test_a_resumed_run_is_bit_exact(stop, tmp_path):
     assert others == lines
 
 
+@pytest.mark.slow
 def test_the_command_trains_evaluates_and_samples(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
     workdir = f"--workdir={tmp_path / 'run'}"

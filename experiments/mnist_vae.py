@@ -193,9 +193,9 @@ def sample(predict: Predictor, config: MnistVAEConfig, dataset: Dataset, options
     latents = sum(map(math.prod, task.shapes)) if isinstance(task, HierarchicalVAE) else config.model.latents
     drawn = task.draw_prior(predict, latents, options.num_samples, options.sample_seed, options.temperature)
     columns = int(np.ceil(np.sqrt(len(drawn))))
-    suffix = "" if options.temperature == 1 else f"-temperature{options.temperature:g}"
-    path = workdir / f"samples-{options.num_samples}-seed{options.sample_seed}{suffix}.png"
-    title = f"samples of the prior, seed {options.sample_seed}{suffix.replace('-', ', ')}"
+    temperature = "" if options.temperature == 1 else f"-temperature{options.temperature:g}"
+    path = workdir / f"samples-{options.num_samples}-seed{options.sample_seed}{temperature}.png"
+    title = f"samples of the prior, seed {options.sample_seed}, temperature {options.temperature:g}"
     figure = plots.image_grid(drawn, columns, title)
     storage.replace(path, drawing.png(figure))
     print(path)

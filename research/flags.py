@@ -198,7 +198,8 @@ def make_command(experiment: Experiment, values: absl_flags.FlagValues) -> Comma
     earlier = earlier_runs.config_of(experiment, workdir)
     mode = str(values["mode"].value)
     if mode != "train" and earlier is None:
-        raise UserError(f"--mode={mode} needs the --workdir of a run: there is no config.json in {workdir}")
+        # Names no --mode, which the caller of `research.load` has not given.
+        raise UserError(f"there is no config.json in {workdir}: give the --workdir of a run")
     checkpoint = _checkpoint(values, mode)
     reproduces, reproduced = earlier_runs.to_reproduce(experiment, values["reproduce"].value, mode)
     config = experiment.presets[str(values["config"].value)]()

@@ -53,8 +53,8 @@ def tree_shardings(tree: Any, params: Any, rules: Rules, mesh: Mesh) -> Any:
     """Returns the sharding of every leaf of a train state.
 
     Args:
-      tree: `jax.ShapeDtypeStruct`s. A leaf whose path ends with that of a parameter, and which has its shape, is that
-        parameter, or is the optimizer's or the average's array for it; others have the default rule.
+      tree: a tree of `jax.ShapeDtypeStruct`. A leaf whose path ends with that of a parameter, and which has its shape,
+        is that parameter, or the optimizer's or the average's array for it; others have the default rule.
       params: of the parameters, frozen ones included.
       rules: checked.
       mesh: the devices.

@@ -92,13 +92,20 @@ def test_four_devices_train_as_one(network):
     _agrees(network, "data=4", microbatch_size=8)
 
 
-@pytest.mark.parametrize("microbatch_size", [0, 8])
-@pytest.mark.parametrize("mesh", MESHES)
+FAST = ("data=4", 0), ("fsdp=4", 8), ("data=2, fsdp=2, model=2", 8)
+COMBINATIONS = [
+    pytest.param(mesh, size, marks=[] if (mesh, size) in FAST else pytest.mark.slow)
+    for mesh in MESHES
+    for size in (0, 8)
+]
+
+
+@pytest.mark.parametrize(("mesh", "microbatch_size"), COMBINATIONS)
 def test_everything_with_a_loss_over_pairs_trains_the_same_on_any_mesh(mesh, microbatch_size):
     _agrees("Everything", mesh, microbatch_size, contrastive=True)
 
 
-@pytest.mark.parametrize("mesh", ["fsdp=4", "data=2, fsdp=2, model=2"])
+@pytest.mark.parametrize("mesh", [pytest.param("fsdp=4", marks=pytest.mark.slow), "data=2, fsdp=2, model=2"])
 def test_everything_with_frozen_layers_trains_the_same_on_any_mesh(mesh):
     _agrees("Everything", mesh, microbatch_size=8, freeze="^first/|^norm/scale")
 

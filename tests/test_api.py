@@ -258,7 +258,7 @@ def test_bad_configs_are_user_errors_and_leave_nothing_behind(config, words, tmp
         (lambda _: research.train(cifar_speedrun.EXPERIMENT, _config()), "a train loop of its own: run its command"),
         (lambda _: research.train(EXPERIMENT, _config(), tracker="mlfow"), "'mlfow' is unknown: use wandb, mlflow"),
         (lambda _: research.load(linear, "x"), "experiment is of type module"),
-        (lambda _: research.load(EXPERIMENT, "nowhere"), "there is no config.json in nowhere"),
+        (lambda _: research.load(EXPERIMENT, "nowhere"), "^there is no config.json in nowhere: give the --workdir"),
         (lambda run: research.load(cifar_cnn.EXPERIMENT, run.workdir), "is of another experiment or version"),
         (lambda run: research.load(EXPERIMENT, run.workdir, checkpoint=3), "there is no checkpoint of step 3"),
     ],

@@ -121,7 +121,7 @@ def test_networks_without_batch_norm_have_none(network):
     assert _training(_config(network=network)).state.ema_model_state is None
 
 
-@pytest.mark.parametrize("network", ["BatchNorm", "Everything"])
+@pytest.mark.parametrize("network", ["BatchNorm", pytest.param("Everything", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("devices", [1, 2])
 def test_population_members_have_them_too(devices, network):
     """A member has one device, so `reduce_dtype` has no effect."""

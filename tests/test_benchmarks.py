@@ -29,6 +29,7 @@ def _given(network, **changes):
     return work, works.make(work, images, rng.integers(0, 16, 2000).astype(np.uint8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("network", "changes"),
     [("cnn", {"batch_size": 16, "steps": 4}), ("lstm", {"batch_size": 8, "steps": 3, "width": 8})],

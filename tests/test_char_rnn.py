@@ -64,6 +64,7 @@ def test_eight_devices_with_time_over_four_of_them_record_what_one_does(tmp_path
             assert one[figure] == pytest.approx(other[figure], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_bit_exact(stop, tmp_path):
     """Stopped within an epoch, in the middle of the streams, with dropout."""
     fields = {"name": "lstm", "dropout": 0.2}
@@ -75,6 +76,7 @@ def test_a_resumed_run_is_bit_exact(stop, tmp_path):
     assert others == lines
 
 
+@pytest.mark.slow
 def test_the_command_trains_evaluates_and_samples(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
     workdir = f"--workdir={tmp_path / 'run'}"
@@ -99,7 +101,7 @@ def test_the_command_trains_evaluates_and_samples(tmp_path, monkeypatch, capsys)
 def test_bad_flags_name_what_is_right(tmp_path):
     for args, words in (
         (["--prompt=a"], "--prompt is for --mode=sample"),
-        (["--mode=sample", f"--workdir={tmp_path}"], "--mode=sample needs the --workdir of a run"),
+        (["--mode=sample", f"--workdir={tmp_path}"], f"there is no config.json in {tmp_path}: give the --workdir"),
         (["--config.model.name=lstn"], "'lstn': use one of"),
         (["--config.sequence_len=8"], "did you mean --config.sequence_length?"),
         (["--config.optimizer.lr=1"], "did you mean --config.optimizer.learning_rate?"),

@@ -97,7 +97,7 @@ def test_the_command_trains_evaluates_and_samples_at_a_temperature(tmp_path, mon
     assert app.run(image_vae.EXPERIMENT, [workdir, "--mode=eval"])["test_nll"] == pytest.approx(summary["test_nll"])
     app.run(image_vae.EXPERIMENT, [workdir, "--mode=sample", "--num_samples=4", "--temperature=0.5"])
     assert (tmp_path / "run/samples-4-seed0-temperature0.5.png").exists()
-    groups = json.loads((tmp_path / "run/config.json").read_text())["config"]["model"]["groups"]
+    groups = json.loads((tmp_path / "run/config.json").read_text())["model"]["groups"]
     assert groups == "1,1,0"
 
 

@@ -135,7 +135,7 @@ class HierarchicalVAE(nnx.Module):
 
     def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Computes mean and logvar, float32 [b, latents], of each group where those above it are at their means."""
-        noise = jnp.zeros((len(images), 1, self.num_latents))
+        noise = jnp.zeros((images.shape[0], 1, self.num_latents))
         _, mean, logvar, _ = self.infer(self.bottom_up(images), noise)
         return mean[:, 0], logvar[:, 0]
 
@@ -146,13 +146,13 @@ class HierarchicalVAE(nnx.Module):
 
     def _top_down(self, values: jax.Array, features: dict[Size, jax.Array] | None) -> list[jax.Array]:
         """Computes u, mean, logvar and the likelihood's parameters, [b, n] each; without features `values` are u."""
-        h = jnp.broadcast_to(self.start[...], (len(values), *self.start.shape)).astype(self.out.dtype)
+        h = jnp.broadcast_to(self.start[...], (values.shape[0], *self.start.shape)).astype(self.out.dtype)
         ends = np.cumsum([math.prod(shape) for shape in self.shapes])
         groups = []
         for group, shape, flat in zip(self.groups, self.shapes, jnp.split(values, ends[:-1], axis=-1)):
             h = _grow(h, shape[:2])
             h, *drawn = group(h, features and features[shape[:2]], flat.reshape(-1, *shape))
-            groups.append([x.reshape(len(values), -1) for x in drawn])
+            groups.append([x.reshape(values.shape[0], -1) for x in drawn])
         return [*(jnp.concatenate(parts, -1) for parts in zip(*groups)), self._parameters(h)]
 
     def _parameters(self, h: jax.Array) -> jax.Array:
@@ -220,7 +220,7 @@ def _halve(x: jax.Array) -> jax.Array:
     """Averages 2x2 pixels; a last odd row or column has fewer."""
     height, width = (-(-side // 2) for side in x.shape[1:3])
     x = jnp.pad(x, ((0, 0), (0, 2 * height - x.shape[1]), (0, 2 * width - x.shape[2]), (0, 0)), mode="edge")
-    return x.reshape(len(x), height, 2, width, 2, -1).mean((2, 4))
+    return x.reshape(x.shape[0], height, 2, width, 2, -1).mean((2, 4))
 
 
 def _grow(x: jax.Array, size: Size) -> jax.Array:

@@ -51,7 +51,7 @@ def groups(kl: np.ndarray, shapes: Sequence[tuple[int, int, int]]) -> Any:
     """Plots the mean KL of each group of latents, float [groups] in nats, colored by resolution (shapes [h, w, c])."""
     names = [f"{height}x{width}" for height, width, _ in shapes]
     figure = drawing.figure(max(5.0, 0.3 * len(kl) + 2), 4)
-    axes = figure.subplots()
+    axes: Any = figure.subplots()
     for color, name in enumerate(dict.fromkeys(names)):
         numbers = [number for number, other in enumerate(names) if other == name]
         axes.bar(numbers, kl[numbers], color=f"C{color}", label=name)

@@ -8,8 +8,9 @@ from compiling import QUICKLY
 from forks import Forks
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def forks(tmp_path_factory):
+    # One for all files, since importing everything takes seconds.
     folder = tmp_path_factory.mktemp("forks")
     env = os.environ | {
         "HTTPS_PROXY": "http://127.0.0.1:9",

@@ -25,7 +25,7 @@ def _value_and_gradient(function, x, dy=None):
     return run(x)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     pool=st.sampled_from([max_pool, avg_pool]),
     size=st.tuples(st.integers(3, 9), st.integers(3, 9)),
@@ -50,7 +50,7 @@ def test_value_and_gradient_equal_those_of_nnx(pool, size, window, dtype, platfo
 OVERLAPPING = [(3, 2, 1), (3, 2, 0), (3, 1, 1), (2, 1, 0), (5, 2, 2), (5, 3, 2)]  # window, stride, padding
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     size=st.tuples(st.integers(5, 9), st.integers(5, 9)),
     shape=st.sampled_from(OVERLAPPING),

@@ -189,3 +189,12 @@ def test_plots_and_exported_functions():
     encoded = functions["encode"].call(model, {"image": jnp.asarray(images), "index": jnp.arange(5)})
     decoded = functions["decode"].call(model, {"latents": encoded["mean"]})["image"]
     np.testing.assert_allclose(decoded[0, ..., 0], reconstructed[:4, 5:9], atol=1e-4)
+    # `launch.export` compiles them for any number of images.
+    (count,) = jax.export.symbolic_shape("b")
+    image, index = jax.ShapeDtypeStruct((count, 4, 4, 1), np.uint8), jax.ShapeDtypeStruct((count,), np.int32)
+    for name, inputs in {
+        "encode": {"image": image, "index": index},
+        "decode": {"latents": jax.ShapeDtypeStruct((count, 10), np.float32)},
+        "sample": {"seed": jax.ShapeDtypeStruct((), np.uint32), "index": index},
+    }.items():
+        jax.export.export(jax.jit(functools.partial(functions[name].call, model)))(inputs)

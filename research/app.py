@@ -64,6 +64,14 @@ def execute(
         weights.check(config.init.path)  # before the data is loaded
     if command.describe:
         return _describe(experiment, command, mesh)
+    return _train(experiment, command, mesh, signals)
+
+
+def _train(
+    experiment: Experiment, command: Command, mesh: Any, signals: Signals | None
+) -> tuple[Training, dict[str, Any]]:
+    """Trains, or evaluates a run that is finished, and prints the summary."""
+    workdir = command.workdir
     with Workdir(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
         distributed.wait("the first process has claimed the workdir")
         config, dataset, task = load_for(experiment, command)

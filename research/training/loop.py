@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -268,14 +268,9 @@ def train_and_evaluate(
             data_json.write(workdir, dataset)
         writer.config(config)
         writer.resume(run.progress.step, run.progress.row)
-        writer.message(f"{summary.params_line(run.state)}; compiled in {compile_seconds:.1f} s")
-        if weights_line:
-            writer.message(weights_line)
-        if mesh.size > 1:
-            writer.message(summary.memory_line(run.state))
-        if resumes:
-            writer.message(f"resumed at step {run.progress.step:,} of {run.epoch_end_steps[-1]:,}")
-        elif config.max_rewinds:
+        for line in _first_lines(run, compile_seconds, weights_line, resumes):
+            writer.message(line)
+        if config.max_rewinds and not resumes:
             loop.save()  # the first checkpoint to go back to
         with run.signals.deferred():
             loop.train()
@@ -288,3 +283,14 @@ def train_and_evaluate(
         writer.summary(found)
         loop.draw()
     return run, found
+
+
+def _first_lines(run: Training, compile_seconds: float, weights_line: str, resumes: bool) -> Iterator[str]:
+    """The lines on the terminal before the first step; `weights_line` says what the network starts from, if given."""
+    yield f"{summary.params_line(run.state)}; compiled in {compile_seconds:.1f} s"
+    if weights_line:
+        yield weights_line
+    if run.mesh.size > 1:
+        yield summary.memory_line(run.state)
+    if resumes:
+        yield f"resumed at step {run.progress.step:,} of {run.epoch_end_steps[-1]:,}"

@@ -147,6 +147,7 @@ def test_an_interrupt_exits_with_code_130(env, tmp_path):
     assert all(json.loads(line) for line in metrics.read_text().splitlines())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("TFDS_DATA_DIR" not in os.environ, reason="needs CIFAR-10 prepared in TFDS_DATA_DIR")
 def test_it_learns_real_cifar10(env, tmp_path):
     args = ["--config.num_epochs=1", "--config.model.width=8", "--config.batch_size=125", "--workdir=x"]

@@ -14,6 +14,7 @@ from research.process.signals import Signals
 ARGS = ["--config=quick", "--config.dataset.name=digits", "--config.model.width=4", "--config.num_runs=2"]
 
 
+@pytest.mark.slow
 def test_every_run_has_another_seed_and_its_accuracy_is_recorded(tmp_path, capsys):
     args = [*ARGS, f"--workdir={tmp_path / 'x'}", "--config.seed=5"]
     summary = cifar_speedrun.run(cifar_speedrun.EXPERIMENT, args, Signals())

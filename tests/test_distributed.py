@@ -125,6 +125,7 @@ def two(tmp_path_factory):
     return folder, subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_learns(two, env, tmp_path):
     folder, done = two
     assert done.returncode == 0, done.stderr

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import jax
+import pytest
 
 from research import doctor
 from research.config import DatasetConfig
@@ -38,6 +39,7 @@ def test_two_steps_leave_the_embedded_data_set_as_it_was(monkeypatch):
     assert len(sources.load(DatasetConfig(name="digits")).train["label"]) == 1437
 
 
+@pytest.mark.slow
 def test_a_failed_check_is_reported_and_the_others_run(env, tmp_path):
     env |= {"TFDS_DATA_DIR": str(tmp_path / "nowhere"), "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     command = [sys.executable, "-m", "research.doctor"]

@@ -222,6 +222,7 @@ def test_steps_are_the_whole_text_at_once(language_model):
     np.testing.assert_allclose(_steps(runtimes.JaxRuntime(exported), tokens), expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_iree_gives_the_same(checkpoint, classifier, vae, language_model):
     pytest.importorskip("iree.compiler", reason="IREE is not installed: pip install -e '.[iree]'")
     examples = checkpoint.dataset.test["image"][:16]

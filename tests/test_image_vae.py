@@ -66,6 +66,7 @@ def test_any_mesh_and_remat_give_the_same_metrics(trained, tmp_path, fields):
             np.testing.assert_allclose(value, summary[name], rtol=2e-3, atol=1e-3, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_bit_exact_and_draws_its_plots(stop, trained, tmp_path):
     workdir, state, summary = trained
     assert {p.stem for p in workdir.glob("*.png")} == {

@@ -138,6 +138,7 @@ def _evaluated(run):
         return run.evaluate()
 
 
+@pytest.mark.slow
 def test_averaged_parameters_and_their_statistics_are_taken_from_a_run_that_evaluates_them(tmp_path, monkeypatch):
     """The new run has their accuracy before it has trained, and all state of the network but its random stream."""
     monkeypatch.setattr(Loop, "draw", lambda _: None)

@@ -58,6 +58,7 @@ def test_one_device_and_eight_give_the_same_metrics_and_plots(tmp_path):
         np.testing.assert_allclose(value, metrics[1][name], rtol=1e-3, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_bit_exact(stop, tmp_path):
     """Stopped within an epoch, it draws the same binarization and latents as an uninterrupted run."""
     folders = [tmp_path / name for name in ("whole", "stopped")]
@@ -71,6 +72,7 @@ def test_a_resumed_run_is_bit_exact(stop, tmp_path):
     assert read_lines(folders[1]) == read_lines(folders[0])
 
 
+@pytest.mark.slow
 def test_the_command_trains_evaluates_and_samples(tmp_path, monkeypatch):
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
     workdir = f"--workdir={tmp_path / 'run'}"

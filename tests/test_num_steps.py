@@ -69,6 +69,7 @@ def _app(*args):
     return app.run(cifar_cnn.EXPERIMENT, args, devices=jax.devices()[:1])
 
 
+@pytest.mark.slow
 def test_the_command_resumes_to_more_steps_only(tmp_path, capsys):
     workdir = f"--workdir={tmp_path}/x"
     assert _app(*DIGITS, workdir, "--config.num_steps=3")["num_train_steps"] == 3
@@ -101,6 +102,7 @@ def _small(experiment):
     return config
 
 
+@pytest.mark.slow
 def test_a_population_trains_for_as_many_steps():
     config, dataset, task = app.load(cifar_cnn.EXPERIMENT, _small(cifar_cnn.EXPERIMENT))
     population = Population(config, task, dataset, jax.devices()[:1], 1)

@@ -115,6 +115,7 @@ def test_the_gradients_norm_and_clipping_leave_frozen_parameters_out():
         np.testing.assert_allclose(x, expected[name], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_a_population_of_frozen_networks_trains_as_single_runs(tmp_path):
     configs = [_config(freeze="first/kernel", learning_rate_scale="second:0.5", learning_rate=x) for x in (0.01, 0.1)]
     population = Population(configs[0], linear.make_task(configs[0], DATASET), DATASET, jax.devices()[:1], 2)

@@ -76,8 +76,8 @@ def _change(kind, rule, **model):
     [
         ("cnn", "adam", (64, 128)),
         ("lstm", "adam", (64, 256)),
-        ("transformer", "adam", (64, 256)),
-        ("vae", "muon", (256, 1024)),
+        pytest.param("transformer", "adam", (64, 256), marks=pytest.mark.slow),
+        pytest.param("vae", "muon", (256, 1024), marks=pytest.mark.slow),
     ],
 )
 def test_what_updates_change_does_not_depend_on_the_width(kind, rule, widths):

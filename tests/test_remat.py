@@ -144,6 +144,7 @@ def test_a_step_is_the_same(name):
     _assert_equal(*_after_a_step(("none", "all"), *TASKS[name]()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "devices", "microbatch_size"), [("blocks", 1, 4), ("all", 4, 0)], ids=["microbatches", "per device"]
 )

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import scipy.stats
 from flax import nnx
 
@@ -162,6 +163,7 @@ def test_free_bits_and_balance_of_the_groups():
     np.testing.assert_array_equal(task._training_kl(kl, jnp.int32(100)), groups)
 
 
+@pytest.mark.slow
 def test_plots_and_exported_functions():
     model, shapes = _network("1,1,0")
     task = HierarchicalVAE(lambda _: model, (4, 4, 1), "bernoulli", "stochastic", shapes=shapes)

@@ -123,7 +123,7 @@ def test_the_memory_is_that_of_the_compiled_program():
     size += memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     size += sum(x.nbytes for x in dataset.test.values())
     total = float(re.search(r"([\d.]+) KiB  in all", text)[1])
-    assert total == pytest.approx(size / 1024, rel=0.02)  # of the arguments, a few scalars are not listed
+    assert total == pytest.approx(size / 1024, abs=0.5)  # scalars and alignment differ between versions of jax
     assert "444 B  parameters" in text
 
 

@@ -40,7 +40,8 @@ def _train(workdir, devices=1, signals=None, **fields):
     config, dataset = _config(**fields), _drawn()
     mesh = sharding.make_mesh(config, jax.devices()[:devices])
     task = image_vae.EXPERIMENT.make_task(config, dataset)
-    return loop.train_and_evaluate("image_vae", config, task, dataset, mesh, workdir, signals)
+    run, summary = loop.train_and_evaluate("image_vae", config, task, dataset, mesh, workdir, signals)
+    return run.state, summary
 
 
 @pytest.fixture(scope="module")

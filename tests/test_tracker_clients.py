@@ -3,6 +3,7 @@
 import json
 import shutil
 import struct
+import time
 from unittest import mock
 
 import pytest
@@ -51,11 +52,23 @@ def _wandb_records(path):
             at += left
             continue
         _, size, kind = struct.unpack_from("<IHB", data, at)
+        if at + 7 + size > len(data):  # it is being written
+            return
         record += data[at + 7 : at + 7 + size]
         at += 7 + size
         if kind in (1, 4):  # whole, or the last part
             yield wandb_internal_pb2.Record.FromString(record)
             record = b""
+
+
+def _wandb_run(path):
+    """Returns the records of a run that has ended; W&B's own process may write the last ones after `finish` returns."""
+    for _ in range(300):
+        records = list(_wandb_records(path))
+        if any(record.HasField("exit") for record in records):
+            return records
+        time.sleep(0.1)
+    raise AssertionError(f"{path} has no end")
 
 
 def _values(items):
@@ -69,12 +82,12 @@ def test_wandb(resumed, capsys):
     assert "\nwandb: offline, since there is no API key (`wandb login`); `wandb sync " in out
     (path,) = workdir.glob("wandb/offline-run-*/*.wandb")
     assert path.stem == f"run-{json.loads((workdir / 'trackers.json').read_text())['run_id']}"
-    records = list(_wandb_records(path))
+    records = _wandb_run(path)
     history = [_values(record.history.item) for record in records if record.HasField("history")]
     trackers.replay(["wandb"], workdir, "drawn_linear")  # the same command again
     (replayed,) = workdir.glob("wandb/offline-run-*/*.wandb")
     assert replayed != path
-    again = [_values(record.history.item) for record in _wandb_records(replayed) if record.HasField("history")]
+    again = [_values(record.history.item) for record in _wandb_run(replayed) if record.HasField("history")]
     assert [set(row) for row in again] == [set(row) for row in history]
     path = replayed
     numbers = [{n: x for n, x in row.items() if n[0] != "_" and "." not in n} for row in history]

@@ -17,9 +17,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from research import randomness
 from research.data.batch import Batch
+from research.data.pipeline import TrainBatches
 from research.network import split_frozen
 from research.randomness import Stream
 from research.training.hyperparams import SEED, HParams
@@ -64,3 +66,21 @@ def estimate(
     moved, new_count = jax.lax.fori_loop(0, len(batch.index), body, (start, jnp.maximum(count, 0)))
     kept = jax.tree.map(lambda x, own: jnp.where(count < 0, own, x), moved, state.ema_model_state)
     return dataclasses.replace(state, ema_model_state=kept), jnp.where(count < 0, count, new_count)
+
+
+def estimate_from_newest(
+    program: Callable[..., Any], state: TrainState, batches: TrainBatches, end: int, hparams: HParams
+) -> TrainState:
+    """Estimates the statistics from the batches of the newest steps before step `end`.
+
+    Args:
+      program: `estimate`, compiled (`Steps.jit_estimate`).
+      state: the train state, which is donated.
+      batches: of training.
+      end: the number of batches that training has consumed.
+      hparams: the traced hyperparameters.
+    """
+    count = np.int32(0)
+    for step in range(max(end - NUM_STEPS, 0), end):
+        state, count = program(state, batches.data, batches.batch(step), count, hparams)
+    return state

@@ -17,12 +17,11 @@ import numpy as np
 
 from research import sharding
 from research.config import Config
-from research.data.pipeline import EvalBatches, TrainBatches, batch_bytes, epoch_ends, is_resident, longest_epoch
+from research.data.pipeline import epoch_ends
 from research.data.sources import Dataset
 from research.tasks.task import Task
 from research.training import batch_statistics, hyperparams, initialization, population_devices
-from research.training.dispatch import DispatchSizer
-from research.training.population import Member, Report
+from research.training.population import Member, Report, place_examples
 from research.training.progress import QUANTITIES
 from research.training.state import make_init
 from research.training.steps import Steps, add_sums
@@ -41,22 +40,13 @@ class _Trainer:
     """The programs of one mesh and its copy of the data set; the arguments are those of `MeshPopulation`."""
 
     def __init__(self, config: Config, task: Task, dataset: Dataset, devices: Sequence[Any], shared: "_Trainer | None"):
-        assert dataset.validation is not None
         if not task.parallel_over_time:
             sharding.refuse_sequence(config.mesh, "this task")
         self._mesh = sharding.make_mesh(config, devices)
         self._config, self._task, self._dataset = config, task, dataset
         epoch_end_steps = epoch_ends(dataset.num_examples, config)
-        resident = is_resident(config, dataset.train, dataset.validation)
-        self._sizer = DispatchSizer(
-            config,
-            streamed_bytes=0 if resident else batch_bytes(config, dataset.train),
-            longest_epoch=longest_epoch(epoch_end_steps),
-        )
-        options = {"resident": resident, "capacity": self._sizer.capacity, "shuffle": dataset.shuffle}
-        data = (shared._batches.data, shared._validation.data) if shared else (None, None)
-        self._batches = TrainBatches(dataset.train, config, self._mesh, **options, data=data[0])
-        self._validation = EvalBatches(dataset.validation, config, self._mesh, resident=resident, data=data[1])
+        placed = (shared._batches, shared._validation) if shared else None
+        self._sizer, self._batches, self._validation = place_examples(config, dataset, self._mesh, placed)
         tx = hyperparams.make_optimizer(config, hyperparams.traced(config, epoch_end_steps[-1]), task.widths)
         graphdef, self._init = make_init(task, tx, config, self._mesh)
         self._abstract: Any = jax.eval_shape(self._init, np.uint32(0))  # with the shardings of a state
@@ -136,11 +126,9 @@ class _Trainer:
         member.step += count
 
     def _validate(self, member: _MeshMember) -> _Metrics:
-        count = np.int32(0)
-        first = max(member.step - batch_statistics.NUM_STEPS, 0)
-        for step in range(first, member.step) if member.state.ema_model_state is not None else ():
-            arrays = self._batches.data, member.batches.batch(step), count, member.hparams
-            member.state, count = self._estimate(member.state, *arrays)
+        if member.state.ema_model_state is not None:
+            newest = member.batches, member.step, member.hparams
+            member.state = batch_statistics.estimate_from_newest(self._estimate, member.state, *newest)
         params, model_state = member.state.eval_params, member.state.eval_model_state
         carry = self._task.initial_carry(self._config.examples_at_once)
         carry = jax.device_put(carry, sharding.batch_sharding(self._mesh, 0))
@@ -196,7 +184,7 @@ class MeshPopulation:
 
     @property
     def num_compilations(self) -> int:
-        """How many times the train program was compiled: once for each mesh."""
+        """The number of compilations of the train program, one for each mesh."""
         return sum(trainer.train._cache_size() for trainer in self._trainers)
 
     @property
@@ -227,7 +215,7 @@ class MeshPopulation:
 
     @property
     def _waits(self) -> bool:
-        """Whether the members of a mesh take turns."""
+        """True if the members of a mesh take turns."""
         return self.size > len(self._trainers)
 
     def train_epoch(self, stops: Callable[[], bool] = lambda: False) -> dict[int, Report]:

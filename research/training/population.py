@@ -56,6 +56,27 @@ class Report:
     finished: bool
 
 
+def place_examples(
+    config: Config, dataset: Dataset, mesh: jax.sharding.Mesh, placed: tuple[TrainBatches, EvalBatches] | None
+) -> tuple[DispatchSizer, TrainBatches, EvalBatches]:
+    """Places the training and validation splits on a mesh, or shares those that are `placed` there, for any members.
+
+    Raises:
+      UserError: the batch size is larger than the training set.
+    """
+    assert dataset.validation is not None
+    resident = is_resident(config, dataset.train, dataset.validation)
+    sizer = DispatchSizer(
+        config,
+        streamed_bytes=0 if resident else batch_bytes(config, dataset.train),
+        longest_epoch=longest_epoch(epoch_ends(dataset.num_examples, config)),
+    )
+    options = {"resident": resident, "capacity": sizer.capacity, "shuffle": dataset.shuffle}
+    data = [split.data for split in placed] if placed else [None, None]
+    batches = TrainBatches(dataset.train, config, mesh, **options, data=data[0])
+    return sizer, batches, EvalBatches(dataset.validation, config, mesh, resident=resident, data=data[1])
+
+
 class Population:
     """Members that train together.
 
@@ -80,7 +101,6 @@ class Population:
         size: int,
         share_data_with: "Population | None" = None,
     ):
-        assert dataset.validation is not None
         self.size = size + -size % len(devices)
         self._task = task
         self._dataset = dataset
@@ -89,16 +109,8 @@ class Population:
         self._members: dict[int, Member] = {}
         self._num_examples = dataset.num_examples
         epoch_end_steps = epoch_ends(self._num_examples, config)
-        resident = is_resident(config, dataset.train, dataset.validation)
-        self._sizer = DispatchSizer(
-            config,
-            streamed_bytes=0 if resident else batch_bytes(config, dataset.train),
-            longest_epoch=longest_epoch(epoch_end_steps),
-        )
-        options = {"resident": resident, "capacity": self._sizer.capacity, "shuffle": dataset.shuffle}
-        data = (shared._batches.data, shared._validation.data) if shared else (None, None)
-        self._batches = TrainBatches(dataset.train, config, self._mesh, **options, data=data[0])
-        self._validation = EvalBatches(dataset.validation, config, self._mesh, resident=resident, data=data[1])
+        placed = (shared._batches, shared._validation) if shared else None
+        self._sizer, self._batches, self._validation = place_examples(config, dataset, self._mesh, placed)
         self._filler_hparams = hyperparams.traced(config, epoch_end_steps[-1])
         self._filler_batches = jax.tree.map(np.zeros_like, self._batches.with_seed(0).take_local(1))
         tx = hyperparams.make_optimizer(config, self._filler_hparams, task.widths)
@@ -114,7 +126,7 @@ class Population:
 
     @property
     def num_compilations(self) -> int:
-        """How many times the train program was compiled."""
+        """The number of compilations of the train program."""
         return self._steps.train._cache_size()
 
     @property

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from research import optimizers, sharding
+from research import flops, optimizers, sharding
 from research.config import Config
 from research.data.pipeline import EvalBatches, TrainBatches, batch_bytes, epoch_ends, is_resident, longest_epoch
 from research.data.sources import Dataset
@@ -105,6 +105,11 @@ class Training:
     def train_trace(self) -> jax.stages.Traced:
         """The traced train steps."""
         return self._steps.jit_train(self.state).trace(*self.train_arguments)
+
+    @functools.cached_property
+    def model_flops(self) -> dict[str, float]:
+        """As `flops.model_flops`, of a train step over all devices."""
+        return flops.model_flops(self.train_trace.jaxpr)
 
     @functools.cached_property
     def train_program(self) -> Any:
@@ -243,14 +248,11 @@ class Training:
 
     def estimate_statistics(self) -> None:
         """Estimates the batch statistics of the averaged parameters from the newest steps' batches."""
-        progress, count = self.progress, np.int32(0)
         if not self.stale_statistics:
             return
-        end = progress.next_batch
-        for step in range(max(end - batch_statistics.NUM_STEPS, 0), end):
-            batch = self._train_batches.batch(step)
-            self.state, count = self._estimate(self.state, self._train_batches.data, batch, count, self._hparams)
-        progress.statistics_step = progress.step
+        newest = self._train_batches, self.progress.next_batch, self._hparams
+        self.state = batch_statistics.estimate_from_newest(self._estimate, self.state, *newest)
+        self.progress.statistics_step = self.progress.step
 
     def evaluate(self) -> dict[str, float]:
         """The means of the metrics over each held-out split, as `<split>_<name>`.

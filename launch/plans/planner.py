@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import functools
 import re
 import time
 from collections.abc import Sequence
@@ -68,9 +69,14 @@ class Planner:
 
     def check_sharding(self, topology: Topology, config: Any) -> None:
         """Raises `UserError` if the experiment's sharding rules do not fit the mesh of a program."""
-        task, mesh = self.workload.task, sharding.make_mesh(config, self._devices_of(topology))
-        network = nnx.eval_shape(lambda: task.create_model(nnx.Rngs(0)))
-        sharding_rules.check(task.sharding_rules, nnx.state(network, nnx.Param), mesh)
+        if rules := self.workload.task.sharding_rules:
+            sharding_rules.check(rules, self._params, sharding.make_mesh(config, self._devices_of(topology)))
+
+    @functools.cached_property
+    def _params(self) -> nnx.State:
+        """The shapes of the parameters."""
+        network = nnx.eval_shape(lambda: self.workload.task.create_model(nnx.Rngs(0)))
+        return nnx.state(network, nnx.Param)
 
     def row(self, topology: Topology, config: Any) -> dict[str, Any]:
         """The entry of one program in plan.json."""

@@ -26,7 +26,7 @@ from launch.job import Job
 from launch.sweeps import options as sweep_options
 from launch.sweeps.options import SweepOptions
 from research.config import MeshConfig
-from research.errors import RecordError, UserError
+from research.errors import RecordError, UserError, brief
 from research.process.signals import Signals, StoppedError
 from research.process.terminal import ignore_output_errors
 
@@ -61,7 +61,7 @@ def run(argv: Sequence[str]) -> int:
         with ignore_output_errors(), signals.handled():
             return _run(job, argv, signals)
     except (OSError, StorageInternalError, json.JSONDecodeError) as error:
-        why = " ".join(str(error.__cause__ or error).split())[:200]
+        why = brief(error.__cause__ or error)
         raise RecordError(
             f"the study or the record cannot be read or written: {why}; once that is fixed, the same command with "
             f"--workdir={job.workdir} resumes"
@@ -73,6 +73,7 @@ def _run(job: Job, argv: Sequence[str], signals: Signals) -> int:
     from launch.sweeps import best
     from launch.sweeps.report import summary
     from launch.sweeps.trials import Study, open_storage
+    from research.training.summary import devices_text
 
     sweep, points = _sweep(job)
     name, identity = options.study or job.experiment.name, _identity(job, sweep)
@@ -91,7 +92,8 @@ def _run(job: Job, argv: Sequence[str], signals: Signals) -> int:
     if options.processes:
         job_lib.make_folder(job.workdir)
     study.plan(sweep.trials, points)
-    print(f"{name}: {sweep.trials} trials of {sweep.metric}, {_at_once(sweep)} on {_devices(sweep)}", flush=True)
+    devices = devices_text(len(sweep.devices), sweep.devices[0].platform)
+    print(f"{name}: {sweep.trials} trials of {sweep.metric}, {_at_once(sweep)} on {devices}", flush=True)
     _train(job, argv, sweep, study, signals)
     if options.processes:
         best.finish(workdir, command, options.fit, sweep, study, signals)
@@ -141,10 +143,6 @@ def _at_once(sweep: "Sweep") -> str:
         return f"{sweep.size} runs at a time"
     count = len(sweep.devices) // sweep.devices_per_run
     return f"{count} run{'s' if count > 1 else ''} at a time, each over {sweep.devices_per_run} devices,"
-
-
-def _devices(sweep: "Sweep") -> str:
-    return f"{len(sweep.devices)} {sweep.devices[0].platform} device{'s' if len(sweep.devices) > 1 else ''}"
 
 
 def _sweep(job: Job) -> tuple["Sweep", list[dict[str, Any]]]:

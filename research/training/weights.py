@@ -14,7 +14,7 @@ import ml_dtypes  # noqa: F401  # registers bfloat16 with NumPy
 import numpy as np
 import safetensors
 
-from research.errors import UserError
+from research.errors import UserError, brief
 from research.models import torch_layout
 from research.paths import open_path
 from research.training.checkpoint import Checkpoints
@@ -77,7 +77,7 @@ def _reading(text: str) -> Iterator[None]:
     except (UserError, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:
-        raise UserError(f"{FLAG}={text} is damaged or cannot be read ({' '.join(str(error).split())[:200]})") from None
+        raise UserError(f"{FLAG}={text} is damaged or cannot be read ({brief(error)})") from None
 
 
 def _find(text: str) -> tuple[Path, str]:

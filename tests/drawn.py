@@ -10,6 +10,7 @@ from flax import nnx
 from experiments.cifar_cnn import CifarConfig
 from research import optimizers, sharding
 from research.config import AugmentConfig, DatasetConfig, OptimizerConfig
+from research.data.batch import Batch
 from research.data.sources import Dataset
 from research.tasks.classification import Classification
 from research.training import loop
@@ -78,3 +79,14 @@ def read_lines(workdir):
 def same(one, other):
     """Asserts that two pytrees are bit-identical."""
     jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def loss_jaxpr(task, dataset, create_model):
+    """Returns the jaxpr, as text, of the metrics of 8 training examples of a data set."""
+    features = {name: jax.ShapeDtypeStruct((8, *x.shape[1:]), x.dtype) for name, x in dataset.train.items()}
+    index, step = jax.ShapeDtypeStruct((8,), np.int32), jax.ShapeDtypeStruct((), np.int32)
+
+    def evaluate(batch, key):
+        return task.evaluate(create_model(), batch, key=key, train=True)
+
+    return str(jax.make_jaxpr(evaluate)(Batch(features, index, step=step), jax.random.key(0)))

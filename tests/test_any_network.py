@@ -12,6 +12,7 @@ import numpy as np
 import outsider
 import pytest
 from flax import nnx
+from tiny_images import DATASET
 
 from research import optimizers, sharding
 from research.config import MeshConfig
@@ -27,16 +28,6 @@ from research.training.run import Training
 from research.training.state import create_state
 from research.training.steps import Steps
 
-RNG = np.random.default_rng(0)
-
-
-def _split(count):
-    label = RNG.integers(0, 3, count).astype(np.int32)
-    images = RNG.integers(0, 160, (count, 4, 4, 1)) + 40 * label[:, None, None, None]
-    return {"image": images.astype(np.uint8), "label": label}
-
-
-DATASET = Dataset("drawn", ("a", "b", "c"), _split(96), None, _split(30))
 MESHES = {
     "data=4": MeshConfig(),
     "fsdp=4": MeshConfig(data=1, fsdp=-1),

@@ -7,13 +7,13 @@ import math
 import jax
 import numpy as np
 import pytest
-from drawn import read_lines, same
+from drawn import loss_jaxpr, read_lines, same
+from flax import nnx
 
 from experiments import image_vae, mnist_vae
 from research import app, sharding
 from research import config as config_lib
 from research.data import sources
-from research.data.batch import Batch
 from research.errors import UserError
 from research.training import loop
 
@@ -122,15 +122,7 @@ def _loss(**fields):
     """Returns the jaxpr of the training loss."""
     config, dataset = _config(**fields), _drawn()
     task = image_vae.EXPERIMENT.make_task(config, dataset)
-    features = {name: jax.ShapeDtypeStruct((8, *x.shape[1:]), x.dtype) for name, x in dataset.train.items()}
-    index, step = jax.ShapeDtypeStruct((8,), np.int32), jax.ShapeDtypeStruct((), np.int32)
-
-    def evaluate(batch, key):
-        from flax import nnx
-
-        return task.evaluate(task.create_model(nnx.Rngs(0)), batch, key=key, train=True)
-
-    return str(jax.make_jaxpr(evaluate)(Batch(features, index, step=step), jax.random.key(0)))
+    return loss_jaxpr(task, dataset, lambda: task.create_model(nnx.Rngs(0)))
 
 
 @pytest.mark.parametrize(

@@ -6,14 +6,13 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from drawn import read_lines, same
+from drawn import loss_jaxpr, read_lines, same
 from upath import UPath
 
 from experiments import mnist_vae
 from research import app, sharding
 from research import config as config_lib
 from research.data import sources
-from research.data.batch import Batch
 from research.errors import RecordError, UserError
 from research.training import loop
 
@@ -160,13 +159,7 @@ def _loss(**fields):
         encode=lambda x: (x[:, 0, :2, 0], x[:, 1, :2, 0]),
         decode=lambda z: jax.numpy.tile(z, 32 * {"bernoulli": 1, "gaussian": 2, "logistic": 15}[task.likelihood]),
     )
-    features = {name: jax.ShapeDtypeStruct((8, *x.shape[1:]), x.dtype) for name, x in dataset.train.items()}
-    index, step = jax.ShapeDtypeStruct((8,), np.int32), jax.ShapeDtypeStruct((), np.int32)
-
-    def evaluate(batch, key):
-        return task.evaluate(model, batch, key=key, train=True)
-
-    return task.final_samples, str(jax.make_jaxpr(evaluate)(Batch(features, index, step=step), jax.random.key(0)))
+    return task.final_samples, loss_jaxpr(task, dataset, lambda: model)
 
 
 @pytest.mark.parametrize(

@@ -257,7 +257,7 @@ def test_an_experiment_of_one_file_runs(name, accuracy, tmp_path):
 
 
 def test_the_network_with_flags_of_its_own_is_what_they_say():
-    """Of the other program, which would take longer to compile than all of the above."""
+    """This program is not trained: compiling it would take longer than all of the tests above."""
     assert sorted(PROGRAMS) == ["digits_linear", "digits_mlp", "spirals_perceptron"]
     experiment = _example("experiments.digits_mlp")
     config = app.parse(experiment, ["--config=wide", "--config.model.depth=3"]).config

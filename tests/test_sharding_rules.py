@@ -12,27 +12,16 @@ import megatron
 import numpy as np
 import optax
 import pytest
+from tiny_images import DATASET
 
 from launch import plan
 from launch.plans import hlo, lowering, topologies
 from launch.plans.planner import Planner
 from research import app, optimizers, sharding
 from research.config import MeshConfig
-from research.data.sources import Dataset
 from research.errors import UserError
 from research.training import loop
 from research.training.run import Training
-
-RNG = np.random.default_rng(0)
-
-
-def _split(count):
-    label = RNG.integers(0, 3, count).astype(np.int32)
-    images = RNG.integers(0, 160, (count, 4, 4, 1)) + 40 * label[:, None, None, None]
-    return {"image": images.astype(np.uint8), "label": label}
-
-
-DATASET = Dataset("drawn", ("a", "b", "c"), _split(96), None, _split(30))
 
 
 def _training(rules=megatron.RULES, num_epochs=1, log_every_steps=50, **axes):
@@ -80,7 +69,7 @@ def _shards(tree, block=1):
 
 
 def test_column_and_row_parallel_layers_train_as_on_one_device_with_one_all_reduce_each_way():
-    """Of the activations, once per block and direction (Shoeybi et al. 2019, figure 3); no kernel is gathered."""
+    """Activations are summed once per block and direction (Shoeybi et al. 2019, figure 3); no kernel is gathered."""
     found = _train(_training(model=4))
     _agrees(found)
     training = found[0]

@@ -1,4 +1,4 @@
-"""What is read from traces: the operations of compiled programs, on every platform, and the time in collectives."""
+"""Reading traces: the operations of compiled programs, on every platform, and the time in collectives."""
 
 import gzip
 import json

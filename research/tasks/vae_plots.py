@@ -1,4 +1,4 @@
-"""What the plots of variational autoencoders show: pairs of images, and the latents to decode."""
+"""Plots of variational autoencoders, and the latents that are decoded for them."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,5 +1,6 @@
 """Gives every test eight CPU devices, and cache folders other than the user's."""
 
+import gc
 import os
 import signal
 import tempfile
@@ -20,6 +21,13 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     # Many tests, and the processes they start, compile the same programs.
     os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{_CACHE.name}/xla"
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+
+def pytest_collection_finish():
+    """Collects garbage less often, and never what has been imported by now: 5% of the tests' time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -47,7 +47,7 @@ class BatchNorm(nnx.BatchNorm):
         else:
             y, mean, variance = self._by_own_statistics(x, self._across_devices)
         for average, value in ((self.mean, mean), (self.var, variance)):
-            average[...] = self.momentum * average[...] + (1 - self.momentum) * value
+            average.set_value(self.momentum * average[...] + (1 - self.momentum) * value)
         return y.reshape(x.shape).astype(dtype)
 
     def _by_own_statistics(

@@ -155,6 +155,7 @@ def test_microbatches_and_per_device_gradients_are_the_same(mode, devices, micro
     _assert_equal(*_after_a_step(("none", mode), task, config, batch, devices))
 
 
+@pytest.mark.slow
 def test_it_lowers_the_peak_memory():
     # The saving of "all" grows with the depth: 9 blocks are too few for a margin on every version of XLA.
     network = functools.partial(Deep, depth=16, width=64, dropout=0.0, norm="none")

@@ -50,8 +50,16 @@ def test_it_is_pure_and_idempotent(experiment):
     ("module", "args"),
     [
         (cifar_cnn, ["--config.dataset.name=digits", "--config.model.width=4", "--config.optimizer.ema_decay=0.9"]),
-        (mnist_vae, ["--config.dataset.name=digits", "--config.model.width=8", "--config.final_samples=2"]),
-        (char_rnn, ["--config.dataset.name=pydoc", "--config.model.width=8", "--config.sequence_length=16"]),
+        pytest.param(
+            mnist_vae,
+            ["--config.dataset.name=digits", "--config.model.width=8", "--config.final_samples=2"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            char_rnn,
+            ["--config.dataset.name=pydoc", "--config.model.width=8", "--config.sequence_length=16"],
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=lambda value: value.__name__ if hasattr(value, "__name__") else "",
 )

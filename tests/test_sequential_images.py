@@ -127,6 +127,7 @@ def _train(workdir, axes):
     return loop.train_and_evaluate("sequential_images", config, task, dataset, mesh, workdir)[1]
 
 
+@pytest.mark.slow
 def test_it_learns_the_same_with_the_pixels_over_four_devices(tmp_path):
     summaries = []
     for number, axes in enumerate(({"data": 1}, {"data": 2, "sequence": 4})):

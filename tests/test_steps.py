@@ -115,7 +115,7 @@ RULES = {
         ("fsdp", 8, "momentum"),
         ("all", 8, "momentum"),
         ("all", 0, "muon"),
-        ("data", 8, "frozen"),
+        pytest.param("data", 8, "frozen", marks=pytest.mark.slow),
     ],
 )
 def test_eight_devices_learn_what_one_learns(mesh, microbatch_size, rule):

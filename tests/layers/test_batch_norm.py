@@ -1,9 +1,12 @@
 """Batch norm's statistics and gradients equal those of float64, also for a large mean."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import AS_USERS
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -14,6 +17,8 @@ from research.models.blocks import Norm, Style
 
 FEATURES, EPSILON, MOMENTUM = 4, 1e-5, 0.9
 SHAPES = [(16, 6, 5, FEATURES), (16, FEATURES)]
+
+_compiled = functools.partial(jax.jit, compiler_options=AS_USERS)
 
 
 def _norm(dtype, **options) -> Norm:
@@ -74,7 +79,7 @@ def _agree(ours, theirs, dtype, tolerance_of_float32=1e-5):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_training_agrees_with_float64(shape, mean, dtype):
     norm, (x, dy) = _norm(dtype), _draw(shape, mean, dtype)
-    ours = jax.jit(lambda x, dy: _trained(norm, x, dy))(x, dy)
+    ours = _compiled(lambda x, dy: _trained(norm, x, dy))(x, dy)
     assert ours[0].dtype == ours[3].dtype == x.dtype
     _agree(ours, _reference(norm, x, dy), dtype)
 
@@ -83,7 +88,7 @@ def test_training_agrees_with_float64(shape, mean, dtype):
 def test_each_group_has_its_own_statistics(shape):
     norm, (x, dy) = _norm("float32", norm_group=4), _draw(shape, 1e3, "float32")
     x = x + jnp.arange(len(x)).reshape(-1, *[1] * (len(shape) - 1))
-    ours = jax.jit(lambda x, dy: _trained(norm, x, dy))(x, dy)
+    ours = _compiled(lambda x, dy: _trained(norm, x, dy))(x, dy)
     groups = [_reference(norm, x[i : i + 4], dy[i : i + 4]) for i in range(0, len(x), 4)]
     y, mean, variance, d_x, d_scale, d_bias = zip(*groups)
     together = np.concatenate(y), np.mean(mean, 0), np.mean(variance, 0), np.concatenate(d_x)
@@ -108,7 +113,7 @@ def test_four_devices_have_the_statistics_of_the_whole_batch(mean, dtype, manual
         if manual:
             outputs = (rows, P(), P(), rows, P(), P())
             call = jax.shard_map(call, in_specs=(rows, rows), out_specs=outputs)
-        ours = jax.jit(call)(*(jax.device_put(array, NamedSharding(mesh, rows)) for array in (x, dy)))
+        ours = _compiled(call)(*(jax.device_put(array, NamedSharding(mesh, rows)) for array in (x, dy)))
     _agree(ours, _reference(norm, x, dy), dtype)
 
 
@@ -117,7 +122,7 @@ def test_the_middle_row_may_be_far_from_the_mean():
     x, dy = _draw(SHAPES[0], 1e3, "float32")
     x = x.at[:, 3].add(1e3)
     norm = _norm("float32")
-    _agree(jax.jit(lambda x, dy: _trained(norm, x, dy))(x, dy), _reference(norm, x, dy), "float32", 2e-5)
+    _agree(_compiled(lambda x, dy: _trained(norm, x, dy))(x, dy), _reference(norm, x, dy), "float32", 2e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -148,7 +153,7 @@ def test_without_a_scale_it_equals_nnx_batch_norm(train):
 
 def test_constant_features_become_the_bias():
     norm, x = _norm("float32"), jnp.full(SHAPES[0], 1234.5)
-    ours = jax.jit(lambda x: _trained(norm, x, jnp.ones_like(x)))(x)
+    ours = _compiled(lambda x: _trained(norm, x, jnp.ones_like(x)))(x)
     np.testing.assert_allclose(ours[0], jnp.broadcast_to(norm.layer.bias[...], x.shape), atol=1e-6)
     assert all(np.isfinite(array).all() for array in ours)
 

@@ -13,10 +13,10 @@ earlier study are fitted and plotted again.
 import collections
 import dataclasses
 import json
-import os
 import statistics
 from typing import Any
 
+import joblib
 import numpy as np
 from absl import flags
 
@@ -42,7 +42,7 @@ class Settings:
     dataset: str = "tiny_shakespeare"
     epochs: int = 2
     widths: tuple[int, ...] = (32, 64, 128, 256)
-    rates: tuple[float, ...] = (0.001, 0.002, 0.004, 0.008, 0.016)
+    rates: tuple[float, ...] = (0.004, 0.008, 0.016, 0.032, 0.064)
     seeds: int = 5
 
 
@@ -179,7 +179,7 @@ def study(settings: Settings) -> list[dict[str, Any]]:
             if width not in done:
                 rows.append(row(settings, network, width, rate))
                 print(line(rows[-1]), flush=True)
-                output.write(out, "language", {"cores": os.cpu_count(), **record, "rows": rows})
+                output.write(out, "language", {"cores": joblib.cpu_count(), **record, "rows": rows})
     return rows
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import joblib
 from absl import flags
 
 _OUT = flags.DEFINE_string("out", str(Path(__file__).parent / "results"), "folder of the results")
@@ -24,7 +25,7 @@ def merge(out: Path, name: str, rows: list[dict[str, Any]], keys: Sequence[str])
     path = out / f"{name}.json"
     old = json.loads(path.read_bytes())["rows"] if path.exists() else []
     rows = list({tuple(row[key] for key in keys): row for row in [*old, *rows]}.values())
-    write(out, name, {"cores": os.cpu_count(), "rows": rows})
+    write(out, name, {"cores": joblib.cpu_count(), "rows": rows})
     return rows
 
 

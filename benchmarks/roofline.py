@@ -7,13 +7,13 @@ to an array larger than any cache. The measured time is the median of several di
 over predicted.
 """
 
-import os
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import joblib
 
 from benchmarks import command, output
 from launch import job as job_lib
@@ -90,7 +90,7 @@ def main() -> None:
     out = output.folder()
     machine = speeds()
     device = jax.devices()[0]
-    name = f"{os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind
+    name = f"{joblib.cpu_count()} cores" if device.platform == "cpu" else device.device_kind
     print(f"{name}: {machine['flops'] / 1e9:,.0f} GFLOP/s, {machine['bytes'] / 1e9:,.1f} GB/s\n")
     print("| experiment | preset | batch | GFLOP | MB | compute | memory | predicted | measured ms | ratio |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")

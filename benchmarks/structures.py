@@ -8,10 +8,10 @@ the errors of the simple network by width, and tested by predicting the widest f
 """
 
 import json
-import os
 import statistics
 from typing import Any
 
+import joblib
 import numpy as np
 from absl import flags
 
@@ -101,7 +101,7 @@ def plot(rows: list[dict[str, Any]]) -> Any:
 def main() -> None:
     out, rows = output.folder(), []
     trials.check_data([DatasetConfig(name=DATASET.value)])
-    record = {"cores": os.cpu_count(), "dataset": DATASET.value, "rows": rows}
+    record = {"cores": joblib.cpu_count(), "dataset": DATASET.value, "rows": rows}
     print("| network | width | parameters | TFLOP, training | seconds | test accuracy |")
     print("| --- | --- | --- | --- | --- | --- |")
     for name, sizes in NETWORKS.items():

@@ -128,6 +128,7 @@ for module, args in commands:
     main = importlib.import_module(module)
     if hasattr(main, "__path__"):
         importlib.import_module(f"{module}.__main__")
+    getattr(main, "define_flags", lambda: None)()
     found[module] = sorted(set(flags.FLAGS) - before)
     try:
         rest = flags.FLAGS([module, *args])[1:]

@@ -22,8 +22,6 @@ from research.models import rnn
 from research.tasks.generation import SampleOptions
 from research.training import loop
 
-OPTIONS = {"xla_backend_optimization_level": 0}  # compiling takes longer than running
-
 
 def _split(count):
     return {"text": (np.arange(count) ** 2 % 11 + 97).astype(np.uint8)}
@@ -151,10 +149,10 @@ def test_samples_are_printed_after_their_prompt(capsys):
     def create():
         return rnn.RNN(config.model, len(dataset.label_names), nnx.Rngs(0))
 
-    model = nnx.merge(*jax.jit(lambda: nnx.split(create()), compiler_options=OPTIONS)())
+    model = nnx.merge(*jax.jit(lambda: nnx.split(create()))())
 
     def predict(function, arrays, *, seed):
-        return np.asarray(jax.jit(lambda x: function(model, x, jax.random.key(seed)), compiler_options=OPTIONS)(arrays))
+        return np.asarray(jax.jit(lambda x: function(model, x, jax.random.key(seed)))(arrays))
 
     def texts(**fields):
         options = SampleOptions(**{"prompt": "ab", "length": 20, "num_samples": 2, "temperature": 1.0, **fields})

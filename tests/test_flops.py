@@ -148,8 +148,10 @@ def test_a_run_shows_and_records_its_utilization_where_the_peak_is_known(tmp_pat
     found = run(tmp_path / "known", devices=2)[1]
     used = found["model_flops_utilization"]
     assert used == pytest.approx(linear * found["examples_per_second"] / 8 / 1e7)
-    shown = re.findall(r"examples/s, MFU ([\d.]+)%", capsys.readouterr().out)
-    assert max(map(float, shown)) > 0
+    shown = re.findall(r"([\d,]+) examples/s, MFU ([\d.]+)%", capsys.readouterr().out)
+    assert shown
+    for rate, percent in shown:
+        assert float(percent) == pytest.approx(100 * linear * int(rate.replace(",", "")) / 8 / 1e7, abs=0.06)
     assert f", {used:.1%} model FLOPs utilization\n" in summary.last_lines(found, tmp_path)
 
 

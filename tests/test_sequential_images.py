@@ -19,7 +19,6 @@ from research.models.sequence_classifier import SequenceClassifier, fixed_permut
 from research.training import loop
 
 _RANDOM = np.random.default_rng(0)
-OPTIONS = {"xla_backend_optimization_level": 0}  # compiling takes longer than running
 
 
 def _classifier(name="simple", permutation=None, **fields):
@@ -28,7 +27,7 @@ def _classifier(name="simple", permutation=None, **fields):
 
 
 def _logits(model, images):
-    return np.asarray(jax.jit(lambda x: model(x, train=False), compiler_options=OPTIONS)(images))
+    return np.asarray(jax.jit(lambda x: model(x, train=False))(images))
 
 
 def test_logits_equal_those_of_a_loop_in_float64():

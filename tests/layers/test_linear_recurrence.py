@@ -1,7 +1,5 @@
 """The parallel recurrence equals the sequential one, on one device and with the time axis sharded."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +12,6 @@ from research.config import Config, MeshConfig
 from research.layers import linear_recurrence as layer
 
 DTYPES = {"real": np.float32, "complex": np.complex64, "constant": np.complex64}  # constant: a is that of every step
-OPTIONS = {"xla_backend_optimization_level": 0}  # compiling takes longer than running
 
 
 def _draw(seed, dtype, *shape):
@@ -39,7 +36,7 @@ def _loop(a, b, h):
 
 
 def _value_and_gradients(function, arguments):
-    @functools.partial(jax.jit, compiler_options=OPTIONS)
+    @jax.jit
     def run(*arguments):
         hidden, vjp = jax.vjp(function, *arguments)
         weights = jnp.cos(jnp.arange(hidden.size)).reshape(hidden.shape).astype(hidden.dtype)

@@ -15,7 +15,6 @@ from research.layers import recurrence
 
 CELLS = {"simple": (recurrence.simple, 1, 1), "gru": (recurrence.gru, 3, 1), "lstm": (recurrence.lstm, 4, 2)}
 LENGTH, BATCH, UNITS = 5, 8, 4
-OPTIONS = {"xla_backend_optimization_level": 0}  # compiling takes longer than running
 
 
 def _arguments(name, dtype=np.float32):
@@ -69,7 +68,7 @@ def _loss(outputs_and_state):
 def _gradients(function, arguments):
     """Returns the loss and its gradients with respect to all arguments."""
     gradient = jax.value_and_grad(lambda *arguments: _loss(function(*arguments)), argnums=(0, 1, 2, 3))
-    return jax.jit(gradient, compiler_options=OPTIONS)(*arguments)
+    return jax.jit(gradient)(*arguments)
 
 
 def _agree(ours, theirs, tolerance):
@@ -88,7 +87,7 @@ def test_outputs_equal_the_equations_in_float64(name):
         for x_t in x:
             state = _equations(name, x_t, state, *weights)
             outputs.append(state[0])
-        _agree(jax.jit(CELLS[name][0], compiler_options=OPTIONS)(*arguments), (np.stack(outputs), state), 1e-12)
+        _agree(jax.jit(CELLS[name][0])(*arguments), (np.stack(outputs), state), 1e-12)
 
 
 @pytest.mark.parametrize("name", CELLS)
@@ -123,7 +122,7 @@ def test_gradients_agree_with_central_differences(name):
         arguments, step = _arguments(name, np.float64), 1e-6
         rng = np.random.default_rng(1)
         direction = jax.tree.map(lambda x: rng.standard_normal(x.shape), arguments)
-        loss = jax.jit(lambda arguments: _loss(CELLS[name][0](*arguments)), compiler_options=OPTIONS)
+        loss = jax.jit(lambda arguments: _loss(CELLS[name][0](*arguments)))
         above = loss(jax.tree.map(lambda x, d: x + step * d, arguments, direction))
         below = loss(jax.tree.map(lambda x, d: x - step * d, arguments, direction))
         _, gradients = _gradients(CELLS[name][0], arguments)
@@ -155,7 +154,7 @@ def test_the_kernels_gradient_is_computed_outside_the_loop(name):
 def test_bfloat16_products_keep_the_state_in_float32(name):
     x, state, kernel, bias = _arguments(name)
     arguments = (jnp.asarray(x, jnp.bfloat16), state, jnp.asarray(kernel, jnp.bfloat16), bias)
-    outputs = jax.jit(CELLS[name][0], compiler_options=OPTIONS)(*arguments)
+    outputs = jax.jit(CELLS[name][0])(*arguments)
     assert {leaf.dtype for leaf in jax.tree.leaves(outputs)} == {jnp.dtype(jnp.float32)}
     _agree(outputs, _plain(name, *jax.tree.map(lambda x: np.asarray(x, np.float32), arguments)), 3e-2)
     gradient = jax.grad(lambda *arguments: _loss(CELLS[name][0](*arguments)), argnums=(0, 1, 2, 3))
@@ -167,7 +166,7 @@ def test_vmap_is_a_loop_over_networks():
     name = "gru"  # all cells share the code that vmap transforms
     gradients = jax.value_and_grad(lambda *arguments: _loss(CELLS[name][0](*arguments)), argnums=(0, 1, 2, 3))
     pairs = jax.tree.map(lambda x: np.stack([x, 0.5 * x]), _arguments(name))
-    ours = jax.jit(jax.vmap(gradients), compiler_options=OPTIONS)(*pairs)
+    ours = jax.jit(jax.vmap(gradients))(*pairs)
     _agree(ours, jax.jit(lambda pairs: jax.lax.map(lambda one: gradients(*one), pairs))(pairs), 1e-5)
 
 

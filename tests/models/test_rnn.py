@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from text_network import NUM_TOKENS, OPTIONS, apply, draw_tokens, filled
+from text_network import NUM_TOKENS, apply, draw_tokens, filled
 
 from research import sharding
 from research.config import Config, MeshConfig, RNNConfig
@@ -157,7 +157,7 @@ def test_bfloat16_networks_return_float32_logits_and_states(name):
 
 def _initial(config, vocabulary_size=NUM_TOKENS):
     """Returns the initial parameters."""
-    return jax.jit(lambda: nnx.state(rnn.RNN(config, vocabulary_size, nnx.Rngs(0))), compiler_options=OPTIONS)()
+    return jax.jit(lambda: nnx.state(rnn.RNN(config, vocabulary_size, nnx.Rngs(0))))()
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_eight_devices_agree_with_one(name, axes):
         logits, carry = nnx.merge(graphdef, state)(tokens, carry, first, train=False)
         return (logits * jnp.cos(jnp.arange(logits.size)).reshape(logits.shape)).sum(), (logits, carry)
 
-    gradient = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1, compiler_options=OPTIONS)
+    gradient = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
     alone = gradient(state, None, tokens, carry, first)
     mesh = sharding.make_mesh(Config(batch_size=4, mesh=MeshConfig(**axes)))
     with jax.set_mesh(mesh):

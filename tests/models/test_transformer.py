@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from text_network import NUM_TOKENS, OPTIONS, apply, draw_tokens, filled
+from text_network import NUM_TOKENS, apply, draw_tokens, filled
 
 from research.config import MeshConfig, RNNConfig
 from research.errors import UserError
@@ -136,7 +136,7 @@ def test_parameter_counts(tied):
 
 def test_initial_kernels_have_their_scales():
     config = dataclasses.replace(CONFIG, width=64, layers=1)
-    params = jax.jit(lambda: nnx.state(transformer.Transformer(config, 200, nnx.Rngs(0))), compiler_options=OPTIONS)()
+    params = jax.jit(lambda: nnx.state(transformer.Transformer(config, 200, nnx.Rngs(0))))()
     block = params["blocks"][0]
     deviations = {name: float(block[name]["kernel"][...].std()) for name in ("query", "outputs", "expand", "contract")}
     expected = {"query": 64**-0.5, "outputs": (2 * 64) ** -0.5, "expand": 64**-0.5, "contract": (2 * 176) ** -0.5}

@@ -10,7 +10,6 @@ from flax import nnx
 from research.models import text_networks
 
 NUM_TOKENS = 11  # of the vocabulary
-OPTIONS = {"xla_backend_optimization_level": 0}  # compiling takes longer than running
 
 
 def filled(config):
@@ -22,7 +21,7 @@ def filled(config):
     return nnx.merge(graphdef, draw)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5), compiler_options=OPTIONS)
+@functools.partial(jax.jit, static_argnums=(0, 5))
 def _call(graphdef, state, tokens, carry, first, train, key):
     return nnx.merge(graphdef, state)(tokens, carry, first, train=train, key=key)
 

@@ -1,7 +1,5 @@
 """Characters have the distribution of temperature and top_p, and a generated text is the sequence of single steps."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +11,6 @@ from research.models import rnn
 from research.tasks.generation import draw, generate
 
 PROMPT = np.array([[1, 2], [3, 3], [0, 6]])
-OPTIONS = {"xla_backend_optimization_level": 0}  # compiling takes longer than running
 LOGITS = np.log(np.array([0.05, 0.4, 0.15, 0.3, 0.1], np.float32))
 
 
@@ -33,9 +30,7 @@ def _expected(temperature, top_p):
 def test_draws_have_the_nucleus_distribution(temperature, top_p):
     count = 20_000
     logits = jnp.broadcast_to(LOGITS, (count, len(LOGITS)))
-    drawn = jax.jit(draw, static_argnums=(2, 3), compiler_options=OPTIONS)(
-        logits, jax.random.key(0), temperature, top_p
-    )
+    drawn = jax.jit(draw, static_argnums=(2, 3))(logits, jax.random.key(0), temperature, top_p)
     frequencies = np.bincount(drawn, minlength=len(LOGITS)) / count
     expected = _expected(temperature, top_p)
     np.testing.assert_array_equal(frequencies[expected == 0], 0)
@@ -44,7 +39,7 @@ def test_draws_have_the_nucleus_distribution(temperature, top_p):
 
 def _network(name):
     config = RNNConfig(name=name, width=8, layers=1)
-    model = jax.jit(lambda: nnx.split(rnn.RNN(config, 7, nnx.Rngs(0))), compiler_options=OPTIONS)()
+    model = jax.jit(lambda: nnx.split(rnn.RNN(config, 7, nnx.Rngs(0))))()
     return nnx.merge(*model), rnn.initial_carry(config, 3)
 
 
@@ -52,7 +47,7 @@ def _generate(name, key, **chosen):
     """Returns a generated text, and the logits of its characters when the whole text is read at once."""
     model, carry = _network(name)
 
-    @functools.partial(jax.jit, compiler_options=OPTIONS)
+    @jax.jit
     def run(prompt):
         generated = generate(model, prompt, carry, key, **chosen)
         text = jnp.concatenate([prompt, generated], 1)

@@ -28,6 +28,7 @@ from flax import nnx
 from research import sharding
 from research.config import RNNConfig
 from research.errors import UserError
+from research.layers.attention import causal_attention
 from research.layers.dropout import Dropout
 from research.models.blocks import LECUN, Linear, rows_product
 
@@ -187,7 +188,7 @@ class Block(nnx.Module):
         query, key, value = (y.reshape(*x.shape[:2], self.heads, -1) for y in products)
         query, key = _rotated(query, rotation), _rotated(key, rotation)
         if cache is None or count is None:
-            y = jax.nn.dot_product_attention(query, key, value, scale=self.scale, is_causal=True)
+            y = causal_attention(query, key, value, scale=self.scale)
         else:
             known, mask, cache = _with_cache(LayerCache(key, value), cache, count)
             y = jax.nn.dot_product_attention(query, *known, scale=self.scale, mask=mask[:, None])

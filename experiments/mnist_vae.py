@@ -119,11 +119,11 @@ def conv() -> MnistVAEConfig:
 
 
 def hierarchical() -> MnistVAEConfig:
-    """A hierarchy of convolutional groups: steps whose gradient is not finite are skipped."""
+    """A hierarchy of convolutional groups at 4x4 and 7x7: steps whose gradient is not finite are skipped."""
     config = get_config()
-    config.num_epochs, config.batch_size, config.optimizer.learning_rate = 20, 64, 0.002
+    config.num_epochs, config.batch_size, config.optimizer.learning_rate = 25, 64, 0.002
     config.max_skipped_steps, config.optimizer.clip_norm, config.final_samples = 10, 100.0, 100
-    config.model = VAEConfig(name="hierarchical", latents=4, width=48, depth=1, activation="silu")
+    config.model = VAEConfig(name="hierarchical", latents=8, width=64, depth=1, activation="silu", groups="1,3,0,0")
     return config
 
 

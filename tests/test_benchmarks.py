@@ -7,16 +7,19 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 
-from benchmarks import algorithms, growth, language, output, several_seeds, speedrun, structures, trials, width
+from benchmarks import algorithms, depth, growth, language, output, several_seeds, speedrun, structures, trials, width
 from benchmarks import command as command_lib
 from benchmarks.peers import flax_peer, meshwork_peer, table, works
 from benchmarks.peers.clock import Clock
-from experiments import char_rnn, cifar_cnn
+from experiments import char_rnn, cifar_cnn, image_vae, mnist_vae
 from research import flags
 from research.config import DatasetConfig, OptimizerConfig, VAEConfig
+from research.models import hierarchical_vae
 
 
 def _given(network, **changes):
@@ -25,6 +28,7 @@ def _given(network, **changes):
     images = {
         "cifar10": rng.integers(0, 256, (64, 32, 32, 3)).astype(np.uint8),
         "label": rng.integers(0, 10, 64).astype(np.int32),
+        "mnist": np.zeros((64, 28, 28, 1), np.uint8),
     }
     return work, works.make(work, images, rng.integers(0, 16, 2000).astype(np.uint8))
 
@@ -43,6 +47,16 @@ def test_this_project_and_flax_make_the_same_updates(network, changes):
         assert len(clock.seconds) == 3
     np.testing.assert_allclose(clocks[0].losses, clocks[1].losses, rtol=2e-4)
     assert clocks[0].losses[2] < clocks[0].losses[0]
+
+
+def test_each_parameter_of_the_hierarchy_gets_a_weight():
+    work, arrays = _given("hierarchy")
+    model = mnist_vae.hierarchical().model
+    network = nnx.eval_shape(lambda: hierarchical_vae.create(model, mean=np.zeros((28, 28, 1)), rngs=nnx.Rngs(0)))
+    filled = meshwork_peer._parameters(network, work.network)
+    assert [w.size for w in works.weights(arrays)] == [parameter.size for parameter in filled]
+    assert len(jax.tree.leaves(nnx.state(network))) == len(filled) + 1  # the first state is 0 in both
+    assert network.start.shape == (works.HIERARCHY[0][0], works.HIERARCHY[0][0], works.HIERARCHY_WIDTH)
 
 
 def _reports(loss, *seconds):
@@ -209,6 +223,19 @@ def test_losses_of_language_models_are_fitted_and_the_widest_predicted():
 def test_each_language_model_of_the_study_is_a_valid_command():
     for network in language.NETWORKS:
         flags.parse(char_rnn.EXPERIMENT, language.flags_of(language.Settings(), network, 64, 0.004))
+
+
+def test_the_networks_of_the_depth_study_have_4_to_32_groups_and_equally_many_parameters():
+    sizes = []
+    for groups, units in depth.NETWORKS.items():
+        flags.parse(image_vae.EXPERIMENT, depth.flags_of(groups, 10))
+        model = dataclasses.replace(image_vae.get_config().model, groups=groups, width=units)
+        network = nnx.eval_shape(
+            lambda model=model: hierarchical_vae.create(model, mean=np.zeros((32, 32, 3)), rngs=nnx.Rngs(0))
+        )
+        sizes.append(sum(x.size for x in jax.tree.leaves(nnx.state(network))) - network.bias.size)
+    assert [sum(map(int, groups.split(","))) for groups in depth.NETWORKS] == [4, 8, 16, 32]
+    assert max(sizes) < 1.1 * min(sizes)
 
 
 @pytest.mark.slow

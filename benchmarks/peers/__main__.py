@@ -30,8 +30,8 @@ PEERS = {
     "flax": ("flax",),
 }  # and their variants
 _NAMES = {*PEERS, *(variant for variants in PEERS.values() for variant in variants)}
-# Keras's recurrent networks cannot be called for a single step; neither library has the parts of the Transformer.
-UNSUPPORTED = {"sample": ("keras",), "transformer": ("keras", "flax")}
+# Keras's recurrent networks cannot be called for a single step; the last two networks are written for PyTorch only.
+UNSUPPORTED = {"sample": ("keras",), "transformer": ("keras", "flax"), "hierarchy": ("keras", "flax")}
 RESULTS = Path(__file__).parent.parent / "results" / "peers.json"
 
 WORK = flags.DEFINE_list("work", list(works.WORKS), f"works to run: {', '.join(works.WORKS)}")
@@ -63,7 +63,7 @@ def _arrays() -> tuple[dict[str, np.ndarray], np.ndarray]:
 
 def _longer(work: works.Work, images: dict[str, np.ndarray]) -> works.Work:
     """Returns the work with more steps per epoch; text is repeated, images are not."""
-    count = len(images["mnist" if work.network == "vae" else "cifar10"])
+    count = len(images["mnist" if work.reads_digits else "cifar10"])
     most = math.inf if work.reads_text else count // work.batch_size
     return dataclasses.replace(work, steps=min(work.steps * LONGER.value, most))
 

@@ -46,11 +46,26 @@ def _parameters(model: Any, network: str) -> list[nnx.Param]:
         encoder, decoder = model.encoder, model.decoder
         hidden = [*encoder.hidden, encoder.out, *decoder.hidden]
         return [*(p for layer in hidden for p in (layer.kernel, layer.bias)), decoder.out.kernel, model.bias]
+    if network == "hierarchy":
+        groups = [p for group in model.groups for p in _group_parameters(group)]
+        blocks = [p for block in model.bottom_up_blocks for p in _block_parameters(block)]
+        return [model.stem.kernel, model.stem_bias.bias, *blocks, *groups, model.out.kernel, model.bias]
     if network == "cnn":
         convs = [p for conv, norm in zip(model.convs, model.norms) for p in (conv.kernel, norm.layer.bias)]
         return [*convs, *(p for layer in (model.hidden, model.logits) for p in (layer.kernel, layer.bias))]
     convs = [conv for block in model.blocks for conv in (block.conv1, block.conv2, block.shortcut) if conv]
     return [model.stem.kernel, *(conv.kernel for conv in convs), model.logits.kernel, model.logits.bias]
+
+
+def _group_parameters(group: Any) -> list[nnx.Param]:
+    prior = [*_block_parameters(group.prior), group.prior_head.kernel, group.prior_head.bias] if group.prior else []
+    project, (block,) = group.project, group.blocks
+    return [*prior, *_block_parameters(group.posterior), project.kernel, project.bias, *_block_parameters(block)]
+
+
+def _block_parameters(block: Any) -> list[nnx.Param]:
+    reduce, expand = block.reduce, block.expand
+    return [reduce.kernel, reduce.bias, block.conv.kernel, block.bias.bias, expand.kernel, expand.bias]
 
 
 def _config(work: works.Work, epochs: int) -> tuple[Config, Experiment]:
@@ -64,8 +79,9 @@ def _config(work: works.Work, epochs: int) -> tuple[Config, Experiment]:
             layers = 1 if work.network == "lstm" else works.TRANSFORMER_LAYERS
             model = RNNConfig(name=work.network, width=work.width, layers=layers, dtype=work.dtype)
             return CharRNNConfig(sequence_length=works.SEQUENCE, model=model, **options), char_rnn.EXPERIMENT
-        case "vae":
-            return MnistVAEConfig(final_samples=0, model=VAEConfig(dtype=work.dtype), **options), mnist_vae.EXPERIMENT
+        case "vae" | "hierarchy":
+            model = mnist_vae.hierarchical().model if work.network == "hierarchy" else VAEConfig(dtype=work.dtype)
+            return MnistVAEConfig(final_samples=0, model=model, **options), mnist_vae.EXPERIMENT
         case "cnn":
             small = jax.default_backend() == "cpu" and work.batch_size > _MICROBATCH
             model, size = CNNConfig(dtype=work.dtype), _MICROBATCH if small else 0
@@ -100,7 +116,7 @@ def _training(work: works.Work, arrays: dict[str, np.ndarray], epochs: int) -> T
     def network(rngs: nnx.Rngs) -> Any:
         model = original.network(rngs)
         for parameter, weight in zip(_parameters(model, work.network), works.weights(arrays), strict=True):
-            parameter[...] = jnp.asarray(weight)
+            parameter[...] = jnp.asarray(weight).reshape(parameter.shape)  # a 1x1 convolution is a dense layer here
         return model
 
     with jax.set_mesh(mesh):

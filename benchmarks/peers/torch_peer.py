@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from benchmarks.peers import works
 from benchmarks.peers.clock import Clock
+from benchmarks.peers.torch_hierarchical_vae import HierarchicalVAE
 from benchmarks.peers.torch_transformer import Transformer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -106,6 +107,8 @@ def _load(network: nn.Module, weights: works.Arrays) -> None:
             parameters = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
         if isinstance(network, Transformer):
             parameters = [network.embedding.weight, *parameters]
+        if isinstance(network, HierarchicalVAE):
+            parameters = [*parameters, network.bias]
         if isinstance(network, LSTM | Transformer):
             weights = [weights[0].T, *weights[1:]]  # an embedding is not transposed
         for parameter, weight in zip(parameters, weights, strict=True):
@@ -125,12 +128,16 @@ def _program(work: works.Work, arrays: dict[str, np.ndarray]) -> tuple[nn.Module
 
 
 def _on_host(work: works.Work, arrays: dict[str, np.ndarray]) -> tuple[nn.Module, list[torch.Tensor], Callable]:
+    if work.network == "hierarchy":
+        grays = torch.from_numpy(arrays["image"].transpose(0, 3, 1, 2) / np.float32(255))
+        network: nn.Module = HierarchicalVAE().to(memory_format=torch.channels_last)
+        return network, [grays], lambda network, grays: network(grays)
     if work.network == "vae":
         grays = torch.from_numpy(arrays["image"].reshape(len(arrays["image"]), -1) / np.float32(255))
         return VAE(), [grays], lambda network, grays: network(grays)
     if work.reads_text:
         tokens, vocabulary = torch.from_numpy(arrays["tokens"].astype(np.int64)), len(arrays["w0"])
-        network: nn.Module = LSTM(vocabulary, work.width)
+        network = LSTM(vocabulary, work.width)
         if work.network == "transformer":
             network = Transformer(vocabulary, work.width, works.TRANSFORMER_LAYERS, works.SEQUENCE)
         return (

@@ -16,6 +16,8 @@ Arrays = list[np.ndarray]
 
 RESNET_GROUPS = ((64, 1), (128, 2), (256, 2), (512, 2))  # channels, stride of the first of the group's two blocks
 VAE_LATENTS = 50
+HIERARCHY = ((4, 1), (7, 3))  # of latents: resolution, groups
+HIERARCHY_WIDTH, HIERARCHY_LATENTS, HIERARCHY_PATCH = 64, 8, 4
 TRANSFORMER_LAYERS = 2
 PROMPT = 8  # characters of an example that sampling continues
 LEARNING_RATE, EPSILON = 0.001, 1e-8  # of Adam
@@ -27,8 +29,8 @@ class Work:
     """A network and what is done with it: training, evaluation, sampling or a whole command.
 
     Attributes:
-      network: "cnn" (the tutorial CNN), "resnet" (ResNet-18 for CIFAR), "vae" (dense), "lstm" or "transformer"
-        (language models).
+      network: "cnn" (the tutorial CNN), "resnet" (ResNet-18 for CIFAR), "vae" (dense), "hierarchy" (of latents),
+        "lstm" or "transformer" (language models).
       batch_size: examples per step.
       steps: updates per epoch.
       dtype: of the computation.
@@ -68,6 +70,10 @@ class Work:
     def reads_text(self) -> bool:
         return self.network in ("lstm", "transformer")
 
+    @property
+    def reads_digits(self) -> bool:
+        return self.network in ("vae", "hierarchy")
+
 
 WORKS = {
     "cnn": (
@@ -84,6 +90,7 @@ WORKS = {
     "transformer": (Work("transformer", 32, 12, width=256),),
     # Each library draws bits and latents by its own generator.
     "vae": (Work("vae", 128, 300, tolerance=0.03),),
+    "hierarchy": (Work("hierarchy", 64, 20, tolerance=0.03),),
     "resnet": (Work("resnet", 128, 2, tolerance=0.02),),
     "evaluation": (Work("cnn", 512, 50, does="evaluate"),),
     "sampling": (Work("lstm", 64, 1, width=256, does="sample"),),
@@ -105,13 +112,12 @@ def make(work: Work, images: dict[str, np.ndarray], text: np.ndarray) -> dict[st
     """
     count = work.batch_size * work.steps
     rng = np.random.default_rng(0)
-    makers = {"cnn": _cnn, "resnet": _resnet, "vae": _vae, "lstm": _lstm, "transformer": _transformer}
-    weights = makers[work.network](work, rng, text)
+    weights = _MAKERS[work.network](work, rng, text)
     arrays = {f"w{i}": w.astype(np.float32) for i, w in enumerate(weights)}
     if work.reads_text:
         starts = np.arange(count)[:, None] * SEQUENCE % (len(text) - SEQUENCE - 1)
         return {**arrays, "tokens": text[starts + np.arange(SEQUENCE + 1)]}
-    if work.network == "vae":
+    if work.reads_digits:
         return {**arrays, "image": images["mnist"][:count]}
     pixels = images["cifar10"][:count]
     statistics = {name: getattr(pixels / 255.0, name)((0, 1, 2)) for name in ("mean", "std")}
@@ -157,6 +163,20 @@ def _vae(_: Work, rng: np.random.Generator, __: Any) -> Arrays:
     return _layers(rng, (784, 200), (200, 200), (200, 2 * latents), (latents, 200), (200, 200), (200, 784))
 
 
+def _hierarchy(_: Work, rng: np.random.Generator, __: Any) -> Arrays:
+    """The kernels and biases of each group are those of prior, prior's head, posterior, projection and block."""
+    width, latents, middle = HIERARCHY_WIDTH, HIERARCHY_LATENTS, HIERARCHY_WIDTH // 2
+
+    def block(inputs: int, outputs: int) -> list[tuple[int, ...]]:
+        return [(1, 1, inputs, middle), (3, 3, middle, middle), (1, 1, middle, outputs)]
+
+    group = [*block(2 * width, 2 * latents), (1, 1, latents, width), *block(width, width)]
+    later = [*block(width, width), (1, 1, width, 2 * latents), *group]
+    count = sum(count for _, count in HIERARCHY)
+    shapes = [(HIERARCHY_PATCH, HIERARCHY_PATCH, 1, width), *block(width, width) * count, *group, *later * (count - 1)]
+    return [*_layers(rng, *shapes), _kernel(rng, 1, 1, width, HIERARCHY_PATCH**2), np.zeros(28 * 28)]
+
+
 def _lstm(work: Work, rng: np.random.Generator, text: np.ndarray) -> Arrays:
     width, vocabulary = work.width, int(text.max()) + 1
     recurrent = np.concatenate([np.linalg.qr(rng.standard_normal((width, width)))[0] for _ in range(4)], 1)
@@ -171,3 +191,13 @@ def _transformer(work: Work, rng: np.random.Generator, text: np.ndarray) -> Arra
     block = [*[(width, width)] * 4, (width, hidden), (width, hidden), (hidden, width)]
     kernels = [_kernel(rng, *shape) for shape in [*block * TRANSFORMER_LAYERS, (width, vocabulary)]]
     return [rng.standard_normal((vocabulary, width)), *kernels]
+
+
+_MAKERS = {
+    "cnn": _cnn,
+    "resnet": _resnet,
+    "vae": _vae,
+    "hierarchy": _hierarchy,
+    "lstm": _lstm,
+    "transformer": _transformer,
+}

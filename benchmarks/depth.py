@@ -1,0 +1,84 @@
+"""Whether depth helps a hierarchical VAE: bits per dimension with 4 to 32 groups of latents, at equal parameters.
+
+python -m benchmarks.depth [--seeds=5] [--steps=1400]
+
+Every network is that of `experiments.image_vae` with more and narrower groups, trained by its default recipe on equally
+many images of CIFAR-10. FLOPs are those of the compiled step.
+"""
+
+import statistics
+from typing import Any
+
+import joblib
+from absl import flags
+
+from benchmarks import command, output, several_seeds, trials
+from research.config import DatasetConfig
+from research.record import drawing
+
+NETWORKS = {"1,1,2,0": 64, "2,2,4,0": 44, "4,4,8,0": 32, "8,8,16,0": 22}  # groups by resolution, and the width
+_EXPERIMENT = "experiments.image_vae"
+STEPS = flags.DEFINE_integer("steps", 1400, "updates of each run, of 16 images each", lower_bound=1)
+
+
+def flags_of(groups: str, steps: int) -> list[str]:
+    """Returns the command line of one network, without seed and workdir."""
+    model = [f"--config.model.groups={groups}", f"--config.model.width={NETWORKS[groups]}"]
+    return [*model, f"--config.num_steps={steps}", "--config.dataset.name=cifar10", "--config.final_samples=0"]
+
+
+def row(groups: str, steps: int, seeds: int) -> dict[str, Any]:
+    """Measures one network."""
+    args = flags_of(groups, steps)
+    runs = [trials.summary(_EXPERIMENT, [*args, f"--config.seed={seed}"]) for seed in range(1, seeds + 1)]
+    losses = [run["test_bits_per_dim"] for run in runs]
+    return {
+        "groups": sum(map(int, groups.split(","))),
+        "by_resolution": groups,
+        "width": NETWORKS[groups],
+        "parameters": runs[0]["num_params"],
+        "flops": trials.flops(_EXPERIMENT, args) * steps,
+        "seconds": statistics.median(run["train_seconds"] for run in runs),
+        "test_bits_per_dim": losses,
+        **several_seeds.spread(losses),
+    }
+
+
+def line(row: dict[str, Any]) -> str:
+    """Formats a row as Markdown."""
+    return (
+        f"| {row['groups']} | {row['width']} | {row['parameters']:,} | {row['flops'] / 1e12:.1f} | "
+        f"{row['seconds']:.0f} | {several_seeds.shown(row)} |"
+    )
+
+
+def plot(rows: list[dict[str, Any]]) -> Any:
+    """Plots bits per dimension by the number of groups and by the time of the training."""
+    figure = drawing.figure(9, 3.8)
+    labels = {"groups": "groups of latents", "seconds": "seconds of training"}
+    for axes, (key, label) in zip(figure.subplots(1, len(labels), sharey=True), labels.items()):
+        columns = ([row[name] for row in rows] for name in (key, "mean", "standard_deviation"))
+        axes.errorbar(*columns, fmt="o-", capsize=3)
+        axes.set(xlabel=label, xscale="log")
+        axes.set_xticks([row[key] for row in rows], [f"{row[key]:.0f}" for row in rows], minor=False)
+        axes.set_xticks([], minor=True)
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("bits per dimension, test")
+    return figure
+
+
+def main() -> None:
+    out, rows = output.folder(), []
+    trials.check_data([DatasetConfig(name="cifar10")])
+    print("| groups | width | parameters | TFLOP, training | seconds | test bits per dimension |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for groups in NETWORKS:
+        rows.append(row(groups, STEPS.value, several_seeds.SEEDS.value))
+        print(line(rows[-1]), flush=True)
+        record = {"cores": joblib.cpu_count(), "steps": STEPS.value, "rows": rows}
+        output.write(out, "depth", record)
+    drawing.save(out / "depth.png", lambda: plot(rows))
+
+
+if __name__ == "__main__":
+    command.start(main)

@@ -58,5 +58,6 @@ def groups(kl: np.ndarray, shapes: Sequence[tuple[int, int, int]]) -> Any:
     axes.set_title("KL of each group, from the top, on test images", fontsize="medium")
     axes.set(xlabel="group", ylabel="nats an image")
     axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.margins(y=0.2)  # room for the legend
     axes.legend(fontsize="small")
     return figure

@@ -120,7 +120,7 @@ def conv() -> MnistVAEConfig:
 
 
 def hierarchical() -> MnistVAEConfig:
-    """A hierarchy of convolutional groups at 4x4 and 7x7: steps whose gradient is not finite are skipped."""
+    """A hierarchy of convolutional groups, for MNIST at 4x4 and 7x7. Steps whose gradient is not finite are skipped."""
     config = get_config()
     config.num_epochs, config.batch_size, config.optimizer.learning_rate = 25, 64, 0.002
     config.max_skipped_steps, config.optimizer.clip_norm, config.final_samples = 10, 100.0, 100

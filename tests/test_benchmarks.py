@@ -49,14 +49,15 @@ def test_this_project_and_flax_make_the_same_updates(network, changes):
     assert clocks[0].losses[2] < clocks[0].losses[0]
 
 
-def test_each_parameter_of_the_hierarchy_gets_a_weight():
-    work, arrays = _given("hierarchy")
+def test_each_parameter_of_the_hierarchical_vae_gets_a_weight_of_its_shape():
+    work, arrays = _given("hierarchical_vae")
     model = mnist_vae.hierarchical().model
     network = nnx.eval_shape(lambda: hierarchical_vae.create(model, mean=np.zeros((28, 28, 1)), rngs=nnx.Rngs(0)))
     filled = meshwork_peer._parameters(network, work.network)
-    assert [w.size for w in works.weights(arrays)] == [parameter.size for parameter in filled]
+    for parameter, weight in zip(filled, works.weights(arrays), strict=True):
+        assert weight.shape in (parameter.shape, (1, 1, *parameter.shape))
     assert len(jax.tree.leaves(nnx.state(network))) == len(filled) + 1  # the first state is 0 in both
-    assert network.start.shape == (works.HIERARCHY[0][0], works.HIERARCHY[0][0], works.HIERARCHY_WIDTH)
+    assert network.start.shape == (works.HIERARCHY_START, works.HIERARCHY_START, works.HIERARCHY_WIDTH)
 
 
 def _reports(loss, *seconds):

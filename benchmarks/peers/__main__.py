@@ -30,8 +30,9 @@ PEERS = {
     "flax": ("flax",),
 }  # and their variants
 _NAMES = {*PEERS, *(variant for variants in PEERS.values() for variant in variants)}
-# Keras's recurrent networks cannot be called for a single step; the last two networks are written for PyTorch only.
-UNSUPPORTED = {"sample": ("keras",), "transformer": ("keras", "flax"), "hierarchy": ("keras", "flax")}
+# Keras's recurrent networks cannot be called for a single step. The Transformer and the hierarchical VAE are written
+# for PyTorch only.
+UNSUPPORTED = {"sample": ("keras",), "transformer": ("keras", "flax"), "hierarchical_vae": ("keras", "flax")}
 RESULTS = Path(__file__).parent.parent / "results" / "peers.json"
 
 WORK = flags.DEFINE_list("work", list(works.WORKS), f"works to run: {', '.join(works.WORKS)}")

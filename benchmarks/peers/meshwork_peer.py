@@ -46,7 +46,7 @@ def _parameters(model: Any, network: str) -> list[nnx.Param]:
         encoder, decoder = model.encoder, model.decoder
         hidden = [*encoder.hidden, encoder.out, *decoder.hidden]
         return [*(p for layer in hidden for p in (layer.kernel, layer.bias)), decoder.out.kernel, model.bias]
-    if network == "hierarchy":
+    if network == "hierarchical_vae":
         groups = [p for group in model.groups for p in _group_parameters(group)]
         blocks = [p for block in model.bottom_up_blocks for p in _block_parameters(block)]
         return [model.stem.kernel, model.stem_bias.bias, *blocks, *groups, model.out.kernel, model.bias]
@@ -79,8 +79,9 @@ def _config(work: works.Work, epochs: int) -> tuple[Config, Experiment]:
             layers = 1 if work.network == "lstm" else works.TRANSFORMER_LAYERS
             model = RNNConfig(name=work.network, width=work.width, layers=layers, dtype=work.dtype)
             return CharRNNConfig(sequence_length=works.SEQUENCE, model=model, **options), char_rnn.EXPERIMENT
-        case "vae" | "hierarchy":
-            model = mnist_vae.hierarchical().model if work.network == "hierarchy" else VAEConfig(dtype=work.dtype)
+        case "vae" | "hierarchical_vae":
+            model = mnist_vae.hierarchical().model if work.network == "hierarchical_vae" else VAEConfig()
+            model.dtype = work.dtype
             return MnistVAEConfig(final_samples=0, model=model, **options), mnist_vae.EXPERIMENT
         case "cnn":
             small = jax.default_backend() == "cpu" and work.batch_size > _MICROBATCH
@@ -116,7 +117,8 @@ def _training(work: works.Work, arrays: dict[str, np.ndarray], epochs: int) -> T
     def network(rngs: nnx.Rngs) -> Any:
         model = original.network(rngs)
         for parameter, weight in zip(_parameters(model, work.network), works.weights(arrays), strict=True):
-            parameter[...] = jnp.asarray(weight).reshape(parameter.shape)  # a 1x1 convolution is a dense layer here
+            assert weight.shape[-parameter.ndim :] == parameter.shape  # a 1x1 convolution is a dense layer here
+            parameter[...] = jnp.asarray(weight).reshape(parameter.shape)
         return model
 
     with jax.set_mesh(mesh):

@@ -1,4 +1,7 @@
-"""The network of `research.models.hierarchical_vae` and its ELBO in PyTorch, as its users write it, for bits."""
+"""The network of `research.models.hierarchical_vae` for binary images in PyTorch, as its users write it.
+
+A call returns the negative ELBO.
+"""
 
 import torch
 from torch import nn
@@ -47,15 +50,14 @@ class HierarchicalVAE(nn.Module):
         width, self.patch = works.HIERARCHY_WIDTH, works.HIERARCHY_PATCH
         self.stem = nn.Conv2d(1, width, self.patch, self.patch)
         self.bottom_up = nn.ModuleList(
-            nn.ModuleList(Block(width, width) for _ in range(count)) for _, count in works.HIERARCHY
+            nn.ModuleList(Block(width, width) for _ in range(count)) for count in works.HIERARCHY
         )
         self.groups = nn.ModuleList(
             nn.ModuleList(Group(number == index == 0) for index in range(count))
-            for number, (_, count) in enumerate(works.HIERARCHY)
+            for number, count in enumerate(works.HIERARCHY)
         )
         self.out = nn.Conv2d(width, self.patch**2, 1, bias=False)
-        lowest = works.HIERARCHY[0][0]
-        self.start = nn.Parameter(torch.zeros(1, width, lowest, lowest))
+        self.start = nn.Parameter(torch.zeros(1, width, works.HIERARCHY_START, works.HIERARCHY_START))
         self.bias = nn.Parameter(torch.zeros(28 * 28))
 
     def forward(self, grays):

@@ -128,7 +128,7 @@ def _program(work: works.Work, arrays: dict[str, np.ndarray]) -> tuple[nn.Module
 
 
 def _on_host(work: works.Work, arrays: dict[str, np.ndarray]) -> tuple[nn.Module, list[torch.Tensor], Callable]:
-    if work.network == "hierarchy":
+    if work.network == "hierarchical_vae":
         grays = torch.from_numpy(arrays["image"].transpose(0, 3, 1, 2) / np.float32(255))
         network: nn.Module = HierarchicalVAE().to(memory_format=torch.channels_last)
         return network, [grays], lambda network, grays: network(grays)

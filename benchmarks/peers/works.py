@@ -16,7 +16,7 @@ Arrays = list[np.ndarray]
 
 RESNET_GROUPS = ((64, 1), (128, 2), (256, 2), (512, 2))  # channels, stride of the first of the group's two blocks
 VAE_LATENTS = 50
-HIERARCHY = ((4, 1), (7, 3))  # of latents: resolution, groups
+HIERARCHY_START, HIERARCHY = 4, (1, 3)  # the lowest resolution, and the groups of latents at 4x4 and 7x7
 HIERARCHY_WIDTH, HIERARCHY_LATENTS, HIERARCHY_PATCH = 64, 8, 4
 TRANSFORMER_LAYERS = 2
 PROMPT = 8  # characters of an example that sampling continues
@@ -29,8 +29,8 @@ class Work:
     """A network and what is done with it: training, evaluation, sampling or a whole command.
 
     Attributes:
-      network: "cnn" (the tutorial CNN), "resnet" (ResNet-18 for CIFAR), "vae" (dense), "hierarchy" (of latents),
-        "lstm" or "transformer" (language models).
+      network: "cnn" (the tutorial CNN), "resnet" (ResNet-18 for CIFAR), "vae" (dense), "hierarchical_vae", "lstm" or
+        "transformer" (language models).
       batch_size: examples per step.
       steps: updates per epoch.
       dtype: of the computation.
@@ -72,7 +72,7 @@ class Work:
 
     @property
     def reads_digits(self) -> bool:
-        return self.network in ("vae", "hierarchy")
+        return self.network in ("vae", "hierarchical_vae")
 
 
 WORKS = {
@@ -90,7 +90,7 @@ WORKS = {
     "transformer": (Work("transformer", 32, 12, width=256),),
     # Each library draws bits and latents by its own generator.
     "vae": (Work("vae", 128, 300, tolerance=0.03),),
-    "hierarchy": (Work("hierarchy", 64, 20, tolerance=0.03),),
+    "hierarchical_vae": (Work("hierarchical_vae", 64, 20, tolerance=0.03),),
     "resnet": (Work("resnet", 128, 2, tolerance=0.02),),
     "evaluation": (Work("cnn", 512, 50, does="evaluate"),),
     "sampling": (Work("lstm", 64, 1, width=256, does="sample"),),
@@ -163,7 +163,7 @@ def _vae(_: Work, rng: np.random.Generator, __: Any) -> Arrays:
     return _layers(rng, (784, 200), (200, 200), (200, 2 * latents), (latents, 200), (200, 200), (200, 784))
 
 
-def _hierarchy(_: Work, rng: np.random.Generator, __: Any) -> Arrays:
+def _hierarchical_vae(_: Work, rng: np.random.Generator, __: Any) -> Arrays:
     """The kernels and biases of each group are those of prior, prior's head, posterior, projection and block."""
     width, latents, middle = HIERARCHY_WIDTH, HIERARCHY_LATENTS, HIERARCHY_WIDTH // 2
 
@@ -172,7 +172,7 @@ def _hierarchy(_: Work, rng: np.random.Generator, __: Any) -> Arrays:
 
     group = [*block(2 * width, 2 * latents), (1, 1, latents, width), *block(width, width)]
     later = [*block(width, width), (1, 1, width, 2 * latents), *group]
-    count = sum(count for _, count in HIERARCHY)
+    count = sum(HIERARCHY)
     shapes = [(HIERARCHY_PATCH, HIERARCHY_PATCH, 1, width), *block(width, width) * count, *group, *later * (count - 1)]
     return [*_layers(rng, *shapes), _kernel(rng, 1, 1, width, HIERARCHY_PATCH**2), np.zeros(28 * 28)]
 
@@ -197,7 +197,7 @@ _MAKERS = {
     "cnn": _cnn,
     "resnet": _resnet,
     "vae": _vae,
-    "hierarchy": _hierarchy,
+    "hierarchical_vae": _hierarchical_vae,
     "lstm": _lstm,
     "transformer": _transformer,
 }

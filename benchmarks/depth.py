@@ -55,7 +55,8 @@ def plot(rows: list[dict[str, Any]]) -> Any:
     """Plots bits per dimension by the number of groups."""
     figure = drawing.figure(5, 3.8)
     axes: Any = figure.subplots()
-    axes.errorbar(*([row[name] for row in rows] for name in ("groups", "mean", "standard_deviation")), fmt="o-", capsize=3)
+    columns = ([row[name] for row in rows] for name in ("groups", "mean", "standard_deviation"))
+    axes.errorbar(*columns, fmt="o-", capsize=3)
     axes.set(xlabel="groups of latents", ylabel="bits per dimension, test", xscale="log")
     axes.set_xticks([row["groups"] for row in rows], [str(row["groups"]) for row in rows])
     axes.set_xticks([], minor=True)

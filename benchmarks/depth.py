@@ -29,17 +29,11 @@ def flags_of(groups: str, steps: int) -> list[str]:
 
 def row(groups: str, steps: int, seeds: int) -> dict[str, Any]:
     """Measures one network."""
-    args = flags_of(groups, steps)
-    runs = [trials.summary(_EXPERIMENT, [*args, f"--config.seed={seed}"]) for seed in range(1, seeds + 1)]
-    losses = [run["test_bits_per_dim"] for run in runs]
     return {
         "groups": sum(map(int, groups.split(","))),
         "by_resolution": groups,
         "width": NETWORKS[groups],
-        "parameters": runs[0]["num_params"],
-        "flops": trials.flops(_EXPERIMENT, args) * steps,
-        "test_bits_per_dim": losses,
-        **several_seeds.spread(losses),
+        **several_seeds.measure(_EXPERIMENT, flags_of(groups, steps), "test_bits_per_dim", seeds),
     }
 
 

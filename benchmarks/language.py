@@ -13,7 +13,6 @@ earlier study are fitted and plotted again.
 import collections
 import dataclasses
 import json
-import statistics
 from typing import Any
 
 import joblib
@@ -98,18 +97,8 @@ def best_rate(settings: Settings, network: str) -> float:
 def row(settings: Settings, network: str, width: int, rate: float) -> dict[str, Any]:
     """Measures one network."""
     args = flags_of(settings, network, width, rate)
-    runs = [trials.summary(_EXPERIMENT, [*args, f"--config.seed={seed}"]) for seed in range(1, settings.seeds + 1)]
-    losses = [run["test_loss"] for run in runs]
-    return {
-        "network": network,
-        "width": width,
-        "learning_rate": rate,
-        "parameters": runs[0]["num_params"],
-        "flops": trials.flops(_EXPERIMENT, args) * runs[0]["num_train_steps"],
-        "seconds": statistics.median(run["train_seconds"] for run in runs),
-        "test_loss": losses,
-        **several_seeds.spread(losses),
-    }
+    measured = several_seeds.measure(_EXPERIMENT, args, "test_loss", settings.seeds)
+    return {"network": network, "width": width, "learning_rate": rate, **measured}
 
 
 def line(row: dict[str, Any]) -> str:

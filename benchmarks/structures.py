@@ -8,7 +8,6 @@ the errors of the simple network by width, and tested by predicting the widest f
 """
 
 import json
-import statistics
 from typing import Any
 
 import joblib
@@ -39,18 +38,8 @@ def flags_of(name: str, fields: dict[str, int], dataset: str) -> list[str]:
 
 def row(name: str, fields: dict[str, int], dataset: str, seeds: int) -> dict[str, Any]:
     """Measures one network."""
-    args = flags_of(name, fields, dataset)
-    runs = [trials.summary(_EXPERIMENT, [*args, f"--config.seed={seed}"]) for seed in range(1, seeds + 1)]
-    accuracies = [run["test_accuracy"] for run in runs]
-    return {
-        "network": name,
-        **fields,
-        "parameters": runs[0]["num_params"],
-        "flops": trials.flops(_EXPERIMENT, args) * runs[0]["num_train_steps"],
-        "seconds": statistics.median(run["train_seconds"] for run in runs),
-        "test_accuracy": accuracies,
-        **several_seeds.spread(accuracies),
-    }
+    measured = several_seeds.measure(_EXPERIMENT, flags_of(name, fields, dataset), "test_accuracy", seeds)
+    return {"network": name, **fields, **measured}
 
 
 def law(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -166,22 +166,23 @@ def _shardable(planner: Any, wanted: Sequence[Candidate]) -> list[Candidate]:
     return found
 
 
-def _write(workdir: Path, rows: Sequence[dict[str, Any]], options: PlanOptions) -> dict[str, Any]:
-    """Writes plan.json and plan.png; returns the row chosen by `answer`."""
-    chosen = answer(rows)
-    record = chosen | ({"plans": list(rows)} if len(rows) > 1 else {})
+def _write(workdir: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Writes plan.json."""
+    record = answer(rows) | ({"plans": list(rows)} if len(rows) > 1 else {})
     storage.replace(workdir / "plan.json", (json.dumps(record, indent=2) + "\n").encode())
-    if len(rows) > 1 and not options.search and any(row["fits"] for row in rows):
-        from research import plots
 
-        drawing.save(workdir / "plan.png", lambda: plots.plan(rows))
-    return chosen
+
+def _plot(workdir: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Writes plan.png."""
+    from research import plots
+
+    drawing.save(workdir / "plan.png", lambda: plots.plan(rows))
 
 
 def _rows(
-    planner: Any, wanted: Sequence[Candidate], options: PlanOptions, prices: Mapping[str, float]
+    planner: Any, wanted: Sequence[Candidate], options: PlanOptions, prices: Mapping[str, float], workdir: Path
 ) -> list[dict[str, Any]]:
-    """Compiles the programs, and prints a table of several."""
+    """Compiles the programs, prints a table of several, and writes plan.json."""
     rows: list[dict[str, Any]] = []
     if len(wanted) > 1:
         print(report.table_head(costs=bool(prices)), flush=True)
@@ -191,6 +192,8 @@ def _rows(
         if planner.workload.decodes_images:
             row |= report.host(row, options.decoded_per_vcpu)
         rows.append(row)
+        # After each program: some take minutes, and a fault in the compiler of a later one ends this process.
+        _write(workdir, rows)
         if len(wanted) > 1:
             print(report.table_row(row, costs=bool(prices)), flush=True)
     if len(wanted) > 1 and planner.workload.decodes_images:
@@ -224,8 +227,10 @@ def run(argv: Sequence[str]) -> int:
         print(
             f"batch_size={job.config.batch_size} is per device here; give --config.batch_size=N for a global batch size"
         )
-    rows = _rows(planner, wanted, options, prices)
-    chosen = _write(workdir, rows, options)
+    rows = _rows(planner, wanted, options, prices, workdir)
+    chosen = answer(rows)
+    if len(rows) > 1 and not options.search and any(row["fits"] for row in rows):
+        _plot(workdir, rows)
     if not chosen["fits"]:
         raise UserError(f"{report.too_large(chosen)} (record: {workdir})")
     if options.search:

@@ -4,133 +4,85 @@ import copy
 import dataclasses
 import json
 import shutil
-import subprocess
 
 import jax
 import linear
 import numpy as np
 import outsider
 import pytest
-from command import complains
 from flax import nnx
-from linear import LinearConfig, ModelConfig
 from safetensors.numpy import save_file
+from weights import DATASET, arrays_of, check_same, create_run, drawn_dataset, linear_config, save_run
 
 from experiments import char_rnn, cifar_cnn, image_classifier, mnist_vae
 from launch import export
 from launch.artifacts import artifact
-from research import app, optimizers, parameter_groups, sharding
-from research.config import InitConfig, MeshConfig, OptimizerConfig
-from research.data.sources import Dataset
+from research import app, optimizers, sharding
+from research.config import InitConfig, MeshConfig
 from research.errors import UserError
 from research.training import loop
-from research.training.checkpoint import Checkpoints, checksums_of
 from research.training.loop import Loop
 from research.training.mesh_population import MeshPopulation
 from research.training.population import Population
 from research.training.run import Training
 
 
-def _dataset(classes=3, side=4, channels=1):
-    def split(count):
-        rng = np.random.default_rng(count)
-        label = np.arange(count, dtype=np.int32) % classes
-        images = rng.integers(0, 160, (count, side, side, channels)) + 20 * label[:, None, None, None]
-        return {"image": images.astype(np.uint8), "label": label}
-
-    return Dataset("drawn", tuple("abcdefgh"[:classes]), split(48), split(20), split(16))
-
-
-DATASET = _dataset()
-
-
-def _config(path="", reset="", **fields):
-    config = LinearConfig(num_epochs=1, batch_size=16, model=ModelConfig(width=8), init=InitConfig(str(path), reset))
-    config.optimizer = optimizers.resolve(OptimizerConfig(name="sgd", learning_rate=0.5))
-    return dataclasses.replace(config, **fields)
-
-
-def _training(config, dataset=DATASET, make_task=linear.make_task, devices=1):
-    mesh = sharding.make_mesh(config, jax.devices()[:devices])
-    return Training(config, make_task(config, dataset), dataset, mesh)
-
-
-def _saved(run, workdir, step=0, best=None):
-    """Saves a checkpoint of a run without training it; returns the workdir."""
-    run.state = dataclasses.replace(run.state, step=np.int32(step) + run.state.step)
-    progress = dataclasses.asdict(run.progress) | {"best": best}
-    with jax.set_mesh(run.mesh), Checkpoints(workdir, keep=9, message=print) as checkpoints:
-        checkpoints.save(run.state, checksums_of(run.state), progress, None)
-    (workdir / "config.json").write_text(json.dumps(dataclasses.asdict(run.config)))
-    return workdir
-
-
-def _arrays(*trees):
-    return {n: np.asarray(x) for t in trees for n, x in zip(parameter_groups.names(t), jax.tree.leaves(t), strict=True)}
-
-
-def _same(found, expected):
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        np.testing.assert_array_equal(found[name], value, err_msg=name)
-
-
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """The workdir of a run of the linear network, and its parameters."""
-    run = _training(_config(seed=7))
-    return _saved(run, tmp_path_factory.mktemp("source")), _arrays(run.state.params)
+    run = create_run(linear_config(seed=7))
+    return save_run(run, tmp_path_factory.mktemp("source")), arrays_of(run.state.params)
 
 
 def test_a_run_starts_from_the_parameters_of_another(source):
-    run = _training(_config(source[0]))
+    run = create_run(linear_config(source[0]))
     assert run.start_from_weights() == f"started from {source[0]}: 4 of 4 arrays"
-    _same(_arrays(run.state.params), source[1])
+    check_same(arrays_of(run.state.params), source[1])
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(data=1, fsdp=-1), MeshConfig(data=1, fsdp=2, model=2)])
 def test_the_arrays_are_placed_as_the_mesh_shards_them(mesh, source, tmp_path):
     save_file({name.replace("/", "."): value for name, value in source[1].items()}, tmp_path / "own.safetensors")
     for path in (source[0], tmp_path / "own.safetensors"):
-        run = _training(_config(path, mesh=mesh), devices=4)
+        run = create_run(linear_config(path, mesh=mesh), devices=4)
         before = jax.tree.map(lambda x: x.sharding, run.state)
         run.start_from_weights()
         assert before == jax.tree.map(lambda x: x.sharding, run.state)
-        _same(_arrays(run.state.params), source[1])
+        check_same(arrays_of(run.state.params), source[1])
 
 
 @pytest.mark.parametrize("frozen", ["", "^first/"])
 def test_the_classifier_starts_anew_where_the_number_of_classes_differs(frozen, source):
-    config, dataset = _config(source[0]), _dataset(classes=5)
+    config, dataset = linear_config(source[0]), drawn_dataset(classes=5)
     config.optimizer = dataclasses.replace(config.optimizer, freeze=frozen, ema_decay=0.9)
-    run = _training(config, dataset)
-    fresh = _arrays(run.state.all_params)
+    run = create_run(config, dataset)
+    fresh = arrays_of(run.state.all_params)
     line = run.start_from_weights()
     assert line.endswith("2 of 4 arrays; re-initialized: second/bias, second/kernel, for 5 classes here and 3 there")
     expected = {name: (source[1] if name.startswith("first/") else fresh)[name] for name in fresh}
-    _same(_arrays(run.state.all_params), expected)
+    check_same(arrays_of(run.state.all_params), expected)
     averaged = nnx.merge_state(run.state.eval_params, run.state.eval_model_state)
-    _same({name: x for name, x in _arrays(averaged).items() if name in fresh}, expected)
+    check_same({name: x for name, x in arrays_of(averaged).items() if name in fresh}, expected)
 
 
 def test_reset_arrays_start_anew(source):
-    run = _training(_config(source[0], reset="kernel$"))
-    fresh = _arrays(run.state.params)
+    run = create_run(linear_config(source[0], reset="kernel$"))
+    fresh = arrays_of(run.state.params)
     assert "re-initialized by init.reset: first/kernel, second/kernel" in run.start_from_weights()
     expected = {name: (fresh if name.endswith("kernel") else source[1])[name] for name in fresh}
-    _same(_arrays(run.state.params), expected)
+    check_same(arrays_of(run.state.params), expected)
 
 
 def test_the_best_checkpoint_counts_or_else_the_newest(tmp_path):
-    run = _training(_config())
-    _saved(run, tmp_path, step=1)
-    first = _arrays(run.state.params)
+    run = create_run(linear_config())
+    save_run(run, tmp_path, step=1)
+    first = arrays_of(run.state.params)
     run.state = dataclasses.replace(run.state, params=jax.tree.map(lambda x: x + 1, run.state.params))
     for best, offset in ((None, 1), ([0.5, 1], 0)):
-        _saved(run, tmp_path, step=1, best=best)
-        started = _training(_config(tmp_path))
+        save_run(run, tmp_path, step=1, best=best)
+        started = create_run(linear_config(tmp_path))
         started.start_from_weights()
-        _same(_arrays(started.state.params), {name: x + offset for name, x in first.items()})
+        check_same(arrays_of(started.state.params), {name: x + offset for name, x in first.items()})
 
 
 def _evaluated(run):
@@ -149,12 +101,14 @@ def test_averaged_parameters_and_their_statistics_are_taken_from_a_run_that_eval
     earlier, summary = loop.train_and_evaluate("outsider", config, task, DATASET, mesh, tmp_path)
     config = copy.deepcopy(config)
     config.init.path, config.seed, config.optimizer.ema_decay = str(tmp_path), 3, 0.0
-    run = _training(config, make_task=outsider.make_task)
-    streams = _arrays(nnx.filter_state(run.state.model_state, nnx.RngState))
+    run = create_run(config, make_task=outsider.make_task)
+    streams = arrays_of(nnx.filter_state(run.state.model_state, nnx.RngState))
     run.start_from_weights()
     assert _evaluated(run)["test_loss"] == pytest.approx(summary["test_loss"], rel=1e-6)
-    _same(_arrays(nnx.filter_state(run.state.model_state, nnx.RngState)), streams)
-    assert not np.array_equal(_arrays(earlier.state.params)["last/kernel"], _arrays(run.state.params)["last/kernel"])
+    check_same(arrays_of(nnx.filter_state(run.state.model_state, nnx.RngState)), streams)
+    assert not np.array_equal(
+        arrays_of(earlier.state.params)["last/kernel"], arrays_of(run.state.params)["last/kernel"]
+    )
 
 
 EXPERIMENTS = {
@@ -175,25 +129,25 @@ def test_every_experiment_starts_from_a_run_or_an_artifact(name, tmp_path):
 
     run = loaded(1)
     state = run.state
-    expected = _arrays(state.eval_params, state.eval_model_state)
-    _saved(run, tmp_path / "run")
-    weights = {**{f"params.{n}": x for n, x in _arrays(state.eval_params).items()}}
-    weights |= {f"model_state.{n}": x for n, x in _arrays(state.eval_model_state).items()}
+    expected = arrays_of(state.eval_params, state.eval_model_state)
+    save_run(run, tmp_path / "run")
+    weights = {**{f"params.{n}": x for n, x in arrays_of(state.eval_params).items()}}
+    weights |= {f"model_state.{n}": x for n, x in arrays_of(state.eval_model_state).items()}
     artifact.write(tmp_path / "artifact", {"functions": {}}, {n.replace("/", "."): x for n, x in weights.items()}, {})
     for path in (tmp_path / "run", tmp_path / "artifact"):
         started = loaded(2, path)
         assert f"{len(expected)} of {len(expected)} arrays" in started.start_from_weights()
-        _same(_arrays(started.state.params, started.state.model_state), expected)
+        check_same(arrays_of(started.state.params, started.state.model_state), expected)
 
 
 def test_a_run_starts_from_what_launch_export_wrote(source, tmp_path):
-    run = _training(_config(source[0]))
+    run = create_run(linear_config(source[0]))
     run.start_from_weights()
     artifact.write(tmp_path / "artifact", *export.contents("linear", run))
     for path in (tmp_path / "artifact", tmp_path / "artifact/weights.safetensors"):
-        started = _training(_config(path))
+        started = create_run(linear_config(path))
         started.start_from_weights()
-        _same(_arrays(started.state.params), source[1])
+        check_same(arrays_of(started.state.params), source[1])
 
 
 def _torchvision_resnet18(width, classes):
@@ -232,8 +186,8 @@ def _torchvision_resnet18(width, classes):
 def _resnet18(path, **init):
     config = image_classifier.get_config()
     config.model.width, config.init = 4, InitConfig(str(path), **init)
-    dataset = _dataset(classes=5, side=32, channels=3)
-    return _training(image_classifier.EXPERIMENT.resolve(config, dataset), dataset, image_classifier.make_task)
+    dataset = drawn_dataset(classes=5, side=32, channels=3)
+    return create_run(image_classifier.EXPERIMENT.resolve(config, dataset), dataset, image_classifier.make_task)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -243,7 +197,7 @@ def test_a_network_starts_from_a_file_with_torchvisions_names(dtype, tmp_path):
     _save(stored, tmp_path / "resnet18.safetensors")
     run = _resnet18(tmp_path / "resnet18.safetensors")
     assert "logits/bias, logits/kernel, for 5 classes here and 10 there" in run.start_from_weights()
-    found = _arrays(run.state.params, run.state.model_state)
+    found = arrays_of(run.state.params, run.state.model_state)
     assert not [x for x in found.values() if x.dtype != np.float32]
     expected = {
         "stem/kernel": torch["conv1.weight"].transpose(2, 3, 1, 0),
@@ -274,27 +228,27 @@ def test_everything_that_does_not_match_is_named(tmp_path):
     assert "unknown here: layer5/weight)" in str(error.value)
     run = _resnet18(tmp_path / "other.safetensors", reset="^blocks/5/|^norm/|layer5")
     run.start_from_weights()
-    np.testing.assert_array_equal(_arrays(run.state.params)["logits/kernel"], torch["fc.weight"].T)
+    np.testing.assert_array_equal(arrays_of(run.state.params)["logits/kernel"], torch["fc.weight"].T)
 
 
 def test_the_members_of_a_population_start_from_the_weights(source):
-    configs = [_config(source[0], reset="^second/", seed=seed) for seed in (3, 4)]
+    configs = [linear_config(source[0], reset="^second/", seed=seed) for seed in (3, 4)]
     population = Population(configs[0], linear.make_task(configs[0], DATASET), DATASET, jax.devices()[:1], 2)
     for slot, config in enumerate(configs):
         population.start(slot, config)
-    params = _arrays(population._states.params)
+    params = arrays_of(population._states.params)
     np.testing.assert_array_equal(params["first/kernel"], np.stack(2 * [source[1]["first/kernel"]]))
     for slot, config in enumerate(configs):
-        fresh = _arrays(_training(config).state.params)["second/kernel"]
+        fresh = arrays_of(create_run(config).state.params)["second/kernel"]
         np.testing.assert_allclose(params["second/kernel"][slot], fresh, rtol=1e-6)
 
 
 def test_members_over_a_mesh_start_from_the_weights_one_after_another(source):
-    config = _config(source[0], reset="^second/", mesh=MeshConfig(data=1, fsdp=2))
+    config = linear_config(source[0], reset="^second/", mesh=MeshConfig(data=1, fsdp=2))
     population = MeshPopulation(config, linear.make_task(config, DATASET), DATASET, jax.devices()[:2], 1)
     for seed in (3, 4):
         population.start(0, dataclasses.replace(config, seed=seed))
-        params = _arrays(population._members[0].state.params)
+        params = arrays_of(population._members[0].state.params)
         np.testing.assert_array_equal(params["first/kernel"], source[1]["first/kernel"])
         population.stop(0)
 
@@ -318,99 +272,6 @@ def test_a_resumed_run_does_not_need_the_weights(tmp_path, monkeypatch):
     assert run("tuned", "--mode=eval")["test_loss"] == pytest.approx(source)
 
 
-def _truncated(path):
-    save_file({"first.kernel": np.zeros((1024, 10), np.float32)}, path / "w.safetensors")
-    data = (path / "w.safetensors").read_bytes()
-    (path / "w.safetensors").write_bytes(data[:-100])
-    return path / "w.safetensors"
-
-
-def _text(path):
-    (path / "w.safetensors").write_text("no weights")
-    return path / "w.safetensors"
-
-
-def _empty(path):
-    (path / "w.safetensors").touch()
-    return path / "w.safetensors"
-
-
-def _pickle(path):
-    (path / "w.pth").write_bytes(b"x")
-    return path / "w.pth"
-
-
-def _folder(path):
-    return path
-
-
-def _unfinished(path):
-    (path / "config.json").write_text("{}")
-    return path
-
-
-def _changed_artifact(path):
-    artifact.write(path / "artifact", {"functions": {}}, {"params.first.kernel": np.zeros((1024, 10), np.float32)}, {})
-    weights = path / "artifact/weights.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    return path / "artifact"
-
-
-def _damaged_run(path):
-    _saved(_training(_config(model=ModelConfig()), _dataset(10, 32)), path)
-    for file in (path / "checkpoints/0/state").rglob("*"):
-        if file.is_file() and file.stat().st_size > 1000:
-            file.write_bytes(b"x" * file.stat().st_size)
-    return path
-
-
-def _other_network(path):
-    save_file({"conv1.weight": np.zeros((8, 3, 7, 7), np.float32)}, path / "w.safetensors")
-    return path / "w.safetensors"
-
-
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (lambda path: path / "none.safetensors", "there is no such file or folder"),
-        (_folder, "this folder is neither the workdir of a run nor an artifact"),
-        (_pickle, "is not a .safetensors file: convert it"),
-        (_truncated, "is damaged or cannot be read"),
-        (_text, "is damaged or cannot be read"),
-        (_empty, "is damaged or cannot be read"),
-        (_unfinished, "this run has no checkpoint yet"),
-        (_changed_artifact, "weights.safetensors does not match its checksum"),
-        (_damaged_run, "is damaged or cannot be read"),
-        (
-            _other_network,
-            "missing there: first/bias, first/kernel, second/bias, second/kernel; unknown here: conv1/weight",
-        ),
-    ],
-)
-def test_weights_that_cannot_be_used_are_one_line_and_leave_nothing_behind(make, words, tmp_path, capsys):
-    (tmp_path / "weights").mkdir()
-    path = make(tmp_path / "weights")
-    _complains([f"--config.init.path={path}"], tmp_path, capsys, f"--config.init.path={path}", words)
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--config.init.reset=first"], "--config.init.reset needs --config.init.path"),
-        (["--config.init.reset=a(", "--config.init.path=x"], "init.reset=a(: this is not a regular expression"),
-    ],
-)
-def test_a_reset_that_means_nothing_is_one_line(flags, words, tmp_path, capsys):
-    _complains(flags, tmp_path, capsys, words)
-
-
-def _complains(flags, tmp_path, capsys, *words):
-    with pytest.raises(SystemExit) as exit_:
-        app.main(linear.EXPERIMENT, [*FLAGS, f"--workdir={tmp_path / 'run'}", *flags])
-    complains(subprocess.CompletedProcess(flags, exit_.value.code, *capsys.readouterr()), *words)
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.parametrize(
     ("reset", "words"),
     [
@@ -420,4 +281,4 @@ def _complains(flags, tmp_path, capsys, *words):
 )
 def test_a_reset_without_effect_is_an_error(reset, words, source):
     with pytest.raises(UserError, match=words):
-        _training(_config(source[0], reset=reset)).start_from_weights()
+        create_run(linear_config(source[0], reset=reset)).start_from_weights()

@@ -9,6 +9,7 @@ import json
 
 import jax
 import pytest
+from planned_vae import DIGITS, PIXELS, VAE, kernels, num_params
 
 from benchmarks import roofline as benchmark
 from experiments import mnist_vae
@@ -19,7 +20,6 @@ from research import chips, sharding
 from research.config import MeshConfig
 from research.errors import UserError
 from research.training.run import Training
-from tests.planned_vae import DIGITS, PIXELS, VAE, kernels, num_params
 
 
 def _plan(tmp_path, *args):

@@ -6,9 +6,9 @@ import subprocess
 import sys
 
 import pytest
+from planned_vae import PIXELS, VAE, kernels, num_params
 
 from launch.plans import topologies
-from tests.planned_vae import PIXELS, VAE, kernels, num_params
 
 # libtpu is loaded in a process of its own, by one command after the other.
 SCRIPT = """

@@ -1,10 +1,7 @@
 """`launch.predict`: answers without `research`, and one clear line for whatever is wrong with what it is given."""
 
-import csv
 import hashlib
-import io
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from artifacts import SHAPE, color_images, save_image, write, write_classifier
 from flax import nnx
 from PIL import Image
 
@@ -19,8 +17,6 @@ from experiments import char_rnn
 from launch import predict
 from launch.artifacts import artifact, batches, sampling, tokens
 from launch.artifacts.artifact import ArtifactError
-from launch.artifacts.runtimes import described
-from launch.export import _export
 from research.config import RNNConfig
 from research.data.tokenization import Bytes
 from research.models import rnn
@@ -28,34 +24,12 @@ from research.tasks.generation import generate
 from research.tasks.language_model import LanguageModel
 from research.tasks.task import ExportedFunction
 
-SHAPE = (4, 6, 3)  # h, w, c
 CHARACTERS = "\nabcdefg"
-
-
-def _write(out, classes, functions):
-    """An artifact of functions of no weights but those in their code."""
-    weights = {"w": np.ones(2, np.float32)}
-    exported = {name: _export(name, function, lambda _: None, weights) for name, function in functions.items()}
-    manifest = {
-        "classes": list(classes),
-        "platforms": ["cpu"],
-        "weights": {"w": {"shape": [2], "dtype": "float32"}},
-        "functions": {name: described(e) for name, e in exported.items()},
-    }
-    programs = {name: bytes(e.serialize()) for name, e in exported.items()}
-    artifact.write(out, manifest, weights, programs)
-    return out
 
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory):
-    """Its logits are the sums of the channels, times 2e-4: red, green or blue."""
-
-    def classify(_, inputs):
-        return {"logits": inputs["image"].astype("float32").sum((1, 2)) * 2e-4}
-
-    functions = {"classify": ExportedFunction(classify, {"image": ("b, 4, 6, 3", "uint8")}, "")}
-    return _write(tmp_path_factory.mktemp("classifier") / "a", ("red", "green", "blue"), functions)
+    return write_classifier(tmp_path_factory.mktemp("classifier") / "a")
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +46,7 @@ def language_model(model, tmp_path_factory):
         name: ExportedFunction(lambda _, inputs, f=f: f.call(model, inputs), f.inputs, f.preprocessing)
         for name, f in task.functions(model, None).items()  # pyright: ignore[reportArgumentType]
     }
-    return _write(tmp_path_factory.mktemp("rnn") / "a", CHARACTERS, functions)
+    return write(tmp_path_factory.mktemp("rnn") / "a", CHARACTERS, functions)
 
 
 @pytest.fixture(scope="module")
@@ -95,20 +69,7 @@ def autoencoder(tmp_path_factory):
         "decode": ExportedFunction(decode, {"latents": ("b, 1", "float32")}, ""),
         "sample": ExportedFunction(sample, {"seed": ("", "uint32"), "index": ("b", "int32")}, ""),
     }
-    return _write(tmp_path_factory.mktemp("vae") / "a", (), functions)
-
-
-def _save(path, array, **options):
-    Image.fromarray(np.asarray(array)).save(path, **options)
-    return str(path)
-
-
-def _colors(tmp_path, count=3):
-    """Files that are red, green, blue, and so on."""
-    return [
-        _save(tmp_path / f"{i}.png", np.full(SHAPE, np.uint8(80)) + np.eye(3, dtype="u1")[i % 3] * 100)
-        for i in range(count)
-    ]
+    return write(tmp_path_factory.mktemp("vae") / "a", (), functions)
 
 
 def test_nothing_of_research_is_imported_but_the_decoder(classifier, tmp_path, env):
@@ -117,7 +78,7 @@ def test_nothing_of_research_is_imported_but_the_decoder(classifier, tmp_path, e
         "from launch import predict; predict.main(sys.argv[1:]); "
         "print(*(name for name in sys.modules if name.startswith('research.')), file=sys.stderr)"
     )
-    args = [sys.executable, "-c", code, f"--artifact={classifier}", *_colors(tmp_path)]
+    args = [sys.executable, "-c", code, f"--artifact={classifier}", *color_images(tmp_path)]
     done = subprocess.run(args, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert [line.split("  ")[1].split(" ")[0] for line in done.stdout.splitlines()] == ["red", "green", "blue"]
@@ -135,7 +96,7 @@ def test_nothing_of_research_is_imported_but_the_decoder(classifier, tmp_path, e
 
 @pytest.mark.parametrize("count", [1, batches.BATCH_SIZE + 1])
 def test_classes_and_their_probabilities(classifier, tmp_path, capsys, count):
-    paths = _colors(tmp_path, count)
+    paths = color_images(tmp_path, count)
     predict.run([f"--artifact={classifier}", *paths])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == count
@@ -147,7 +108,7 @@ def test_classes_and_their_probabilities(classifier, tmp_path, capsys, count):
 
 
 def test_a_folder_of_images_is_classified(classifier, tmp_path, capsys):
-    paths = _colors(tmp_path)
+    paths = color_images(tmp_path)
     (tmp_path / "labels.txt").touch()
     predict.run([f"--artifact={classifier}", str(tmp_path)])
     output = capsys.readouterr()
@@ -159,7 +120,7 @@ def test_a_folder_of_images_is_classified(classifier, tmp_path, capsys):
 def test_one_odd_image_of_several_ends_it_before_anything_is_said(classifier, tmp_path, capsys):
     (tmp_path / "odd.png").write_text("no image")
     with pytest.raises(SystemExit) as exit_:
-        predict.main([f"--artifact={classifier}", *_colors(tmp_path), str(tmp_path / "odd.png")])
+        predict.main([f"--artifact={classifier}", *color_images(tmp_path), str(tmp_path / "odd.png")])
     output = capsys.readouterr()
     assert (exit_.value.code, output.out) == (2, "")
     (line,) = output.err.splitlines()
@@ -173,7 +134,7 @@ def test_a_platform_without_devices_is_named(classifier, tmp_path, capsys, monke
     monkeypatch.setattr(jax, "default_backend", raises)
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
     with pytest.raises(SystemExit) as exit_:
-        predict.main([f"--artifact={classifier}", *_colors(tmp_path)])
+        predict.main([f"--artifact={classifier}", *color_images(tmp_path)])
     (line,) = capsys.readouterr().err.splitlines()
     assert exit_.value.code == 2
     assert line.startswith("error: JAX_PLATFORMS=cuda: jax finds no such device (its plugin is not installed)")
@@ -213,7 +174,7 @@ def test_draws_follow_their_probabilities():
 
 def test_an_autoencoder_writes_what_it_makes(autoencoder, tmp_path, capsys):
     (tmp_path / "in").mkdir()
-    source = _save(tmp_path / "in" / "x.png", np.uint8([[0] * 6, [50] * 6, [100] * 6, [250] * 6]))
+    source = save_image(tmp_path / "in" / "x.png", np.uint8([[0] * 6, [50] * 6, [100] * 6, [250] * 6]))
     predict.run([f"--artifact={autoencoder}", f"--out={tmp_path / 'o'}", source, str(tmp_path / "in")])
     printed = capsys.readouterr().out.splitlines()
     assert printed == [str(tmp_path / "o" / f"000{i}-x.png") for i in range(2)]
@@ -257,7 +218,7 @@ def _no_program(manifest, folder):
 def test_an_artifact_that_is_not_right_gets_one_line(classifier, tmp_path, capsys, change, words):
     _changed(classifier, tmp_path / "a", change)
     with pytest.raises(SystemExit) as exit_:
-        predict.main([f"--artifact={tmp_path / 'a'}", *_colors(tmp_path, 1)])
+        predict.main([f"--artifact={tmp_path / 'a'}", *color_images(tmp_path, 1)])
     output = capsys.readouterr()
     assert (exit_.value.code, output.out) == (2, "")
     (line,) = output.err.splitlines()
@@ -299,7 +260,7 @@ def test_options_that_do_not_apply_are_refused(request, tmp_path, monkeypatch, k
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(predict, "_runtime", None)
     (tmp_path / "file").touch()
-    _save(tmp_path / "x.png", np.zeros(SHAPE, np.uint8))
+    save_image(tmp_path / "x.png", np.zeros(SHAPE, np.uint8))
     with pytest.raises(ArtifactError) as error:
         predict.run([f"--artifact={request.getfixturevalue(kind)}", *args])
     assert words in str(error.value)
@@ -308,84 +269,3 @@ def test_options_that_do_not_apply_are_refused(request, tmp_path, monkeypatch, k
 def test_a_prompt_may_be_bytes_that_the_network_knows():
     assert tokens.encode({"classes": ["a", "\xc3"]}, "a\udcc3") == [0, 1]
     np.testing.assert_array_equal(Bytes(("a", "\xc3")).encode("a\udcc3"), [0, 1])
-
-
-def test_a_file_name_may_be_any_bytes(classifier, tmp_path, capsys):
-    (image,) = _colors(tmp_path, 1)
-    odd = str(tmp_path / "caf\udce9.png")
-    shutil.copy(image, odd)
-    predict.run([f"--artifact={classifier}", odd])
-    assert "caf\ufffd.png  " in capsys.readouterr().out
-    predict.run([f"--artifact={classifier}", f"--csv={tmp_path / 't.csv'}", odd])
-    assert (tmp_path / "t.csv").read_bytes().splitlines()[1].startswith(os.fsencode(odd) + b",")
-
-
-def _rows(path):
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.reader(file))
-
-
-def test_a_table_has_a_row_for_each_file_and_columns_for_each_rank(classifier, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(batches, "BATCH_SIZE", 2)
-    (tmp_path / "in").mkdir()
-    names = ["a.png", 'b, "x".png', "c\nd.png", "猫 é.png"]
-    colors = np.full(SHAPE, 80, np.uint8) + np.eye(3, dtype=np.uint8)[[0, 1, 2, 0], None, None] * 100
-    paths = [_save(tmp_path / "in" / name, color) for name, color in zip(names, colors)]
-    predict.run([f"--artifact={classifier}", f"--csv={tmp_path / 't.csv'}", "--top=2", str(tmp_path / "in")])
-    assert capsys.readouterr().out == f"{tmp_path / 't.csv'}\n"
-    header, *rows = _rows(tmp_path / "t.csv")
-    assert header == ["file", "class_1", "probability_1", "class_2", "probability_2"]
-    assert [row[0] for row in rows] == paths
-    assert [row[1] for row in rows] == ["red", "green", "blue", "red"]
-    high, low = np.exp(24 * 180 * 2e-4), np.exp(24 * 80 * 2e-4)
-    expected = np.tile([high, low], (4, 1)) / (high + 2 * low)
-    np.testing.assert_allclose([[float(row[2]), float(row[4])] for row in rows], expected, rtol=1e-5)
-    assert {path.name for path in tmp_path.iterdir()} == {"in", "t.csv"}
-    # The same without --csv, with a line for each file.
-    predict.run([f"--artifact={classifier}", "--top=3", str(tmp_path / "in")])
-    lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
-    assert [len(line) for line in lines] == [4] * 4
-    assert [line[0] for line in lines] == [path.replace("\n", "\ufffd") for path in paths]
-
-
-def test_no_table_is_left_when_an_image_is_damaged(classifier, tmp_path, monkeypatch):
-    monkeypatch.setattr(batches, "BATCH_SIZE", 2)
-    (tmp_path / "odd.png").write_text("no image")
-    with pytest.raises(ArtifactError, match=r"odd\.png is not an intact image"):
-        predict.run(
-            [f"--artifact={classifier}", f"--csv={tmp_path / 't.csv'}", *_colors(tmp_path), f"{tmp_path}/odd.png"]
-        )
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.png", "1.png", "2.png", "odd.png"]
-
-
-def test_progress_is_a_line_now_and_then_where_stderr_is_no_terminal(classifier, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(batches, "BATCH_SIZE", 2)
-    paths = _colors(tmp_path, 5)
-    predict.run([f"--artifact={classifier}", *paths])
-    assert len(capsys.readouterr().err.splitlines()) == 1  # the speed
-    monkeypatch.setattr(batches, "_PROGRESS_SECONDS", -1)
-    predict.run([f"--artifact={classifier}", *paths])
-    first, second, last = capsys.readouterr().err.splitlines()
-    assert first.startswith("classify: 2 of 5 images, ")
-    assert second.startswith("classify: 4 of 5 images, ")
-    assert last.startswith("classify: 5 images, ")
-
-
-def test_progress_is_a_bar_on_a_terminal(classifier, tmp_path, monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setattr(batches, "_PROGRESS_SECONDS", -1)
-    predict.run([f"--artifact={classifier}", *_colors(tmp_path)])
-    assert "| 0/3 [" in terminal.getvalue()
-    assert "of 3 images" not in terminal.getvalue()
-
-
-def test_names_that_stdout_cannot_encode_are_escaped(classifier, tmp_path, monkeypatch):
-    stdout = io.TextIOWrapper(io.BytesIO(), "ascii")
-    monkeypatch.setattr(sys, "stdout", stdout)
-    predict.main([f"--artifact={classifier}", _save(tmp_path / "é.png", np.full(SHAPE, 9, np.uint8))])
-    assert rb"\xe9.png  red 0.333" in stdout.buffer.getvalue()

@@ -1,98 +1,22 @@
 """`python -m research.data.resize`: what the copy of an image set contains, and how an unfinished one continues."""
 
-import fcntl
 import io
-import os
 import resource
 import signal
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image
+from PIL import Image
+from resizing import NAMES, ListSource, contents, decoded, encoded, example, examples, pixels, read, rotated, write
 
-from research.data import resize, resized_copy, tfds_records, tfds_sets
-from research.data.resized_shards import Job
-from research.data.source import DamagedError, Source
+from research.data import resized_copy, tfds_records, tfds_sets
+from research.data.source import DamagedError
 from research.errors import RecordError, UserError
-
-NAMES = ("cat", "été", "two words")
-
-
-def pixels(height, width, seed=0):
-    """A smooth image of random colors, which JPEG changes little, uint8 [h, w, 3]."""
-    corners = np.random.default_rng(seed).integers(50, 200, (2, 2, 3), np.uint8)
-    return np.asarray(Image.fromarray(corners).resize((width, height), Image.Resampling.BICUBIC))
-
-
-def encoded(array, file_format, mode="RGB", **options):
-    buffer = io.BytesIO()
-    Image.fromarray(array).convert(mode).save(buffer, file_format, **options)
-    return buffer.getvalue()
-
-
-def rotated(array):
-    """A JPEG file that EXIF rotates by 90 degrees to the right."""
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = 6
-    return encoded(array, "JPEG", exif=exif, quality=95)
-
-
-class ListSource(Source):
-    """Records in a list. One that is an exception is raised; a signal is sent to the process that reads the record."""
-
-    def __init__(self, records, channels=3):
-        self.records, self.channels, self.fingerprint = records, channels, f"{len(records)} records"
-        self.num_read = 0
-
-    def __len__(self):
-        return len(self.records)
-
-    def __getitem__(self, number):
-        self.num_read += 1
-        record = self.records[number]
-        if isinstance(record, Exception):
-            raise record
-        if isinstance(record, signal.Signals):
-            os.kill(os.getpid(), record)
-            return example(number)
-        return record
-
-    def record_name(self, number):
-        return f"picture {number}.jpg"
-
-
-def example(number, image=None):
-    return {"image": image or encoded(pixels(20 + number % 3, 30, number), "JPEG"), "label": number % 3, "id": number}
-
-
-def examples(count):
-    return [example(number) for number in range(count)]
 
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
     monkeypatch.setattr(resized_copy, "_LEAST_EXAMPLES", 3)
-
-
-def write(out, *records, side=16, names=NAMES, channels=3, **options):
-    """Writes a copy of records that are all in the split train."""
-    return resized_copy.write_copy("pets", names, {"train": ListSource(list(records), channels)}, out, side, **options)
-
-
-def read(path, split="train"):
-    """Reads the examples of a copy by TFDS, with encoded images."""
-    tfds = tfds_records.import_tfds()
-    source = tfds.builder_from_directory(path).as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-    return [source[number] for number in range(len(source))]
-
-
-def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def decoded(image):
-    with Image.open(io.BytesIO(image)) as opened:
-        return np.asarray(opened.convert("RGB")).astype(int)
 
 
 def test_order_labels_names_and_splits_are_those_of_the_source(tmp_path):
@@ -293,152 +217,3 @@ def test_a_full_disk(tmp_path, monkeypatch):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     assert contents(write(tmp_path, *noise, side=64).path) == expected
-
-
-def test_a_copy_in_use_or_not_a_copy(tmp_path):
-    (tmp_path / "pets").mkdir()
-    other = os.open(tmp_path / "pets", os.O_RDONLY)
-    fcntl.flock(other, fcntl.LOCK_EX)
-    with pytest.raises(UserError, match="pets is being written by another process"):
-        write(tmp_path, example(0))
-    os.close(other)
-    write(tmp_path, example(0))
-    before = contents(tmp_path)
-    with pytest.raises(UserError, match=r"pets has 1\.0\.0 and is not an unfinished copy.*--out"):
-        write(tmp_path, example(0))
-    assert contents(tmp_path) == before
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"--out=.*file cannot be written"):
-        write(tmp_path / "file", example(0))
-
-
-@pytest.mark.parametrize(
-    ("sources", "names", "message"),
-    [
-        ({"train": ListSource([])}, NAMES, "the split train has no examples"),
-        ({"a.b": ListSource([example(0)])}, NAMES, "the split 'a.b'"),
-        ({"train": ListSource([example(0)], channels=4)}, NAMES, "4 channels; JPEG stores 1 or 3"),
-        ({"train": ListSource([{"text": b""}])}, (), "no images, only text"),
-        ({"train": ListSource([DamagedError("")])}, (), "every example is damaged"),
-        ({"train": ListSource([example(0)])}, ("a\nb",), r"class name 'a\\nb' cannot be stored"),
-        ({"train": ListSource([example(0)])}, ("\udce4",), r"class name '\\udce4' cannot be stored"),
-    ],
-    ids=lambda x: x if isinstance(x, str) else "",
-)
-def test_sources_that_cannot_be_copied(tmp_path, sources, names, message):
-    with pytest.raises(UserError, match=message):
-        resized_copy.write_copy("pets", names, sources, tmp_path, 16)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_label_that_is_no_class(tmp_path):
-    with pytest.raises(UserError, match=r"train: picture 0.jpg: label 2 is not in 0\.\.1"):
-        write(tmp_path, example(2), names=("cat", "dog"))
-
-
-@pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
-    """Runs the command on a source of 10 examples: returns the exit code, stdout and stderr."""
-    monkeypatch.setattr(resize, "open_sources", lambda name, data_dir: (NAMES, {"train": ListSource(examples(10))}))
-
-    def run(*flags):
-        try:
-            resize.main(flags)
-        except SystemExit as exit_:
-            return exit_.code, *capsys.readouterr()
-        return 0, *capsys.readouterr()
-
-    return run
-
-
-def test_the_command(command, tmp_path, monkeypatch):
-    monkeypatch.setattr(resize, "_PROGRESS_SECONDS", -1)
-    flags = ["--name=folder", "--data_dir=/data/My pets!", f"--out={tmp_path}", "--side=12", "--processes=1"]
-    code, stdout, _ = command(*flags)
-    assert code == 0
-    first, *_, summary, usage = stdout.splitlines()
-    assert first.startswith("resize: 3/10 images  00:")
-    assert summary.startswith("10 images: 0.0 MB before, 0.0 MB after, ")
-    assert usage.endswith(f"1.0.0: use --config.dataset.name=My_pets --config.dataset.data_dir={tmp_path}")
-    assert all(min(decoded(x["image"]).shape[:2]) == 12 for x in read(tmp_path / "My_pets" / "1.0.0"))
-    assert command(*flags)[0] == 2
-
-
-def test_the_command_uses_all_cores_and_passes_its_options(command, tmp_path, monkeypatch):
-    given = {}
-
-    def write_copy(*args, **options):
-        given.update(options, args=args)
-        return resized_copy.Copy(tmp_path, 7, 7, 1, 1, ("train: a is broken",))
-
-    monkeypatch.setattr(resized_copy, "write_copy", write_copy)
-    monkeypatch.setattr(resize.joblib, "cpu_count", lambda: 5)
-    code, stdout, _ = command("--name=mnist:3.0.1", f"--out={tmp_path}", "--quality=80", "--max_damaged=3")
-    assert code == 0
-    assert "left out: train: a is broken" in stdout
-    assert given["args"][0] == "mnist"
-    assert given["args"][3:] == (tmp_path, 256)
-    assert (given["quality"], given["processes"], given["max_damaged"]) == (80, 5, 3)
-    command("--name=mnist", f"--out={tmp_path}", "--processes=2")
-    assert given["processes"] == 2
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--out=OUT"], "--name is missing"),
-        (["--name=pets"], "--out is missing"),
-        (["--name=pets", "--out=OUT", "--side=0"], "side"),
-        (["--name=pets", "--out=OUT", "--quality=101"], "quality"),
-        (["--name=pets", "--out=OUT", "--processes=0"], "processes"),
-        (["--name=pets", "--out=OUT", "--max_damaged=-1"], "max_damaged"),
-        (["--name=pets", "--out=OUT", "--sied=3"], "sied"),
-        (["--name=pets", "--out=OUT", "extra"], "'extra'"),
-        (["--name=pets", "--out=gs://bucket/x"], "a local folder"),
-    ],
-    ids=str,
-)
-def test_bad_flags(command, tmp_path, monkeypatch, flags, words):
-    monkeypatch.chdir(tmp_path)
-    code, _, stderr = command(*flags)
-    assert code == 2
-    assert stderr.startswith("error: ")
-    assert stderr.count("\n") == 1
-    assert words in stderr
-    assert not list(tmp_path.iterdir())
-
-
-def test_interrupting_the_command(command, tmp_path, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Job, "write", interrupt)
-    code, _, stderr = command("--name=pets", f"--out={tmp_path}", "--processes=1")
-    assert (code, stderr.splitlines()[-1]) == (130, "error: interrupted; the same command continues the copy")
-
-
-def test_help_lists_every_flag(command):
-    code, stdout, _ = command("--help")
-    assert code == 0
-    assert "python -m research.data.resize" in stdout
-    assert all(f"--{name}" in stdout or f"--[no]{name}" in stdout for name in resize.define_flags())
-
-
-@pytest.mark.parametrize(
-    ("name", "data_dir", "expected"),
-    [
-        ("imagenet2012", "", "imagenet2012"),
-        ("imagenet2012:5.1.0", "", "imagenet2012"),
-        ("imagenet_resized/64x64", "", "imagenet_resized_64x64"),
-        ("hf:food/101", "", "food_101"),
-        ("folder", "/data/caltech101/", "caltech101"),
-        ("folder", "/data/101 Pets", "images_101_Pets"),
-        ("folder", "/data/\u5199\u771f", "images"),
-        ("folder", "/data/digits", "digits_copy"),
-    ],
-)
-def test_the_name_of_the_copy(name, data_dir, expected):
-    assert resize.copy_name(name, data_dir) == expected
-    from tensorflow_datasets.core import naming
-
-    assert naming.is_valid_dataset_name(expected)

@@ -1,6 +1,13 @@
-"""Gives tests of data sets a folder of their own."""
+"""Gives tests of data sets a folder of their own, and tests of image folders some pictures."""
+
+import os
+import time
+import types
 
 import pytest
+from picture_folders import add
+
+from research.data import folder_listing
 
 
 @pytest.fixture
@@ -13,3 +20,31 @@ def data_dir(tmp_path, monkeypatch):
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
     (tmp_path / "data").mkdir()
     return tmp_path / "data"
+
+
+@pytest.fixture
+def pets(data_dir):
+    add(data_dir, "train/cat/1.png", "train/cat/2.jpg", "train/dog/1.png", "val/dog/1.png", "test/cat/1.png")
+    return data_dir
+
+
+@pytest.fixture
+def settled(monkeypatch):
+    """Makes every folder look as if it had last changed ten seconds ago."""
+    later = types.SimpleNamespace(time=time.time, time_ns=lambda: time.time_ns() + 10**10)
+    monkeypatch.setattr(folder_listing, "time", later)
+
+
+@pytest.fixture
+def scanned(monkeypatch, data_dir):
+    """The folders below `data_dir` that have been scanned, relative to it."""
+    scandir, paths = os.scandir, []
+
+    def recording(path="."):
+        relative = os.path.relpath(os.fsdecode(path), data_dir)
+        if not relative.startswith(".."):
+            paths.append(relative)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", recording)
+    return paths

@@ -5,10 +5,10 @@ import json
 import struct
 import zlib
 
+import artifacts
 import numpy as np
 import pytest
 from PIL import Image
-from test_predict import _write  # writes an artifact of functions
 from test_sources import make_set
 
 from launch import predict
@@ -275,7 +275,7 @@ def test_predictions_of_the_files_of_a_set_are_those_of_its_arrays(data_dir, tmp
         return {"logits": inputs["image"].reshape(inputs["image"].shape[0], -1).astype("float32") @ kernel}
 
     function = ExportedFunction(classify, {"image": (f"b, 4, 6, {channels}", "uint8")}, "")
-    artifact = _write(tmp_path / "artifact", "ab", {"classify": function})
+    artifact = artifacts.write(tmp_path / "artifact", "ab", {"classify": function})
     (tmp_path / "files").mkdir()
     for number, file in enumerate(files):
         (tmp_path / "files" / f"{number:02}.png").write_bytes(file)  # Pillow goes by the contents

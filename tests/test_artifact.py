@@ -5,7 +5,10 @@ import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -126,3 +129,17 @@ def test_a_damaged_artifact_is_refused_in_words(folder, monkeypatch, damage, wor
         artifact.read(folder)
     assert words in str(error.value)
     assert not bomb.exists()
+
+
+def test_weights_of_every_kind_come_back_to_the_bit(tmp_path):
+    weights = {"a": np.arange(4).astype(ml_dtypes.bfloat16) / 3, "b": np.array(True), "c": np.float32([[1]])}
+    weights["d"] = np.arange(6, dtype=np.float32).reshape(2, 3).T  # not contiguous
+    manifest = {"functions": {}, "classes": [], "platforms": [], "weights": {}}
+    manifest["weights"] = {name: {"shape": list(x.shape), "dtype": str(x.dtype)} for name, x in weights.items()}
+    artifact.write(tmp_path / "x", manifest, weights, {})
+    for name, x in artifact.read(tmp_path / "x").weights.items():
+        assert (x.dtype, x.tobytes(), x.shape) == (weights[name].dtype, weights[name].tobytes(), weights[name].shape)
+    program = "import pathlib\nfrom launch.artifacts import artifact\n"
+    program += f"print(artifact.read(pathlib.{tmp_path / 'x'!r}).weights['a'].dtype)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)  # which has no jax
+    assert done.stdout == "bfloat16\n", done.stderr

@@ -106,7 +106,9 @@ def check(config: OptimizerConfig, params: Any, frozen: Any) -> None:
         if not trained:
             raise UserError(f"{_FREEZE}={config.freeze} matches every parameter: leave some to train")
     for regex, _ in parse_scales(config.learning_rate_scale):
-        require_match(_SCALE, regex, trained)
+        require_match(_SCALE, regex, trained + names(frozen))
+        if not any(map(re.compile(regex).search, trained)):
+            raise UserError(f"{_SCALE}={regex} matches only parameters that {_FREEZE}={config.freeze} keeps unchanged")
 
 
 def trained_only(tree: Any, config: OptimizerConfig) -> Any:

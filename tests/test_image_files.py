@@ -98,6 +98,15 @@ def test_the_images_of_a_folder_are_those_that_training_finds(tmp_path):
     assert sorted(image_files.list_files([str(tmp_path)])) == sorted(str(tmp_path / name) for name in names)
 
 
+def test_links_to_folders_are_followed_but_not_in_circles(tmp_path, capsys):
+    _touch(tmp_path, "elsewhere/b.png", "in/a.png")
+    (tmp_path / "in/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/back").symlink_to(tmp_path / "in")
+    found = image_files.list_files([str(tmp_path / "in")])
+    assert found == [str(tmp_path / "in/a.png"), str(tmp_path / "in/linked/b.png")]
+    assert capsys.readouterr().err == ""
+
+
 def test_a_folder_without_images_is_refused(tmp_path, monkeypatch):
     _touch(tmp_path, "in/labels.txt")
     with pytest.raises(ArtifactError, match=r"in has no image files \(\.png, .*\): give another folder"):

@@ -3,12 +3,14 @@
 import fcntl
 import os
 
+import numpy as np
 import pytest
-from resizing import NAMES, ListSource, contents, decoded, example, examples, read, write
+from resizing import NAMES, ListSource, contents, decoded, encoded, example, examples, pixels, read, write
 
-from research.data import resize, resized_copy
+from research.data import resize, resized_copy, sources
 from research.data.resized_shards import Job
 from research.data.source import DamagedError
+from research.dataset_config import DatasetConfig
 from research.errors import UserError
 
 
@@ -137,6 +139,29 @@ def test_interrupting_the_command(command, tmp_path, monkeypatch):
     monkeypatch.setattr(Job, "write", interrupt)
     code, _, stderr = command("--name=pets", f"--out={tmp_path}", "--processes=1")
     assert (code, stderr.splitlines()[-1]) == (130, "error: interrupted; the same command continues the copy")
+
+
+def test_arrays_of_gray_images_can_be_copied(tmp_path):
+    resize.main(["--name=digits", f"--out={tmp_path}", "--side=8", "--processes=1"])
+    original = sources.load(DatasetConfig(name="digits"))
+    image = decoded(read(tmp_path / "digits_copy/1.0.0", "test")[0]["image"])
+    assert image.shape == (8, 8, 3)  # `decoded` makes it RGB
+    expected = original.test["image"][0, ..., 0].reshape(8, 4, 8, 4).mean((1, 3))
+    np.testing.assert_allclose(image[..., 0], expected, atol=30)
+
+
+@pytest.mark.parametrize("out", ["pets", "pets/copy", "link"])
+def test_a_copy_within_the_set_itself_is_refused(out, tmp_path, capsys):
+    for name in ("cat", "dog"):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        (tmp_path / "pets" / name / "1.jpg").write_bytes(encoded(pixels(8, 8), "JPEG"))
+    (tmp_path / "link").symlink_to(tmp_path / "pets")
+    before = contents(tmp_path)
+    with pytest.raises(SystemExit) as exit_:
+        resize.main(["--name=folder", f"--data_dir={tmp_path / 'pets'}", f"--out={tmp_path / out}"])
+    assert exit_.value.code == 2
+    assert f"{tmp_path / 'pets'}, the set itself: give a folder outside of it" in capsys.readouterr().err
+    assert contents(tmp_path) == before
 
 
 def test_help_lists_every_flag(command):

@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 from PIL import Image
@@ -24,8 +23,8 @@ _NUM_SHOWN = 3  # skipped files
 def list_files(paths: Sequence[str]) -> list[str]:
     """Lists image files: each folder in `paths` is replaced by those in it and its subfolders, sorted.
 
-    Warns about what is skipped: hidden files, files without the suffix of an image, and links to folders. As in
-    training, hidden folders and folders of thumbnails are ignored.
+    Warns about what is skipped: hidden files, and files without the suffix of an image. As in training, links are
+    followed, and hidden folders and folders of thumbnails are ignored.
 
     Raises:
       ArtifactError: a folder has no image files or cannot be read.
@@ -36,7 +35,7 @@ def list_files(paths: Sequence[str]) -> list[str]:
         if not os.path.isdir(path):
             images.append(path)
             continue
-        files = sorted(_walk(path))
+        files = sorted(_walk(Path(path)))
         if not any(map(_is_image, files)):
             raise ArtifactError(f"{path} has no image files ({', '.join(decoding.SUFFIXES)}): give another folder")
         for file in files:
@@ -47,19 +46,24 @@ def list_files(paths: Sequence[str]) -> list[str]:
     return images
 
 
-def _walk(folder: str) -> Iterator[Path]:
-    for parent, folders, names in os.walk(folder, onerror=_refuse):
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in decoding.IGNORED_FOLDERS]
-        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
-        yield from (Path(parent, name) for name in names + links)
-
-
-def _refuse(error: OSError) -> NoReturn:
-    raise ArtifactError(f"{error.filename} cannot be read: {error.strerror}")
+def _walk(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """Yields the files of a folder and its subfolders; `above` are the real paths of the folders that it is in."""
+    real = os.path.realpath(folder)
+    if real in above:  # a link into a loop
+        return
+    try:
+        entries = list(folder.iterdir())
+    except OSError as error:
+        raise ArtifactError(f"{folder} cannot be read: {error.strerror}") from None
+    for entry in entries:
+        if not entry.is_dir():
+            yield entry
+        elif not entry.name.startswith(".") and entry.name not in decoding.IGNORED_FOLDERS:
+            yield from _walk(entry, above | {real})
 
 
 def _is_image(file: Path) -> bool:
-    return file.suffix.lower() in decoding.SUFFIXES and not file.name.startswith(".") and not file.is_dir()
+    return file.suffix.lower() in decoding.SUFFIXES and not file.name.startswith(".")
 
 
 class ImageFiles:

@@ -39,7 +39,7 @@ def check(config: AugmentConfig, image_shape: tuple[int, ...], num_classes: int,
         if getattr(config, name) and channels not in allowed:
             raise UserError(
                 f"--config.augment.{name}={getattr(config, name)} needs images of "
-                f"{' or '.join(map(str, allowed))} channels, not {channels}; leave the flag out"
+                f"{' or '.join(map(str, allowed))} channels, not {channels}; set it to 0"
             )
     for name in ("mixup", "cutmix"):
         if (alpha := getattr(config, name)) and num_classes < 2:

@@ -9,6 +9,7 @@ import argparse
 import functools
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -31,13 +32,18 @@ def find_damage(reader: ExampleReader, number: int) -> str:
     return ""
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}: give NAME [--data_dir=DIR]; --help lists the options")
+
+
 def run(argv: Sequence[str]) -> int:
     """Checks the data set that the command line names; returns the number of damaged examples.
 
     Raises:
-      UserError: it cannot be opened, or has no images.
+      UserError: an argument is wrong, or the set cannot be opened or has no images.
     """
-    parser = argparse.ArgumentParser("research.data.check", description=str(__doc__).partition("\n")[0])
+    parser = _Parser("research.data.check", description=str(__doc__).partition("\n")[0])
     parser.add_argument("name", help="of the data set, as in --config.dataset.name")
     parser.add_argument("--data_dir", default="", help="its folder, as in --config.dataset.data_dir")
     options = parser.parse_args(argv)

@@ -75,7 +75,7 @@ def decode(encoded: bytes, channels: int, size: tuple[int, int] | None = None) -
     except Image.DecompressionBombError:
         raise ImageError(f"has more than {Image.MAX_IMAGE_PIXELS:,} pixels") from None
     except Exception as error:  # Pillow's decoders raise exceptions of many types
-        raise ImageError(f"is not an intact image ({', '.join(FORMATS)}): {type(error).__name__}") from None
+        raise ImageError(f"is not an intact image ({', '.join(FORMATS)}): {_reason(error)}") from None
     return array[..., None] if array.ndim == 2 else array
 
 
@@ -154,6 +154,12 @@ def orientation(encoded: bytes) -> int:
             return _orientation(image)
     except Exception:  # Pillow's decoders raise exceptions of many types
         return 1
+
+
+def _reason(error: Exception) -> str:
+    # The text of an unknown format has the address of an object in memory.
+    text = "" if isinstance(error, PIL.UnidentifiedImageError) else str(error)
+    return text.partition("\n")[0] or type(error).__name__
 
 
 def _size_error(image: Image.Image, size: tuple[int, int]) -> SizeError:

@@ -22,6 +22,7 @@ from research.data.source import DamagedError, Source, Subset, held_out
 from research.errors import UserError
 
 _TEST_FRACTION = 0.1
+_MAX_NAMED = 3  # folders in a warning
 _SPLITS = {b"train": "train", b"validation": "validation", b"val": "validation", b"test": "test"}
 _MISTAKEN_SPLITS = {b"training", b"testing", b"valid"}
 
@@ -112,6 +113,9 @@ def _split_folders(top: bytes, names: Sequence[bytes]) -> dict[str, bytes]:
         raise UserError(f"{name} is {problem}: {LAYOUT}; splits are called train, validation (or val) and test")
     if {b"val", b"validation"} <= set(found):
         raise UserError(f"{printable(top)} has both val and validation: rename or remove one of them")
+    if found and (others := [name for name in names if name not in _SPLITS]):
+        shown = ", ".join(map(printable, others[:_MAX_NAMED])) + (", ..." if len(others) > _MAX_NAMED else "")
+        print(f"warning: {printable(top)}: folders that are no splits are not read: {shown}", file=sys.stderr)
     return {_SPLITS[name]: os.path.join(top, name) for name in found}
 
 

@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import time
+import unicodedata
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NoReturn
@@ -266,10 +267,16 @@ def _check_root(root: bytes, contents: Contents, classes: Mapping[bytes, int]) -
     check_classes(root, contents)
     if unknown := [name for name in contents.folders if name not in classes]:
         more = f" and {len(unknown) - 1:,} more" if len(unknown) > 1 else ""
+        looks_known = _normalized(unknown[0]) in map(_normalized, classes)
         raise UserError(
-            f"{printable(os.path.join(root, unknown[0]))}{more}: train has no class folder of this name; rename or "
-            "remove it, or add the class to train"
+            f"{printable(os.path.join(root, unknown[0]))}{more}: train has no class folder of this name; "
+            + ("it has one that looks the same, in another Unicode normalization: " if looks_known else "")
+            + "rename or remove it, or add the class to train"
         )
+
+
+def _normalized(name: bytes) -> str:
+    return unicodedata.normalize("NFC", os.fsdecode(name))
 
 
 def _notes(root: bytes, skipped: Mapping[str, int]) -> str:

@@ -21,7 +21,11 @@ def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[flo
     Returns:
       mean, std: c numbers each, for values in 0..1. The std of a constant channel is given as 1, so that `normalize`
       makes it 0.
+
+    Raises:
+      UserError: `images` has another shape or dtype.
     """
+    _check(images)
     channels = images.shape[-1]
     counts = np.zeros((channels, 256), np.int64)  # exact histograms: no cancellation in the variance below
     chunk = max(1, 2**20 // images[0].size)
@@ -39,10 +43,22 @@ def pixel_means(images: np.ndarray) -> np.ndarray:
 
     Args:
       images: uint8 [n, h, w, c]; a memory map may be larger than memory.
+
+    Raises:
+      UserError: `images` has another shape or dtype.
     """
+    _check(images)
     chunk = max(1, 2**20 // images[0].size)
     parts = (images[start : start + chunk].sum(0, dtype=np.int64) for start in range(0, len(images), chunk))
     return sum(parts, np.zeros(images.shape[1:], np.int64)) / (255 * len(images))
+
+
+def _check(images: np.ndarray) -> None:
+    if images.dtype != np.uint8 or images.ndim != 4:
+        raise UserError(
+            f"the feature image is {images.dtype}{list(images.shape)}; it must be uint8 [n, height, width, channels], "
+            "with values from 0 to 255"
+        )
 
 
 def normalize(

@@ -4,7 +4,7 @@ import difflib
 import functools
 import itertools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -48,7 +48,7 @@ def open_splits(
     if name.startswith("hf:"):
         label_names, loaders, version = hugging_face.load(name.removeprefix("hf:"), config.data_dir)
     else:
-        label_names, loaders, version = _load_tfds(name, config)
+        label_names, loaders, version = _load_tfds(name, config, own)
     return label_names, _with_held_out(loaders, config), version
 
 
@@ -102,19 +102,20 @@ def _copied(examples: Any) -> Any:
     return examples if isinstance(examples, Source) else dict(examples)
 
 
-def _load_tfds(name: str, config: DatasetConfig) -> tuple[tuple[str, ...], Mapping[str, Any], str]:
+def _load_tfds(name: str, config: DatasetConfig, own: Iterable[str]) -> tuple[tuple[str, ...], Mapping[str, Any], str]:
     data_folder = tfds_sets.data_folder(config.data_dir)
     path = tfds_sets.find(name, data_folder)
     if path is None and prepare.is_preparable(name):
         prepare.prepare(tfds_sets.split_version(name)[0], data_folder)
         path = tfds_sets.find(name, data_folder)
     if path is None:
-        raise _not_found(name, data_folder)
+        raise _not_found(name, data_folder, own)
     return *tfds_sets.load(name, path, as_records=config.image_size > 0), path.name
 
 
-def _not_found(name: str, folder: Path) -> UserError:
+def _not_found(name: str, folder: Path, own: Iterable[str]) -> UserError:
     known = [
+        *own,
         *tfds_records.import_tfds().list_builders(with_community_datasets=False),
         "folder",
         "text",

@@ -62,9 +62,16 @@ def load(name: str, load_own: Load, config: DatasetConfig) -> tuple[tuple[str, .
       The label names and the splits.
 
     Raises:
-      UserError: a split has no features, arrays of different lengths, or arrays of objects.
+      UserError: it returns something else, or a split has no features, arrays of different lengths, or arrays of
+        objects.
     """
-    label_names, splits = load_own(config)
+    loaded = load_own(config)
+    if not (isinstance(loaded, tuple) and len(loaded) == 2 and isinstance(loaded[1], Mapping) and loaded[1]):
+        raise UserError(
+            f"--config.dataset.name={name}: the function that loads it must return (label names, splits), as in "
+            '("no", "yes"), {"train": {"image": ..., "label": ...}, "test": ...}'
+        )
+    label_names, splits = loaded
     return tuple(label_names), {
         split: _checked(f"{name}, split {split}", examples) if isinstance(examples, Mapping) else _OwnSource(examples)
         for split, examples in splits.items()

@@ -49,6 +49,14 @@ def copy_name(name: str, data_dir: str) -> str:
     return f"{text}_copy" if text in ("folder", *embedded.DATASETS) else text  # these names never mean a prepared set
 
 
+def _check_out(out: Path, name: str, data_dir: str) -> None:
+    """Raises `UserError` if the copy would become part of the folder that it is made from."""
+    source = data_dir if name == "folder" else name.removeprefix("hf:") if name.startswith("hf:") else ""
+    folder = Path(source).expanduser().resolve()
+    if source and folder.is_dir() and out.resolve().is_relative_to(folder):
+        raise UserError(f"--out={out} is in {folder}, the set itself: give a folder outside of it")
+
+
 def define_flags() -> flags.FlagValues:
     """Defines the flags of this command."""
     values = command_line.new_flags("set", "folder for the copy, a local one")
@@ -71,6 +79,7 @@ def run(argv: Sequence[str]) -> None:
     if "://" in given["out"]:
         raise UserError(f"--out={given['out']}: write the copy to a local folder, and then copy that")
     out = Path(given["out"]).expanduser()
+    _check_out(out, given["name"], given["data_dir"])
     label_names, sources = open_sources(given["name"], given["data_dir"])
     name = copy_name(given["name"], given["data_dir"])
     start = time.monotonic()

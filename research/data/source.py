@@ -88,6 +88,7 @@ class ArraySource(Source):
     def __init__(self, arrays: Mapping[str, np.ndarray], fingerprint: str):
         self._arrays = arrays
         self.fingerprint = fingerprint
+        self.channels = arrays["image"].shape[-1]
         self.labels = arrays.get("label")
 
     def __len__(self) -> int:

@@ -135,15 +135,19 @@ def load(config: DatasetConfig, own: Mapping[str, own_data.Load] = MappingProxyT
 
 
 def _check_crops(config: DatasetConfig) -> None:
-    """Raises `UserError` if fields of the crops were set but have no effect."""
-    default, prefix = DatasetConfig(), "--config.dataset."
-    fields = ("train_image_size", "train_crop", "crop_min_area", "center_crop")
-    changed = [field for field in fields if getattr(config, field) != getattr(default, field)]
-    if changed and not config.image_size:
-        needs = "needs" if len(changed) == 1 else "need"
-        raise UserError(f"{', '.join(prefix + field for field in changed)} {needs} {prefix}image_size, of the crops")
-    if config.train_crop != "random_resized" and "crop_min_area" in changed:
-        raise UserError(f"{prefix}crop_min_area needs {prefix}train_crop=random_resized")
+    """Raises `UserError` if fields of the crops have values other than their defaults, but no effect."""
+    unused = []
+    if not config.image_size:
+        unused = ["train_image_size", "train_crop", "crop_min_area", "center_crop"]
+    elif config.train_crop != "random_resized":
+        unused = ["crop_min_area"]
+    fields = {field: (getattr(config, field), getattr(DatasetConfig(), field)) for field in unused}
+    changed = {field: default for field, (value, default) in fields.items() if value != default}
+    if changed:
+        given = ", ".join(f"--config.dataset.{field}={getattr(config, field)}" for field in changed)
+        defaults = " ".join(f"--config.dataset.{field}={value}" for field, value in changed.items())
+        why = f"train_crop={config.train_crop}" if config.image_size else "image_size=0"
+        raise UserError(f"{given}: no effect with --config.dataset.{why}; change that, or set {defaults}")
 
 
 def open_records(name: str, data_dir: str) -> tuple[tuple[str, ...], dict[str, Source]]:

@@ -15,13 +15,11 @@ from research.config import AugmentConfig, Config, option
 from research.data import augmentation, images, mixing
 from research.data.batch import Batch
 from research.data.sources import Dataset
-from research.data.streamed import Column, StreamedSplit
 from research.errors import UserError
-from research.tasks import calibration, class_table, classification_loss
+from research.tasks import calibration, class_table, classification_loss, label_checks
 from research.tasks.task import Examples, ExportedFunction, Inputs, Metrics, Task
 
 _TOP, _MIN_CLASSES = 5, 10  # top-5 accuracy is reported for sets of more than 10 classes
-_NUM_CHECKED = 16  # labels that are known only after reading their records
 
 
 @dataclasses.dataclass
@@ -126,31 +124,8 @@ class Classification(Task):
         )
 
     def check_data(self, dataset: Dataset) -> None:
-        """Checks that every example has a label.
-
-        Raises:
-          UserError: the data set has no labels, or a split has examples without a label or with one that train lacks.
-        """
-        for role, split in dataset.splits.items():
-            if "label" not in split:
-                raise UserError(f"--config.dataset.name={dataset.name} has no class labels, so it cannot be classified")
-            if not dataset.label_names and isinstance(split, StreamedSplit):
-                raise UserError(
-                    f"--config.dataset.name={dataset.name}: the number of classes is unknown: name its labels"
-                )
-            labels = split["label"]
-            if isinstance(split, StreamedSplit) and isinstance(labels, Column):
-                split.require_labels()  # the others are checked when they are read
-                labels = labels.sample(_NUM_CHECKED)
-            largest = len(dataset.label_names) - 1
-            unlabeled, unknown = np.sum(labels < 0), np.sum(labels > largest) if dataset.label_names else 0
-            if unlabeled or unknown:
-                problem = "no label (-1)" if unlabeled else f"a label above {largest}, the largest in train"
-                hold_out = "" if role == "train" else f", or hold some out with --config.dataset.{role}_fraction=0.1"
-                raise UserError(
-                    f"--config.dataset.name={dataset.name}: {unlabeled or unknown:,} of {len(labels):,} {role} "
-                    f"examples have {problem}; choose another split with --config.dataset.{role}_split{hold_out}"
-                )
+        """Raises `UserError` if the labels are not suitable, see `label_checks.check`."""
+        label_checks.check(dataset)
 
     def evaluate(self, model: nnx.Module, batch: Batch, *, key: jax.Array, train: bool) -> Metrics:
         """Computes each example's cross-entropy in nats and accuracy; augmentation and smoothing are for training only.

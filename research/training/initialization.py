@@ -145,4 +145,4 @@ def _check_fits(text: str, source: Weights, wanted: Mapping[str, jax.Array], kno
 
 def _named(names: list[str]) -> str:
     more = f" and {len(names) - _MAX_NAMED} more" if len(names) > _MAX_NAMED else ""
-    return ", ".join(names[:_MAX_NAMED]) + more
+    return ", ".join(sorted(names)[:_MAX_NAMED]) + more

@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import unicodedata
 
 import pytest
 from picture_folders import add, load, train
@@ -135,6 +136,19 @@ def test_a_folder_that_does_not_exist(data_dir, name):
 def test_no_folder_given():
     with pytest.raises(UserError, match=r"--config.dataset.name=folder needs --config.dataset.data_dir=DIR: expected"):
         folder.load("", hold_out=True)
+
+
+def test_folders_next_to_the_splits_are_named(data_dir, capsys):
+    add(data_dir, "train/a/1.png", "train/b/1.png", "bus/1.png", "car/1.png")
+    load(data_dir)
+    assert capsys.readouterr().err == f"warning: {data_dir}: folders that are no splits are not read: bus, car\n"
+
+
+def test_a_class_in_another_unicode_normalization(data_dir):
+    composed, decomposed = (unicodedata.normalize(form, "\u00e9t\u00e9") for form in ("NFC", "NFD"))
+    add(data_dir, f"train/{composed}/1.png", "train/b/1.png", f"test/{decomposed}/1.png")
+    with pytest.raises(UserError, match="has no class folder of this name; it has one that looks the same"):
+        load(data_dir)
 
 
 def test_bad_splits_that_are_not_used_do_no_harm(data_dir):

@@ -5,6 +5,7 @@ import numpy as np
 import photographs
 import pytest
 
+from research.data import images as images_lib
 from research.data import sources
 from research.dataset_config import DatasetConfig
 from research.errors import UserError
@@ -43,6 +44,25 @@ def test_arrays_are_a_data_set():
     assert len(set(dataset.fingerprints.values())) == 3
     with pytest.raises(ValueError, match="read-only"):
         dataset.train["image"][0] = 0
+
+
+@pytest.mark.parametrize("returned", [None, {"train": {"x": [1.0]}}, ((), {}), (("a", "b"), [1, 2])])
+def test_a_function_that_returns_something_else_is_told_what_to_return(returned):
+    with pytest.raises(UserError, match=r"name=own: the function that loads it must return \(label names, splits\)"):
+        sources.load(DatasetConfig(name="own"), {"own": lambda _: returned})
+
+
+def test_a_mistyped_name_is_corrected(tmp_path):
+    with pytest.raises(UserError, match="did you mean spirals"):
+        sources.load(DatasetConfig(name="spiral", data_dir=str(tmp_path)), {"spirals": lambda _: ((), {})})
+
+
+@pytest.mark.parametrize("images", [IMAGES[..., 0], IMAGES / 255, IMAGES.astype(int)])
+def test_images_of_another_shape_or_dtype_are_refused_where_statistics_are_computed(images):
+    dataset = _load({"train": {"image": images}, "test": {"image": images}})
+    for statistic in (images_lib.channel_statistics, images_lib.pixel_means):
+        with pytest.raises(UserError, match=r"image is .*it must be uint8 \[n, height, width, channels\]"):
+            dataset.statistic(statistic, "image")
 
 
 def test_the_function_gets_the_config():

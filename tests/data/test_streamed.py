@@ -124,12 +124,15 @@ def test_streaming_gives_the_pixels_of_the_resident_set():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"train_crop": "resize"}, "train_crop needs --config.dataset.image_size"),
-        ({"crop_min_area": 0.5}, "crop_min_area needs --config.dataset.image_size"),
-        ({"center_crop": 0.5}, "center_crop needs --config.dataset.image_size"),
-        ({"train_image_size": 16}, "train_image_size needs --config.dataset.image_size"),
+        ({"train_crop": "resize"}, "train_crop=resize: no effect with --config.dataset.image_size=0"),
+        ({"crop_min_area": 0.5}, "crop_min_area=0.5: no effect with .*, or set --config.dataset.crop_min_area=0.08"),
+        ({"center_crop": 0.5}, "center_crop=0.5: no effect with --config.dataset.image_size=0"),
+        ({"train_image_size": 16}, "train_image_size=16: no effect with --config.dataset.image_size=0"),
         ({"max_damaged": 1}, "max_damaged needs --config.dataset.image_size"),
-        ({"image_size": 32, "train_crop": "resize", "crop_min_area": 0.5}, "needs --config.dataset.train_crop=random_"),
+        (
+            {"image_size": 32, "train_crop": "resize", "crop_min_area": 0.5},
+            "no effect with --config.dataset.train_crop=resize",
+        ),
         ({"name": "pydoc", "image_size": 32}, "pydoc has no images"),
     ],
 )

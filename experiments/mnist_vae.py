@@ -142,7 +142,10 @@ def complete(config: MnistVAEConfig, dataset: Dataset) -> MnistVAEConfig:
         model = dataclasses.replace(model, groups=model.groups or hierarchical_vae.DEFAULT_GROUPS)
         hierarchical_vae.check(model, dataset.train["image"].shape[1:])
     elif model.groups:
-        raise UserError(f"--config.model.groups={model.groups}: {model.name} has one layer of latents; remove the flag")
+        raise UserError(
+            f"--config.model.groups={model.groups}: {model.name} has one layer of latents; set --config.model.groups= "
+            "to nothing"
+        )
     else:
         vae.check(model, dataset.train["image"].shape[1:])
     if not bernoulli and config.binarize:

@@ -199,7 +199,8 @@ def make_command(experiment: Experiment, values: absl_flags.FlagValues) -> Comma
     mode = str(values["mode"].value)
     if mode != "train" and earlier is None:
         # Names no --mode, which the caller of `research.load` has not given.
-        raise UserError(f"there is no config.json in {workdir}: give the --workdir of a run")
+        where = f"there is no config.json in {workdir}: " if values["workdir"].value else ""
+        raise UserError(f"{where}give the --workdir of a run")
     checkpoint = _checkpoint(values, mode)
     reproduces, reproduced = earlier_runs.to_reproduce(experiment, values["reproduce"].value, mode)
     config = experiment.presets[str(values["config"].value)]()

@@ -54,6 +54,9 @@ def test_bad_manifests_and_prompts_are_named(monkeypatch):
     assert tokens.encode(unknown, "a") == [1]
     with pytest.raises(ArtifactError, match="--prompt='b': the tokenizer has no tokens for it"):
         tokens.encode(unknown, "b")
+    pieces = tokenizers.Tokenizer(tokenizers.models.Unigram([("?", 0.0), ("a", -1.0)], unk_id=0)).to_str()
+    with pytest.raises(ArtifactError, match="--prompt='b': the tokenizer has no tokens for it"):
+        tokens.encode(unknown | {"tokenizer": {"kind": "0123", "json": pieces}}, "b")
     damaged = {"classes": [], "tokenizer": {"kind": "0123", "json": "{}"}}
     with pytest.raises(ArtifactError, match="the artifact's tokenizer cannot be read"):
         tokens.encode(damaged, "a")

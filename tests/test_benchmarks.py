@@ -229,7 +229,7 @@ def test_each_language_model_of_the_study_is_a_valid_command():
 def test_the_networks_of_the_depth_study_have_4_to_32_groups_and_equally_many_parameters():
     sizes = []
     for groups, units in depth.NETWORKS.items():
-        flags.parse(image_vae.EXPERIMENT, depth.flags_of(groups, 10))
+        flags.parse(image_vae.EXPERIMENT, depth.flags_of(groups, 10, 0.004))
         model = dataclasses.replace(image_vae.get_config().model, groups=groups, width=units)
         network = nnx.eval_shape(
             lambda model=model: hierarchical_vae.create(model, mean=np.zeros((32, 32, 3)), rngs=nnx.Rngs(0))
@@ -253,6 +253,7 @@ def test_the_perceptron_trains_as_a_command(tmp_path):
         (["sweep", "--trials=x"], "flag --trials=x"),
         (["peers", "--peer=nosuch"], "use flax, keras"),
         (["seeds", "--dataset=nosuch"], "nosuch"),
+        (["depth", "--rates=0.1,x"], "give numbers separated by commas"),
         (["language", "--epochs=3"], "--epochs is for --study"),
         (["language", "--study", "--widths=8,16,32"], "at least 4 for the power law"),
     ],

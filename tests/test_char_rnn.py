@@ -99,6 +99,7 @@ def test_the_command_trains_evaluates_and_samples(tmp_path, monkeypatch, capsys)
 def test_bad_flags_name_what_is_right(tmp_path):
     for args, words in (
         (["--prompt=a"], "--prompt is for --mode=sample"),
+        (["--mode=sample"], "give the --workdir of a run"),
         (["--mode=sample", f"--workdir={tmp_path}"], f"there is no config.json in {tmp_path}: give the --workdir"),
         (["--config.model.name=lstn"], "'lstn': use one of"),
         (["--config.sequence_len=8"], "did you mean --config.sequence_length?"),

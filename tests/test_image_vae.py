@@ -144,6 +144,9 @@ def test_each_field_changes_the_loss(field, value):
     ("args", "words"),
     [
         (["--config.model.groups=1,x"], "groups=1,x: give the number of groups at each resolution"),
+        (["--config.model.groups=9999,1"], "groups=9999,1: give at most 1,000 groups"),
+        (["--config.model.groups=1,\u0663"], "give the number of groups at each resolution"),
+        (["--config.model.groups=1," + 5000 * "9"], "give the number of groups at each resolution"),
         (["--config.model.groups=1,1,1,1"], "images of 4x4 cannot be halved 3 times"),
         (["--config=flat", "--config.model.depth=2", "--config.model.groups=1"], "conv has one layer of latents"),
         (["--config.binarize=fixed", "--config.model.groups=1,0"], "binarize=fixed: only a bernoulli"),

@@ -52,7 +52,8 @@ def _walk(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
     if real in above:  # a link into a loop
         return
     try:
-        entries = list(folder.iterdir())
+        with os.scandir(folder) as found:
+            entries = [folder / entry.name for entry in found]
     except OSError as error:
         raise ArtifactError(f"{folder} cannot be read: {error.strerror}") from None
     for entry in entries:

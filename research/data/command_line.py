@@ -41,7 +41,7 @@ def parse(values: flags.FlagValues, argv: Sequence[str], doc: str, example: str)
     except flags.Error as error:
         raise UserError(str(error)) from None
     if values["help"].value:
-        print(f"{doc.strip()}\n\n{values.main_module_help() or values.get_help()}".rstrip())
+        print(f"{doc.strip()}\n\n{values.get_help()}".rstrip())
         return {}
     if unexpected:
         raise UserError(f"unexpected {unexpected[0]!r}: every option is of the form --name=value; --help lists them")

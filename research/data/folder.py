@@ -86,8 +86,8 @@ def load(data_dir: str, *, hold_out: bool) -> tuple[tuple[str, ...], Loaders]:
       warning if that skips files.
 
     Raises:
-      UserError: the folder is missing or unreadable or has another layout; there are fewer than two classes; or (when a
-        split is loaded) a class of train or the whole split has no images, or train lacks a class of another split.
+      UserError: the folder is missing or unreadable or has another layout; or (when a split is loaded) a class of train
+        or the whole split has no images, or train lacks a class of another split.
     """
     if not data_dir:
         raise UserError(f"--config.dataset.name=folder needs --config.dataset.data_dir=DIR: {LAYOUT}")
@@ -122,9 +122,6 @@ def _split_folders(top: bytes, names: Sequence[bytes]) -> dict[str, bytes]:
 def _class_folders(train: bytes) -> Sequence[bytes]:
     contents = folder_listing.read_folder(train)
     folder_listing.check_classes(train, contents)
-    if len(contents.folders) == 1:
-        name = printable(contents.folders[0])
-        raise UserError(f"{printable(train)} has only one class folder, {name}; classification needs two: {LAYOUT}")
     return contents.folders
 
 

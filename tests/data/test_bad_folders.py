@@ -82,8 +82,6 @@ BAD = {
     "other files only": (["labels.csv"], "{} has no class folders: expected"),
     "an empty train": (["train/"], "{}/train has no class folders: expected"),
     "images in train": (["train/1.png"], "{}/train has images, but no class folders"),
-    "one class": (["cat/1.png"], "{} has only one class folder, cat; classification needs two"),
-    "one class of train": (["train/cat/1.png", "test/cat/1.png"], "{}/train has only one class folder, cat"),
     "an empty class": (["a/1.png", "b/", "c/1.png"], "{}/b: no images (.png, .jpg, "),
     "three empty classes": (["a/1.png", "b/", "c/x/", "d/"], "{}/b and 2 more class folders: no images"),
     "a class of other files": (["a/1.png", "b/1.tiff"], "{}/b: no images (.png, .jpg, "),

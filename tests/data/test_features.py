@@ -137,7 +137,7 @@ def test_images_without_labels_suit_an_autoencoder_and_no_classifier(data_dir):
 
 
 def test_an_unlabeled_test_split_is_an_error_only_where_it_is_used(data_dir):
-    splits = {"train": labeled(0, 1, 0, 1), "validation": labeled(1), "test": labeled(-1, -1)}
+    splits = {"train": labeled(*10 * (0, 1)), "validation": labeled(1), "test": labeled(-1, -1)}
     make_set(data_dir, "pets", image_features, splits)
     pets = load(data_dir)
     assert pets.test["label"].tolist() == [-1, -1]

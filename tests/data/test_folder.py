@@ -35,6 +35,12 @@ def test_classes_directly_in_the_folder(data_dir):
     assert labels(splits["train"]) == {b"cat/1.png": 0, b"dog/1.png": 1}
 
 
+def test_a_single_class_is_a_set_of_images(data_dir):
+    add(data_dir, "train/cat/1.png", "test/cat/1.png")
+    names, splits = load(data_dir)
+    assert (names, labels(splits["train"])) == (("cat",), {b"cat/1.png": 0})
+
+
 def test_a_relative_folder_and_one_in_the_home_folder(data_dir, monkeypatch):
     add(data_dir, "pets/cat/1.png", "pets/dog/1.png")
     monkeypatch.chdir(data_dir)

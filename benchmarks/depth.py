@@ -32,22 +32,37 @@ def flags_of(groups: str, steps: int, rate: float) -> list[str]:
 
 
 def row(groups: str, steps: int, rates: Sequence[float]) -> dict[str, Any]:
-    """Measures one network."""
-    runs = [trials.summary(_EXPERIMENT, flags_of(groups, steps, rate)) for rate in rates]
+    """Measures one network; the results of a learning rate at which it diverges are None.
+
+    Raises:
+      UserError: it diverges at all of them.
+    """
+    runs = [_summary(groups, steps, rate) for rate in rates]
+    trained = [run for run in runs if run]
+    if not trained:
+        raise UserError(f"--rates={','.join(map(str, rates))}: {groups} diverged with all of them: add smaller ones")
     return {
         "groups": sum(map(int, groups.split(","))),
         "by_resolution": groups,
         "width": NETWORKS[groups],
-        "parameters": runs[0]["num_params"],
-        "flops": steps * runs[0]["model_flops_per_step"],
-        "seconds": [run["train_seconds"] for run in runs],
-        "test_bits_per_dim": [run["test_bits_per_dim"] for run in runs],
+        "parameters": trained[0]["num_params"],
+        "flops": steps * trained[0]["model_flops_per_step"],
+        **{name: [run.get(name) for run in runs] for name in ("train_seconds", "test_bits_per_dim")},
     }
+
+
+def _summary(groups: str, steps: int, rate: float) -> dict[str, Any]:
+    try:
+        return trials.summary(_EXPERIMENT, flags_of(groups, steps, rate))
+    except SystemExit as error:
+        if " became " in str(error):  # the loss or the gradient NaN or infinite
+            return {}
+        raise
 
 
 def line(row: dict[str, Any]) -> str:
     """Formats a row as Markdown."""
-    bits = " | ".join(f"{value:.2f}" for value in row["test_bits_per_dim"])
+    bits = " | ".join(f"{value:.2f}" if value else "diverged" for value in row["test_bits_per_dim"])
     return f"| {row['groups']} | {row['width']} | {row['parameters']:,} | {row['flops'] / 1e12:.1f} | {bits} |"
 
 
@@ -57,7 +72,8 @@ def plot(rows: list[dict[str, Any]], rates: Sequence[float]) -> Any:
     axes: Any = figure.subplots()
     groups = [row["groups"] for row in rows]
     for i, rate in enumerate(rates):
-        axes.plot(groups, [row["test_bits_per_dim"][i] for row in rows], "o-", label=f"learning rate {rate:g}")
+        bits = [row["test_bits_per_dim"][i] or float("nan") for row in rows]
+        axes.plot(groups, bits, "o-", label=f"learning rate {rate:g}")
     axes.set(xlabel="groups of latents", ylabel="bits per dimension, test", xscale="log")
     axes.set_xticks(groups, list(map(str, groups)))
     axes.set_xticks([], minor=True)

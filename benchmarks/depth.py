@@ -4,9 +4,11 @@ python -m benchmarks.depth [--steps=1400] [--rates=0.004,0.008]
 
 Each network is that of `experiments.image_vae` with another number of groups, and a width that keeps the number of
 parameters within 10%. Each is trained once with each learning rate, otherwise by the default recipe, on the same number
-of images of CIFAR-10. FLOPs are the model's.
+of images of CIFAR-10. FLOPs are those of the model in one step times the number of steps.
 """
 
+import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,15 +34,17 @@ def flags_of(groups: str, steps: int, rate: float) -> list[str]:
 
 
 def row(groups: str, steps: int, rates: Sequence[float]) -> dict[str, Any]:
-    """Measures one network; the results of a learning rate at which it diverges are None.
+    """Measures one network; results are None for learning rates at which training diverged.
 
     Raises:
-      UserError: it diverges at all of them.
+      UserError: training diverged at every learning rate.
     """
     runs = [_summary(groups, steps, rate) for rate in rates]
     trained = [run for run in runs if run]
     if not trained:
-        raise UserError(f"--rates={','.join(map(str, rates))}: {groups} diverged with all of them: add smaller ones")
+        raise UserError(
+            f"--rates={','.join(map(str, rates))}: {groups} diverged at every learning rate: add smaller ones"
+        )
     return {
         "groups": sum(map(int, groups.split(","))),
         "by_resolution": groups,
@@ -55,7 +59,7 @@ def _summary(groups: str, steps: int, rate: float) -> dict[str, Any]:
     try:
         return trials.summary(_EXPERIMENT, flags_of(groups, steps, rate))
     except SystemExit as error:
-        if " became " in str(error):  # the loss or the gradient NaN or infinite
+        if re.search(r"became (nan|-?inf|NaN)", str(error)):
             return {}
         raise
 
@@ -84,9 +88,12 @@ def plot(rows: list[dict[str, Any]], rates: Sequence[float]) -> Any:
 
 def _rates() -> list[float]:
     try:
-        return [float(rate) for rate in RATES.value]
+        rates = [float(rate) for rate in RATES.value]
     except ValueError:
-        raise UserError(f"--rates={','.join(RATES.value)}: give numbers separated by commas") from None
+        rates = []
+    if not rates or not all(0 < rate < math.inf for rate in rates):
+        raise UserError(f"--rates={','.join(RATES.value)}: give positive numbers separated by commas")
+    return rates
 
 
 def main() -> None:

@@ -23,7 +23,6 @@ from research.config import Config, DatasetConfig, OptimizerConfig, RNNConfig, o
 from research.data import text
 from research.data.batch import Batch
 from research.data.sources import Dataset
-from research.errors import UserError
 from research.models import text_networks
 from research.parametrization import Network
 from research.tasks.generation import SampleOptions, generate
@@ -115,15 +114,10 @@ def sample(predict: Predictor, config: CharRNNConfig, dataset: Dataset, options:
     """Prints texts that continue a prompt.
 
     Raises:
-      UserError: the prompt cannot be encoded, or is longer than a Transformer's context.
+      UserError: the prompt cannot be encoded.
     """
     assert dataset.tokenizer is not None, "`text.streams` sets it"
     prompt = dataset.tokenizer.encode(options.prompt)
-    if config.model.name == "transformer" and len(prompt) > config.sequence_length:
-        raise UserError(
-            f"--prompt has {len(prompt):,} tokens, and the network attends to {config.sequence_length:,} "
-            "(--config.sequence_length): shorten it"
-        )
     context = min(config.sequence_length, len(prompt) + options.length)
 
     def texts(model: nnx.Module, batch: Batch, key: jax.Array) -> jax.Array:

@@ -30,7 +30,7 @@ def get_config() -> MnistVAEConfig:
         final_samples=10,
         dataset=DatasetConfig(name="cifar10|digits"),
         optimizer=OptimizerConfig(
-            name="adam", learning_rate=0.008, schedule="cosine", warmup=0.05, ema_decay=0.999, clip_norm=200.0
+            name="adam", learning_rate=0.004, schedule="cosine", warmup=0.05, ema_decay=0.999, clip_norm=200.0
         ),
         model=VAEConfig(
             name="hierarchical",
@@ -47,7 +47,7 @@ def get_config() -> MnistVAEConfig:
 def flat() -> MnistVAEConfig:
     """One layer of latents, with the convolutional encoder and decoder of experiments/mnist_vae.py.
 
-    At a learning rate of 0.006, its loss became infinite at some steps.
+    At a learning rate of 0.006 some steps had a loss that was not finite.
     """
     config = get_config()
     config.batch_size, config.optimizer.learning_rate = 16, 0.002

@@ -143,8 +143,8 @@ def complete(config: MnistVAEConfig, dataset: Dataset) -> MnistVAEConfig:
         hierarchical_vae.check(model, dataset.train["image"].shape[1:])
     elif model.groups:
         raise UserError(
-            f"--config.model.groups={model.groups}: {model.name} has one layer of latents; set --config.model.groups= "
-            "to nothing"
+            f"--config.model.groups={model.groups}: {model.name} has one layer of latents; clear it with "
+            "--config.model.groups="
         )
     else:
         vae.check(model, dataset.train["image"].shape[1:])

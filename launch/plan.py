@@ -166,9 +166,9 @@ def _shardable(planner: Any, wanted: Sequence[Candidate]) -> list[Candidate]:
     return found
 
 
-def _write(workdir: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Writes plan.json."""
-    record = answer(rows) | ({"plans": list(rows)} if len(rows) > 1 else {})
+def _write(workdir: Path, rows: Sequence[dict[str, Any]], has_several: bool) -> None:
+    """Writes plan.json, with all rows if several are planned."""
+    record = answer(rows) | ({"plans": list(rows)} if has_several else {})
     storage.replace(workdir / "plan.json", (json.dumps(record, indent=2) + "\n").encode())
 
 
@@ -182,7 +182,7 @@ def _plot(workdir: Path, rows: Sequence[dict[str, Any]]) -> None:
 def _rows(
     planner: Any, wanted: Sequence[Candidate], options: PlanOptions, prices: Mapping[str, float], workdir: Path
 ) -> list[dict[str, Any]]:
-    """Compiles the programs, prints a table of several, and writes plan.json."""
+    """Compiles the programs; writes plan.json after each, and prints a table if there are several."""
     rows: list[dict[str, Any]] = []
     if len(wanted) > 1:
         print(report.table_head(costs=bool(prices)), flush=True)
@@ -192,8 +192,8 @@ def _rows(
         if planner.workload.decodes_images:
             row |= report.host(row, options.decoded_per_vcpu)
         rows.append(row)
-        # After each program: some take minutes, and a fault in the compiler of a later one ends this process.
-        _write(workdir, rows)
+        # Written after each program: compilation may take minutes, and a compiler crash kills this process.
+        _write(workdir, rows, len(wanted) > 1)
         if len(wanted) > 1:
             print(report.table_row(row, costs=bool(prices)), flush=True)
     if len(wanted) > 1 and planner.workload.decodes_images:

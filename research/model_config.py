@@ -113,7 +113,7 @@ class VAEConfig(NetworkConfig):
     groups: str = option(
         "",
         "hierarchical: how many groups of latents each resolution has, from the lowest to the image's, each twice the "
-        "one before; zeros at the end leave out the highest (default: 1,2,3,0)",
+        "one before, at most 1,000 in total; zeros at the end leave out the highest (default: 1,2,3,0)",
     )
     width: int = option(200, "units per hidden layer; conv: channels at full resolution", minimum=1)
     depth: int = option(

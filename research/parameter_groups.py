@@ -98,7 +98,7 @@ def check(config: OptimizerConfig, params: Any, frozen: Any) -> None:
       frozen: the others.
 
     Raises:
-      UserError: an expression selects no parameter, or all parameters are frozen.
+      UserError: an expression selects no parameter, a scale selects only frozen ones, or all parameters are frozen.
     """
     trained = names(params)
     if config.freeze:
@@ -108,7 +108,7 @@ def check(config: OptimizerConfig, params: Any, frozen: Any) -> None:
     for regex, _ in parse_scales(config.learning_rate_scale):
         require_match(_SCALE, regex, trained + names(frozen))
         if not any(map(re.compile(regex).search, trained)):
-            raise UserError(f"{_SCALE}={regex} matches only parameters that {_FREEZE}={config.freeze} keeps unchanged")
+            raise UserError(f"{_SCALE}={regex} matches only frozen parameters ({_FREEZE}={config.freeze})")
 
 
 def trained_only(tree: Any, config: OptimizerConfig) -> Any:

@@ -253,7 +253,7 @@ def test_the_perceptron_trains_as_a_command(tmp_path):
         (["sweep", "--trials=x"], "flag --trials=x"),
         (["peers", "--peer=nosuch"], "use flax, keras"),
         (["seeds", "--dataset=nosuch"], "nosuch"),
-        (["depth", "--rates=0.1,x"], "give numbers separated by commas"),
+        (["depth", "--rates=0.1,x"], "give positive numbers separated by commas"),
         (["language", "--epochs=3"], "--epochs is for --study"),
         (["language", "--study", "--widths=8,16,32"], "at least 4 for the power law"),
     ],

@@ -59,9 +59,9 @@ def test_stochastic_depth_is_a_traced_argument_of_the_step(folder):
         (["--config.dataset.train_image_size=16"], "name=resnet18 needs images of 32x32 or more, not 16x16"),
         (
             ["--config.dataset.train_crop=resize"],
-            "no effect .* set --config.dataset.crop_min_area=0.08",
+            "no effect .* restore --config.dataset.crop_min_area=0.08",
         ),
-        (["--config.dataset.image_size=0"], "train_image_size=64, .* or set --config.dataset.train_image_size=0 "),
+        (["--config.dataset.image_size=0"], "train_image_size=64, .* or restore --config.dataset.train_image_size=0 "),
         (["--config.model.name=resnet20"], "name='resnet20': use one of 'resnet18', .* 'convnext_base'"),
         (["--config.model.drop_path=1"], "drop_path=1.0: must be below 1"),
         (["--config.augment.crop=100"], "augment.crop=100: must be below the images' side, 64"),

@@ -201,7 +201,7 @@ def test_a_run_with_frozen_parameters_resumes_to_the_same_result(tmp_path, monke
         ({"learning_rate_scale": "third:0.1"}, "learning_rate_scale=third matches no parameter: the nearest is"),
         (
             {"freeze": "first", "learning_rate_scale": "first:0.1"},
-            "matches only parameters that --config.optimizer.freeze=first keeps",
+            "matches only frozen parameters (--config.optimizer.freeze=first)",
         ),
     ],
 )

@@ -160,7 +160,7 @@ def test_a_copy_within_the_set_itself_is_refused(out, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_:
         resize.main(["--name=folder", f"--data_dir={tmp_path / 'pets'}", f"--out={tmp_path / out}"])
     assert exit_.value.code == 2
-    assert f"{tmp_path / 'pets'}, the set itself: give a folder outside of it" in capsys.readouterr().err
+    assert f"is inside the data set, {tmp_path / 'pets'}: give a folder outside it" in capsys.readouterr().err
     assert contents(tmp_path) == before
 
 

@@ -46,21 +46,25 @@ def list_files(paths: Sequence[str]) -> list[str]:
     return images
 
 
-def _walk(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """Yields the files of a folder and its subfolders; `above` are the real paths of the folders that it is in."""
-    real = os.path.realpath(folder)
-    if real in above:  # a link into a loop
-        return
-    try:
-        with os.scandir(folder) as found:
-            entries = [folder / entry.name for entry in found]
-    except OSError as error:
-        raise ArtifactError(f"{folder} cannot be read: {error.strerror}") from None
-    for entry in entries:
-        if not entry.is_dir():
-            yield entry
-        elif not entry.name.startswith(".") and entry.name not in decoding.IGNORED_FOLDERS:
-            yield from _walk(entry, above | {real})
+def _walk(top: Path) -> Iterator[Path]:
+    """Yields the files of a folder and its subfolders; links back to a parent folder are ignored."""
+    # Not recursive: folders may be nested more deeply than Python's calls.
+    folders: list[tuple[Path, frozenset[str]]] = [(top, frozenset())]  # with the real paths of the parents
+    while folders:
+        folder, parents = folders.pop()
+        real = os.path.realpath(folder)
+        if real in parents:
+            continue
+        try:
+            with os.scandir(folder) as found:
+                entries = [(entry.name, entry.is_dir()) for entry in found]
+        except OSError as error:
+            raise ArtifactError(f"{folder} cannot be read: {error.strerror}") from None
+        for name, is_folder in entries:
+            if not is_folder:
+                yield folder / name
+            elif not name.startswith(".") and name not in decoding.IGNORED_FOLDERS:
+                folders.append((folder / name, parents | {real}))
 
 
 def _is_image(file: Path) -> bool:

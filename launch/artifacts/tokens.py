@@ -65,7 +65,7 @@ def encode(manifest: Mapping[str, Any], prompt: str) -> list[int]:
         raise ArtifactError(f"--prompt: the tokenizer cannot encode it ({error}): change the prompt") from None
     model = json.loads(tokenizer["json"])["model"]
     name = model.get("unk_token")
-    # Unigram has the number of the unknown token, other models its text.
+    # Unigram stores the unknown token's number, other models its text.
     unknown = model.get("unk_id") if name is None else _open(tokenizer["json"]).token_to_id(name)
     if not tokens or unknown in tokens:
         raise ArtifactError(f"--prompt={prompt!r}: the tokenizer has no tokens for it: change the prompt")

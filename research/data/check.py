@@ -2,7 +2,7 @@
 
 python -m research.data.check folder --data_dir=DIR
 
-The exit code is 0 if all are intact, and 2 if some are damaged or the data set cannot be opened.
+The exit code is 0 if all are intact, and 2 if some are damaged, the set cannot be opened, or an argument is invalid.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def run(argv: Sequence[str]) -> int:
     """Checks the data set that the command line names; returns the number of damaged examples.
 
     Raises:
-      UserError: an argument is wrong, or the set cannot be opened or has no images.
+      UserError: an argument is invalid, the set cannot be opened, or it has no images.
     """
     parser = _Parser("research.data.check", description=str(__doc__).partition("\n")[0])
     parser.add_argument("name", help="of the data set, as in --config.dataset.name")

@@ -157,9 +157,9 @@ def orientation(encoded: bytes) -> int:
 
 
 def _reason(error: Exception) -> str:
-    # The text of an unknown format has the address of an object in memory.
-    text = "" if isinstance(error, PIL.UnidentifiedImageError) else str(error)
-    return text.partition("\n")[0] or type(error).__name__
+    # Pillow's message about an unknown format contains a memory address, which differs from run to run.
+    text = "" if isinstance(error, PIL.UnidentifiedImageError) else str(error).partition("\n")[0]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _size_error(image: Image.Image, size: tuple[int, int]) -> SizeError:

@@ -22,7 +22,7 @@ from research.data.source import DamagedError, Source, Subset, held_out
 from research.errors import UserError
 
 _TEST_FRACTION = 0.1
-_MAX_NAMED = 3  # folders in a warning
+_MAX_NAMED = 3  # folders that a warning names
 _SPLITS = {b"train": "train", b"validation": "validation", b"val": "validation", b"test": "test"}
 _MISTAKEN_SPLITS = {b"training", b"testing", b"valid"}
 
@@ -81,6 +81,8 @@ def load(data_dir: str, *, hold_out: bool) -> tuple[tuple[str, ...], Loaders]:
       hold_out: without folders of splits, whether 10% of the images become the split test: those whose path has a low
         hash, so that adding files moves no other. Otherwise all are in train.
 
+    Prints a warning about folders next to those of splits.
+
     Returns:
       The names of the classes, and a function for each split, which lists it (see `folder_listing.load`) and prints a
       warning if that skips files.
@@ -115,7 +117,7 @@ def _split_folders(top: bytes, names: Sequence[bytes]) -> dict[str, bytes]:
         raise UserError(f"{printable(top)} has both val and validation: rename or remove one of them")
     if found and (others := [name for name in names if name not in _SPLITS]):
         shown = ", ".join(map(printable, others[:_MAX_NAMED])) + (", ..." if len(others) > _MAX_NAMED else "")
-        print(f"warning: {printable(top)}: folders that are no splits are not read: {shown}", file=sys.stderr)
+        print(f"warning: {printable(top)}: skipped folders that are not splits: {shown}", file=sys.stderr)
     return {_SPLITS[name]: os.path.join(top, name) for name in found}
 
 

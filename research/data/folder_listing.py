@@ -267,11 +267,11 @@ def _check_root(root: bytes, contents: Contents, classes: Mapping[bytes, int]) -
     check_classes(root, contents)
     if unknown := [name for name in contents.folders if name not in classes]:
         more = f" and {len(unknown) - 1:,} more" if len(unknown) > 1 else ""
-        looks_known = _normalized(unknown[0]) in map(_normalized, classes)
+        advice = "rename or remove it, or add the class to train"
+        if _normalized(unknown[0]) in map(_normalized, classes):
+            advice = "it has one that looks the same but differs in Unicode normalization: rename this folder to match"
         raise UserError(
-            f"{printable(os.path.join(root, unknown[0]))}{more}: train has no class folder of this name; "
-            + ("it has one that looks the same, in another Unicode normalization: " if looks_known else "")
-            + "rename or remove it, or add the class to train"
+            f"{printable(os.path.join(root, unknown[0]))}{more}: train has no class folder of this name; {advice}"
         )
 
 

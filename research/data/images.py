@@ -56,7 +56,7 @@ def pixel_means(images: np.ndarray) -> np.ndarray:
 def _check(images: np.ndarray) -> None:
     if images.dtype != np.uint8 or images.ndim != 4:
         raise UserError(
-            f"the feature image is {images.dtype}{list(images.shape)}; it must be uint8 [n, height, width, channels], "
+            f"images are {images.dtype}{list(images.shape)}; they must be uint8 [n, height, width, channels], "
             "with values from 0 to 255"
         )
 

@@ -115,7 +115,6 @@ def _load_tfds(name: str, config: DatasetConfig, own: Iterable[str]) -> tuple[tu
 
 def _not_found(name: str, folder: Path, own: Iterable[str]) -> UserError:
     known = [
-        *own,
         *tfds_records.import_tfds().list_builders(with_community_datasets=False),
         "folder",
         "text",
@@ -123,7 +122,7 @@ def _not_found(name: str, folder: Path, own: Iterable[str]) -> UserError:
     ]
     base, _ = tfds_sets.split_version(name)
     if base.partition("/")[0] not in known:
-        near = difflib.get_close_matches(base, known)
+        near = difflib.get_close_matches(base, [*own, *known])
         suggestion = f"; did you mean {' or '.join(near)}?" if near else ""
         return UserError(f"--config.dataset.name={name}: neither a TFDS data set nor prepared in {folder}{suggestion}")
     command = f"`tfds build {name} --file_format=array_record --data_dir={folder}`"

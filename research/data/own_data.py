@@ -62,20 +62,27 @@ def load(name: str, load_own: Load, config: DatasetConfig) -> tuple[tuple[str, .
       The label names and the splits.
 
     Raises:
-      UserError: it returns something else, or a split has no features, arrays of different lengths, or arrays of
-        objects.
+      UserError: `load_own` returns something else, or a split has no features, arrays of different lengths, or arrays
+        of objects.
     """
     loaded = load_own(config)
-    if not (isinstance(loaded, tuple) and len(loaded) == 2 and isinstance(loaded[1], Mapping) and loaded[1]):
+    if not _is_named_splits(loaded):
         raise UserError(
             f"--config.dataset.name={name}: the function that loads it must return (label names, splits), as in "
-            '("no", "yes"), {"train": {"image": ..., "label": ...}, "test": ...}'
+            '("no", "yes"), {"train": {"image": ..., "label": ...}, "test": ...}; without classes, () for the names'
         )
     label_names, splits = loaded
     return tuple(label_names), {
         split: _checked(f"{name}, split {split}", examples) if isinstance(examples, Mapping) else _OwnSource(examples)
         for split, examples in splits.items()
     }
+
+
+def _is_named_splits(loaded: Any) -> bool:
+    if not (isinstance(loaded, tuple) and len(loaded) == 2 and isinstance(loaded[1], Mapping) and loaded[1]):
+        return False
+    names = loaded[0]
+    return isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
 
 
 def _checked(label: str, examples: Mapping[str, Any]) -> Arrays:

@@ -6,12 +6,14 @@ python -m research.data.resize --name=imagenet2012 --data_dir=DIR --out=OUT --si
 The copy is a prepared TFDS set in array_record: train on it with --config.dataset.data_dir=OUT and the name that the
 command prints at the end. It has the same splits, examples in the same order, classes and labels. The shorter side of
 every image has at most `side` pixels; no image is enlarged. Small JPEG files are copied byte for byte, all others are
-encoded as baseline JPEG with 4:2:0 chroma subsampling. OUT may contain other sets.
+encoded as baseline JPEG with 4:2:0 chroma subsampling. OUT may contain other sets, but must not be inside the folder
+that is copied.
 
 An interrupted copy, even by `kill -9` or a full disk, continues with the same command, and has the same bytes as one
 that was not interrupted, with any number of processes.
 """
 
+import os
 import re
 import sys
 import time
@@ -51,10 +53,14 @@ def copy_name(name: str, data_dir: str) -> str:
 
 def _check_out(out: Path, name: str, data_dir: str) -> None:
     """Raises `UserError` if the copy would become part of the folder that it is made from."""
-    source = data_dir if name == "folder" else name.removeprefix("hf:") if name.startswith("hf:") else ""
-    folder = Path(source).expanduser().resolve()
-    if source and folder.is_dir() and out.resolve().is_relative_to(folder):
-        raise UserError(f"--out={out} is in {folder}, the set itself: give a folder outside of it")
+    source = Path(os.path.expanduser(data_dir))
+    if name.startswith("hf:"):
+        source /= os.path.expanduser(name.removeprefix("hf:"))
+        source = source.parent if source.is_file() else source
+    elif name != "folder":
+        return
+    if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"--out={out} is inside the data set, {source}: give a folder outside it")
 
 
 def define_flags() -> flags.FlagValues:

@@ -42,7 +42,7 @@ class Source(abc.ABC):
 
     Attributes:
       fingerprint: depends on the contents as far as they are known without reading the records.
-      channels: the number of channels that encoded images are decoded to.
+      channels: the number of channels of the images; encoded ones are decoded to it.
       labels: int32 [n], if the labels are known without reading the records.
       has_name: whether `research.data.check` can open it by its name.
     """

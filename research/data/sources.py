@@ -10,7 +10,7 @@ import numpy as np
 
 from research.config import DatasetConfig
 from research.data import cache, named_sets, own_data, splits, text_sets, token_store, tokenization
-from research.data.source import ArraySource, Source
+from research.data.source import ArraySource, Source, Subset
 from research.data.splits import Examples
 from research.data.streamed import Column, StreamedSplit
 from research.data.tokenization import FromJson, Tokenizer
@@ -38,6 +38,7 @@ class Dataset:
       version: the version of the prepared set, if it has one.
       fingerprints: for each split that `load` returned, a hash of its contents.
       tokenizer: of a text; None for bytes until `text.streams` has found their vocabulary.
+      is_reduced: whether examples of the set's train split were held out or left out.
       statistics: the values that `statistic` has returned, and the number of training examples.
     """
 
@@ -50,6 +51,7 @@ class Dataset:
     version: str = ""
     fingerprints: Mapping[str, str] = dataclasses.field(default_factory=dict)
     tokenizer: Tokenizer | None = None
+    is_reduced: bool = False
     # `init=False`: `dataclasses.replace` must not copy it, since the copy may have another train split.
     statistics: dict[str, Any] = dataclasses.field(default_factory=dict, init=False)
 
@@ -135,7 +137,7 @@ def load(config: DatasetConfig, own: Mapping[str, own_data.Load] = MappingProxyT
 
 
 def _check_crops(config: DatasetConfig) -> None:
-    """Raises `UserError` if fields of the crops have values other than their defaults, but no effect."""
+    """Raises `UserError` if fields of the crops were changed but have no effect."""
     unused = []
     if not config.image_size:
         unused = ["train_image_size", "train_crop", "crop_min_area", "center_crop"]
@@ -147,7 +149,7 @@ def _check_crops(config: DatasetConfig) -> None:
         given = ", ".join(f"--config.dataset.{field}={getattr(config, field)}" for field in changed)
         defaults = " ".join(f"--config.dataset.{field}={value}" for field, value in changed.items())
         why = f"train_crop={config.train_crop}" if config.image_size else "image_size=0"
-        raise UserError(f"{given}: no effect with --config.dataset.{why}; change that, or set {defaults}")
+        raise UserError(f"{given}: no effect with --config.dataset.{why}; change it, or restore {defaults}")
 
 
 def open_records(name: str, data_dir: str) -> tuple[tuple[str, ...], dict[str, Source]]:
@@ -186,6 +188,8 @@ def _load(
         examples["train"] = splits.subset(examples["train"], config.train_fraction)
     as_named = dataclasses.replace(config, name=name)
     ready = {role: _ready(role, split, as_named, len(label_names)) for role, split in examples.items()}
+    is_reduced = config.train_fraction < 1 or bool(config.test_fraction or config.validation_fraction)
+    is_reduced |= any(isinstance(split, Subset) for split in loaded.values())
     if config.max_damaged and not any(isinstance(split, StreamedSplit) for split in ready.values()):
         raise UserError("--config.dataset.max_damaged needs --config.dataset.image_size: other sets are decoded once")
     return Dataset(
@@ -200,6 +204,7 @@ def _load(
             for role, split in ready.items()
         },
         tokenizer=tokenizer,
+        is_reduced=is_reduced,
     )
 
 

@@ -59,7 +59,7 @@ def number_classes(splits: dict[str, Examples]) -> tuple[str, ...]:
     """
     train = splits["train"]
     labels = train.labels if isinstance(train, Source) else train.get("label")
-    if labels is None:
+    if labels is None or not np.issubdtype(labels.dtype, np.integer):
         return ()
     largest = labels.max()
     if 0 <= largest < MOST_CLASSES:

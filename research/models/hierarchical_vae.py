@@ -33,14 +33,14 @@ from research.models.blocks import LECUN, Bias, Style
 from research.models.vae import ACTIVATIONS, flatten_parameters, initial_bias, num_parameters
 
 DEFAULT_GROUPS = "1,2,3,0"
-_MOST_GROUPS = 1000
+_MAX_GROUPS = 1000  # far beyond any published; many more only exhaust memory
 _MAX_LOG_SCALE = 5.0  # of a prior: its tanh keeps exp finite in the first steps
 
 Size = tuple[int, int]
 
 
 def check(config: VAEConfig, image_shape: tuple[int, ...]) -> None:
-    """Raises `UserError` if `config.groups` is not a list of counts, or is too long for images (h, w, c)."""
+    """Raises `UserError` if `config.groups` is not a list of counts, has too many groups, or is too long for images."""
     flag = f"--config.model.groups={config.groups}"
     counts = config.groups.split(",")
     if not all(count.isascii() and count.isdigit() and len(count) < 10 for count in counts) or int(counts[0]) < 1:
@@ -48,8 +48,8 @@ def check(config: VAEConfig, image_shape: tuple[int, ...]) -> None:
             f"{flag}: give the number of groups at each resolution from the lowest to the image's, the first at least "
             f"1, as in {DEFAULT_GROUPS}"
         )
-    if sum(map(int, counts)) > _MOST_GROUPS:
-        raise UserError(f"{flag}: give at most {_MOST_GROUPS:,} groups")
+    if sum(map(int, counts)) > _MAX_GROUPS:
+        raise UserError(f"{flag}: give at most {_MAX_GROUPS:,} groups")
     if 2 ** (len(counts) - 1) > min(image_shape[:2]):
         size = "x".join(map(str, image_shape[:2]))
         raise UserError(f"{flag}: images of {size} cannot be halved {len(counts) - 1} times; give fewer numbers")

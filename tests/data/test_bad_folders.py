@@ -139,13 +139,13 @@ def test_no_folder_given():
 def test_folders_next_to_the_splits_are_named(data_dir, capsys):
     add(data_dir, "train/a/1.png", "train/b/1.png", "bus/1.png", "car/1.png")
     load(data_dir)
-    assert capsys.readouterr().err == f"warning: {data_dir}: folders that are no splits are not read: bus, car\n"
+    assert capsys.readouterr().err == f"warning: {data_dir}: skipped folders that are not splits: bus, car\n"
 
 
 def test_a_class_in_another_unicode_normalization(data_dir):
     composed, decomposed = (unicodedata.normalize(form, "\u00e9t\u00e9") for form in ("NFC", "NFD"))
     add(data_dir, f"train/{composed}/1.png", "train/b/1.png", f"test/{decomposed}/1.png")
-    with pytest.raises(UserError, match="has no class folder of this name; it has one that looks the same"):
+    with pytest.raises(UserError, match="has no class folder of this name; it has one that looks the same but differs"):
         load(data_dir)
 
 

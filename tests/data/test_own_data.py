@@ -46,7 +46,9 @@ def test_arrays_are_a_data_set():
         dataset.train["image"][0] = 0
 
 
-@pytest.mark.parametrize("returned", [None, {"train": {"x": [1.0]}}, ((), {}), (("a", "b"), [1, 2])])
+@pytest.mark.parametrize(
+    "returned", [None, {"train": {}}, ((), {}), (("a", "b"), [1, 2]), (None, {"train": {}}), ("cat", {"train": {}})]
+)
 def test_a_function_that_returns_something_else_is_told_what_to_return(returned):
     with pytest.raises(UserError, match=r"name=own: the function that loads it must return \(label names, splits\)"):
         sources.load(DatasetConfig(name="own"), {"own": lambda _: returned})
@@ -61,7 +63,7 @@ def test_a_mistyped_name_is_corrected(tmp_path):
 def test_images_of_another_shape_or_dtype_are_refused_where_statistics_are_computed(images):
     dataset = _load({"train": {"image": images}, "test": {"image": images}})
     for statistic in (images_lib.channel_statistics, images_lib.pixel_means):
-        with pytest.raises(UserError, match=r"image is .*it must be uint8 \[n, height, width, channels\]"):
+        with pytest.raises(UserError, match=r"images are .*they must be uint8 \[n, height, width, channels\]"):
             dataset.statistic(statistic, "image")
 
 

@@ -125,7 +125,10 @@ def test_streaming_gives_the_pixels_of_the_resident_set():
     ("changes", "words"),
     [
         ({"train_crop": "resize"}, "train_crop=resize: no effect with --config.dataset.image_size=0"),
-        ({"crop_min_area": 0.5}, "crop_min_area=0.5: no effect with .*, or set --config.dataset.crop_min_area=0.08"),
+        (
+            {"crop_min_area": 0.5},
+            "crop_min_area=0.5: no effect with .*, or restore --config.dataset.crop_min_area=0.08",
+        ),
         ({"center_crop": 0.5}, "center_crop=0.5: no effect with --config.dataset.image_size=0"),
         ({"train_image_size": 16}, "train_image_size=16: no effect with --config.dataset.image_size=0"),
         ({"max_damaged": 1}, "max_damaged needs --config.dataset.image_size"),

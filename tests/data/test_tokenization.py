@@ -169,7 +169,7 @@ def test_bad_options_of_the_command(data_dir, monkeypatch, changes, words):
 
 
 def test_the_command_uses_the_first_set_that_is_available(monkeypatch, capsys):
-    def unavailable(name, config):
+    def unavailable(name, config, own):
         raise UnavailableError(name, "is not prepared", "prepare it")
 
     monkeypatch.setattr(named_sets, "_load_tfds", unavailable)

@@ -7,8 +7,6 @@ parameters within 10%. Each is trained once with each learning rate, otherwise b
 of images of CIFAR-10. FLOPs are those of the model in one step times the number of steps.
 """
 
-import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +15,7 @@ from absl import flags
 
 from benchmarks import command, output, trials
 from research.config import DatasetConfig
-from research.errors import UserError
+from research.errors import NonFiniteLossError, UserError
 from research.record import drawing
 
 NETWORKS = {"1,1,2,0": 64, "2,2,4,0": 44, "4,4,8,0": 32, "8,8,16,0": 22}  # groups by resolution, and the width
@@ -58,10 +56,10 @@ def row(groups: str, steps: int, rates: Sequence[float]) -> dict[str, Any]:
 def _summary(groups: str, steps: int, rate: float) -> dict[str, Any]:
     try:
         return trials.summary(_EXPERIMENT, flags_of(groups, steps, rate))
-    except SystemExit as error:
-        if re.search(r"became (nan|-?inf|NaN)", str(error)):
-            return {}
-        raise
+    except command.CommandError as error:
+        if error.exit_code != NonFiniteLossError.exit_code:
+            raise
+        return {}
 
 
 def line(row: dict[str, Any]) -> str:
@@ -86,18 +84,8 @@ def plot(rows: list[dict[str, Any]], rates: Sequence[float]) -> Any:
     return figure
 
 
-def _rates() -> list[float]:
-    try:
-        rates = [float(rate) for rate in RATES.value]
-    except ValueError:
-        rates = []
-    if not rates or not all(0 < rate < math.inf for rate in rates):
-        raise UserError(f"--rates={','.join(RATES.value)}: give positive numbers separated by commas")
-    return rates
-
-
 def main() -> None:
-    rates, out, rows = _rates(), output.folder(), []
+    rates, out, rows = command.numbers("rates", RATES.value), output.folder(), []
     trials.check_data([DatasetConfig(name="cifar10")])
     print(f"| groups | width | parameters | TFLOP, training | {' | '.join(f'{rate:g}' for rate in rates)} |")
     print("| --- " * (4 + len(rates)) + "|")

@@ -62,7 +62,8 @@ def given_settings() -> Settings:
       UserError: a width or rate is not a positive number, or there are too few widths.
     """
     given = flags.FLAGS
-    widths, rates = _numbers("widths", given.widths, int), _numbers("rates", given.rates, float)
+    widths = command.numbers("widths", given.widths, int, scaling_law.FEWEST, "for the power law")
+    rates = command.numbers("rates", given.rates)
     return Settings(given.dataset, given.epochs, widths, rates, given.seeds)
 
 
@@ -170,17 +171,6 @@ def study(settings: Settings) -> list[dict[str, Any]]:
                 print(line(rows[-1]), flush=True)
                 output.write(out, "language", {"cores": joblib.cpu_count(), **record, "rows": rows})
     return rows
-
-
-def _numbers(name: str, values: list[str], kind: type) -> tuple[Any, ...]:
-    try:
-        numbers = [kind(value) for value in values]
-    except ValueError:
-        numbers = []
-    if min(numbers, default=0) <= 0 or (name == "widths" and len(set(numbers)) < scaling_law.FEWEST):
-        need = f", at least {scaling_law.FEWEST} for the power law" if name == "widths" else ""
-        raise UserError(f"--{name}={','.join(values)}: give positive numbers, separated by commas{need}")
-    return tuple(sorted(numbers))
 
 
 def _complete(rows: list[dict[str, Any]]) -> list[str]:

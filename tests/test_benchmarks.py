@@ -19,6 +19,7 @@ from benchmarks.peers.clock import Clock
 from experiments import char_rnn, cifar_cnn, image_vae, mnist_vae
 from research import flags
 from research.config import DatasetConfig, OptimizerConfig, VAEConfig
+from research.errors import UserError
 from research.models import hierarchical_vae
 
 
@@ -237,6 +238,25 @@ def test_the_networks_of_the_depth_study_have_4_to_32_groups_and_equally_many_pa
         sizes.append(sum(x.size for x in jax.tree.leaves(nnx.state(network))) - network.bias.size)
     assert [sum(map(int, groups.split(","))) for groups in depth.NETWORKS] == [4, 8, 16, 32]
     assert max(sizes) < 1.1 * min(sizes)
+
+
+@pytest.mark.parametrize("exit_code", [2, 3])
+def test_the_depth_study_goes_on_after_a_run_that_diverged_but_not_after_other_errors(exit_code, monkeypatch):
+    def summary(_, args):
+        if "--config.optimizer.learning_rate=1.0" in args:
+            raise command_lib.CommandError("error: it failed", exit_code)
+        return {"num_params": 5, "model_flops_per_step": 2.0, "train_seconds": 1.0, "test_bits_per_dim": 4.0}
+
+    monkeypatch.setattr(trials, "summary", summary)
+    if exit_code == 2:
+        with pytest.raises(SystemExit, match="it failed"):
+            depth.row("1,1,2,0", 10, [0.1, 1.0])
+        return
+    row = depth.row("1,1,2,0", 10, [0.1, 1.0])
+    assert (row["test_bits_per_dim"], row["flops"]) == ([4.0, None], 20.0)
+    assert depth.line(row) == "| 4 | 64 | 5 | 0.0 | 4.00 | diverged |"
+    with pytest.raises(UserError, match="diverged at every learning rate"):
+        depth.row("1,1,2,0", 10, [1.0])
 
 
 @pytest.mark.slow

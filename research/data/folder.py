@@ -76,12 +76,12 @@ class FolderSource(Source):
 def load(data_dir: str, *, hold_out: bool) -> tuple[tuple[str, ...], Loaders]:
     """Finds the classes and splits of an image folder, but does not list its images yet.
 
+    Prints a warning about folders next to those of splits.
+
     Args:
       data_dir: `DIR` of the layouts above. A split exists if its folder exists; `val` is the split validation.
       hold_out: without folders of splits, whether 10% of the images become the split test: those whose path has a low
         hash, so that adding files moves no other. Otherwise all are in train.
-
-    Prints a warning about folders next to those of splits.
 
     Returns:
       The names of the classes, and a function for each split, which lists it (see `folder_listing.load`) and prints a

@@ -143,11 +143,11 @@ def _check_crops(config: DatasetConfig) -> None:
         unused = ["train_image_size", "train_crop", "crop_min_area", "center_crop"]
     elif config.train_crop != "random_resized":
         unused = ["crop_min_area"]
-    fields = {field: (getattr(config, field), getattr(DatasetConfig(), field)) for field in unused}
-    changed = {field: default for field, (value, default) in fields.items() if value != default}
+    default = DatasetConfig()
+    changed = [field for field in unused if getattr(config, field) != getattr(default, field)]
     if changed:
         given = ", ".join(f"--config.dataset.{field}={getattr(config, field)}" for field in changed)
-        defaults = " ".join(f"--config.dataset.{field}={value}" for field, value in changed.items())
+        defaults = " ".join(f"--config.dataset.{field}={getattr(default, field)}" for field in changed)
         why = f"train_crop={config.train_crop}" if config.image_size else "image_size=0"
         raise UserError(f"{given}: no effect with --config.dataset.{why}; change it, or restore {defaults}")
 

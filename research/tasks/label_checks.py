@@ -44,7 +44,7 @@ def _lacking(dataset: Dataset, labels: dict[str, np.ndarray]) -> str:
     if len(known) == 1:
         return f"every training example has the class {_class_name(dataset, known[0])}"
     for role, values in labels.items():
-        if len(unknown := np.setdiff1d(values, known)):
+        if role != "train" and len(unknown := np.setdiff1d(values, known)):
             more = f" and {len(unknown) - 1:,} more" if len(unknown) > 1 else ""
             return f"{role} has the class {_class_name(dataset, unknown[0])}{more}, but train has no example of it"
     return ""

@@ -1,26 +1,22 @@
 """Cuts random crops out of encoded images for training, and resizes them.
 
 The size of an image is read first and the crop drawn; then only what the crop needs is decoded. JPEG files are decoded
-by simplejpeg (libjpeg-turbo) and resized by OpenCV; other files, and all files where these two are not installed, are
-decoded by `research.data.decoding` and resized by Pillow. Evaluation uses `decoding.decode_center` everywhere.
+by `research.data.jpeg` and resized by OpenCV; other files, and all files where simplejpeg and OpenCV are not installed,
+are decoded by `research.data.decoding` and resized by Pillow. Evaluation uses `decoding.decode_center` everywhere.
 """
 
 import functools
 import math
-import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from research.data import decoding
+from research.data import decoding, jpeg
 
 _RATIO = 3 / 4, 4 / 3  # of width to height: Szegedy et al. 2015, section 6
 _ATTEMPTS = 10
-_MARGIN = 32  # rows decoded below a crop: chroma of the last rows is interpolated, in blocks of 16
-_BASELINE = (0xC0, 0xC1)  # frame headers of JPEG files whose rows are stored once, from top to bottom
-_NON_FRAME_MARKERS = (0xC4, 0xC8, 0xCC)
 # How the upright image is made, by EXIF orientation: (axes exchanged after the others, rows and columns reversed).
 _ORIENTATIONS = {
     1: (False, False, False),
@@ -107,52 +103,17 @@ def _resize(region: np.ndarray, out: np.ndarray) -> None:
         out[...] = np.asarray(flat.resize(out.shape[1::-1], Image.Resampling.BILINEAR)).reshape(out.shape)
 
 
-class _Buffers(threading.local):
-    """Memory that each thread uses again for every image: getting fresh pages for each takes a fifth of the time."""
-
-    def __init__(self) -> None:
-        self._encoded = bytearray()
-        self._pixels = bytearray()
-
-    def copy(self, data: bytes) -> memoryview:
-        """Returns a copy of `data` that may be changed, and is valid until the next call in this thread."""
-        if len(self._encoded) < len(data):
-            self._encoded = bytearray(2 * len(data))
-        view = memoryview(self._encoded)[: len(data)]
-        view[:] = data
-        return view
-
-    def pixels(self, size: int) -> bytearray:
-        """Returns a buffer of at least `size` bytes, which is valid until the next call in this thread."""
-        if len(self._pixels) < size:
-            self._pixels = bytearray(2 * size)
-        return self._pixels
-
-
-_buffers = _Buffers()
-
-
-class _Frame(NamedTuple):
-    """The frame header of a JPEG file: its marker and position, and the size of the image."""
-
-    marker: int
-    position: int
-    height: int
-    width: int
-    components: int
-
-
 def _jpeg_region(encoded: bytes, choose: Choose, size: int) -> np.ndarray | None:
-    """Decodes the crop of a JPEG file, perhaps reduced but not below `size`; None if the file is of another kind.
+    """Decodes the crop of a JPEG file, perhaps reduced but not below `size`; None if `jpeg` cannot.
 
-    Two things are skipped: rows below the crop, and the resolution that a crop of twice the size or more does not need
-    (the decoder scales by 1/2, 1/4 or 1/8). The result is valid until the next call in this thread.
+    A crop of twice the size or more is decoded at 1/2, 1/4 or 1/8 of the resolution. The result is valid until the next
+    call in this thread.
     """
-    frame = _frame(encoded) if encoded.startswith(b"\xff\xd8") else None
-    if frame is None or _simplejpeg() is None or not _is_supported(frame, encoded):
+    header = jpeg.read_header(encoded) if jpeg.is_available() else None
+    if header is None:
         return None
-    _, position, height, width, _ = frame
-    may_be_rotated = any(name in encoded[:position] for name in (b"Exif\0", b"ns.adobe.com/xap"))
+    height, width = header.height, header.width
+    may_be_rotated = any(name in encoded[: header.scan] for name in (b"Exif\0", b"ns.adobe.com/xap"))
     orientation = decoding.orientation(encoded) if may_be_rotated else 1
     transposed, flipped_rows, flipped_columns = _ORIENTATIONS.get(orientation, _ORIENTATIONS[1])
     box = choose(width, height) if transposed else choose(height, width)
@@ -163,67 +124,20 @@ def _jpeg_region(encoded: bytes, choose: Choose, size: int) -> np.ndarray | None
     if flipped_rows:
         box = box._replace(top=height - box.top - box.height)
     factor = next((f for f in (8, 4, 2) if min(box.width, box.height) >= f * size), 1)
-    if (region := _decode_box(encoded, frame, box, factor)) is None or orientation == 1:
+    if (decoded := jpeg.decode_rows(encoded, header, box.top, box.top + box.height, factor)) is None:
+        return None  # Pillow decides whether it is damaged
+    pixels, start = decoded
+    left, top, box_width, box_height = (round(x / factor) for x in box._replace(top=box.top - start))
+    region = pixels[top : top + box_height, left : left + box_width]
+    if orientation == 1:
         return region
     region = region[:: -1 if flipped_rows else 1, :: -1 if flipped_columns else 1]
     return np.ascontiguousarray(region.transpose(1, 0, 2) if transposed else region)
 
 
-def _is_supported(frame: _Frame, encoded: bytes) -> bool:
-    """Returns whether the file is a whole gray or RGB image that is not too large."""
-    area = frame.height * frame.width
-    # The decoder would fill what is missing of a truncated file with gray, so the marker of its end must be there.
-    is_whole = encoded.rfind(b"\xff\xd9") >= frame.position
-    return is_whole and frame.components in (1, 3) and 0 < area <= (Image.MAX_IMAGE_PIXELS or math.inf)
-
-
-def _decode_box(encoded: bytes, frame: _Frame, box: Box, factor: int) -> np.ndarray | None:
-    """Decodes a box of a JPEG file, reduced by a factor of 1, 2, 4 or 8; None if the decoder cannot."""
-    marker, position, height, width, _ = frame
-    data: bytes | memoryview = encoded
-    bottom = box.top + box.height + _MARGIN * factor
-    if marker in _BASELINE and bottom < height:
-        # The rows of a baseline file follow each other: told that the image ends here, the decoder stops here.
-        height = bottom
-        data = _buffers.copy(encoded)
-        data[position + 5 : position + 7] = height.to_bytes(2, "big")
-    min_size = {"min_height": -(-height // factor), "min_width": -(-width // factor)} if factor > 1 else {}
-    buffer = _buffers.pixels(3 * height * width)
-    try:
-        # Not strict, since the decoder would complain about the rows left out.
-        pixels = _simplejpeg().decode_jpeg(data, "RGB", strict=False, buffer=buffer, **min_size)
-    except ValueError:  # Pillow decides whether it is damaged
-        return None
-    scale = len(pixels) / height  # 1 / factor, up to rounding
-    top, left = round(box.top * scale), round(box.left * scale)
-    return pixels[top : top + max(1, round(box.height * scale)), left : left + max(1, round(box.width * scale))]
-
-
-def _frame(encoded: bytes) -> _Frame | None:
-    """Finds the frame header of a JPEG file."""
-    position = 2
-    while position + 9 < len(encoded) and encoded[position] == 0xFF:
-        marker = encoded[position + 1]
-        if 0xC0 <= marker <= 0xCF and marker not in _NON_FRAME_MARKERS:
-            height, width = (int.from_bytes(encoded[position + i : position + i + 2], "big") for i in (5, 7))
-            return _Frame(marker, position, height, width, encoded[position + 9])
-        # A marker may be preceded by any number of fill bytes.
-        position += 1 if marker == 0xFF else 2 + int.from_bytes(encoded[position + 2 : position + 4], "big")
-    return None
-
-
 def decoder() -> str:
     """Names what crops are made with: their pixels differ a little."""
-    return "libjpeg" if _simplejpeg() and _opencv() else "pillow"
-
-
-@functools.cache
-def _simplejpeg() -> Any:
-    try:
-        import simplejpeg
-    except ImportError:  # no wheel for this platform
-        return None
-    return simplejpeg
+    return "libjpeg" if jpeg.is_available() and _opencv() else "pillow"
 
 
 @functools.cache

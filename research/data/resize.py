@@ -1,7 +1,7 @@
 """Writes a copy of an image set with smaller images, which are faster to read and to decode.
 
 python -m research.data.resize --name=folder --data_dir=DIR --out=OUT --side=256
-python -m research.data.resize --name=imagenet2012 --data_dir=DIR --out=OUT --side=256 --quality=90 --processes=8
+python -m research.data.resize --name=imagenet2012 --data_dir=DIR --out=OUT --side=256 --processes=8
 
 The copy is a prepared TFDS set in array_record: train on it with --config.dataset.data_dir=OUT and the name that the
 command prints at the end. It has the same splits, examples in the same order, classes and labels. The shorter side of
@@ -67,7 +67,7 @@ def define_flags() -> flags.FlagValues:
     """Defines the flags of this command."""
     values = command_line.new_flags("set", "folder for the copy, a local one")
     flags.DEFINE_integer("side", 256, "largest length of the shorter side, in pixels", 1, flag_values=values)
-    flags.DEFINE_integer("quality", 95, "quality of JPEG", 1, 100, flag_values=values)
+    flags.DEFINE_integer("quality", 90, "quality of JPEG", 1, 100, flag_values=values)
     flags.DEFINE_integer("processes", None, "worker processes (default: all cores)", 1, flag_values=values)
     flags.DEFINE_integer("max_damaged", 0, "how many damaged examples may be left out", 0, flag_values=values)
     return values

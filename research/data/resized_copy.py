@@ -58,7 +58,7 @@ def write_copy(
     out: Path,
     side: int,
     *,
-    quality: int = 95,
+    quality: int = 90,
     processes: int = 1,
     max_damaged: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -210,6 +210,7 @@ def _check_parameters(job: "Job") -> None:
         "the data set": {split: [source.fingerprint, len(source)] for split, source in job.sources.items()},
         "the set of features": [job.channels, job.label_names and list(job.label_names)],
         "the decoder": decoding.NAME,
+        "the encoding": resized_shards.ENCODING,
         "the size of shards": [_MOST_SHARDS, _LEAST_EXAMPLES],
     }
     file = job.folder / "parameters.json"

@@ -23,6 +23,7 @@ from research.data import decoding, tfds_records
 from research.data.source import DamagedError, Source
 from research.errors import OutOfMemoryError, UserError
 
+ENCODING = 2  # raise the number when `resize` returns other bytes
 _MOST_JPEG_PIXELS = 65_500  # a side, in libjpeg
 
 
@@ -52,7 +53,8 @@ def resize(image: bytes | np.ndarray, channels: int, side: int, quality: int) ->
     Larger images are resized by Pillow's Lanczos filter, which averages over all pixels (antialiasing); the longer side
     is rounded to the nearest pixel, and no image is enlarged. An image that is small enough and stored as a gray or RGB
     JPEG, neither progressive nor rotated by EXIF, is returned byte for byte. All others are encoded as baseline JPEG
-    with 4:2:0 chroma subsampling, as most photographs are: a fifth smaller than 4:4:4 and no slower to decode.
+    with 4:2:0 chroma subsampling, as most photographs are: a fifth smaller than 4:4:4 and no slower to decode. Restart
+    markers after each row of blocks, 1% of the bytes, let `jpeg.decode_rows` skip the rows that a crop does not need.
     Optimized Huffman tables would save another 5%, but more than double the time of encoding.
 
     Args:
@@ -76,7 +78,7 @@ def resize(image: bytes | np.ndarray, channels: int, side: int, quality: int) ->
     if max(resized.size) > _MOST_JPEG_PIXELS:
         raise DamagedError(f"has {max(resized.size):,} pixels in a row, more than JPEG can store")
     buffer = io.BytesIO()
-    resized.save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
+    resized.save(buffer, "JPEG", quality=quality, subsampling="4:2:0", restart_marker_rows=1)
     return buffer.getvalue()
 
 

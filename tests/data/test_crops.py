@@ -7,7 +7,7 @@ import photographs
 import pytest
 from PIL import Image
 
-from research.data import crops, decoding
+from research.data import crops, decoding, jpeg
 
 KINDS = {
     "420": {},
@@ -44,8 +44,8 @@ def _crop(image, box, size, channels=3):
 @pytest.mark.parametrize("options", KINDS.values(), ids=KINDS.keys())
 def test_a_crop_that_is_not_resized_has_the_pixels_of_the_whole_image(options, libraries, monkeypatch):
     if libraries == "Pillow only":
-        for name in ("_simplejpeg", "_opencv"):
-            monkeypatch.setattr(crops, name, lambda: None)
+        monkeypatch.setattr(jpeg, "is_available", lambda: False)
+        monkeypatch.setattr(crops, "_opencv", lambda: None)
     encoded = photographs.encode(photographs.gradient(150, 203), **options)
     whole = decoding.decode(encoded, 3)
     for left, top in ((0, 0), (31, 5), (90, 17), (whole.shape[1] - 50, whole.shape[0] - 50)):
@@ -73,8 +73,8 @@ def _expected(start, length, size):
 @pytest.mark.parametrize("size", [20, 37, 64, 120])
 def test_a_resized_crop_lies_where_the_box_does(options, size, libraries, monkeypatch):
     if libraries == "Pillow only":
-        for name in ("_simplejpeg", "_opencv"):
-            monkeypatch.setattr(crops, name, lambda: None)
+        monkeypatch.setattr(jpeg, "is_available", lambda: False)
+        monkeypatch.setattr(crops, "_opencv", lambda: None)
     encoded = photographs.encode(_ramps(200, 250), **({"quality": 100} | options))
     for left, top, width, height in ((0, 0, 250, 200), (10, 20, 170, 160), (101, 7, 90, 70)):
         found = _crop(encoded, (left, top, width, height), size)[0].astype(float)

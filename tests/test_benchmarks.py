@@ -274,6 +274,7 @@ def test_the_perceptron_trains_as_a_command(tmp_path):
         (["peers", "--peer=nosuch"], "use flax, keras"),
         (["seeds", "--dataset=nosuch"], "nosuch"),
         (["depth", "--rates=0.1,x"], "give positive numbers separated by commas"),
+        (["input", "--images=.", "--cores=1,x"], "--cores=1,x: give positive numbers separated by commas"),
         (["language", "--epochs=3"], "--epochs is for --study"),
         (["language", "--study", "--widths=8,16,32"], "at least 4 for the power law"),
     ],

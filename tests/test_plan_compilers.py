@@ -25,7 +25,7 @@ for args in json.loads(sys.argv[1]):
 
 @pytest.fixture(scope="module")
 def tpu(tmp_path_factory):
-    """What libtpu's compiler makes of the VAE: (plan.json of a sweep, everything printed on both streams)."""
+    """Plans the VAE with libtpu's compiler; returns plan.json of a sweep, and everything printed on both streams."""
     pytest.importorskip("libtpu", reason="the extra tpu is not installed")
     folder = tmp_path_factory.mktemp("tpu")
     sweep = ["--topology=v5e:2x2", "--sweep_topology", "--config.model.width=1024", "--config.batch_size=64"]

@@ -1,4 +1,4 @@
-"""What `launch.predict` prints for many images: tables, progress, and file names that are not valid UTF-8."""
+"""`launch.predict` prints tables, progress, and file names that are not valid UTF-8."""
 
 import csv
 import io

@@ -62,12 +62,13 @@ def _resized_copy(files: list[str], folder: Path) -> Path:
     return folder / "copy" / "photographs"
 
 
-def _speed(name: str, files: Path, cores: str) -> float:
+def _speed(name: str, files: Path, cores: int) -> float:
     arguments = [name, files, _SIZE.value, _BATCH.value, _SECONDS.value, cores]
     return float(command.run(name, ["-m", "benchmarks.input.pipelines", *map(str, arguments)]).split()[-1])
 
 
 def main() -> None:
+    core_counts = command.numbers("cores", _CORES.value, int)
     out, peers = output.folder(), _peers()
     images = Path(_IMAGES.value).expanduser().resolve()
     files = sorted(map(str, images.glob("*.[jJ][pP]*[gG]"))) if images.is_dir() else []
@@ -79,7 +80,7 @@ def main() -> None:
         lists["original"].write_text("\n".join(files), encoding="utf-8")
         lists["meshwork_resized"].write_text(str(_resized_copy(files, Path(temporary))), encoding="utf-8")
         rows = []
-        for cores in _CORES.value:
+        for cores in core_counts:
             speeds: dict[str, list[float]] = {
                 name: [] for name in PIPELINES if name.startswith("meshwork") or name in peers
             }
@@ -90,7 +91,7 @@ def main() -> None:
             rows += [
                 {
                     "peer": name,
-                    "cores": int(cores),
+                    "cores": cores,
                     "images_per_second": round(statistics.median(measured), 1),
                     "ratio": round(statistics.median(ours / x for ours, x in zip(speeds["meshwork"], measured)), 3),
                     "rounds": len(measured),

@@ -23,7 +23,7 @@ _MARGIN = 2  # rows decoded above and below, to interpolate the chroma of a crop
 
 
 class Header(NamedTuple):
-    """What precedes the pixels of a JPEG file.
+    """The header of a JPEG file.
 
     Attributes:
       frame: the position of the frame header.
@@ -103,11 +103,13 @@ def _uint16(encoded: bytes, position: int) -> int:
     return int.from_bytes(encoded[position : position + 2], "big")
 
 
-def _header(encoded: bytes, frame: int, scan_header: int, scan: int, interval: int) -> Header:
+def _header(encoded: bytes, frame: int, scan_header: int, scan: int, interval: int) -> Header | None:
     height, width, components = _uint16(encoded, frame + 5), _uint16(encoded, frame + 7), encoded[frame + 9]
     sampling = encoded[frame + 11 : frame + 11 + 3 * components : 3]
     # A block of one component is 8 x 8 pixels, whatever its sampling factors.
     columns, rows = (max(x >> 4 for x in sampling), max(x & 15 for x in sampling)) if components > 1 else (1, 1)
+    if not columns or not rows:
+        return None
     has_one_scan = encoded[scan_header + 4] == components
     row_restarts = has_one_scan and interval > 0 and interval == -(-width // (8 * columns))
     return Header(frame, encoded[frame + 1], height, width, components, 8 * rows, scan, row_restarts)
@@ -146,12 +148,11 @@ def decode_rows(encoded: bytes, header: Header, top: int, bottom: int, factor: i
 
 
 def _cut(encoded: bytes, header: Header, start: int, end: int) -> tuple[int, bytes | memoryview]:
-    """Returns a JPEG file of the image without rows above `start` and below `end`, and the row at which it begins."""
+    """Returns a row, `start` or one above, and a JPEG file of the image from there down to `end` or further."""
     if header.marker not in _BASELINE or (start, end) == (0, header.height):
         return 0, encoded
     markers = [match.start() for match in _RESTART.finditer(encoded, header.scan)] if header.row_restarts else []
-    num_blocks = -(-header.height // header.block_height)
-    if markers and len(markers) == num_blocks - 1:
+    if markers and len(markers) == -(-header.height // header.block_height) - 1:
         first, last = start // header.block_height, -(-end // header.block_height)
         ends = [header.scan - 2, *markers, len(encoded)]
         begin = ends[first] + 2

@@ -115,6 +115,22 @@ def test_files_that_are_not_whole_have_no_header(damage):
     assert jpeg.read_header(damage(_encode())) is None
 
 
+@pytest.mark.parametrize("value", [0, 255])
+def test_no_damage_of_the_header_raises(value):
+    encoded = _encode(1)
+    for place in range(2, jpeg.read_header(encoded).scan):
+        damaged = encoded[:place] + bytes([value]) + encoded[place + 1 :]
+        if header := jpeg.read_header(damaged):
+            jpeg.decode_rows(damaged, header, header.height // 2, header.height // 2 + 1, 1)
+
+
+def test_an_image_without_sampling_factors_is_left_to_pillow():
+    encoded = bytearray(_encode())
+    frame = jpeg.read_header(encoded).frame
+    encoded[frame + 11 : frame + 20 : 3] = bytes(3)
+    assert jpeg.read_header(bytes(encoded)) is None
+
+
 def test_headers():
     header = jpeg.read_header(_encode(1, subsampling="4:2:0", comment=b"between"))
     assert (header.height, header.width, header.components, header.block_height) == (163, 150, 3, 16)

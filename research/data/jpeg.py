@@ -148,7 +148,7 @@ def decode_rows(encoded: bytes, header: Header, top: int, bottom: int, factor: i
 
 
 def _cut(encoded: bytes, header: Header, start: int, end: int) -> tuple[int, bytes | memoryview]:
-    """Returns a row, `start` or one above, and a JPEG file of the image from there down to `end` or further."""
+    """Returns the first row, at most `start`, and a JPEG file of the image from there down to `end` or further."""
     if header.marker not in _BASELINE or (start, end) == (0, header.height):
         return 0, encoded
     markers = [match.start() for match in _RESTART.finditer(encoded, header.scan)] if header.row_restarts else []

@@ -23,6 +23,7 @@ from research.config import Config, DatasetConfig, OptimizerConfig, RNNConfig, o
 from research.data import text
 from research.data.batch import Batch
 from research.data.sources import Dataset
+from research.errors import UserError
 from research.models import text_networks
 from research.parametrization import Network
 from research.tasks.generation import SampleOptions, generate
@@ -107,17 +108,21 @@ def make_task(config: CharRNNConfig, dataset: Dataset) -> LanguageModel:
 
     carry = functools.partial(text_networks.initial_carry, model)
     generation_carry = functools.partial(text_networks.generation_carry, model, length)
-    return LanguageModel(Network(create, model), carry, length, dataset.tokenizer, generation_carry)
+    context = text_networks.context(model, length)
+    return LanguageModel(Network(create, model), carry, length, dataset.tokenizer, generation_carry, context)
 
 
 def sample(predict: Predictor, config: CharRNNConfig, dataset: Dataset, options: SampleOptions, _: Path) -> None:
     """Prints texts that continue a prompt.
 
     Raises:
-      UserError: the prompt cannot be encoded.
+      UserError: the prompt cannot be encoded, or is longer than the network's context.
     """
     assert dataset.tokenizer is not None, "`text.streams` sets it"
     prompt = dataset.tokenizer.encode(options.prompt)
+    limit = text_networks.context(config.model, config.sequence_length)
+    if limit and len(prompt) > limit:
+        raise UserError(f"--prompt has {len(prompt):,} tokens, the network's context {limit:,}: shorten the prompt")
     context = min(config.sequence_length, len(prompt) + options.length)
 
     def texts(model: nnx.Module, batch: Batch, key: jax.Array) -> jax.Array:

@@ -157,7 +157,7 @@ def _manifest(
         "platforms": list(PLATFORMS),
         "functions": {
             name: described(exported[name])
-            | {"preprocessing": function.preprocessing}
+            | {"preprocessing": function.preprocessing, "context": function.context}
             | _image_files(exported[name], center_crop)
             for name, function in functions.items()
         },

@@ -197,13 +197,17 @@ def _index(count: int) -> np.ndarray:
 
 def _continue_text(artifact: Artifact, options: argparse.Namespace) -> None:
     prompt = tokens.encode(artifact.manifest, options.prompt or "")
+    function = artifact.manifest["functions"]["step"]
+    context = function.get("context")
+    if context and len(prompt) > context:
+        raise ArtifactError(f"--prompt has {len(prompt):,} tokens, the network's context {context:,}: shorten it")
     count, length = options.num_samples or 1, options.length or 500
     temperature = 0.8 if options.temperature is None else options.temperature
     top_p = 1.0 if options.top_p is None else options.top_p
     rng = np.random.default_rng(options.sample_seed or 0)
     runtime = _runtime(artifact, options)
-    inputs = artifact.manifest["functions"]["step"]["inputs"]
-    memory = {name: np.zeros((count, *x["shape"][1:]), x["dtype"]) for name, x in inputs.items() if name != "token"}
+    state = {name: x for name, x in function["inputs"].items() if name != "token"}
+    memory = {name: np.zeros((count, *x["shape"][1:]), x["dtype"]) for name, x in state.items()}
     texts, began = [np.full(count, token, np.int32) for token in prompt], time.monotonic()
     for number in range(len(prompt) + length - 1):
         outputs = runtime("step", {"token": texts[number], **memory})

@@ -20,7 +20,8 @@ from jax.sharding import PartitionSpec as P
 from research.config import Config, MeshConfig
 from research.errors import UserError
 
-AXES = ("data", "fsdp", "sequence", "model")
+SEQUENCE = "sequence"
+AXES = ("data", "fsdp", SEQUENCE, "model")
 BATCH_AXES = ("data", "fsdp")
 
 
@@ -107,6 +108,12 @@ def is_unsharded() -> bool:
     """Returns whether GSPMD shards nothing here: one device, or arrays that `jax.shard_map` has split already."""
     mesh = jax.sharding.get_abstract_mesh()
     return all(size == 1 or axis in mesh.manual_axes for axis, size in mesh.shape.items())
+
+
+def time_shards(length: int) -> int:
+    """Returns into how many parts the mesh in context splits a time axis of `length` steps; 1 if they are not equal."""
+    shards = jax.sharding.get_abstract_mesh().shape.get(SEQUENCE, 1)
+    return 1 if length % shards else shards
 
 
 def vary(tree: Any) -> Any:

@@ -11,12 +11,14 @@ from flax import nnx
 from experiments import char_rnn
 from launch import export, predict
 from launch.artifacts import artifact, runtimes
+from launch.artifacts.artifact import ArtifactError
 from research import app, optimizers, sharding
 from research.config import MeshConfig, OptimizerConfig, RNNConfig
 from research.data.batch import Batch
 from research.data.sources import Dataset
+from research.errors import UserError
 from research.tasks import token_loss
-from research.tasks.generation import generate
+from research.tasks.generation import SampleOptions, generate
 from research.training import hyperparams
 from research.training.run import Training
 from research.training.state import create_state
@@ -102,6 +104,36 @@ def test_an_artifact_writes_on_past_its_context_as_the_network_does(exported, ca
     training, folder = exported
     predict.run([f"--artifact={folder}", "--prompt=ab", "--length=20", "--temperature=0"])
     assert capsys.readouterr().out.partition("\n")[2].strip() == "ab" + _generated(training, 20)
+
+
+def test_a_prompt_longer_than_the_context_is_an_error(exported, monkeypatch, capsys):
+    """In the artifact, before it is compiled, and in the experiment; a recurrent network has no such limit."""
+    training, folder = exported
+    predict.run([f"--artifact={folder}", f"--prompt={8 * 'a'}", "--length=1"])
+    monkeypatch.setattr(predict, "_runtime", None)
+    with pytest.raises(ArtifactError, match="--prompt has 9 tokens, the network's context 8: shorten it"):
+        predict.run([f"--artifact={folder}", f"--prompt={9 * 'a'}", "--length=1"])
+
+    def sampled(config, prompt):
+        def drawn(function, arrays, *, seed):
+            return np.zeros((1, 1), np.int32)
+
+        options = SampleOptions(prompt=prompt, length=1)
+        char_rnn.sample(drawn, config, training.dataset, options, folder)  # pyright: ignore[reportArgumentType]
+
+    sampled(training.config, 8 * "a")
+    with pytest.raises(UserError, match="--prompt has 9 tokens, the network's context 8: shorten the prompt"):
+        sampled(training.config, 9 * "a")
+    sampled(_config(model=dataclasses.replace(MODEL, name="gru", heads=0)), 9 * "a")
+
+
+@pytest.mark.parametrize("context", ["8", 8.0, True])
+def test_an_artifact_whose_context_is_no_number_is_refused(exported, tmp_path, context):
+    read = artifact.read(exported[1])
+    functions = {"step": read.manifest["functions"]["step"] | {"context": context}}
+    artifact.write(tmp_path / "a", read.manifest | {"functions": functions}, read.weights, read.programs)
+    with pytest.raises(ArtifactError, match="not a number of tokens"):
+        artifact.read(tmp_path / "a")
 
 
 def test_the_state_of_an_artifact_is_the_cache(exported):

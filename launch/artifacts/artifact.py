@@ -39,9 +39,9 @@ class Artifact:
     """An artifact whose files have been checked.
 
     Attributes:
-      manifest: "functions" by name, each with "file", "inputs", "outputs" and "preprocessing", and "image_files" if it
-        takes images (`decoding.describe`); "classes"; "center_crop", if images of any size are cropped and resized as
-        in evaluation; and more.
+      manifest: "functions" by name, each with "file", "inputs", "outputs" and "preprocessing", "image_files" if it
+        takes images (`decoding.describe`), and "context", the tokens that it attends to, if limited; "classes";
+        "center_crop", if images of any size are cropped and resized as in evaluation; and more.
       weights: the arrays by name, shared by all functions.
       programs: a serialized `jax.export.Exported` for each function name.
     """
@@ -129,6 +129,8 @@ def _check_form(manifest: Mapping[str, Any]) -> None:
         raise TypeError(f"center_crop is {crop!r}, not a fraction")
     arrays = [manifest["weights"]]
     for function in manifest["functions"].values():
+        if type(function.get("context")) not in (int, type(None)):
+            raise TypeError(f"context is {function['context']!r}, not a number of tokens")
         arrays += [function["inputs"], function["outputs"]]
     for entry in (entry for described in arrays for entry in described.values()):
         if not (isinstance(entry["dtype"], str) and all(type(size) in (int, str) for size in entry["shape"])):

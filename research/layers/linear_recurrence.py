@@ -17,7 +17,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-SEQUENCE = "sequence"
+from research.sharding import SEQUENCE, time_shards
+
+_CHUNKS = 1024  # libtpu's time to compile an associative scan grows with its length: 65,536 steps would take minutes
 _Function = Callable[..., jax.Array]
 
 
@@ -61,8 +63,7 @@ def _over_time(one_device: _Function, per_shard: _Function, *arrays: jax.Array) 
 
     The arrays are [T, b, units], except for the last, which is [b, units].
     """
-    shards = jax.sharding.get_abstract_mesh().shape.get(SEQUENCE, 1)
-    if shards == 1 or len(arrays[0]) % shards:
+    if time_shards(len(arrays[0])) == 1:
         return one_device(*arrays)
     specs = (*[P(SEQUENCE)] * (len(arrays) - 1), P())
     # check_vma is needed to differentiate through shard_map only, and the custom gradient does not.
@@ -80,9 +81,7 @@ def _run(a: jax.Array, b: jax.Array, h: jax.Array, *, reverse: bool) -> jax.Arra
 
 def _shifted(x: jax.Array, outside: jax.Array, *, reverse: bool) -> jax.Array:
     """Shifts x by one time step, so that step t has x of t - 1 (`reverse`: of t + 1); `outside` fills the end."""
-
-    def one_device(x: jax.Array, outside: jax.Array) -> jax.Array:
-        return jnp.concatenate([x[1:], outside[None]] if reverse else [outside[None], x[:-1]])
+    one_device = partial(_shifted_here, reverse=reverse)
 
     def per_shard(x: jax.Array, outside: jax.Array) -> jax.Array:
         index, last = lax.axis_index(SEQUENCE), lax.axis_size(SEQUENCE) - 1
@@ -93,6 +92,11 @@ def _shifted(x: jax.Array, outside: jax.Array, *, reverse: bool) -> jax.Array:
     return _over_time(one_device, per_shard, x, outside)
 
 
+def _shifted_here(x: jax.Array, outside: jax.Array, *, reverse: bool) -> jax.Array:
+    """As `_shifted`, of a sequence that one device has."""
+    return jnp.concatenate([x[1:], outside[None]] if reverse else [outside[None], x[:-1]])
+
+
 def _on_a_shard(a: jax.Array, b: jax.Array, h: jax.Array, *, reverse: bool) -> jax.Array:
     """Computes this device's shard of the time axis; `h` is the initial state of the whole sequence."""
     # Each device composes its steps to one; the recurrence over these gives the state at the end of every shard.
@@ -101,7 +105,7 @@ def _on_a_shard(a: jax.Array, b: jax.Array, h: jax.Array, *, reverse: bool) -> j
     shard_a = jnp.broadcast_to(a ** len(b), h.shape) if a.ndim == 1 else a.prod(0)
     all_a, all_b = (lax.all_gather(x, SEQUENCE) for x in (shard_a, shard_b))
     ends = sequential(all_a, all_b, h, reverse=reverse)
-    before = jnp.concatenate([ends[1:], h[None]] if reverse else [h[None], ends[:-1]])
+    before = _shifted_here(ends, h, reverse=reverse)
     return _on_one_device(a, b, before[lax.axis_index(SEQUENCE)], reverse=reverse)
 
 
@@ -114,19 +118,45 @@ def _on_one_device(a: jax.Array, b: jax.Array, h: jax.Array, *, reverse: bool) -
 
 def sequential(a: jax.Array, b: jax.Array, h: jax.Array, *, reverse: bool = False) -> jax.Array:
     """Computes the recurrence as a loop over time."""
+    return _loop(a, b, h, reverse=reverse)[1]
+
+
+def _loop(a: jax.Array, b: jax.Array, h: jax.Array, *, reverse: bool) -> tuple[jax.Array, jax.Array]:
+    """Returns h after the last step, and after every step."""
 
     def body(h: jax.Array, ab: tuple[jax.Array | None, jax.Array]) -> tuple[jax.Array, jax.Array]:
         h = (a if ab[0] is None else ab[0]) * h + ab[1]
         return h, h
 
-    return lax.scan(body, h, (None if a.ndim == 1 else a, b), reverse=reverse)[1]
+    return lax.scan(body, h, (None if a.ndim == 1 else a, b), reverse=reverse)
 
 
 def parallel(a: jax.Array, b: jax.Array, h: jax.Array, *, reverse: bool = False) -> jax.Array:
-    """Computes the recurrence as an associative scan."""
+    """Computes the recurrence as an associative scan, of a long sequence over `_CHUNKS` parts of it."""
+    if len(b) > _CHUNKS:
+        return _in_chunks(a, b, h, reverse=reverse)
 
     def compose(first: tuple[jax.Array, jax.Array], then: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         return then[0] * first[0], then[0] * first[1] + then[1]
 
     a, b = lax.associative_scan(compose, (jnp.broadcast_to(a, b.shape), b), reverse=reverse)
     return a * h + b
+
+
+def _in_chunks(a: jax.Array, b: jax.Array, h: jax.Array, *, reverse: bool) -> jax.Array:
+    """Loops over the steps of a chunk, for all chunks at once, to compose them; then again, from the states before."""
+    steps = -(-len(b) // _CHUNKS)
+    padding = steps * _CHUNKS - len(b)
+
+    def chunked(x: jax.Array) -> jax.Array:
+        # What is added comes after all other steps, so its values do not matter.
+        widths = [(padding, 0) if reverse else (0, padding), *[(0, 0)] * (x.ndim - 1)]
+        return jnp.pad(x, widths).reshape(_CHUNKS, steps, *x.shape[1:]).swapaxes(0, 1)
+
+    a, b = a if a.ndim == 1 else chunked(a), chunked(b)
+    chunk_b = _loop(a, b, jnp.zeros_like(b[0]), reverse=reverse)[0]
+    chunk_a = a**steps if a.ndim == 1 else a.prod(0)
+    ends = parallel(chunk_a, chunk_b, h, reverse=reverse)
+    hidden = sequential(a, b, _shifted_here(ends, h, reverse=reverse), reverse=reverse)
+    hidden = hidden.swapaxes(0, 1).reshape(-1, *h.shape)
+    return hidden[padding:] if reverse else hidden[: len(hidden) - padding]

@@ -28,9 +28,9 @@ from research.config import MeshConfig, RecurrentConfig, RNNConfig
 from research.errors import UserError
 from research.layers import recurrence
 from research.layers.dropout import Dropout
-from research.layers.linear_recurrence import SEQUENCE, linear_recurrence
+from research.layers.linear_recurrence import linear_recurrence
 from research.models.blocks import LECUN, Linear, rows_product
-from research.sharding import BATCH_AXES
+from research.sharding import BATCH_AXES, SEQUENCE
 
 Carry = tuple[recurrence.State, ...]  # the state of each layer, arrays float32 [b, units]
 
@@ -148,8 +148,7 @@ class RNN(nnx.Module):
 
 def shard_over_time(x: jax.Array) -> jax.Array:
     """Shards the time axis of x [T, b, width] over the mesh axis `sequence`, if there is one and it divides T."""
-    shards = jax.sharding.get_abstract_mesh().shape.get(SEQUENCE, 1)
-    if shards == 1 or len(x) % shards:
+    if sharding.time_shards(len(x)) == 1:
         return x
     return jax.lax.with_sharding_constraint(x, P(SEQUENCE, BATCH_AXES))
 

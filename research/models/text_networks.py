@@ -41,6 +41,11 @@ def initial_carry(config: RNNConfig, batch_size: int) -> Any:
     return () if config.name == _TRANSFORMER else rnn.initial_carry(config, batch_size)
 
 
+def context(config: RNNConfig, length: int) -> int | None:
+    """Returns how many tokens a generated one depends on, for examples of `length` tokens; None: no such limit."""
+    return length if config.name == _TRANSFORMER else None
+
+
 def generation_carry(config: RNNConfig, context: int, batch_size: int) -> Any:
     """Returns the state before the first token of a generated text, of which the Transformer's has `context` tokens."""
     if config.name == _TRANSFORMER:

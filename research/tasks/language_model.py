@@ -30,6 +30,7 @@ class LanguageModel(Task):
       length: the tokens of an example, T.
       tokenizer: of the text; None: tokens are bytes.
       generation_carry: returns the initial state of a text that is generated token by token; None: `carry`.
+      context: how many tokens a generated one depends on; None: no such limit.
     """
 
     per_device_gradients: ClassVar[bool] = True
@@ -39,6 +40,7 @@ class LanguageModel(Task):
     length: int
     tokenizer: Tokenizer | None = None
     generation_carry: Callable[[int], Any] | None = None
+    context: int | None = None
     parallel_over_time = True  # with a parallel cell; `experiments.char_rnn` rejects the others
 
     @property
@@ -110,4 +112,4 @@ class LanguageModel(Task):
         shapes = [", ".join(("b", *map(str, leaf.shape[1:]))) for leaf in leaves]
         state = {name: (shape, str(leaf.dtype)) for name, shape, leaf in zip(names, shapes, leaves)}
         inputs = {"token": ("b", "int32"), **state}
-        return {"step": ExportedFunction(step, inputs, "a token is the number of its class")}
+        return {"step": ExportedFunction(step, inputs, "a token is the number of its class", self.context)}

@@ -41,11 +41,13 @@ class ExportedFunction:
       call: `call(network, inputs)` returns the outputs; both are dictionaries of arrays.
       inputs: shape and dtype by name. A shape is written as "b, 32, 32, 3", where b is any number of examples.
       preprocessing: describes what `call` does to the inputs before the network, so that callers do not repeat it.
+      context: how many tokens of a sequence the network attends to; None: no such limit.
     """
 
     call: Callable[[Any, Inputs], dict[str, jax.Array]]
     inputs: Mapping[str, tuple[str, str]]
     preprocessing: str
+    context: int | None = None
 
 
 class Task:

@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from research import sharding
+
 MAX_LOGITS = 2**24  # of a chunk on each device: 64 MiB in float32
 
 Losses = tuple[jax.Array, jax.Array]
@@ -49,23 +51,29 @@ def of_logits(logits: jax.Array, targets: jax.Array) -> Losses:
 
 
 def _num_chunks(logits: Callable[[jax.Array], jax.Array], features: jax.Array) -> int:
-    """Returns the least number of chunks of at most `MAX_LOGITS` on each device; at most one for each time step."""
+    """Returns a number of chunks that have at most `MAX_LOGITS` on each device, or the steps of a device if fewer."""
     mesh = jax.sharding.get_abstract_mesh()
     # Not along the axis `model`: it does not split an odd vocabulary, or one whose kernel is that of the embedding.
     axes = mesh.shape.keys() - {*mesh.manual_axes, "model"}
     devices = math.prod(mesh.shape[axis] for axis in axes)
     total = math.prod(jax.eval_shape(logits, features).shape)
-    return min(features.shape[1], -(-total // (MAX_LOGITS * devices)))
+    shards = sharding.time_shards(features.shape[1])
+    steps = features.shape[1] // shards
+    least = min(steps, -(-total // (MAX_LOGITS * devices)))
+    # Padding a sharded time axis moves steps between devices: rather up to twice as many chunks, if they divide it.
+    candidates = range(least, least + 1 if shards == 1 else 2 * least)
+    return next((count for count in candidates if steps % count == 0), least)
 
 
 def _in_chunks(logits: Callable[[jax.Array], jax.Array], features: jax.Array, targets: jax.Array, count: int) -> Losses:
     if count == 1:
         return of_logits(logits(features), targets)
     length = targets.shape[1]
-    steps = -(-length // count)  # of a chunk
+    shards = sharding.time_shards(length)
+    steps = -(-length // (count * shards)) * shards  # of a chunk
 
-    # Chunk i has the time steps i, i + count, ...: so each device has its part of every chunk, whether the examples are
-    # sharded or the time axis.
+    # Chunk i has the time steps i, i + count, ..., as many of every device: so each has its part of every chunk,
+    # whether the examples are sharded or the time axis.
     def split(x: jax.Array) -> jax.Array:
         padded = jnp.pad(x, [(0, 0), (0, steps * count - length), *[(0, 0)] * (x.ndim - 2)])
         return jnp.moveaxis(padded.reshape(len(x), steps, count, *x.shape[2:]), 2, 0)

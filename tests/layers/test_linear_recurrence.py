@@ -51,10 +51,11 @@ def _agree(ours, theirs):
         np.testing.assert_allclose(one, other, atol=2e-6 * np.abs(other).max())
 
 
+@pytest.mark.parametrize("length", [12, 1024, 2500])
 @pytest.mark.parametrize("kind", DTYPES)
 @pytest.mark.parametrize("form", ["linear_recurrence", "sequential", "parallel"])
-def test_every_form_equals_the_loop(kind, form):
-    a, b, h = _arguments(kind)
+def test_every_form_equals_the_loop(kind, form, length):
+    a, b, h = _arguments(kind, length)
     np.testing.assert_allclose(jax.jit(getattr(layer, form))(a, b, h), _loop(a, b, h), atol=1e-6)
 
 
@@ -66,11 +67,14 @@ def test_gradients_equal_those_of_plain_differentiation(kind, form):
     _agree(ours, _value_and_gradients(getattr(layer, form), arguments))
 
 
+@pytest.mark.parametrize("length", [12, 1025, 2500])
+@pytest.mark.parametrize("kind", DTYPES)
 @pytest.mark.parametrize("form", ["sequential", "parallel"])
-def test_backwards_in_time(form):
-    a, b, h = _arguments("real")
+def test_backwards_in_time(kind, form, length):
+    a, b, h = _arguments(kind, length)
     backwards = jax.jit(getattr(layer, form), static_argnames="reverse")(a, b, h, reverse=True)
-    np.testing.assert_allclose(backwards[::-1], _loop(a[::-1], b[::-1], h), atol=1e-6)
+    expected = _loop(a if kind == "constant" else a[::-1], b[::-1], h)
+    np.testing.assert_allclose(backwards[::-1], expected, atol=1e-6)
 
 
 def test_accelerators_get_the_parallel_form():
@@ -78,6 +82,18 @@ def test_accelerators_get_the_parallel_form():
     traced = jax.jit(layer.linear_recurrence).trace(*_arguments("real"))
     assert "stablehlo.while" not in traced.lower(lowering_platforms=("tpu",)).as_text()
     assert "stablehlo.while" in traced.lower(lowering_platforms=("cpu",)).as_text()
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+def test_a_long_sequence_hardly_makes_the_program_larger(kind):
+    """The time to compile an associative scan grows with its length, so a long sequence is scanned in chunks."""
+    sizes = []
+    for length in (2**12, 2**20):
+        a, b, h = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in _arguments(kind, 1))
+        b = jax.ShapeDtypeStruct((length, *b.shape[1:]), b.dtype)
+        traced = jax.jit(layer.linear_recurrence).trace(a if kind == "constant" else b, b, h)
+        sizes.append(traced.lower(lowering_platforms=("tpu",)).as_text().count("\n"))
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.05)  # the power of a constant takes a few more products
 
 
 def test_a_state_that_underflows_is_forgotten():

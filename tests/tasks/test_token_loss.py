@@ -1,11 +1,17 @@
 """The loss in chunks is that of all logits at once, with its gradient, in less memory."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from research import sharding
+from research.config import Config, MeshConfig
 from research.tasks import token_loss
 
 B, T, WIDTH, VOCABULARY = 4, 7, 6, 50
@@ -81,6 +87,32 @@ def test_devices_that_share_the_model_are_not_counted(monkeypatch):
     for shape, chunks in (((1, 1), 7), ((2, 1), 4), ((1, 2), 7)):
         with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh(shape, ("data", "model"))):
             assert token_loss._num_chunks(network.logits, features) == chunks
+
+
+# 96 steps of 8 devices can be divided into chunks without padding, 13 and 31 steps of each cannot.
+@pytest.mark.parametrize("length", [96, 8 * 13, 8 * 31])
+def test_no_device_gathers_the_features_of_a_sharded_time_axis(monkeypatch, length):
+    """Every device computes only the logits of its own time steps, give or take those next to them."""
+    rng = np.random.default_rng(0)
+    features = rng.standard_normal((1, length, WIDTH), np.float32)
+    targets = rng.integers(0, VOCABULARY, (1, length), dtype=np.int32)
+
+    def loss(features, kernel, targets):
+        return token_loss.losses(Network(kernel), targets, features, 0, train=True)[0].sum()
+
+    gradient = jax.value_and_grad(loss, (0, 1))
+    kernel = np.asarray(KERNEL, np.float32)
+    expected = jax.jit(gradient)(features, kernel, targets)
+    monkeypatch.setattr(token_loss, "MAX_LOGITS", length * VOCABULARY // 8 // 3)
+    mesh = sharding.make_mesh(Config(batch_size=4, mesh=MeshConfig(data=1, sequence=8)))
+    with jax.set_mesh(mesh):
+        assert token_loss._num_chunks(Network().logits, jnp.asarray(features)) in (3, 4)
+        over_time, everywhere = (NamedSharding(mesh, spec) for spec in (P(None, sharding.SEQUENCE), P()))
+        arrays = jax.device_put((features, kernel, targets), (over_time, everywhere, over_time))
+        compiled = jax.jit(gradient).lower(*arrays).compile()
+    assert not re.search(r"= \S+ (all-gather|all-to-all)\(", compiled.as_text())
+    for ours, theirs in zip(jax.tree.leaves(compiled(*arrays)), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_chunks_lower_the_peak_memory(monkeypatch):

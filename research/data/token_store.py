@@ -1,13 +1,15 @@
 """The tokens of a text, made once and memory-mapped from then on.
 
-They are an entry of the cache (`research.data.cache`): written under a temporary name and renamed when complete, so an
-interrupted process leaves nothing behind that counts, and two processes may write the same entry at once. Neither the
-text nor its tokens are ever in memory as a whole.
+They are an entry of the cache (`research.data.cache`): written under a temporary name and renamed when complete, so two
+processes may write the same entry at once. Until then, a longer text has an entry for each 16 MiB of it, from which a
+process continues after an interrupted one. Neither the text nor its tokens are ever in memory as a whole.
 """
 
+import functools
 import hashlib
 import itertools
 import re
+import shutil
 import sys
 import time
 import zlib
@@ -25,6 +27,7 @@ from research.errors import UserError
 _RULES = 1  # part of the cache key; raise it when the same text becomes other tokens
 _PIECE = 2**16  # bytes that are tokenized as one text
 _PIECES_AT_ONCE = 32
+_PIECES_OF_A_PART = 256
 _SAMPLES, _SAMPLE_SIZE = 64, 2**16  # tokens that a fingerprint of a long text is made from
 _PROGRESS_SECONDS = 10.0
 _LABEL_LENGTH = 48  # characters of an entry's name, of up to four bytes each: file systems allow 255 bytes
@@ -48,11 +51,16 @@ def load(text: Text, tokenizer: FromJson | None) -> np.ndarray:
     label = re.sub(r"\W+", "-", text.name).strip("-")[-_LABEL_LENGTH:]
     digest = hashlib.sha256(f"{_RULES} {text.key} {tokenizer.kind if tokenizer else ''}".encode()).hexdigest()[:16]
 
+    entry = f"{label}-{digest}"
+    parts = f"{entry}.parts"
+
     def make() -> Iterator[Arrays]:
         blocks = _with_progress(text, read_blocks(text, is_utf8=tokenizer is not None))
-        return _bytes(blocks) if tokenizer is None else _tokens(text, blocks, tokenizer)
+        return _bytes(blocks) if tokenizer is None else _parts(text, blocks, tokenizer, parts)
 
-    return cache.load(f"{label}-{digest}", make, most_in_memory=LONG)["text"]
+    tokens = cache.load(entry, make, most_in_memory=LONG)["text"]
+    shutil.rmtree(cache.folder() / parts, ignore_errors=True)
+    return tokens
 
 
 def fingerprint(tokens: np.ndarray) -> str:
@@ -100,9 +108,25 @@ def _bytes(blocks: Iterator[bytes]) -> Iterator[Arrays]:
         yield {"text": np.frombuffer(block, np.uint8)}
 
 
-def _tokens(text: Text, blocks: Iterator[bytes], tokenizer: FromJson) -> Iterator[Arrays]:
-    dtype = np.uint16 if len(tokenizer.names) <= 2**16 else np.uint32
+def _parts(text: Text, blocks: Iterator[bytes], tokenizer: FromJson, folder: str) -> Iterator[Arrays]:
+    """Yields the tokens of each part of a text. If there are several, each is a cache entry in `folder`."""
     pieces = split(blocks)
+    part = list(itertools.islice(pieces, _PIECES_OF_A_PART))
+    for number in itertools.count():
+        following = list(itertools.islice(pieces, _PIECES_OF_A_PART))
+        make = functools.partial(_tokens, text, part, tokenizer)
+        if following or number:
+            yield cache.load(f"{folder}/{number:06}", make)
+        else:
+            yield from make()
+        if not following:
+            return
+        part = following
+
+
+def _tokens(text: Text, part: Iterable[bytes], tokenizer: FromJson) -> Iterator[Arrays]:
+    dtype = np.uint16 if len(tokenizer.names) <= 2**16 else np.uint32
+    pieces = iter(part)
     size = found = 0  # bytes, and those that the tokens stand for
     while group := list(itertools.islice(pieces, _PIECES_AT_ONCE)):
         encoded = tokenizer.encode_texts(decoded(text.name, group))
@@ -131,8 +155,8 @@ def _check_kept(text: Text, tokenizer: FromJson, found: int, size: int) -> None:
     """Raises `UserError` if tokens stand for `found`, not about `size` bytes: bits per byte would be wrong."""
     if abs(found - size) > (1 - _LEAST_KEPT) * size:
         raise UserError(
-            f"{tokenizer.source}: its tokens stand for {found:,} of the first {size:,} bytes of {text.name}: use a "
-            "tokenizer that keeps all of the text, such as byte-level BPE"
+            f"{tokenizer.source}: its tokens stand for {found:,} of {size:,} bytes of {text.name}: use a tokenizer that "
+            "keeps all of the text, such as byte-level BPE"
         )
 
 

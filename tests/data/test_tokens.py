@@ -97,6 +97,38 @@ def test_an_interrupted_build_starts_again(book, monkeypatch):
     assert len(expected.train["text"]) > 10_000  # the tokenizer works for texts in memory, too
 
 
+@pytest.mark.parametrize(("pieces", "finished"), [(9, 0), (10, 0), (11, 10), (47, 30), (50, 30)])
+def test_an_interrupted_build_of_a_long_text_goes_on_after_the_last_finished_part(
+    book, pairs, monkeypatch, pieces, finished
+):
+    """Here a piece is a line of 10 bytes, and a part 10 pieces."""
+    del book  # the cache is the test's own
+    for name, value in {"_PIECE": 10, "_PIECES_AT_ONCE": 1, "_PIECES_OF_A_PART": 10}.items():
+        monkeypatch.setattr(token_store, name, value)
+    lines = [f"line {number:04}\n" for number in range(pieces)]
+    source = ArrayText("x", np.frombuffer("".join(lines).encode(), np.uint8))
+    encode_texts, encoded = pairs.encode_texts, []
+
+    def interrupted(texts):
+        if len(encoded) == min(35, pieces - 1):
+            raise KeyboardInterrupt
+        encoded.extend(texts)
+        return encode_texts(texts)
+
+    monkeypatch.setattr(pairs, "encode_texts", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        token_store.load(source, pairs)
+    encoded.clear()
+    monkeypatch.setattr(pairs, "encode_texts", lambda texts: encoded.extend(texts) or encode_texts(texts))
+    tokens = token_store.load(source, pairs)
+    assert encoded == lines[finished:]
+    assert tokens.tolist() == [token for ids in encode_texts(lines) for token in ids]
+    assert isinstance(tokens, np.memmap)
+    token_store.load(source, pairs)
+    assert encoded == lines[finished:]
+    assert not list(cache.folder().glob("*.parts"))
+
+
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(
     st.integers(0, 300_000), st.lists(st.integers(1, 250_000), max_size=5), st.sampled_from([b"\n", b" ", b"\xc3\xbc"])
@@ -126,13 +158,13 @@ def test_a_large_vocabulary_has_32_bits_and_a_lossy_tokenizer_is_refused(data_di
     assert found.dtype == np.uint32
     assert found[:4].tolist() == [2**16, 1, 2**16, 1]
     lossy = ArrayText("x", np.frombuffer("abäö日本".encode() * 50, np.uint8))
-    with pytest.raises(UserError, match=r"words\.json: its tokens stand for 300 of the first 600 bytes of x"):
+    with pytest.raises(UserError, match=r"words\.json: its tokens stand for 300 of 600 bytes of x"):
         token_store.load(lossy, large)
     # Also if only the end of the text is lost, tokenized after the start.
     monkeypatch.setattr(token_store, "_PIECE", 100)
     monkeypatch.setattr(token_store, "_PIECES_AT_ONCE", 1)
     lossy = ArrayText("x", np.frombuffer(b"ab" * 50 + "äö日本".encode() * 50, np.uint8))
-    with pytest.raises(UserError, match=r"its tokens stand for 1\d\d of the first 200 bytes of x"):
+    with pytest.raises(UserError, match=r"its tokens stand for 1\d\d of 200 bytes of x"):
         token_store.load(lossy, large)
     latin = ArrayText("x", np.frombuffer("ü".encode("latin-1") * 9, np.uint8))
     with pytest.raises(UserError, match=r"x is not in UTF-8 \(.*\), which a tokenizer needs"):

@@ -155,8 +155,8 @@ def _check_kept(text: Text, tokenizer: FromJson, found: int, size: int) -> None:
     """Raises `UserError` if tokens stand for `found`, not about `size` bytes: bits per byte would be wrong."""
     if abs(found - size) > (1 - _LEAST_KEPT) * size:
         raise UserError(
-            f"{tokenizer.source}: its tokens stand for {found:,} of {size:,} bytes of {text.name}: use a tokenizer that "
-            "keeps all of the text, such as byte-level BPE"
+            f"{tokenizer.source}: its tokens stand for {found:,} of {size:,} bytes of {text.name}: use a tokenizer "
+            "that keeps all of the text, such as byte-level BPE"
         )
 
 

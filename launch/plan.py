@@ -8,9 +8,10 @@ python -m launch.plan experiments.cifar_cnn --topology=v5e:4x4 --search         
 The train step is compiled ahead of time, on any machine: for TPUs by libtpu (extra "tpu"), for GPUs by JAX's CUDA
 plugin (extra "cuda12" or "cuda13") or, without the plugin, by XLA:CPU for the same number of devices. Memory, FLOPs and
 collectives are read from the compiled program. Times are estimates from the vendors' specifications
-(`research/chips.py`). With --sweep_topology, `batch_size` and `microbatch_size` are per device. So is the default batch
-size if it cannot be split evenly over the devices. A set of images whose size is known (`plans/known_datasets.py`)
-need not be on disk. The workdir gets `plan.json`, and `plan.png` for several plans.
+(`research/chips.py`). With --sweep_topology, `batch_size` and `microbatch_size` are per device (devices along the axes
+`sequence` and `model` share a batch). So is the default batch size if it cannot be split evenly over the devices. A set
+of images whose size is known (`plans/known_datasets.py`) need not be on disk. The workdir gets `plan.json`, and
+`plan.png` for several plans.
 """
 
 import copy
@@ -40,7 +41,9 @@ class PlanOptions:
     )
     slices: int = option(1, "number of slices of each topology, connected by the data center network", minimum=1)
     sweep_topology: bool = option(
-        False, "plan sizes from one chip to the topology, with data parallelism and with FSDP"
+        False,
+        "plan sizes from one chip to the topology, with the --config.mesh that is given, else with data parallelism "
+        "and with FSDP",
     )
     search: bool = option(False, "plan several meshes and microbatch sizes, and report the fastest that fits")
     price_per_chip_hour: str = option(
@@ -49,6 +52,9 @@ class PlanOptions:
     decoded_per_vcpu: int = option(
         400, "images per second that a vCPU of the hosts decodes, as benchmarks.input measures it", minimum=1
     )
+
+
+_STRATEGIES = (MeshConfig(), MeshConfig(data=1, fsdp=-1))  # data parallelism and FSDP, of a sweep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,11 +93,12 @@ def candidates(job: Job) -> list[Candidate]:
         flag = "--sweep_topology" if options.sweep_topology else "--search"
         if len(found) > 1:
             raise UserError(f"{flag} takes one --topology, not several")
-        if config.mesh != MeshConfig():
-            raise UserError(f"{flag} chooses the mesh: leave --config.mesh out")
     if options.sweep_topology:
-        return list(_sweep(found[0], config))
+        has_mesh = any(name.startswith("config.mesh.") for name in job.given)
+        return list(_sweep(found[0], config, [config.mesh] if has_mesh else _STRATEGIES))
     if options.search:
+        if config.mesh != MeshConfig():
+            raise UserError("--search chooses the mesh: leave --config.mesh out")
         return list(_search(found[0], config))
     meshes = [
         MeshConfig(*sharding.mesh_shape(config.mesh, topology.num_devices), config.mesh.reduce_dtype)
@@ -106,12 +113,21 @@ def _factor(job: Job, mesh: MeshConfig) -> int:
     return 1 if "config.batch_size" in job.given or job.config.batch_size % shards == 0 else shards
 
 
-def _sweep(topology: Topology, config: Any) -> Iterator[Candidate]:
+def _sweep(topology: Topology, config: Any, meshes: Sequence[MeshConfig]) -> Iterator[Candidate]:
+    """Yields the plans of each size for each mesh that fits it, with batches in proportion."""
+    from research import sharding
+
     for smaller in topology.smaller():
-        count = smaller.num_devices
-        meshes = {"data": MeshConfig(data=count), "fsdp": MeshConfig(data=1, fsdp=count)}
-        for strategy, mesh in meshes.items():
-            yield Candidate(smaller, _with(config, mesh, count), strategy)
+        for mesh in meshes:
+            try:
+                sizes = sharding.mesh_shape(mesh, smaller.num_devices)
+            except UserError:
+                if smaller == topology:
+                    raise
+                continue
+            shards = sizes[0] * sizes[1]
+            name = " x ".join(axis for axis in sharding.AXES if getattr(mesh, axis) != 1)
+            yield Candidate(smaller, _with(config, MeshConfig(*sizes, mesh.reduce_dtype), shards), name)
 
 
 def _search(topology: Topology, config: Any) -> Iterator[Candidate]:

@@ -211,7 +211,8 @@ def test_a_fault_of_the_compiler_loses_no_finished_plan(tmp_path, monkeypatch):
         (["--topology=h100-8", "--config.mesh.fsdp=3"], "must multiply to the 8 devices"),
         (["--topology=h100-8,h100-4", "--search"], "--search takes one --topology"),
         (["--topology=h100-8", "--sweep_topology", "--search"], "exclude each other"),
-        (["--topology=h100-8", "--sweep_topology", "--config.mesh.fsdp=2"], "leave --config.mesh out"),
+        (["--topology=h100-8", "--search", "--config.mesh.fsdp=2"], "--search chooses the mesh: leave"),
+        (["--topology=h100-8", "--sweep_topology", "--config.mesh.data=1"], "must multiply to the 8 devices"),
         (["--topology=h100-8", "--search", "--config.batch_size=12"], "use a multiple of 8"),
         (["--topology=h100-64", "--config.batch_size=64"], "only 8 CPU devices"),
     ],
@@ -263,6 +264,22 @@ def test_a_run_compiles_what_was_planned():
     assert run.epoch_end_steps == [2, 5]
     inputs = lowered.in_avals[0][2].index
     assert inputs.shape == run._train_batches.example().index.shape == (3, 1, 512)
+
+
+def test_a_sweep_with_a_given_mesh_has_every_size_that_it_fits(tmp_path):
+    """From one device on, only with the mesh that is given, even if it is the default."""
+    args = ["--topology=h100-8", "--sweep_topology", "--config.model.width=16", "--config.batch_size=32"]
+    rows = _plan(tmp_path / "data", *args, "--config.mesh.data=-1")["plans"]
+    assert [(row["num_chips"], row["strategy"], row["batch_size"]) for row in rows] == [
+        (1, "data", 32),
+        (4, "data", 128),
+        (8, "data", 256),
+    ]
+    rows = _plan(tmp_path / "both", *args, "--config.mesh.fsdp=2")["plans"]
+    found = [(row["num_chips"], row["strategy"], row["mesh"]["data"], row["mesh"]["fsdp"]) for row in rows]
+    assert found == [(4, "data x fsdp", 2, 2), (8, "data x fsdp", 4, 2)]
+    rows = _plan(tmp_path / "model", *args, "--config.mesh.model=2")["plans"]
+    assert [(row["num_chips"], row["batch_size"]) for row in rows] == [(4, 64), (8, 128)]
 
 
 def test_a_batch_larger_than_the_training_set_is_not_planned(tmp_path, capsys):

@@ -24,7 +24,7 @@ from typing import Any
 
 from launch import job as job_lib
 from launch.job import Job
-from launch.plans import report, topologies
+from launch.plans import isolation, report, topologies
 from launch.plans.prices import parse_prices
 from launch.plans.topologies import Topology
 from research.config import MeshConfig, option
@@ -195,20 +195,32 @@ def _plot(workdir: Path, rows: Sequence[dict[str, Any]]) -> None:
     drawing.save(workdir / "plan.png", lambda: plots.plan(rows))
 
 
+def _planned(planner: Any, job: Job, wanted: Sequence[Candidate]) -> Iterator[dict[str, Any]]:
+    """Compiles the programs; those of several kinds of chips in a process for each kind."""
+    kinds = dict.fromkeys(one.topology.chip.name for one in wanted)
+    if len(kinds) == 1:
+        for one in wanted:
+            yield planner.row(one.topology, one.config) | ({"strategy": one.strategy} if one.strategy else {})
+        return
+    for kind in kinds:
+        yield from isolation.rows(
+            [job.module, *job.args], [one.topology for one in wanted if one.topology.chip.name == kind]
+        )
+
+
 def _rows(
-    planner: Any, wanted: Sequence[Candidate], options: PlanOptions, prices: Mapping[str, float], workdir: Path
+    planner: Any, job: Job, wanted: Sequence[Candidate], prices: Mapping[str, float], workdir: Path
 ) -> list[dict[str, Any]]:
-    """Compiles the programs; writes plan.json after each, and prints a table if there are several."""
+    """Plans; writes plan.json after each program, and prints a table if there are several."""
     rows: list[dict[str, Any]] = []
     if len(wanted) > 1:
         print(report.table_head(costs=bool(prices)), flush=True)
-    for one in wanted:
-        row = planner.row(one.topology, one.config) | ({"strategy": one.strategy} if one.strategy else {})
+    for row in _planned(planner, job, wanted):
         row |= report.cost(row, prices)
         if planner.workload.decodes_images:
-            row |= report.host(row, options.decoded_per_vcpu)
+            row |= report.host(row, job.options.decoded_per_vcpu)
         rows.append(row)
-        # Written after each program: compilation may take minutes, and a compiler crash kills this process.
+        # Written after each program: compilation may take minutes, and a compiler's crash ends its process.
         _write(workdir, rows, len(wanted) > 1)
         if len(wanted) > 1:
             print(report.table_row(row, costs=bool(prices)), flush=True)
@@ -243,7 +255,9 @@ def run(argv: Sequence[str]) -> int:
         print(
             f"batch_size={job.config.batch_size} is per device here; give --config.batch_size=N for a global batch size"
         )
-    rows = _rows(planner, wanted, options, prices, workdir)
+    rows = _rows(planner, job, wanted, prices, workdir)
+    if not rows:
+        return 1
     chosen = answer(rows)
     if len(rows) > 1 and not options.search and any(row["fits"] for row in rows):
         _plot(workdir, rows)
@@ -253,7 +267,7 @@ def run(argv: Sequence[str]) -> int:
         print(f"fastest of {len(rows)} plans that fits: {report.flags(chosen)}")
     print(report.report(chosen))
     print(f"{time.monotonic() - began:.0f} s; record: {workdir}")
-    return 0
+    return 0 if len(rows) == len(wanted) else 1
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import io
 import json
+import os
 
 import jax
 import pytest
@@ -199,6 +200,50 @@ def test_a_fault_of_the_compiler_loses_no_finished_plan(tmp_path, monkeypatch):
     with pytest.raises(SystemExit):
         _plan(tmp_path, "--topology=h100-1,h100-2", "--config.model.width=16", "--config.batch_size=32")
     assert json.loads((tmp_path / "plan.json").read_text())["topology"] == "h100:1"
+
+
+_FAULTY = """
+import os, signal, sys
+from experiments.mnist_vae import EXPERIMENT
+from research.errors import UserError
+if any(arg.startswith("--topology=a100") for arg in sys.argv):
+    FAULT
+"""
+
+
+@pytest.fixture
+def faulty(tmp_path, monkeypatch):
+    """Returns a function that makes an experiment with a fault in the process that plans for an A100."""
+
+    def make(fault):
+        name = f"faulty_{len(list(tmp_path.iterdir()))}"
+        (tmp_path / f"{name}.py").write_text(_FAULTY.replace("FAULT", fault))
+        monkeypatch.syspath_prepend(str(tmp_path))
+        monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+        return [name, *VAE[1:], "--config.model.width=16", "--config.batch_size=32"]
+
+    return make
+
+
+def test_each_kind_of_chip_has_a_process_of_its_own(faulty, tmp_path, capsys):
+    """A crash of one ends no other; the command says so, and fails."""
+    args = ["--topology=h100-1,a100-1,h100-2", "--price_per_chip_hour=h100=3,a100=1"]
+    assert plan.run([*faulty("pass"), *args, f"--workdir={tmp_path / 'whole'}"]) == 0
+    assert not capsys.readouterr().err
+    whole = json.loads((tmp_path / "whole" / "plan.json").read_text())
+    assert [row["topology"] for row in whole["plans"]] == ["h100:1", "h100:2", "a100:1"]
+    assert [row["price_per_chip_hour"] for row in whole["plans"]] == [3, 3, 1]
+    assert (tmp_path / "whole" / "plan.png").exists()
+
+    crash = faulty("os.kill(os.getpid(), signal.SIGSEGV)")
+    assert plan.run([*crash, *args, f"--workdir={tmp_path / 'part'}"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "error: no plan of a100:1: the compiler's process ended with SIGSEGV"
+    part = json.loads((tmp_path / "part" / "plan.json").read_text())
+    assert [row["flops_per_chip"] for row in part["plans"]] == [row["flops_per_chip"] for row in whole["plans"][:2]]
+
+    with pytest.raises(UserError, match=r"^no such data$"):
+        plan.run([*faulty('raise UserError("no such data")'), *args, f"--workdir={tmp_path / 'none'}"])
 
 
 @pytest.mark.parametrize(

@@ -61,21 +61,30 @@ linear_recurrence.defvjp(_forward, _backward)
 def _over_time(one_device: _Function, per_shard: _Function, *arrays: jax.Array) -> jax.Array:
     """Calls `per_shard` in a `jax.shard_map` over time if the mesh and T allow, else `one_device`.
 
-    The arrays are [T, b, units], except for the last, which is [b, units].
+    The arrays are [T, b, units], except for the last, which is [b, units]; `per_shard` gets the shard's number first.
     """
-    if time_shards(len(arrays[0])) == 1:
+    shards = time_shards(len(arrays[0]))
+    if shards == 1:
         return one_device(*arrays)
-    specs = (*[P(SEQUENCE)] * (len(arrays) - 1), P())
+
+    # A sharded array, since libtpu cannot compile `axis_index` if GSPMD shards other axes.
+    def on_shard(numbers: jax.Array, *arrays: jax.Array) -> jax.Array:
+        return per_shard(numbers[0], *arrays)
+
+    specs = (*[P(SEQUENCE)] * len(arrays), P())
     # check_vma is needed to differentiate through shard_map only, and the custom gradient does not.
     options = {"axis_names": {SEQUENCE}, "in_specs": specs, "out_specs": P(SEQUENCE), "check_vma": False}
-    return jax.shard_map(per_shard, **options)(*arrays)
+    return jax.shard_map(on_shard, **options)(jnp.arange(shards), *arrays)
 
 
 def _run(a: jax.Array, b: jax.Array, h: jax.Array, *, reverse: bool) -> jax.Array:
     """Computes the recurrence; with `reverse`, from the last time step to the first."""
     if a.ndim == 1:
-        one_device, per_shard = (partial(f, a, reverse=reverse) for f in (_on_one_device, _on_a_shard))
-        return _over_time(one_device, per_shard, b, h)
+
+        def per_shard(index: jax.Array, b: jax.Array, h: jax.Array) -> jax.Array:
+            return _on_a_shard(index, a, b, h, reverse=reverse)
+
+        return _over_time(partial(_on_one_device, a, reverse=reverse), per_shard, b, h)
     return _over_time(partial(_on_one_device, reverse=reverse), partial(_on_a_shard, reverse=reverse), a, b, h)
 
 
@@ -83,8 +92,8 @@ def _shifted(x: jax.Array, outside: jax.Array, *, reverse: bool) -> jax.Array:
     """Shifts x by one time step, so that step t has x of t - 1 (`reverse`: of t + 1); `outside` fills the end."""
     one_device = partial(_shifted_here, reverse=reverse)
 
-    def per_shard(x: jax.Array, outside: jax.Array) -> jax.Array:
-        index, last = lax.axis_index(SEQUENCE), lax.axis_size(SEQUENCE) - 1
+    def per_shard(index: jax.Array, x: jax.Array, outside: jax.Array) -> jax.Array:
+        last = lax.axis_size(SEQUENCE) - 1
         pairs = [(i + 1, i) if reverse else (i, i + 1) for i in range(last)]
         neighbor = lax.ppermute(x[0 if reverse else -1], SEQUENCE, pairs)
         return one_device(x, jnp.where(index == (last if reverse else 0), outside, neighbor))
@@ -97,8 +106,8 @@ def _shifted_here(x: jax.Array, outside: jax.Array, *, reverse: bool) -> jax.Arr
     return jnp.concatenate([x[1:], outside[None]] if reverse else [outside[None], x[:-1]])
 
 
-def _on_a_shard(a: jax.Array, b: jax.Array, h: jax.Array, *, reverse: bool) -> jax.Array:
-    """Computes this device's shard of the time axis; `h` is the initial state of the whole sequence."""
+def _on_a_shard(index: jax.Array, a: jax.Array, b: jax.Array, h: jax.Array, *, reverse: bool) -> jax.Array:
+    """Computes shard `index` of the time axis; `h` is the initial state of the whole sequence."""
     # Each device composes its steps to one; the recurrence over these gives the state at the end of every shard.
     end = 0 if reverse else -1
     shard_b = _on_one_device(a, b, jnp.zeros_like(h), reverse=reverse)[end]
@@ -106,7 +115,7 @@ def _on_a_shard(a: jax.Array, b: jax.Array, h: jax.Array, *, reverse: bool) -> j
     all_a, all_b = (lax.all_gather(x, SEQUENCE) for x in (shard_a, shard_b))
     ends = sequential(all_a, all_b, h, reverse=reverse)
     before = _shifted_here(ends, h, reverse=reverse)
-    return _on_one_device(a, b, before[lax.axis_index(SEQUENCE)], reverse=reverse)
+    return _on_one_device(a, b, before[index], reverse=reverse)
 
 
 def _on_one_device(a: jax.Array, b: jax.Array, h: jax.Array, *, reverse: bool) -> jax.Array:

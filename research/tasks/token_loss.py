@@ -68,20 +68,36 @@ def _num_chunks(logits: Callable[[jax.Array], jax.Array], features: jax.Array) -
 def _in_chunks(logits: Callable[[jax.Array], jax.Array], features: jax.Array, targets: jax.Array, count: int) -> Losses:
     if count == 1:
         return of_logits(logits(features), targets)
-    length = targets.shape[1]
+    (batch, length), replicas = targets.shape, sharding.batch_shards()
     shards = sharding.time_shards(length)
-    steps = -(-length // (count * shards)) * shards  # of a chunk
+    steps = -(-length // (count * shards))  # of a chunk on each device
 
-    # Chunk i has the time steps i, i + count, ..., as many of every device: so each has its part of every chunk,
-    # whether the examples are sharded or the time axis.
+    # Chunk i has the time steps i, i + count, ..., as many of every device. The axes are [chunk, replica, time shard,
+    # example, step, ...]: the second and third are sharded.
     def split(x: jax.Array) -> jax.Array:
-        padded = jnp.pad(x, [(0, 0), (0, steps * count - length), *[(0, 0)] * (x.ndim - 2)])
-        return jnp.moveaxis(padded.reshape(len(x), steps, count, *x.shape[2:]), 2, 0)
+        padded = jnp.pad(x, [(0, 0), (0, shards * steps * count - length), *[(0, 0)] * (x.ndim - 2)])
+        parts = padded.reshape(replicas, batch // replicas, shards, steps, count, *x.shape[2:])
+        return jnp.moveaxis(parts, (4, 0, 2), (0, 1, 2))
 
     def joined(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x, 0, 2).reshape(len(targets), -1)[:, :length]
+        return jnp.moveaxis(x, (0, 1, 2), (4, 0, 2)).reshape(batch, -1)[:, :length]
 
-    chunks = jax.lax.map(
-        jax.checkpoint(lambda chunk: of_logits(logits(chunk[0]), chunk[1])), (split(features), split(targets))
-    )
-    return joined(chunks[0]), joined(chunks[1])
+    on_shards = _on_shards(logits, features[: batch // replicas, :steps], replicas, shards)
+    chunk_losses = jax.checkpoint(lambda chunk: of_logits(on_shards(chunk[0]), chunk[1]))
+    losses, hits = jax.lax.map(chunk_losses, (split(features), split(targets)))
+    return joined(losses), joined(hits)
+
+
+def _on_shards(
+    logits: Callable[[jax.Array], jax.Array], example: jax.Array, replicas: int, time_shards: int
+) -> Callable[[jax.Array], jax.Array]:
+    """Returns `logits` for features [replicas, time_shards, *example.shape], whose first two axes are sharded.
+
+    Each shard has a copy of the parameters as an array of its own. So a loop adds up their gradient without
+    communication, and the sum over the shards comes after it; GSPMD would sum over them in every iteration.
+    """
+    if replicas * time_shards == 1:
+        return lambda features: logits(features[0, 0])[None, None]
+    function, parameters = jax.closure_convert(logits, example)
+    copies = [sharding.copy_to_shards(x, replicas, time_shards) for x in parameters]
+    return lambda features: jax.vmap(jax.vmap(function))(features, *copies)

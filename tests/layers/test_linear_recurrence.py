@@ -1,5 +1,7 @@
 """The parallel recurrence equals the sequential one, on one device and with the time axis sharded."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -94,6 +96,17 @@ def test_a_long_sequence_hardly_makes_the_program_larger(kind):
         traced = jax.jit(layer.linear_recurrence).trace(a if kind == "constant" else b, b, h)
         sizes.append(traced.lower(lowering_platforms=("tpu",)).as_text().count("\n"))
     assert sizes[1] == pytest.approx(sizes[0], rel=0.05)  # the power of a constant takes a few more products
+
+
+def test_a_program_for_several_mesh_axes_does_not_ask_for_the_device():
+    """libtpu cannot compile that (`axis_index`) if GSPMD shards an axis next to the sequence."""
+    mesh = sharding.make_mesh(Config(batch_size=4, mesh=MeshConfig(2, 1, 4, 1)))
+    with jax.set_mesh(mesh):
+        traced = jax.jit(partial(_value_and_gradients, layer.linear_recurrence)).trace(_arguments("real"))
+        text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert "sequence" in text
+    assert "partition_id" not in text
+    assert "axis_index" not in text
 
 
 def test_a_state_that_underflows_is_forgotten():

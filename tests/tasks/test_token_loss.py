@@ -10,6 +10,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from launch.plans import hlo
 from research import sharding
 from research.config import Config, MeshConfig
 from research.tasks import token_loss
@@ -87,6 +88,46 @@ def test_devices_that_share_the_model_are_not_counted(monkeypatch):
     for shape, chunks in (((1, 1), 7), ((2, 1), 4), ((1, 2), 7)):
         with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh(shape, ("data", "model"))):
             assert token_loss._num_chunks(network.logits, features) == chunks
+
+
+class InBfloat16(Network):
+    """Its product is in bfloat16, as a network's with that dtype."""
+
+    def __call__(self, x, carry, *, train):
+        return super().__call__(x, carry, train=train)
+
+    def token_features(self, x, carry, *, train):
+        return super().token_features(x, carry, train=train)
+
+    def logits(self, features):
+        return (features.astype("bfloat16") @ self.kernel[...].astype("bfloat16")).astype("float32")
+
+
+@pytest.mark.parametrize("axes", [(1, 8, 1, 1), (2, 2, 2, 1), (2, 1, 2, 2)])
+def test_devices_sum_the_gradient_of_the_kernel_once_after_all_chunks(monkeypatch, axes):
+    """Not for each chunk, and each device sums its own chunks in float32."""
+    rng = np.random.default_rng(0)
+    features = rng.standard_normal((8, 96, WIDTH), np.float32)
+    targets = rng.integers(0, VOCABULARY, (8, 96), dtype=np.int32)
+    kernel = np.asarray(KERNEL, np.float32)
+
+    def loss(features, kernel, targets, network):
+        return token_loss.losses(network(kernel), targets, features, 0, train=True)[0].sum()
+
+    gradient = jax.jit(jax.grad(loss, 1), static_argnums=3)
+    expected = gradient(features, kernel, targets, Network)
+    devices = axes[0] * axes[1] * axes[2]
+    monkeypatch.setattr(token_loss, "MAX_LOGITS", 8 * 96 * VOCABULARY // devices // 4)
+    mesh = sharding.make_mesh(Config(batch_size=8, mesh=MeshConfig(*axes)))
+    with jax.set_mesh(mesh):
+        assert token_loss._num_chunks(Network().logits, jnp.asarray(features)) == 4
+        batch = NamedSharding(mesh, P(sharding.BATCH_AXES, sharding.SEQUENCE))
+        arrays = jax.device_put((features, kernel, targets), (batch, NamedSharding(mesh, P()), batch))
+        compiled = gradient.lower(*arrays, InBfloat16).compile()
+    summed = [one for one in hlo.Program(compiled.as_text()).collectives() if one.kind == "all-reduce"]
+    large = [one.count for one in summed if one.bytes >= kernel.nbytes // 2 // axes[3]]
+    assert large == [1] * (1 + (axes[2] > 1)), summed  # XLA:CPU sums over the batch and over time one after the other
+    np.testing.assert_allclose(compiled(*arrays), expected, atol=0.02 * np.abs(expected).max())
 
 
 # 96 steps of 8 devices can be divided into chunks without padding, 13 and 31 steps of each cannot.

@@ -169,6 +169,22 @@ def test_the_rows_of_a_host_need_not_be_adjacent(two, env, tmp_path):
     np.testing.assert_allclose(*losses, rtol=1e-3)
 
 
+@pytest.mark.slow
+def test_two_processes_share_the_time_axis(env, tmp_path):
+    """Each has half of the time steps of all examples."""
+    args = ["experiments.char_rnn", "--config=lru", "--config.dataset.name=pydoc", "--config.model.width=16"]
+    args += ["--config.model.layers=2", "--config.sequence_length=32", "--config.batch_size=64"]
+    args += ["--config.num_steps=8", "--config.log_every_steps=1"]
+    mesh = ["--processes=2", "--config.mesh.data=1", "--config.mesh.sequence=2"]
+    for command in (["launch.local", *args, *mesh, "--workdir=two"], [*args, "--workdir=one"]):
+        done = subprocess.run([sys.executable, "-m", *command], env=env, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+    assert read_summary(tmp_path / "two")["process_count"] == 2
+    losses = [[line["loss"] for line in _lines(tmp_path / name) if "loss" in line] for name in ("one", "two")]
+    assert len(losses[0]) == 8
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
 def test_one_process_resumes_a_run_of_two(two, env):
     folder, _ = two
     command = [sys.executable, "-m", "linear", f"--workdir={folder}", "--config.num_epochs=3"]

@@ -275,6 +275,7 @@ def test_the_perceptron_trains_as_a_command(tmp_path):
         (["seeds", "--dataset=nosuch"], "nosuch"),
         (["depth", "--rates=0.1,x"], "give positive numbers separated by commas"),
         (["input", "--images=.", "--cores=1,x"], "--cores=1,x: give positive numbers separated by commas"),
+        (["photographs", "--images=/nosuch"], "--images=/nosuch has no folder train"),
         (["language", "--epochs=3"], "--epochs is for --study"),
         (["language", "--study", "--widths=8,16,32"], "at least 4 for the power law"),
     ],

@@ -7,6 +7,7 @@ programs use all cores that this process may use, one program after the other. S
 evaluation, without compilation; CPU seconds are those of the whole process and its workers, compilation included.
 """
 
+import importlib.util
 import json
 import os
 import resource
@@ -50,6 +51,8 @@ def main() -> None:
     out, images = output.folder(), Path(os.path.expanduser(_IMAGES.value)).resolve()
     if missing := [name for name in ("train", "test") if not (images / name).is_dir()]:
         raise UserError(f"--images={images} has no folder {missing[0]}")
+    if importlib.util.find_spec("torchvision") is None:
+        raise UserError("torchvision is not installed: pip install torchvision")
     print("| program | parameters | epochs | test accuracy | seconds | CPU seconds |")
     print("| --- | --- | --- | --- | --- | --- |", flush=True)
     rows = []

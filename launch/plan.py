@@ -59,11 +59,19 @@ _STRATEGIES = (MeshConfig(), MeshConfig(data=1, fsdp=-1))  # data parallelism an
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """One program to compile: a topology, and the experiment's config with the batch and mesh sizes for it."""
+    """One program to compile: a topology, and the experiment's config with the batch and mesh sizes for it.
+
+    Attributes:
+      topology: the hardware.
+      config: the experiment's config.
+      strategy: of a sweep: the mesh axes that it uses.
+      name: the topology as --topology has it.
+    """
 
     topology: Topology
     config: Any
     strategy: str = ""
+    name: str = ""
 
 
 def _with(config: Any, mesh: MeshConfig, factor: int = 1, microbatch_size: int | None = None) -> Any:
@@ -86,7 +94,8 @@ def candidates(job: Job) -> list[Candidate]:
     options, config = job.options, job.config
     if not options.topology:
         raise UserError(f"give --topology=NAME, one of {topologies.known()}")
-    found = [topologies.parse(name, options.slices) for name in options.topology.split(",")]
+    names = options.topology.split(",")
+    found = [topologies.parse(name, options.slices) for name in names]
     if options.sweep_topology and options.search:
         raise UserError("--sweep_topology and --search exclude each other: give one of them")
     if options.sweep_topology or options.search:
@@ -94,7 +103,7 @@ def candidates(job: Job) -> list[Candidate]:
         if len(found) > 1:
             raise UserError(f"{flag} takes one --topology, not several")
     if options.sweep_topology:
-        has_mesh = any(name.startswith("config.mesh.") for name in job.given)
+        has_mesh = config.mesh != MeshConfig() or any(name.startswith("config.mesh.") for name in job.given)
         return list(_sweep(found[0], config, [config.mesh] if has_mesh else _STRATEGIES))
     if options.search:
         if config.mesh != MeshConfig():
@@ -104,7 +113,10 @@ def candidates(job: Job) -> list[Candidate]:
         MeshConfig(*sharding.mesh_shape(config.mesh, topology.num_devices), config.mesh.reduce_dtype)
         for topology in found
     ]
-    return [Candidate(topology, _with(config, mesh, _factor(job, mesh))) for topology, mesh in zip(found, meshes)]
+    return [
+        Candidate(topology, _with(config, mesh, _factor(job, mesh)), name=name)
+        for name, topology, mesh in zip(names, found, meshes)
+    ]
 
 
 def _factor(job: Job, mesh: MeshConfig) -> int:
@@ -195,27 +207,27 @@ def _plot(workdir: Path, rows: Sequence[dict[str, Any]]) -> None:
     drawing.save(workdir / "plan.png", lambda: plots.plan(rows))
 
 
-def _planned(planner: Any, job: Job, wanted: Sequence[Candidate]) -> Iterator[dict[str, Any]]:
-    """Compiles the programs; those of several kinds of chips in a process for each kind."""
+def _planned(planner: Any, job: Job, wanted: Sequence[Candidate], workdir: Path) -> Iterator[dict[str, Any]]:
+    """Compiles the programs; those of several kinds of chips in a process for each kind, in a folder of its name."""
     kinds = dict.fromkeys(one.topology.chip.name for one in wanted)
     if len(kinds) == 1:
         for one in wanted:
             yield planner.row(one.topology, one.config) | ({"strategy": one.strategy} if one.strategy else {})
         return
     for kind in kinds:
-        yield from isolation.rows(
-            [job.module, *job.args], [one.topology for one in wanted if one.topology.chip.name == kind]
-        )
+        names = [one.name for one in wanted if one.topology.chip.name == kind]
+        args = [job.module, *job.args]
+        yield from isolation.plan_in_subprocess(args, names, job.options.slices, workdir / kind)
 
 
 def _rows(
     planner: Any, job: Job, wanted: Sequence[Candidate], prices: Mapping[str, float], workdir: Path
 ) -> list[dict[str, Any]]:
-    """Plans; writes plan.json after each program, and prints a table if there are several."""
+    """Plans; writes plan.json after each program or kind of chip, and prints a table if there are several plans."""
     rows: list[dict[str, Any]] = []
     if len(wanted) > 1:
         print(report.table_head(costs=bool(prices)), flush=True)
-    for row in _planned(planner, job, wanted):
+    for row in _planned(planner, job, wanted, workdir):
         row |= report.cost(row, prices)
         if planner.workload.decodes_images:
             row |= report.host(row, job.options.decoded_per_vcpu)

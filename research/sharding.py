@@ -116,19 +116,25 @@ def time_shards(length: int) -> int:
     return 1 if length % shards else shards
 
 
-def batch_shards() -> int:
-    """Returns into how many parts GSPMD splits a batch on the mesh in context."""
+def batch_shards(size: int) -> int:
+    """Returns into how many parts GSPMD splits a batch of this size on the mesh in context; 1 if they are not equal."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    shards = math.prod(shape[axis] for axis in _unsplit_batch_axes())
+    return 1 if size % shards else shards
+
+
+def _unsplit_batch_axes() -> tuple[str, ...]:
+    """Returns the mesh axes of the batch that no `jax.shard_map` has split."""
     mesh = jax.sharding.get_abstract_mesh()
-    return math.prod(mesh.shape[axis] for axis in BATCH_AXES if axis in mesh.shape and axis not in mesh.manual_axes)
+    return tuple(axis for axis in BATCH_AXES if axis in mesh.shape and axis not in mesh.manual_axes)
 
 
 def copy_to_shards(x: jax.Array, batch_shards: int, time_shards: int) -> jax.Array:
     """Repeats an array for each part of a batch and of a time axis: [batch_shards, time_shards, ...], sharded so."""
     copies = jnp.broadcast_to(x, (batch_shards, time_shards, *x.shape))
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(axis for axis in BATCH_AXES if axis in mesh.shape and axis not in mesh.manual_axes)
+    over_batch = _unsplit_batch_axes() if batch_shards > 1 else None
     over_time = SEQUENCE if time_shards > 1 else None
-    return jax.lax.with_sharding_constraint(copies, P(axes, over_time, *[P.UNCONSTRAINED] * x.ndim))
+    return jax.lax.with_sharding_constraint(copies, P(over_batch, over_time, *[P.UNCONSTRAINED] * x.ndim))
 
 
 def vary(tree: Any) -> Any:

@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import os
+from unittest.mock import Mock
 
 import jax
 import pytest
@@ -225,25 +226,44 @@ def faulty(tmp_path, monkeypatch):
     return make
 
 
-def test_each_kind_of_chip_has_a_process_of_its_own(faulty, tmp_path, capsys):
-    """A crash of one ends no other; the command says so, and fails."""
+def test_each_kind_of_chip_has_a_process_of_its_own(faulty, tmp_path, capfd):
+    """A failure of one ends no other; the command says so, and fails."""
     args = ["--topology=h100-1,a100-1,h100-2", "--price_per_chip_hour=h100=3,a100=1"]
     assert plan.run([*faulty("pass"), *args, f"--workdir={tmp_path / 'whole'}"]) == 0
-    assert not capsys.readouterr().err
+    assert not capfd.readouterr().err
     whole = json.loads((tmp_path / "whole" / "plan.json").read_text())
     assert [row["topology"] for row in whole["plans"]] == ["h100:1", "h100:2", "a100:1"]
     assert [row["price_per_chip_hour"] for row in whole["plans"]] == [3, 3, 1]
     assert (tmp_path / "whole" / "plan.png").exists()
 
-    crash = faulty("os.kill(os.getpid(), signal.SIGSEGV)")
-    assert plan.run([*crash, *args, f"--workdir={tmp_path / 'part'}"]) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line == "error: no plan of a100:1: the compiler's process ended with SIGSEGV"
-    part = json.loads((tmp_path / "part" / "plan.json").read_text())
-    assert [row["flops_per_chip"] for row in part["plans"]] == [row["flops_per_chip"] for row in whole["plans"][:2]]
+    for number, (fault, line) in enumerate(
+        {
+            "os.kill(os.getpid(), signal.SIGSEGV)": "SIGSEGV",
+            'raise UserError("no such data")': "exit code 2",
+        }.items()
+    ):
+        folder = tmp_path / f"part{number}"
+        assert plan.run([*faulty(fault), *args, f"--workdir={folder}"]) == 1
+        said = capfd.readouterr().err
+        assert said.endswith(f"error: no plan of a100-1: the process that compiled it ended with {line}\n")
+        assert ("no such data" in said) == ("no such data" in fault)
+        part = json.loads((folder / "plan.json").read_text())
+        assert [row["flops_per_chip"] for row in part["plans"]] == [row["flops_per_chip"] for row in whole["plans"][:2]]
 
-    with pytest.raises(UserError, match=r"^no such data$"):
-        plan.run([*faulty('raise UserError("no such data")'), *args, f"--workdir={tmp_path / 'none'}"])
+
+def test_a_process_plans_the_topologies_as_they_were_given(tmp_path, monkeypatch):
+    """Names of GPUs on several machines, and slices."""
+    calls = []
+    monkeypatch.setattr(plan.isolation, "plan_in_subprocess", lambda *args: calls.append(args) or [])
+    flags = ["--topology=h100-8,v5e:2x2,h100-16", "--slices=2", "--config.batch_size=64", "--config.model.width=16"]
+    monkeypatch.setattr(plan, "_shardable", lambda planner, wanted: wanted)
+    monkeypatch.setattr("launch.plans.planner.Planner", lambda *_: Mock(workload=Mock(num_examples=1437)))
+    assert plan.run([*VAE, *flags, f"--workdir={tmp_path}"]) == 1
+    args = [VAE[0], *VAE[1:], *flags[2:]]
+    assert [(list(given), *rest) for given, *rest in calls] == [
+        (args, ["h100-8", "h100-16"], 2, tmp_path / "h100"),
+        (args, ["v5e:2x2"], 2, tmp_path / "v5e"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -323,6 +343,9 @@ def test_a_sweep_with_a_given_mesh_has_every_size_that_it_fits(tmp_path):
     rows = _plan(tmp_path / "both", *args, "--config.mesh.fsdp=2")["plans"]
     found = [(row["num_chips"], row["strategy"], row["mesh"]["data"], row["mesh"]["fsdp"]) for row in rows]
     assert found == [(4, "data x fsdp", 2, 2), (8, "data x fsdp", 4, 2)]
+    job = plan.job_lib.parse("plan", "", plan.PlanOptions(), [*VAE, *args])
+    job.config.mesh = MeshConfig(data=1, fsdp=-1)  # as that of a preset
+    assert [(one.strategy, one.config.mesh.fsdp) for one in plan.candidates(job)] == [("fsdp", n) for n in (1, 4, 8)]
     rows = _plan(tmp_path / "model", *args, "--config.mesh.model=2")["plans"]
     assert [(row["num_chips"], row["batch_size"]) for row in rows] == [(4, 64), (8, 128)]
 

@@ -1,8 +1,9 @@
 """`python -m benchmarks.peers.torch_photographs DIR EPOCHS`: torchvision's ResNet-18 on a folder of photographs.
 
 The recipe is the default of `experiments.image_classifier`, read from its config and written with torchvision's
-transforms and `torch.optim`, as their users do. DIR has the folders `train` and `test`. Prints JSON: the test accuracy,
-and the seconds of training and evaluation.
+transforms and `torch.optim`, as their users do. What differs: images are normalized by ImageNet's mean and standard
+deviation, not by those of this set, and the average of the parameters has its decay from the first step on. DIR has the
+folders `train` and `test`. Prints JSON: the test accuracy, and the seconds of training and evaluation.
 """
 
 import json

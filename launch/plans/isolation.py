@@ -1,52 +1,43 @@
-"""Plans of one kind of chip in a process of its own, so that a crash of its compiler ends no other plan."""
+"""Plans one kind of chip in a separate process, so that a crash of its compiler does not end the other plans."""
 
 import json
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.plans.topologies import Topology
-from research.errors import UserError
 
-
-def rows(args: Sequence[str], planned: Sequence[Topology]) -> list[dict[str, Any]]:
-    """Plans topologies with the same kind of chip and number of slices in one child process, without prices.
+def plan_in_subprocess(
+    args: Sequence[str], topologies: Sequence[str], slices: int, folder: Path
+) -> list[dict[str, Any]]:
+    """Runs `launch.plan` for topologies of one kind of chip, without prices.
 
     Args:
-      args: of `launch.plan`: the experiment and its flags.
-      planned: the topologies.
+      args: the experiment and its flags.
+      topologies: their names, as in --topology.
+      slices: as in --slices.
+      folder: gets the record of the process.
 
     Returns:
-      The entries of plan.json, in order. If the process crashed, a line on stderr says so, and the rest are missing.
-
-    Raises:
-      UserError: the child process reported bad input.
+      The entries of plan.json, in order. If the process failed, a line on stderr says so, and the rest are missing.
     """
-    shapes = ",".join(f"{one.chip.name}:{'x'.join(map(str, one.shape))}" for one in planned)
-    with tempfile.TemporaryDirectory() as folder:
-        flags = [f"--topology={shapes}", f"--slices={planned[0].slices}", f"--workdir={folder}/plan"]
-        command = [sys.executable, "-m", "launch.plan", *args, *flags]
-        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace")
-        found = _read(Path(folder, "plan", "plan.json"))
-    if len(found) < len(planned):
-        last = (done.stderr.strip().splitlines() or [""])[-1]
-        if done.returncode == UserError.exit_code:
-            raise UserError(last.removeprefix("error: "))
-        names = ", ".join(one.name for one in planned[len(found) :])
-        print(f"error: no plan of {names}: the compiler's process ended with {_end(done.returncode)}", file=sys.stderr)
-    return found
+    record = folder / "plan.json"
+    record.unlink(missing_ok=True)
+    flags = [f"--topology={','.join(topologies)}", f"--slices={slices}", f"--workdir={folder}"]
+    command = [sys.executable, "-m", "launch.plan", *args, *flags]
+    code = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
+    rows = _read(record)
+    if len(rows) < len(topologies):
+        end = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        missing = ", ".join(topologies[len(rows) :])
+        print(f"error: no plan of {missing}: the process that compiled it ended with {end}", file=sys.stderr)
+    return rows
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
+def _read(record: Path) -> list[dict[str, Any]]:
+    if not record.exists():
         return []
-    record = json.loads(path.read_bytes())
-    return record.get("plans", [record])
-
-
-def _end(code: int) -> str:
-    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    whole = json.loads(record.read_bytes())
+    return whole.get("plans", [whole])

@@ -5,6 +5,7 @@ processes may write the same entry at once. Until then, a longer text has an ent
 process continues after an interrupted one. Neither the text nor its tokens are ever in memory as a whole.
 """
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -24,7 +25,7 @@ from research.data.token_files import LONG
 from research.data.tokenization import FromJson
 from research.errors import UserError
 
-_RULES = 1  # part of the cache key; raise it when the same text becomes other tokens
+_RULES = 1  # part of the cache key; raise it when the same text becomes other tokens, or has other parts
 _PIECE = 2**16  # bytes that are tokenized as one text
 _PIECES_AT_ONCE = 32
 _PIECES_OF_A_PART = 256
@@ -58,9 +59,22 @@ def load(text: Text, tokenizer: FromJson | None) -> np.ndarray:
         blocks = _with_progress(text, read_blocks(text, is_utf8=tokenizer is not None))
         return _bytes(blocks) if tokenizer is None else _parts(text, blocks, tokenizer, parts)
 
-    tokens = cache.load(entry, make, most_in_memory=LONG)["text"]
-    shutil.rmtree(cache.folder() / parts, ignore_errors=True)
+    try:
+        tokens = cache.load(entry, make, most_in_memory=LONG)["text"]
+    except UserError:  # the same command would end in it again
+        _remove(parts)
+        raise
+    _remove(parts)
     return tokens
+
+
+def _remove(parts: str) -> None:
+    """Removes the finished parts of a text; another process may still write the folder."""
+    folder = cache.folder() / parts
+    for part in folder.glob("[0-9]*"):
+        shutil.rmtree(part, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def fingerprint(tokens: np.ndarray) -> str:
@@ -112,22 +126,24 @@ def _parts(text: Text, blocks: Iterator[bytes], tokenizer: FromJson, folder: str
     """Yields the tokens of each part of a text. If there are several, each is a cache entry in `folder`."""
     pieces = split(blocks)
     part = list(itertools.islice(pieces, _PIECES_OF_A_PART))
+    size = found = 0  # bytes of the parts before, and those that their tokens stand for
     for number in itertools.count():
         following = list(itertools.islice(pieces, _PIECES_OF_A_PART))
-        make = functools.partial(_tokens, text, part, tokenizer)
-        if following or number:
-            yield cache.load(f"{folder}/{number:06}", make)
-        else:
+        make = functools.partial(_tokens, text, part, tokenizer, size, found)
+        if not following and not number:
             yield from make()
+            return
+        yield (arrays := cache.load(f"{folder}/{number:06}", make))
         if not following:
             return
+        size += sum(map(len, part))
+        found += int(tokenizer.num_bytes[arrays["text"]].sum())
         part = following
 
 
-def _tokens(text: Text, part: Iterable[bytes], tokenizer: FromJson) -> Iterator[Arrays]:
+def _tokens(text: Text, part: Iterable[bytes], tokenizer: FromJson, size: int, found: int) -> Iterator[Arrays]:
     dtype = np.uint16 if len(tokenizer.names) <= 2**16 else np.uint32
     pieces = iter(part)
-    size = found = 0  # bytes, and those that the tokens stand for
     while group := list(itertools.islice(pieces, _PIECES_AT_ONCE)):
         encoded = tokenizer.encode_texts(decoded(text.name, group))
         tokens = np.fromiter(itertools.chain.from_iterable(encoded), dtype, sum(map(len, encoded)))
@@ -155,8 +171,8 @@ def _check_kept(text: Text, tokenizer: FromJson, found: int, size: int) -> None:
     """Raises `UserError` if tokens stand for `found`, not about `size` bytes: bits per byte would be wrong."""
     if abs(found - size) > (1 - _LEAST_KEPT) * size:
         raise UserError(
-            f"{tokenizer.source}: its tokens stand for {found:,} of {size:,} bytes of {text.name}: use a tokenizer "
-            "that keeps all of the text, such as byte-level BPE"
+            f"{tokenizer.source}: its tokens stand for {found:,} of the first {size:,} bytes of {text.name}: use a "
+            "tokenizer that keeps all of the text, such as byte-level BPE"
         )
 
 

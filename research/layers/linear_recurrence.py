@@ -1,8 +1,9 @@
 """The linear recurrence h_t = a_t h_{t-1} + b_t, elementwise, parallel over time by an associative scan.
 
 The composition of two steps, (a, b) then (a', b'), is (a' a, a' b + b'). It is associative, so all steps take a
-logarithmic number of rounds (Blelloch 1990; Martin & Cundy 2018, arXiv 1709.04057). A CPU cannot use that much
-parallelism: there a plain loop over time is 5 to 10 times as fast, and is used instead.
+logarithmic number of rounds (Blelloch 1990; Martin & Cundy 2018, arXiv 1709.04057). More than 1,024 steps are divided
+into that many chunks, whose steps are looped over. A CPU cannot use that much parallelism: there a plain loop over time
+is 5 to 10 times as fast, and is used instead.
 
 If the mesh in context has an axis `sequence`, each device computes its shard of the time axis, and only the states at
 the ends of the shards are communicated. The adjoint is the same recurrence backwards in time, so the gradient costs one
@@ -19,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from research.sharding import SEQUENCE, time_shards
 
-_CHUNKS = 1024  # libtpu's time to compile an associative scan grows with its length: 65,536 steps would take minutes
+_MAX_CHUNKS = 1024  # libtpu's time to compile an associative scan grows with its length: minutes for 65,536 steps
 _Function = Callable[..., jax.Array]
 
 
@@ -90,7 +91,7 @@ def _run(a: jax.Array, b: jax.Array, h: jax.Array, *, reverse: bool) -> jax.Arra
 
 def _shifted(x: jax.Array, outside: jax.Array, *, reverse: bool) -> jax.Array:
     """Shifts x by one time step, so that step t has x of t - 1 (`reverse`: of t + 1); `outside` fills the end."""
-    one_device = partial(_shifted_here, reverse=reverse)
+    one_device = partial(_shifted_on_one_device, reverse=reverse)
 
     def per_shard(index: jax.Array, x: jax.Array, outside: jax.Array) -> jax.Array:
         last = lax.axis_size(SEQUENCE) - 1
@@ -101,7 +102,7 @@ def _shifted(x: jax.Array, outside: jax.Array, *, reverse: bool) -> jax.Array:
     return _over_time(one_device, per_shard, x, outside)
 
 
-def _shifted_here(x: jax.Array, outside: jax.Array, *, reverse: bool) -> jax.Array:
+def _shifted_on_one_device(x: jax.Array, outside: jax.Array, *, reverse: bool) -> jax.Array:
     """As `_shifted`, of a sequence that one device has."""
     return jnp.concatenate([x[1:], outside[None]] if reverse else [outside[None], x[:-1]])
 
@@ -114,7 +115,7 @@ def _on_a_shard(index: jax.Array, a: jax.Array, b: jax.Array, h: jax.Array, *, r
     shard_a = jnp.broadcast_to(a ** len(b), h.shape) if a.ndim == 1 else a.prod(0)
     all_a, all_b = (lax.all_gather(x, SEQUENCE) for x in (shard_a, shard_b))
     ends = sequential(all_a, all_b, h, reverse=reverse)
-    before = _shifted_here(ends, h, reverse=reverse)
+    before = _shifted_on_one_device(ends, h, reverse=reverse)
     return _on_one_device(a, b, before[index], reverse=reverse)
 
 
@@ -141,8 +142,8 @@ def _loop(a: jax.Array, b: jax.Array, h: jax.Array, *, reverse: bool) -> tuple[j
 
 
 def parallel(a: jax.Array, b: jax.Array, h: jax.Array, *, reverse: bool = False) -> jax.Array:
-    """Computes the recurrence as an associative scan, of a long sequence over `_CHUNKS` parts of it."""
-    if len(b) > _CHUNKS:
+    """Computes the recurrence as an associative scan, over chunks of a long sequence."""
+    if len(b) > _MAX_CHUNKS:
         return _in_chunks(a, b, h, reverse=reverse)
 
     def compose(first: tuple[jax.Array, jax.Array], then: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -153,19 +154,24 @@ def parallel(a: jax.Array, b: jax.Array, h: jax.Array, *, reverse: bool = False)
 
 
 def _in_chunks(a: jax.Array, b: jax.Array, h: jax.Array, *, reverse: bool) -> jax.Array:
-    """Loops over the steps of a chunk, for all chunks at once, to compose them; then again, from the states before."""
-    steps = -(-len(b) // _CHUNKS)
-    padding = steps * _CHUNKS - len(b)
+    """Computes the recurrence in chunks of a long sequence.
+
+    A loop over the steps of all chunks at once composes each chunk to one step, a scan over the chunks gives the state
+    before each, and a second loop computes all steps.
+    """
+    steps = -(-len(b) // _MAX_CHUNKS)
+    chunks = -(-len(b) // steps)
+    padding = steps * chunks - len(b)
 
     def chunked(x: jax.Array) -> jax.Array:
-        # What is added comes after all other steps, so its values do not matter.
+        # The padding comes after all other steps, so its values do not matter.
         widths = [(padding, 0) if reverse else (0, padding), *[(0, 0)] * (x.ndim - 1)]
-        return jnp.pad(x, widths).reshape(_CHUNKS, steps, *x.shape[1:]).swapaxes(0, 1)
+        return jnp.pad(x, widths).reshape(chunks, steps, *x.shape[1:]).swapaxes(0, 1)
 
     a, b = a if a.ndim == 1 else chunked(a), chunked(b)
     chunk_b = _loop(a, b, jnp.zeros_like(b[0]), reverse=reverse)[0]
     chunk_a = a**steps if a.ndim == 1 else a.prod(0)
     ends = parallel(chunk_a, chunk_b, h, reverse=reverse)
-    hidden = sequential(a, b, _shifted_here(ends, h, reverse=reverse), reverse=reverse)
+    hidden = sequential(a, b, _shifted_on_one_device(ends, h, reverse=reverse), reverse=reverse)
     hidden = hidden.swapaxes(0, 1).reshape(-1, *h.shape)
     return hidden[padding:] if reverse else hidden[: len(hidden) - padding]

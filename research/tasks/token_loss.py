@@ -59,16 +59,16 @@ def _num_chunks(logits: Callable[[jax.Array], jax.Array], features: jax.Array) -
     total = math.prod(jax.eval_shape(logits, features).shape)
     shards = sharding.time_shards(features.shape[1])
     steps = features.shape[1] // shards
-    least = min(steps, -(-total // (MAX_LOGITS * devices)))
+    fewest = min(steps, -(-total // (MAX_LOGITS * devices)))
     # Padding a sharded time axis moves steps between devices: rather up to twice as many chunks, if they divide it.
-    candidates = range(least, least + 1 if shards == 1 else 2 * least)
-    return next((count for count in candidates if steps % count == 0), least)
+    candidates = range(fewest, fewest + 1 if shards == 1 else 2 * fewest)
+    return next((count for count in candidates if steps % count == 0), fewest)
 
 
 def _in_chunks(logits: Callable[[jax.Array], jax.Array], features: jax.Array, targets: jax.Array, count: int) -> Losses:
     if count == 1:
         return of_logits(logits(features), targets)
-    (batch, length), replicas = targets.shape, sharding.batch_shards()
+    (batch, length), replicas = targets.shape, sharding.batch_shards(len(targets))
     shards = sharding.time_shards(length)
     steps = -(-length // (count * shards))  # of a chunk on each device
 
@@ -89,15 +89,15 @@ def _in_chunks(logits: Callable[[jax.Array], jax.Array], features: jax.Array, ta
 
 
 def _on_shards(
-    logits: Callable[[jax.Array], jax.Array], example: jax.Array, replicas: int, time_shards: int
+    logits: Callable[[jax.Array], jax.Array], shard: jax.Array, replicas: int, time_shards: int
 ) -> Callable[[jax.Array], jax.Array]:
-    """Returns `logits` for features [replicas, time_shards, *example.shape], whose first two axes are sharded.
+    """Returns `logits` for features [replicas, time_shards, *shard.shape], whose first two axes are sharded.
 
     Each shard has a copy of the parameters as an array of its own. So a loop adds up their gradient without
     communication, and the sum over the shards comes after it; GSPMD would sum over them in every iteration.
     """
     if replicas * time_shards == 1:
         return lambda features: logits(features[0, 0])[None, None]
-    function, parameters = jax.closure_convert(logits, example)
+    function, parameters = jax.closure_convert(logits, shard)
     copies = [sharding.copy_to_shards(x, replicas, time_shards) for x in parameters]
     return lambda features: jax.vmap(jax.vmap(function))(features, *copies)

@@ -158,14 +158,22 @@ def test_a_large_vocabulary_has_32_bits_and_a_lossy_tokenizer_is_refused(data_di
     assert found.dtype == np.uint32
     assert found[:4].tolist() == [2**16, 1, 2**16, 1]
     lossy = ArrayText("x", np.frombuffer("abäö日本".encode() * 50, np.uint8))
-    with pytest.raises(UserError, match=r"words\.json: its tokens stand for 300 of 600 bytes of x"):
+    with pytest.raises(UserError, match=r"words\.json: its tokens stand for 300 of the first 600 bytes of x"):
         token_store.load(lossy, large)
     # Also if only the end of the text is lost, tokenized after the start.
     monkeypatch.setattr(token_store, "_PIECE", 100)
     monkeypatch.setattr(token_store, "_PIECES_AT_ONCE", 1)
     lossy = ArrayText("x", np.frombuffer(b"ab" * 50 + "äö日本".encode() * 50, np.uint8))
-    with pytest.raises(UserError, match=r"its tokens stand for 1\d\d of 200 bytes of x"):
+    with pytest.raises(UserError, match=r"its tokens stand for 1\d\d of the first 200 bytes of x"):
         token_store.load(lossy, large)
+    # The whole text so far counts, not the few bytes of its last part. What is refused leaves nothing in the cache.
+    monkeypatch.setattr(token_store, "_PIECES_OF_A_PART", 10)
+    almost = ArrayText("x", np.frombuffer(("ab" * 550 + "é").encode(), np.uint8))
+    assert len(token_store.load(almost, large)) == 1101
+    lossy = ArrayText("x", np.frombuffer(b"ab" * 500 + "é".encode() * 90, np.uint8))
+    with pytest.raises(UserError, match=r"its tokens stand for 1,\d\d\d of the first 1,\d\d\d bytes of x"):
+        token_store.load(lossy, large)
+    assert not list(cache.folder().glob("*.parts"))
     latin = ArrayText("x", np.frombuffer("ü".encode("latin-1") * 9, np.uint8))
     with pytest.raises(UserError, match=r"x is not in UTF-8 \(.*\), which a tokenizer needs"):
         token_store.load(latin, large)

@@ -53,7 +53,7 @@ def _agree(ours, theirs):
         np.testing.assert_allclose(one, other, atol=2e-6 * np.abs(other).max())
 
 
-@pytest.mark.parametrize("length", [12, 1024, 2500])
+@pytest.mark.parametrize("length", [12, 1024, 1025, 2500])
 @pytest.mark.parametrize("kind", DTYPES)
 @pytest.mark.parametrize("form", ["linear_recurrence", "sequential", "parallel"])
 def test_every_form_equals_the_loop(kind, form, length):
@@ -115,11 +115,15 @@ def test_a_state_that_underflows_is_forgotten():
 
 
 @pytest.mark.parametrize("kind", DTYPES)
-@pytest.mark.parametrize(("axes", "length"), [((2, 1, 2, 2), 6), ((1, 2, 4, 1), 8), ((2, 1, 4, 1), 7)])
-def test_a_time_axis_on_several_devices(kind, axes, length):
-    """4 devices do not divide 7 steps: then every device computes all of them."""
+@pytest.mark.parametrize(
+    ("axes", "length"), [((2, 1, 2, 2), 6), ((1, 2, 4, 1), 8), ((2, 1, 4, 1), 7), ((2, 1, 4, 1), 4400)]
+)
+def test_a_time_axis_on_several_devices(monkeypatch, kind, axes, length):
+    """4 devices do not divide 7 steps: then every device computes all of them. Of 4,400, each scans its in chunks."""
     arguments = _arguments(kind, length)
     alone = _value_and_gradients(layer.linear_recurrence, arguments)
+    if length > 1024:
+        monkeypatch.setattr(layer, "_on_one_device", layer.parallel)
     mesh = sharding.make_mesh(Config(batch_size=4, mesh=MeshConfig(*axes)))
     time = layer.SEQUENCE if length % axes[2] == 0 else None
     specs = (P(time, sharding.BATCH_AXES), P(time, sharding.BATCH_AXES), P(sharding.BATCH_AXES))

@@ -1,9 +1,9 @@
 """The linear recurrence h_t = a_t h_{t-1} + b_t, elementwise, parallel over time by an associative scan.
 
 The composition of two steps, (a, b) then (a', b'), is (a' a, a' b + b'). It is associative, so all steps take a
-logarithmic number of rounds (Blelloch 1990; Martin & Cundy 2018, arXiv 1709.04057). More than 1,024 steps are divided
-into that many chunks, whose steps are looped over. A CPU cannot use that much parallelism: there a plain loop over time
-is 5 to 10 times as fast, and is used instead.
+logarithmic number of rounds (Blelloch 1990; Martin & Cundy 2018, arXiv 1709.04057). Long sequences are divided into
+chunks, whose steps are looped over. A CPU cannot use that much parallelism: there a plain loop over time is 5 to 10
+times as fast, and is used instead.
 
 If the mesh in context has an axis `sequence`, each device computes its shard of the time axis, and only the states at
 the ends of the shards are communicated. The adjoint is the same recurrence backwards in time, so the gradient costs one
@@ -16,11 +16,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.export import is_symbolic_dim
 from jax.sharding import PartitionSpec as P
 
 from research.sharding import SEQUENCE, time_shards
 
-_MAX_CHUNKS = 1024  # libtpu's time to compile an associative scan grows with its length: minutes for 65,536 steps
+# libtpu's time to compile an associative scan grows with the size of its arrays: 6 s for 65,536 elements, and minutes
+# for a long sequence. Chunks also move less memory.
+_MAX_SCANNED, _MIN_CHUNKS = 2**17, 16
 _Function = Callable[..., jax.Array]
 
 
@@ -143,8 +146,9 @@ def _loop(a: jax.Array, b: jax.Array, h: jax.Array, *, reverse: bool) -> tuple[j
 
 def parallel(a: jax.Array, b: jax.Array, h: jax.Array, *, reverse: bool = False) -> jax.Array:
     """Computes the recurrence as an associative scan, over chunks of a long sequence."""
-    if len(b) > _MAX_CHUNKS:
-        return _in_chunks(a, b, h, reverse=reverse)
+    most = max(_MIN_CHUNKS, _MAX_SCANNED // (h.shape[-1] if is_symbolic_dim(h.shape[0]) else h.size))
+    if len(b) > most:
+        return _in_chunks(a, b, h, most, reverse=reverse)
 
     def compose(first: tuple[jax.Array, jax.Array], then: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         return then[0] * first[0], then[0] * first[1] + then[1]
@@ -153,13 +157,13 @@ def parallel(a: jax.Array, b: jax.Array, h: jax.Array, *, reverse: bool = False)
     return a * h + b
 
 
-def _in_chunks(a: jax.Array, b: jax.Array, h: jax.Array, *, reverse: bool) -> jax.Array:
-    """Computes the recurrence in chunks of a long sequence.
+def _in_chunks(a: jax.Array, b: jax.Array, h: jax.Array, most: int, *, reverse: bool) -> jax.Array:
+    """Computes the recurrence in at most `most` chunks of a long sequence.
 
     A loop over the steps of all chunks at once composes each chunk to one step, a scan over the chunks gives the state
     before each, and a second loop computes all steps.
     """
-    steps = -(-len(b) // _MAX_CHUNKS)
+    steps = -(-len(b) // most)
     chunks = -(-len(b) // steps)
     padding = steps * chunks - len(b)
 

@@ -227,6 +227,7 @@ def test_each_language_model_of_the_study_is_a_valid_command():
         flags.parse(char_rnn.EXPERIMENT, language.flags_of(language.Settings(), network, 64, 0.004))
 
 
+@pytest.mark.slow
 def test_the_networks_of_the_depth_study_have_4_to_32_groups_and_equally_many_parameters():
     sizes = []
     for groups, units in depth.NETWORKS.items():

@@ -226,6 +226,7 @@ def faulty(tmp_path, monkeypatch):
     return make
 
 
+@pytest.mark.slow
 def test_each_kind_of_chip_has_a_process_of_its_own(faulty, tmp_path, capfd):
     """A failure of one ends no other; the command says so, and fails."""
     args = ["--topology=h100-1,a100-1,h100-2", "--price_per_chip_hour=h100=3,a100=1"]
@@ -331,23 +332,33 @@ def test_a_run_compiles_what_was_planned():
     assert inputs.shape == run._train_batches.example().index.shape == (3, 1, 512)
 
 
-def test_a_sweep_with_a_given_mesh_has_every_size_that_it_fits(tmp_path):
-    """From one device on, only with the mesh that is given, even if it is the default."""
-    args = ["--topology=h100-8", "--sweep_topology", "--config.model.width=16", "--config.batch_size=32"]
-    rows = _plan(tmp_path / "data", *args, "--config.mesh.data=-1")["plans"]
-    assert [(row["num_chips"], row["strategy"], row["batch_size"]) for row in rows] == [
-        (1, "data", 32),
-        (4, "data", 128),
-        (8, "data", 256),
-    ]
-    rows = _plan(tmp_path / "both", *args, "--config.mesh.fsdp=2")["plans"]
-    found = [(row["num_chips"], row["strategy"], row["mesh"]["data"], row["mesh"]["fsdp"]) for row in rows]
-    assert found == [(4, "data x fsdp", 2, 2), (8, "data x fsdp", 4, 2)]
-    job = plan.job_lib.parse("plan", "", plan.PlanOptions(), [*VAE, *args])
-    job.config.mesh = MeshConfig(data=1, fsdp=-1)  # as that of a preset
+@pytest.mark.parametrize(
+    ("mesh", "found"),
+    [
+        (
+            ["--config.mesh.data=-1"],
+            [(1, "data", (1, 1, 1), 32), (4, "data", (4, 1, 1), 128), (8, "data", (8, 1, 1), 256)],
+        ),
+        (["--config.mesh.fsdp=2"], [(4, "data x fsdp", (2, 2, 1), 128), (8, "data x fsdp", (4, 2, 1), 256)]),
+        (["--config.mesh.model=2"], [(4, "data x model", (2, 1, 2), 64), (8, "data x model", (4, 1, 2), 128)]),
+    ],
+)
+def test_a_sweep_with_a_given_mesh_has_every_size_that_it_fits(mesh, found):
+    """Only with that mesh, even if it is the default."""
+    args = [*VAE, "--topology=h100-8", "--sweep_topology", "--config.batch_size=32", *mesh]
+    job = plan.job_lib.parse("plan", "", plan.PlanOptions(), args)
+    assert [
+        (one.topology.num_chips, one.strategy, (m.data, m.fsdp, m.model), one.config.batch_size)
+        for one in plan.candidates(job)
+        for m in [one.config.mesh]
+    ] == found
+
+
+def test_a_sweep_has_the_mesh_of_a_preset():
+    args = [*VAE, "--topology=h100-8", "--sweep_topology"]
+    job = plan.job_lib.parse("plan", "", plan.PlanOptions(), args)
+    job.config.mesh = MeshConfig(data=1, fsdp=-1)
     assert [(one.strategy, one.config.mesh.fsdp) for one in plan.candidates(job)] == [("fsdp", n) for n in (1, 4, 8)]
-    rows = _plan(tmp_path / "model", *args, "--config.mesh.model=2")["plans"]
-    assert [(row["num_chips"], row["batch_size"]) for row in rows] == [(4, 64), (8, 128)]
 
 
 def test_a_batch_larger_than_the_training_set_is_not_planned(tmp_path, capsys):

@@ -34,8 +34,12 @@ def tpu(tmp_path_factory):
         [*VAE, "--topology=v5e:2x2", "--config.model.width=3000000", "--config.batch_size=64", f"--workdir={folder}/x"],
         [*VAE, "--topology=v5e:3x5", "--config.batch_size=60", f"--workdir={folder}/y"],
     ]
+    recurrence = ["experiments.char_rnn", "--config=lru", "--config.dataset.name=pydoc", "--config.model.width=256"]
+    recurrence += ["--config.model.layers=1", "--config.sequence_length=1024", "--config.batch_size=8"]
+    fsdp = ["--topology=v5e:2x2", "--config.mesh.data=1", "--config.mesh.fsdp=4", f"--workdir={folder}/lru"]
+    commands.append([*recurrence, *fsdp])
     args = [sys.executable, "-c", SCRIPT, json.dumps(commands)]
-    done = subprocess.run(args, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(args, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     return json.loads((folder / "sweep/plan.json").read_text()), done
 
@@ -65,6 +69,13 @@ def test_libtpu_gathers_and_scatters_for_fsdp(tpu):
     assert sum(c["bytes"] for c in by_kind["all-reduce"]) < 0.05 * scattered
     gathered = sum(c["bytes"] * c["count"] for c in row["collectives"] if c["kind"] == "all-gather")
     assert gathered == pytest.approx(4 * sum(kernels(1024)), rel=0.05)  # the biases are small
+
+
+def test_no_step_of_a_recurrence_collects_a_sharded_constant(tpu, tmp_path_factory):
+    """Its decay is a function of parameters that fsdp shards, and is gathered before the loop over time."""
+    (record,) = tmp_path_factory.getbasetemp().glob("tpu*/lru/plan.json")
+    counts = [one["count"] for one in json.loads(record.read_text())["collectives"]]
+    assert max(counts) < 8, counts
 
 
 def test_libtpu_says_what_a_program_wanted_and_nothing_else(tpu):

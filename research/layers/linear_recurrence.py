@@ -19,7 +19,7 @@ from jax import lax
 from jax.export import is_symbolic_dim
 from jax.sharding import PartitionSpec as P
 
-from research.sharding import SEQUENCE, time_shards
+from research.sharding import SEQUENCE, is_unsharded, time_shards
 
 # libtpu's time to compile an associative scan grows with the size of its arrays: 6 s for 65,536 elements, and minutes
 # for a long sequence. Chunks also move less memory.
@@ -84,6 +84,9 @@ def _over_time(one_device: _Function, per_shard: _Function, *arrays: jax.Array) 
 def _run(a: jax.Array, b: jax.Array, h: jax.Array, *, reverse: bool) -> jax.Array:
     """Computes the recurrence; with `reverse`, from the last time step to the first."""
     if a.ndim == 1:
+        if not is_unsharded():
+            # GSPMD would shard it as the parameters that it depends on, and gather it in every iteration of a loop.
+            a = lax.with_sharding_constraint(a, P())
 
         def per_shard(index: jax.Array, b: jax.Array, h: jax.Array) -> jax.Array:
             return _on_a_shard(index, a, b, h, reverse=reverse)

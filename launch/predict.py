@@ -206,8 +206,8 @@ def _continue_text(artifact: Artifact, options: argparse.Namespace) -> None:
     top_p = 1.0 if options.top_p is None else options.top_p
     rng = np.random.default_rng(options.sample_seed or 0)
     runtime = _runtime(artifact, options)
-    state = {name: x for name, x in function["inputs"].items() if name != "token"}
-    memory = {name: np.zeros((count, *x["shape"][1:]), x["dtype"]) for name, x in state.items()}
+    inputs = function["inputs"]
+    memory = {name: np.zeros((count, *x["shape"][1:]), x["dtype"]) for name, x in inputs.items() if name != "token"}
     texts, began = [np.full(count, token, np.int32) for token in prompt], time.monotonic()
     for number in range(len(prompt) + length - 1):
         outputs = runtime("step", {"token": texts[number], **memory})

@@ -237,6 +237,13 @@ def test_each_kind_of_chip_has_a_process_of_its_own(faulty, tmp_path, capfd):
     assert [row["price_per_chip_hour"] for row in whole["plans"]] == [3, 3, 1]
     assert (tmp_path / "whole" / "plan.png").exists()
 
+    # A plan that does not fit is no failure of its process.
+    small = 'import dataclasses; from research.chips import CHIPS as c; c["a100"] = dataclasses.replace(c["a100"], '
+    assert plan.run([*faulty(f"{small}memory_bytes=100)"), *args, f"--workdir={tmp_path / 'small'}"]) == 0
+    assert not capfd.readouterr().err
+    found = json.loads((tmp_path / "small" / "plan.json").read_text())
+    assert [row["fits"] for row in found["plans"]] == [True, True, False]
+
     for number, (fault, line) in enumerate(
         {
             "os.kill(os.getpid(), signal.SIGSEGV)": "SIGSEGV",

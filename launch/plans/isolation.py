@@ -27,9 +27,11 @@ def plan_in_subprocess(
     record.unlink(missing_ok=True)
     flags = [f"--topology={','.join(topologies)}", f"--slices={slices}", f"--workdir={folder}"]
     command = [sys.executable, "-m", "launch.plan", *args, *flags]
-    code = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
-    rows = _read(record)
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace")
+    rows, code = _read(record), done.returncode
+    # Otherwise it may have ended with an error only because a plan does not fit, which its row says.
     if len(rows) < len(topologies):
+        print(done.stderr, end="", file=sys.stderr)
         end = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         missing = ", ".join(topologies[len(rows) :])
         print(f"error: no plan of {missing}: the process that compiled it ended with {end}", file=sys.stderr)

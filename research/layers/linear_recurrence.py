@@ -109,7 +109,7 @@ def _shifted(x: jax.Array, outside: jax.Array, *, reverse: bool) -> jax.Array:
 
 
 def _shifted_on_one_device(x: jax.Array, outside: jax.Array, *, reverse: bool) -> jax.Array:
-    """As `_shifted`, of a sequence that one device has."""
+    """Shifts as `_shifted` does, without a mesh: x is all of the sequence."""
     return jnp.concatenate([x[1:], outside[None]] if reverse else [outside[None], x[:-1]])
 
 

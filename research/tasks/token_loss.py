@@ -52,15 +52,12 @@ def of_logits(logits: jax.Array, targets: jax.Array) -> Losses:
 
 def _num_chunks(logits: Callable[[jax.Array], jax.Array], features: jax.Array) -> int:
     """Returns a number of chunks that have at most `MAX_LOGITS` on each device, or the steps of a device if fewer."""
-    mesh = jax.sharding.get_abstract_mesh()
-    # Not along the axis `model`: it does not split an odd vocabulary, or one whose kernel is that of the embedding.
-    axes = mesh.shape.keys() - {*mesh.manual_axes, "model"}
-    devices = math.prod(mesh.shape[axis] for axis in axes)
+    # The axis `model` does not count: it does not split an odd vocabulary, or one whose kernel is the embedding's.
+    replicas, shards = sharding.batch_shards(len(features)), sharding.time_shards(features.shape[1])
     total = math.prod(jax.eval_shape(logits, features).shape)
-    shards = sharding.time_shards(features.shape[1])
     steps = features.shape[1] // shards
-    fewest = min(steps, -(-total // (MAX_LOGITS * devices)))
-    # Padding a sharded time axis moves steps between devices: rather up to twice as many chunks, if they divide it.
+    fewest = min(steps, -(-total // (MAX_LOGITS * replicas * shards)))
+    # Padding a sharded time axis moves steps between devices. Up to twice as many chunks avoid it if they divide it.
     candidates = range(fewest, fewest + 1 if shards == 1 else 2 * fewest)
     return next((count for count in candidates if steps % count == 0), fewest)
 

@@ -103,7 +103,7 @@ class InBfloat16(Network):
 
 @pytest.mark.parametrize("axes", [(1, 8, 1, 1), (2, 2, 2, 1), (2, 1, 2, 2)])
 def test_devices_sum_the_gradient_of_the_kernel_once_after_all_chunks(monkeypatch, axes):
-    """Not for each chunk."""
+    """GSPMD sums the gradient of a product in every iteration of a loop."""
     rng = np.random.default_rng(0)
     features = rng.standard_normal((8, 96, WIDTH), np.float32)
     targets = rng.integers(0, VOCABULARY, (8, 96), dtype=np.int32)
@@ -129,7 +129,7 @@ def test_devices_sum_the_gradient_of_the_kernel_once_after_all_chunks(monkeypatc
 
 
 def test_each_device_sums_the_gradients_of_its_chunks_in_float32(monkeypatch):
-    """Of equal ones: in bfloat16, the sum of more than 256 would stay the same."""
+    """The gradients are equal. In bfloat16, their sum would stop growing at 256 times one of them."""
     length = 1024
     targets = jnp.zeros((8, length), jnp.int32)
     monkeypatch.setattr(token_loss, "MAX_LOGITS", 1)

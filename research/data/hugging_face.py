@@ -44,8 +44,8 @@ def load(name: str, data_dir: str) -> tuple[tuple[str, ...], Mapping[str, Callab
         working directory, and the cache that `datasets` uses by default.
 
     Returns:
-      - The label names, () of texts. The integers of a label column without names are named "0" to the largest in
-        train.
+      - The label names, () of texts. A column `label` without names may hold integers, named "0" to the largest in
+        train, or strings, numbered in alphabetical order.
       - For each split its text, if it has a column `text` of strings and no images, or a function, which opens it, or
         raises a `UserError` if it is damaged, has no image column, or has other labels than train.
       - The revision, if the set comes from the Hub, else "".
@@ -101,8 +101,9 @@ def _image_column(name: str, features: Mapping[str, Any]) -> str:
     if column is None:
         found = ", ".join(f"{column} ({_type_name(feature)})" for column, feature in features.items())
         raise UserError(
-            f"hf:{name} has no column of type Image, only {found or 'no columns'}; if one of them holds encoded "
-            "images, mark it with `cast_column(COLUMN, datasets.Image())` and save the data set again"
+            f"hf:{name} has no column of type Image and no text, only {found or 'no columns'}; mark the column of "
+            "encoded images with `cast_column(COLUMN, datasets.Image())`, or rename that of texts to text with "
+            "`rename_column`, and save the data set again"
         )
     return column
 
@@ -115,26 +116,42 @@ def _label_column(name: str, features: Mapping[str, Any]) -> str | None:
     import datasets
 
     column = _choose_column(name, features, datasets.ClassLabel, _LABEL_COLUMNS)
-    if column is None and re.fullmatch(r"u?int\d+", getattr(features.get("label"), "dtype", None) or ""):
-        return "label"
-    return column
+    dtype = getattr(features.get("label"), "dtype", None) or ""
+    return "label" if column is None and re.fullmatch(r"u?int\d+|(large_)?string", dtype) else column
 
 
 def _label_names(name: str, dataset: "datasets.Dataset") -> tuple[str, ...]:
-    """Returns the names of the label column; () if there is none, or if its integers are not class numbers."""
+    """Returns the names of the label column; () if there is none, or if its values are too many to be classes."""
     column = _label_column(name, dataset.features)
     if column is None:
         return ()
     names = getattr(dataset.features[column], "names", None)
-    if names is None:
-        largest = _labels(dataset, column).max(initial=-1)
-        names = map(str, range(largest + 1)) if largest < MOST_CLASSES else ()
-    return tuple(names)
+    if names is None and _is_string(dataset, column):
+        names = sorted(filter(None, dataset.data.column(column).unique().to_pylist()))
+    elif names is None:
+        names = range(_labels(name, dataset, column).max(initial=-1) + 1)
+    return tuple(map(str, names)) if len(names) <= MOST_CLASSES else ()
 
 
-def _labels(dataset: "datasets.Dataset", column: str) -> np.ndarray:
+def _is_string(dataset: "datasets.Dataset", column: str) -> bool:
+    return str(dataset.data.column(column).type).endswith("string")
+
+
+def _labels(name: str, dataset: "datasets.Dataset", column: str, label_names: tuple[str, ...] = ()) -> np.ndarray:
     """Returns int64 [n], -1: unlabeled. Only the pages of this column are read."""
-    return np.maximum(dataset.data.column(column).cast("int64").fill_null(-1).to_numpy(), -1)
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    values = dataset.data.column(column)
+    if not _is_string(dataset, column):
+        return np.maximum(values.cast("int64").fill_null(-1).to_numpy(), -1)
+    numbers = pc.index_in(values, value_set=pa.array(label_names, values.type)).fill_null(-1).to_numpy()
+    given = pc.fill_null(pc.not_equal(values, ""), False).to_numpy()
+    unknown = np.flatnonzero((numbers < 0) & given)
+    if unknown.size:
+        label = values[int(unknown[0])].as_py()
+        raise UserError(f"hf:{name} has the label {label!r}, which is none of the {len(label_names)} classes")
+    return numbers.astype(np.int64)
 
 
 def _open_split(name: str, dataset: "datasets.Dataset", label_names: tuple[str, ...], reference: str) -> Source:
@@ -156,7 +173,7 @@ class _Examples(Source):
         column = _label_column(name, dataset.features)
         if column is not None and label_names:
             names = getattr(dataset.features[column], "names", None)
-            labels = _labels(dataset, column)
+            labels = _labels(name, dataset, column, label_names)
             if names is not None and tuple(names) != label_names:
                 raise UserError(f"hf:{name} has other label names than {reference}, or in another order")
             if (largest := labels.max(initial=-1)) >= len(label_names):

@@ -66,6 +66,26 @@ def test_integer_labels_are_numbered(tmp_path, dtype):
     assert open_split(name, "test").labels.tolist() == [3]
 
 
+@pytest.mark.parametrize("dtype", ["string", "large_string"])
+def test_strings_are_labels_in_alphabetical_order(tmp_path, dtype):
+    features = FEATURES | {"label": datasets.Value(dtype)}
+    train = examples(5, features, label=["newt", None, "cat", "", "newt"])
+    splits = {
+        "train": train,
+        "test": train.select([2, 0]),
+        "named": examples(3),
+        "unlike": examples(1, features, label=["Cat"]),
+    }
+    name = save(datasets.DatasetDict(splits), tmp_path / "pets")
+    assert hugging_face.load(name, "")[0] == ("cat", "newt")
+    assert open_split(name).labels.tolist() == [1, -1, 0, -1, 1]
+    assert open_split(name, "test")[1] == {"image": IMAGES[0], "label": 1}
+    with pytest.raises(UserError, match="pets/unlike has the label 'Cat', which is none of the 2 classes"):
+        open_split(name, "unlike")
+    with pytest.raises(UserError, match="other label names than train"):
+        open_split(name, "named")
+
+
 @pytest.mark.parametrize("labels", [[0, 2**40], [None, -1]])
 def test_integers_that_are_not_classes_are_no_labels(tmp_path, labels):
     name = save(examples(2, FEATURES | {"label": INTEGERS}, label=labels), tmp_path / "pets")
@@ -121,7 +141,7 @@ def test_a_set_without_images(tmp_path):
     features = {"text": datasets.Value("string"), "image": datasets.Value("binary"), "label": FEATURES["label"]}
     name = save(examples(2, features, text=["a", "b"]), tmp_path / "text")
     with pytest.raises(
-        UserError, match=r"only text \(string\), image \(binary\), label \(ClassLabel\); if one of them holds"
+        UserError, match=r"only text \(string\), image \(binary\), label \(ClassLabel\); mark the column of"
     ):
         open_split(name)
 

@@ -97,11 +97,17 @@ def plan(rows: Sequence[Mapping[str, Any]]) -> Any:
         efficiencies = [(row["num_chips"], row["scaling_efficiency"]) for row in matching]
         if known := [(chips, efficiency) for chips, efficiency in efficiencies if efficiency is not None]:
             right.plot(*zip(*known), style, label=name)
-    left.set(xlabel="chips", ylabel="milliseconds a step, estimated", yscale="log")
+    milliseconds = [row["step_seconds"] * 1e3 for row in fitting]
+    if max(milliseconds, default=1) > 10 * min(milliseconds, default=1):
+        left.set_yscale("log")
+    else:
+        left.set_ylim(0, 1.1 * max(milliseconds, default=1))
+    left.set(xlabel="chips", ylabel="milliseconds a step, estimated")
     right.set(xlabel="chips", ylabel="efficiency, estimated", ylim=(0, 1.1))
     right.axhline(1.0, color="k", linestyle=":")
     for axes in (left, right):
         axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
     return figure

@@ -53,7 +53,8 @@ def table_row(row: dict[str, Any], *, costs: bool) -> str:
     cells += [f"{row[f'{term}_seconds'] * 1e3:,.3f}" for term in ("compute", "memory", "interconnect", "step")]
     efficiency = row["scaling_efficiency"]
     cells += [f"{row['examples_per_second']:,.0f}", "-" if efficiency is None else f"{efficiency:.3f}"]
-    cells += [f"{row['training_seconds'] / 3600:,.2f}", *([f"{row['training_cost']:,.2f}"] if costs else [])]
+    hours = row["training_seconds"] / 3600
+    cells += [f"{hours:,.2f}" if hours >= 0.1 else f"{hours:.2g}", *([f"{row['training_cost']:,.2f}"] if costs else [])]
     return f"| {' | '.join(cells)} |"
 
 

@@ -54,14 +54,27 @@ def merge_network(graphdef: nnx.GraphDef, params: Any, model_state: Any) -> Any:
     return nnx.merge(graphdef, params, jax.tree.map(typed, model_state, is_leaf=is_stored), copy=True)
 
 
-def gather(params: Any, model_state: Any, mesh: jax.sharding.Mesh, rules: sharding_rules.Rules) -> tuple[Any, Any]:
-    """All-gathers the parameters, frozen ones included, as `sharding.gather`; `rules` shard them; inside jit."""
+def gather(
+    params: Any, model_state: Any, mesh: jax.sharding.Mesh, rules: sharding_rules.Rules, dtypes: Any = None
+) -> tuple[Any, Any]:
+    """All-gathers the parameters, frozen ones included, inside jit.
+
+    `rules` shard them; `dtypes` of (params, frozen parameters) are as for `sharding.gather`.
+    """
     frozen, changing = split_frozen(model_state)
-    specs = tuple(sharding_rules.partition_specs(tree, rules, mesh) for tree in (params, frozen))
-    params, frozen = sharding.gather((params, frozen), mesh, specs)
+    params, frozen = sharding.gather((params, frozen), mesh, _specs((params, frozen), rules, mesh), dtypes)
     # Within `jax.shard_map`, a layer's own backward pass also computes the gradients of frozen parameters (XLA removes
     # them), and their type must be that of the parameters.
     return params, nnx.merge_state(sharding.vary(frozen), changing)
+
+
+def _specs(trees: tuple[Any, ...], rules: sharding_rules.Rules, mesh: jax.sharding.Mesh) -> tuple[Any, ...]:
+    return tuple(sharding_rules.partition_specs(tree, rules, mesh) for tree in trees)
+
+
+def needs_gathering(params: Any, model_state: Any, mesh: jax.sharding.Mesh, rules: sharding_rules.Rules) -> bool:
+    """Returns whether `gather` gathers any of the parameters."""
+    return sharding.needs_gathering(_specs((params, split_frozen(model_state)[0]), rules, mesh))
 
 
 @contextlib.contextmanager

@@ -198,7 +198,7 @@ def bytes_per_device(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def gather(params: Any, mesh: Mesh, specs: Any = None) -> Any:
+def gather(params: Any, mesh: Mesh, specs: Any = None, dtypes: Any = None) -> Any:
     """All-gathers the parameters, except along `model`, for use in layers; inside jit.
 
     Along `model`, a layer computes with its shards (Shoeybi et al. 2019, arXiv 1909.08053); along the other axes, they
@@ -208,29 +208,37 @@ def gather(params: Any, mesh: Mesh, specs: Any = None) -> Any:
       params: a pytree of arrays.
       mesh: the devices.
       specs: a pytree of their PartitionSpecs; None: those of `partition_spec`.
+      dtypes: a pytree of the dtypes in which they are transferred and rounded; None: their own.
     """
     # Explicit, not left to the compiler: the partitioner of jaxlib 0.10.2 on the CPU silently computes a wrong gradient
     # of a matrix product if the batch is sharded over (data, fsdp) and the kernel over (fsdp, model).
     specs = jax.tree.map(lambda x: partition_spec(x.shape, mesh), params) if specs is None else specs
-    if manual_batch_axes() or all(_gathered(spec) == spec for spec in jax.tree.leaves(specs)):
+    if not needs_gathering(specs):
         return params
-    return jax.tree.map(functools.partial(_gather, mesh), specs, params)
+    dtypes = jax.tree.map(lambda x: x.dtype, params) if dtypes is None else dtypes
+    return jax.tree.map(functools.partial(_gather, mesh), specs, dtypes, params)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _gather(mesh: Mesh, spec: P, leaf: jax.Array) -> jax.Array:
-    return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, _gathered(spec)))
+def needs_gathering(specs: Any) -> bool:
+    """Returns whether `gather` gathers any parameters with these PartitionSpecs."""
+    return not manual_batch_axes() and any(_gathered(spec) != spec for spec in jax.tree.leaves(specs))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _gather(mesh: Mesh, spec: P, dtype: Any, leaf: jax.Array) -> jax.Array:
+    return _gather_forward(mesh, spec, dtype, leaf)[0]
+
+
+def _gather_forward(mesh: Mesh, spec: P, dtype: Any, leaf: jax.Array) -> tuple[jax.Array, None]:
+    whole = jax.lax.with_sharding_constraint(leaf.astype(dtype), NamedSharding(mesh, _gathered(spec)))
+    return whole.astype(leaf.dtype), None
 
 
 def _gathered(spec: P) -> P:
     return P(*("model" if axis == "model" or "model" in (axis or ()) else None for axis in spec))
 
 
-def _gather_forward(mesh: Mesh, spec: P, leaf: jax.Array) -> tuple[jax.Array, None]:
-    return _gather(mesh, spec, leaf), None
-
-
-def _gather_backward(mesh: Mesh, spec: P, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+def _gather_backward(mesh: Mesh, spec: P, dtype: Any, _: None, gradient: jax.Array) -> tuple[jax.Array]:
     # Without this, the gradient would be replicated by an all-reduce, which transfers twice the bytes of a
     # reduce-scatter. Kernels of convolutions are exempt: libtpu 0.0.42 would convolve in pieces, in a ring, with a
     # third more FLOPs and nearly twice the bytes (ResNet-18 over 16 chips of v5e, estimated by launch.plan).

@@ -49,8 +49,8 @@ def apply(network: nnx.Module, mode: str) -> None:
 def grouped(loss: Callable[..., Any], mode: str) -> Callable[..., Any]:
     """Makes a loss function, whose network `apply` has changed, rematerialize groups of blocks if `mode` is "all"."""
 
-    def call(*args: Any) -> Any:
-        closed, shapes = jax.make_jaxpr(loss, return_shape=True)(*args)
+    def call(*args: Any, **options: Any) -> Any:
+        closed, shapes = jax.make_jaxpr(functools.partial(loss, **options), return_shape=True)(*args)
         jaxpr = closed.jaxpr
         values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*closed.consts, *jax.tree.leaves(args)]))
         groups = _groups(jaxpr.eqns)

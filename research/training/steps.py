@@ -30,7 +30,7 @@ from research.layers.batch_norm import momentum_of
 from research.network import gather, merge_network, split_frozen, split_network
 from research.randomness import Stream
 from research.tasks.task import Metrics, Task
-from research.training import batch_statistics, hyperparams, jit_steps, noise_scale, per_device, remat
+from research.training import batch_statistics, gather_dtypes, hyperparams, jit_steps, noise_scale, per_device, remat
 from research.training.accumulation import mean_over_microbatches
 from research.training.hyperparams import SEED, HParams
 from research.training.state import TrainState
@@ -86,23 +86,22 @@ class Steps:
         key: jax.Array,
         momentum: jax.Array | None = None,
         mode: str = "none",
+        dtypes: Any = None,
     ) -> tuple[Metrics, Any, Any]:
         """Runs the task in training mode: (values of every example, model_state, carry).
 
-        `momentum` replaces the momentum of every batch norm; `mode` is that of `remat.apply`.
+        `momentum` replaces the momentum of every batch norm; `mode` is that of `remat.apply`, `dtypes` of `gather`.
         """
-        model = merge_network(self._graphdef, *gather(params, model_state, self._mesh, self._task.sharding_rules))
+        arrays = gather(params, model_state, self._mesh, self._task.sharding_rules, dtypes)
+        model = merge_network(self._graphdef, *arrays)
         remat.apply(model, mode)
         with hyperparams.applied(self._task, model, hparams) as task, momentum_of(model, momentum):
             values, carry = task.advance(model, batch, carry, key=key, train=True)
         frozen = split_frozen(model_state)[0]  # as they came: sharded
         return values, nnx.merge_state(frozen, split_network(model)[2]), carry
 
-    def _loss(
-        self, params: Any, model_state: Any, carry: Any, batch: Batch, hparams: HParams, key: jax.Array
-    ) -> tuple[jax.Array, tuple[Any, Any, Metrics]]:
-        arrays = params, model_state, carry, batch, hparams, key
-        values, model_state, carry = self._advance(*arrays, mode=self._config.remat)
+    def _loss(self, *arrays: Any, dtypes: Any = None) -> tuple[jax.Array, tuple[Any, Any, Metrics]]:
+        values, model_state, carry = self._advance(*arrays, mode=self._config.remat, dtypes=dtypes)
         metrics = jax.tree.map(jnp.mean, values)
         return metrics["loss"], (model_state, carry, metrics)
 
@@ -138,11 +137,9 @@ class Steps:
         ) -> tuple[Any, Any, Any]:
             examples = dataclasses.replace(microbatch.gather(data), step=state.step)
             loss = remat.grouped(self._loss, self._config.remat)
-            gradient = jax.named_scope(flops.GRADIENT)(jax.grad(loss, has_aux=True))
-            microbatch_key = jax.random.fold_in(key, number)
-            grads, (model_state, carry, metrics) = gradient(
-                state.params, model_state, carry, examples, hparams, microbatch_key
-            )
+            gradient = gather_dtypes.gradient(loss, self._mesh, self._task.sharding_rules)
+            arrays = state.params, model_state, carry, examples, hparams, jax.random.fold_in(key, number)
+            grads, (model_state, carry, metrics) = jax.named_scope(flops.GRADIENT)(gradient)(*arrays)
             if count * self.num_replicas > 1:
                 metrics["grad_square"] = jnp.square(optimizers.global_norm(grads))
             return model_state, carry, (grads, metrics)

@@ -93,6 +93,7 @@ COMBINATIONS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mesh", "microbatch_size"), COMBINATIONS)
 def test_everything_with_a_loss_over_pairs_trains_the_same_on_any_mesh(mesh, microbatch_size):
     _agrees("Everything", mesh, microbatch_size, contrastive=True)

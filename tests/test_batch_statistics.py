@@ -116,11 +116,13 @@ def test_batches_that_training_skips_are_left_out(fields, monkeypatch, tmp_path)
         assert np.isfinite(array).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", ["Dropout", "Noise"])
 def test_networks_without_batch_norm_have_none(network):
     assert _training(_config(network=network)).state.ema_model_state is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", ["BatchNorm", pytest.param("Everything", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("devices", [1, 2])
 def test_population_members_have_them_too(devices, network):

@@ -271,14 +271,19 @@ def test_the_perceptron_trains_as_a_command(tmp_path):
     ("args", "words"),
     [
         (["roofline", "extra"], "unexpected argument 'extra'"),
-        (["sweep", "--trials=x"], "flag --trials=x"),
-        (["peers", "--peer=nosuch"], "use flax, keras"),
-        (["seeds", "--dataset=nosuch"], "nosuch"),
-        (["depth", "--rates=0.1,x"], "give positive numbers separated by commas"),
-        (["input", "--images=.", "--cores=1,x"], "--cores=1,x: give positive numbers separated by commas"),
-        (["photographs", "--images=/nosuch"], "--images=/nosuch has no folder train"),
-        (["language", "--epochs=3"], "--epochs is for --study"),
-        (["language", "--study", "--widths=8,16,32"], "at least 4 for the power law"),
+        *(
+            pytest.param(args, words, marks=pytest.mark.slow)
+            for args, words in [
+                (["sweep", "--trials=x"], "flag --trials=x"),
+                (["peers", "--peer=nosuch"], "use flax, keras"),
+                (["seeds", "--dataset=nosuch"], "nosuch"),
+                (["depth", "--rates=0.1,x"], "give positive numbers separated by commas"),
+                (["input", "--images=.", "--cores=1,x"], "--cores=1,x: give positive numbers separated by commas"),
+                (["photographs", "--images=/nosuch"], "--images=/nosuch has no folder train"),
+                (["language", "--epochs=3"], "--epochs is for --study"),
+                (["language", "--study", "--widths=8,16,32"], "at least 4 for the power law"),
+            ]
+        ),
     ],
 )
 def test_bad_input_of_a_benchmark_is_one_line(args, words, env):

@@ -63,7 +63,7 @@ def test_they_change_nothing(recorded, tmp_path):
     assert read_lines(tmp_path) == read_lines(recorded[0])
 
 
-@pytest.mark.parametrize("step", [4, 6, 11, 19])
+@pytest.mark.parametrize("step", [6, *(pytest.param(step, marks=pytest.mark.slow) for step in (4, 11, 19))])
 def test_their_state_is_that_of_a_run_that_was_never_stopped(step, recorded, stop, tmp_path):
     first, second = Record(), Record()
     options = {"dataset": VALIDATED, "steps_per_dispatch": 1}
@@ -106,6 +106,7 @@ class StopAt(Callback):
     on_epoch = on_step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [11, 15])
 def test_a_stop_is_an_end_like_any_other(step, stop, tmp_path):
     """With evaluation, checkpoint and summary; also if the run is killed before or just after it; and it can go on."""

@@ -32,6 +32,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_the_processes_of_a_killed_launcher_receive_sigterm(env, tmp_path):
     (tmp_path / "waits.py").write_text(WAITING)
     env = env | {"PYTHONPATH": f"{env['PYTHONPATH']}:{tmp_path}"}

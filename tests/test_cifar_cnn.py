@@ -118,6 +118,7 @@ def test_a_text_is_not_classified(env, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_damaged_archive_is_named(env, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data/cifar-10-python.tar.gz").write_bytes(b"not an archive")
@@ -125,6 +126,7 @@ def test_a_damaged_archive_is_named(env, tmp_path):
     complains(done, "cifar-10-python.tar.gz")
 
 
+@pytest.mark.slow
 def test_a_non_finite_loss_exits_with_code_3(env, tmp_path):
     args = ["--config.optimizer.learning_rate=1e30", "--config.optimizer.name=sgd", "--config=tutorial", "--workdir=x"]
     done = run_command(env, *DIGITS, *args)

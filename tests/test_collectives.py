@@ -70,6 +70,7 @@ def test_evaluation_has_one_all_reduce_per_dispatch():
     assert "while/body" not in name
 
 
+@pytest.mark.slow
 def test_reduce_dtype_is_the_dtype_of_the_all_reduce():
     mesh = MeshConfig(reduce_dtype="bfloat16")
     run = Run(_config(mesh=mesh, model=CNNConfig(width=16)), devices=8)
@@ -93,6 +94,7 @@ def test_fsdp_gathers_each_sharded_parameter_once_and_reduces_the_gradients_once
     assert not second  # scalars: each device's part of the gradient norm
 
 
+@pytest.mark.slow
 def test_tensor_parallelism_gathers_and_reduces_activations():
     assert set(_kinds("model")) == {"all-gather", "all-reduce"}
 

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 PROGRAM = """
 import jax
 from research.process import compilation_cache
@@ -22,6 +24,7 @@ def _run(env, **changes):
     return done.stdout.split()
 
 
+@pytest.mark.slow
 def test_compiled_once_then_loaded(env, tmp_path):
     cache = {"MESHWORK_CACHE_DIR": str(tmp_path / "cache")}
     first, second = _run(env, **cache), _run(env, **cache)

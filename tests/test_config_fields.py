@@ -147,6 +147,7 @@ def _before_training_unchanged(needs, devices):
     return _before_training(_with_needs(needs), devices)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", OTHER)
 def test_every_field_changes_what_runs(path):
     config = _with_needs(path)
@@ -158,6 +159,7 @@ def test_every_field_changes_what_runs(path):
     assert _before_training(config, 1 if path == "mesh.data" else devices) != unchanged
 
 
+@pytest.mark.slow
 def test_the_same_config_is_the_same_before_training():
     assert _before_training(_with_needs(None), 1) == _before_training_unchanged(None, 1)
 
@@ -215,6 +217,7 @@ def _four_steps(name, path=None, factor=1.0):
     return run.train_program(state, run._train_batches.data, run._train_batches.example(), np.int32(4), hparams)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "path"), [(name, path) for name in EXPERIMENTS for path in _step_inputs(EXPERIMENTS[name])]
 )

@@ -185,6 +185,7 @@ def test_two_processes_share_the_time_axis(env, tmp_path):
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_one_process_resumes_a_run_of_two(two, env):
     folder, _ = two
     command = [sys.executable, "-m", "linear", f"--workdir={folder}", "--config.num_epochs=3"]
@@ -256,7 +257,12 @@ if __name__ == "__main__":
     ("launcher", "fails", "said"),
     [
         (["launch.local", "--processes=2"], "0", "error: process 0 ended with exit code 5, and the others with it"),
-        (["launch.scaling", "--devices=2"], "1", "error: process 1 of 2 failed: error: no memory"),
+        pytest.param(
+            ["launch.scaling", "--devices=2"],
+            "1",
+            "error: process 1 of 2 failed: error: no memory",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_the_exit_code_is_that_of_the_process_that_failed(launcher, fails, said, env, tmp_path):

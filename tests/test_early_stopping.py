@@ -59,7 +59,9 @@ def test_it_stops_after_as_many_epochs_without_a_lower_validation_loss(stopped):
     assert read_summary(workdir) == summary
 
 
-@pytest.mark.parametrize("epochs_before_the_end", [0, 1, 2])
+@pytest.mark.parametrize(
+    "epochs_before_the_end", [1, *(pytest.param(epochs, marks=pytest.mark.slow) for epochs in (0, 2))]
+)
 def test_a_resumed_run_stops_at_the_same_step(epochs_before_the_end, stopped, stop, tmp_path):
     workdir, state, summary = stopped
     step = summary["num_train_steps"] - 11 * epochs_before_the_end - 1
@@ -75,6 +77,7 @@ def test_a_resumed_run_stops_at_the_same_step(epochs_before_the_end, stopped, st
     assert read_summary(tmp_path)["stopped_early"] == summary["stopped_early"]
 
 
+@pytest.mark.slow
 def test_without_it_the_run_goes_on_as_if_never_stopped(tmp_path):
     """The first part stops early; the second is resumed without early stopping."""
     _, first = run(tmp_path / "parts", early_stopping_epochs=1, **OPTIONS)

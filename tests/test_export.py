@@ -111,6 +111,7 @@ def test_the_classifier_is_the_checkpoint_on_the_test_set(checkpoint, classifier
     np.testing.assert_allclose(few, logits[:7], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_artifact_runs_with_64_bit_numbers_and_another_generator(vae):
     _, exported = vae
     inputs = {"seed": np.array(3, np.uint32), "index": np.arange(4, dtype=np.int32)}

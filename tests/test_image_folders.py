@@ -67,7 +67,7 @@ def test_several_devices_see_the_same_examples(whole, folder, tmp_path):
     np.testing.assert_allclose(*losses, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("step", [1, 4, 6])
+@pytest.mark.parametrize("step", [4, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 6))])
 def test_a_stopped_run_resumes_to_the_same_bits(step, whole, folder, stop, tmp_path):
     workdir, summary = whole
     args = _args(folder, tmp_path / "run", "--config.log_every_steps=1", "--config.steps_per_dispatch=1")

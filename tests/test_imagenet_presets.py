@@ -74,6 +74,7 @@ def _linear(epoch):
     return 34 * epoch / 12 if epoch < 12 else 34 * (90 - epoch) / 78
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "fields", "rate"),
     [

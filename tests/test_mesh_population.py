@@ -85,7 +85,11 @@ def _agree(report, number):
     assert report.finished == (report.epoch == 2)
 
 
-@pytest.mark.parametrize(("devices", "size", "meshes"), [(4, 2, 2), (2, 3, 1)], ids=["at the same time", "in turn"])
+@pytest.mark.parametrize(
+    ("devices", "size", "meshes"),
+    [(4, 2, 2), pytest.param(2, 3, 1, marks=pytest.mark.slow)],
+    ids=["at the same time", "in turn"],
+)
 def test_a_member_matches_a_single_run(devices, size, meshes):
     """On two meshes at the same time, or in turn on one; a freed slot is used again without compiling."""
     members = _population(devices, size)
@@ -142,6 +146,7 @@ SEARCH = ["linear", "--search=optimizer.learning_rate=[0.01,1e-5]", "--search=ba
 MESH = ["--config.mesh.data=2", "--config.mesh.model=2"]
 
 
+@pytest.mark.slow
 def test_a_sweep_over_a_mesh_ends_with_the_run_of_its_best_trial(tmp_path, monkeypatch, capsys):
     """Two trials fail, as their batches cannot be shared evenly; the two seeds of the others take turns."""
     monkeypatch.chdir(tmp_path)

@@ -46,6 +46,7 @@ def _trained(workdir, devices=1, **fields):
     return summary, np.square(gradients.mean(0)).sum(), gradients.var(0).sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("devices", "microbatch_size"), [(1, 8), (2, 16), (8, 0)])
 def test_it_is_the_closed_form_and_is_recorded(tmp_path, devices, microbatch_size):
     summary, signal, noise = _trained(tmp_path / "x", devices, microbatch_size=microbatch_size)

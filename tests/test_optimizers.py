@@ -88,6 +88,7 @@ def test_a_fixed_norm_needs_convolutions():
         tx.init({"kernel": np.ones((4, 4))})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "schedule"), [*((n, "constant") for n in OPTIMIZERS), *(("adam", s) for s in SCHEDULES)]
 )

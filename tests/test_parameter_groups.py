@@ -93,6 +93,7 @@ def test_the_step_does_not_differentiate_frozen_parameters(freeze):
     assert (bool({(16, 5), (5, 16)} & set(shapes))) == (not freeze)
 
 
+@pytest.mark.slow
 def test_the_gradients_norm_and_clipping_leave_frozen_parameters_out():
     """The trained parameters move as Optax moves them alone."""
     config = _config(name="sgd", learning_rate=1.0, clip_norm=0.01, freeze="kernel$", ema_decay=0.0)
@@ -150,6 +151,7 @@ def test_a_scaled_rate_is_that_of_an_optimizer_of_its_own(name):
     np.testing.assert_array_equal(scaled["head"]["kernel"], plain["head"]["kernel"])
 
 
+@pytest.mark.slow
 def test_mup_scales_the_trained_parameters_as_without_freezing():
     def updates(freeze):
         model = CNNConfig(width=8, parametrization="mup", base_width=4)

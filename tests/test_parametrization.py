@@ -75,7 +75,7 @@ def _change(kind, rule, **model):
     ("kind", "rule", "widths"),
     [
         ("cnn", "adam", (64, 128)),
-        ("lstm", "adam", (64, 256)),
+        pytest.param("lstm", "adam", (64, 256), marks=pytest.mark.slow),
         pytest.param("transformer", "adam", (64, 256), marks=pytest.mark.slow),
         pytest.param("vae", "muon", (256, 1024), marks=pytest.mark.slow),
     ],

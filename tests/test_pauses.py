@@ -63,7 +63,7 @@ def test_the_best_of_them_has_a_checkpoint(evaluated):
     assert best in _checkpoints(workdir)
 
 
-@pytest.mark.parametrize("step", [4, 6, 19])
+@pytest.mark.parametrize("step", [6, *(pytest.param(step, marks=pytest.mark.slow) for step in (4, 19))])
 def test_a_run_that_is_stopped_and_resumed_evaluates_the_same(step, evaluated, stop, tmp_path):
     workdir, state, summary = evaluated
     stop(step, lambda signals: run(tmp_path, signals=signals, steps_per_dispatch=1, **OPTIONS))

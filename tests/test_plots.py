@@ -164,6 +164,7 @@ NAMES_THAT_ARE_NOT_TEXT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES_THAT_ARE_NOT_TEXT)
 def test_names_are_shown_as_they_are(name, monkeypatch):
     """In all plots, without a warning (which would be an error here) about a glyph or a label."""

@@ -77,7 +77,9 @@ def _agree(report, expected):
     assert report.metrics["validation_accuracy"] == pytest.approx(expected["validation_accuracy"])
 
 
-@pytest.mark.parametrize(("devices", "at_once"), [(1, 1), (2, 1), (1, 4), (1, 3)])
+@pytest.mark.parametrize(
+    ("devices", "at_once"), [(2, 1), (1, 4), *(pytest.param(1, at_once, marks=pytest.mark.slow) for at_once in (1, 3))]
+)
 def test_a_member_matches_a_single_run(devices, at_once, single_runs, monkeypatch):
     """One after another, on two devices, and batched as on an accelerator: all at once, or three and one."""
     monkeypatch.setattr(population_devices, "at_once", lambda *_: at_once)

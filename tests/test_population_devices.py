@@ -23,6 +23,7 @@ def test_every_device_has_members(platform, devices, members):
     assert population_devices.default_size([types.SimpleNamespace(platform=platform)] * devices) == members
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "most", "said"), [("", 0, "True 3 False"), ("", 2, "True 2 False"), ("count=4", 0, "False 4 False")]
 )

@@ -247,7 +247,9 @@ def test_a_folders_readme_names_its_files(folder):
     assert named == files
 
 
-@pytest.mark.parametrize(("name", "accuracy"), [("digits_linear", 0.85), ("spirals_perceptron", 0.75)])
+@pytest.mark.parametrize(
+    ("name", "accuracy"), [("digits_linear", 0.85), pytest.param("spirals_perceptron", 0.75, marks=pytest.mark.slow)]
+)
 def test_an_experiment_of_one_file_runs(name, accuracy, tmp_path):
     (tmp_path / f"{name}.py").write_text(PROGRAMS[name])
     args = [sys.executable, f"{name}.py", "--config.num_epochs=10", "--workdir=run"]

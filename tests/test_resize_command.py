@@ -141,6 +141,7 @@ def test_interrupting_the_command(command, tmp_path, monkeypatch):
     assert (code, stderr.splitlines()[-1]) == (130, "error: interrupted; the same command continues the copy")
 
 
+@pytest.mark.slow
 def test_arrays_of_gray_images_can_be_copied(tmp_path):
     resize.main(["--name=digits", f"--out={tmp_path}", "--side=8", "--processes=1"])
     original = sources.load(DatasetConfig(name="digits"))

@@ -43,7 +43,7 @@ def whole_run(request, tmp_path_factory):
     return options, workdir, *run(workdir, **options)
 
 
-@pytest.mark.parametrize("step", [1, 7, 11, 12, 21])
+@pytest.mark.parametrize("step", [7, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 11, 12, 21))])
 def test_a_run_stopped_at_any_step_resumes_to_the_same_result(step, whole_run, stop_at, tmp_path):
     """Bit-identical parameters and metrics; every line once and in order."""
     options, workdir, state, summary = whole_run
@@ -79,6 +79,7 @@ def test_a_signal_in_the_last_dispatch_of_all_ends_a_finished_run(monkeypatch, t
     assert read_summary(tmp_path)["test_loss"] == summary["test_loss"]
 
 
+@pytest.mark.slow
 def test_a_run_stopped_repeatedly_ends_the_same(stop_at, tmp_path):
     state, _ = run(tmp_path / "whole")
     for step in (3, 6, 11, 15):
@@ -108,6 +109,7 @@ def test_the_best_step_is_in_the_summary(tmp_path):
     assert summary["best_validation_loss"] == min(losses.values())
 
 
+@pytest.mark.slow
 def test_every_extension_is_recorded_and_cannot_be_reproduced(stop_at, tmp_path):
     """The schedules of the first steps were those of fewer epochs."""
     decaying = {"optimizer": OptimizerConfig(name="sgd", learning_rate=0.1, schedule="linear"), "dataset": DATASET}
@@ -159,6 +161,7 @@ def test_a_running_workdir_is_locked_evaluated_and_stopped_by_sigterm(env, tmp_p
     complains(run_here(["--workdir=x", "--config.num_epochs=3"], capsys), "has num_epochs=10000 (")
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_only_evaluated_and_can_be_reproduced(env, tmp_path, capsys):
     _output([*DIGITS, "--workdir=x"], capsys)
     summary = (tmp_path / "x/summary.json").read_bytes()

@@ -39,6 +39,7 @@ def test_devices_that_are_no_numbers_are_named(text, words):
         scaling.counts(text)
 
 
+@pytest.mark.slow
 def test_a_batch_that_cannot_be_shared_is_named(env):
     args = ["--mode=strong", "--devices=1,5"]
     done = subprocess.run([*SCALING, *args], env=env, capture_output=True, text=True)

@@ -108,6 +108,7 @@ def test_rules_of_all_axes_train_and_predict_as_on_one_device():
     np.testing.assert_allclose(many, one, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_parameters_stored_in_shards_along_data_work_with_per_device_gradients(monkeypatch):
     monkeypatch.setattr(megatron.Network, "per_device_gradients", True, raising=False)
     found = _train(_training({"kernel": ("data", None)}, data=2))
@@ -158,6 +159,7 @@ def test_a_bad_rule_ends_the_command_before_anything_is_written(tmp_path, monkey
     assert not (tmp_path / "w/config.json").exists()
 
 
+@pytest.mark.slow
 def test_a_run_resumes_on_another_mesh_with_the_results_of_one_device(tmp_path, monkeypatch):
     monkeypatch.setattr(loop.Loop, "draw", lambda _: None)  # takes longer than training
     meshes = {"num_epochs": 1, "model": 4}, {"rules": _rules_of_all_axes(), "num_epochs": 2, **ALL_AXES}

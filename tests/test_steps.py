@@ -111,10 +111,10 @@ RULES = {
     ("mesh", "microbatch_size", "rule"),
     [
         ("data", 0, "momentum"),
-        ("data", 8, "momentum"),
-        ("fsdp", 8, "momentum"),
+        pytest.param("data", 8, "momentum", marks=pytest.mark.slow),
+        pytest.param("fsdp", 8, "momentum", marks=pytest.mark.slow),
         ("all", 8, "momentum"),
-        ("all", 0, "muon"),
+        pytest.param("all", 0, "muon", marks=pytest.mark.slow),
         pytest.param("data", 8, "frozen", marks=pytest.mark.slow),
     ],
 )
@@ -133,7 +133,10 @@ def test_eight_devices_learn_what_one_learns(mesh, microbatch_size, rule):
         assert True in shards
 
 
-@pytest.mark.parametrize(("group", "mesh", "replicas"), [(4, "data", 8), (8, "data", 1), (8, "all", 1)])
+@pytest.mark.parametrize(
+    ("group", "mesh", "replicas"),
+    [(4, "data", 8), *(pytest.param(8, mesh, 1, marks=pytest.mark.slow) for mesh in ("data", "all"))],
+)
 def test_eight_devices_normalize_the_same_groups_as_one(group, mesh, replicas):
     """Each of eight devices has 4 examples; a group is one device's, or spans two."""
     config = _config(batch_size=32, model=CNNConfig(width=8, norm="batch", norm_group=group))

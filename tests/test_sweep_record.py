@@ -200,6 +200,7 @@ def test_a_lock_that_a_killed_worker_left_is_taken_over(folder, monkeypatch):
     assert optuna.create_study(storage=open_storage("", Path("w")), study_name="s").study_name == "s"
 
 
+@pytest.mark.slow
 def test_a_killed_worker_loses_nothing_but_time(env, folder, capsys):
     """kill -9 while a trial runs; the same command then goes on, and the lost trial comes again."""
     argv = [*SWEEP, f"--search={RATE}=log(1e-3,1)", "--trials=3", "--config.num_epochs=2", "--sampler=random"]

@@ -118,6 +118,7 @@ def test_hosts_can_run_a_worker_of_a_sweep(capsys):
     assert "sweep,postgres]" in (Path(__file__).parent.parent / "Dockerfile").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "args",
     [

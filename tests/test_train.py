@@ -126,10 +126,10 @@ def test_streamed_data_gives_bit_identical_results(tmp_path):
 @pytest.mark.parametrize(
     ("devices", "fields"),
     [
-        (1, {"batch_size": 8}),
         (1, {"batch_size": 90}),
-        (8, {"batch_size": 8}),
         (8, {"batch_size": 40}),
+        pytest.param(1, {"batch_size": 8}, marks=pytest.mark.slow),
+        pytest.param(8, {"batch_size": 8}, marks=pytest.mark.slow),
         (2, {"batch_size": 12, "microbatch_size": 4}),
         (8, {"batch_size": 16, "max_device_gib": 0.0}),
     ],

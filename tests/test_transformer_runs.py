@@ -61,9 +61,9 @@ def _on_one_device(name):
 @pytest.mark.parametrize(
     ("name", "axes", "replicas", "remat"),
     [
-        ("transformer", {}, 8, "all"),
+        pytest.param("transformer", {}, 8, "all", marks=pytest.mark.slow),
         ("transformer", {"data": 2, "fsdp": 2, "model": 2}, 1, "blocks"),
-        ("mingru", {"data": 2, "sequence": 4}, 1, "none"),
+        pytest.param("mingru", {"data": 2, "sequence": 4}, 1, "none", marks=pytest.mark.slow),
     ],
 )
 def test_eight_devices_with_the_loss_in_chunks_train_as_one_without(name, axes, replicas, remat, monkeypatch):

@@ -165,6 +165,7 @@ def test_tiny_shakespeare_is_split_by_characters(tmp_path):
     assert [len(text) for text in texts] == [180, 10, 10]
 
 
+@pytest.mark.slow
 def test_order_ids_and_labels_equal_those_of_a_set_prepared_by_tfds(tmp_path):
     if not os.environ.get("TFDS_DATA_DIR"):
         pytest.skip("needs TFDS_DATA_DIR with a prepared cifar10")

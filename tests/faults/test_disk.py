@@ -91,6 +91,7 @@ def test_a_run_stopped_by_a_full_disk_resumes_once_there_is_room(disk, forks):
     assert read_summary(folder / "x")["num_epochs"] == 4
 
 
+@pytest.mark.slow
 def test_a_run_stopped_by_a_quota_resumes_once_it_is_raised(quota, forks):
     folder, limit = quota
     workdir = f"--workdir={folder / 'x'}"

@@ -110,6 +110,7 @@ def _kill_at_operations(forks, choose):
     return len(numbers), first.operations
 
 
+@pytest.mark.slow
 @pytest.mark.faults
 def test_killed_before_a_file_operation(forks):
     assert _kill_at_operations(forks, lambda count: random.sample(range(1, count + 1), 3))[1] > 50

@@ -50,6 +50,7 @@ def test_value_and_gradient_equal_those_of_nnx(pool, size, window, dtype, platfo
 OVERLAPPING = [(3, 2, 1), (3, 2, 0), (3, 1, 1), (2, 1, 0), (5, 2, 2), (5, 3, 2)]  # window, stride, padding
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(
     size=st.tuples(st.integers(5, 9), st.integers(5, 9)),

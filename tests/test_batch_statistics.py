@@ -100,6 +100,7 @@ class Spoilt(outsider.Everything):
         return super().__call__(jnp.where(black & train, jnp.nan, x), train=train, key=key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{"max_skipped_steps": 2}, {"max_rewinds": 2}], ids=str)
 def test_batches_that_training_skips_are_left_out(fields, monkeypatch, tmp_path):
     monkeypatch.setitem(outsider.NETWORKS, "Everything", Spoilt)

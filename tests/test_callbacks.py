@@ -163,6 +163,7 @@ def _example():
     return names["TargetReached"]
 
 
+@pytest.mark.slow
 def test_the_command_makes_them_from_its_config_and_says_how_to_train_further(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(loop.Loop, "draw", lambda _: None)

@@ -42,6 +42,7 @@ def _steps(workdir):
     return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
 
 
+@pytest.mark.slow
 def test_evaluation_of_each_checkpoint_gives_what_its_epoch_recorded(run):
     workdir, summary, lines = run
     best, newest = summary["best_step"], summary["num_train_steps"]

@@ -135,6 +135,7 @@ def test_a_non_finite_loss_exits_with_code_3(env, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_an_interrupt_exits_with_code_130(env, tmp_path):
     args = [*COMMAND, *DIGITS, "--config.num_epochs=10000", "--config.log_every_steps=1", "--workdir=x"]
     process = subprocess.Popen(args, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

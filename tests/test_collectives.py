@@ -49,7 +49,7 @@ def test_one_device_has_no_collectives():
     assert not _kinds("one")
 
 
-@pytest.mark.parametrize("microbatch_size", [0, 8])
+@pytest.mark.parametrize("microbatch_size", [pytest.param(0, marks=pytest.mark.slow), 8])
 def test_data_parallelism_is_one_all_reduce_per_step(microbatch_size):
     state, found = _compiled("data", microbatch_size)
     ((kind, sizes, loops),) = found

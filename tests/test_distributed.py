@@ -253,16 +253,12 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "fails", "said"),
     [
         (["launch.local", "--processes=2"], "0", "error: process 0 ended with exit code 5, and the others with it"),
-        pytest.param(
-            ["launch.scaling", "--devices=2"],
-            "1",
-            "error: process 1 of 2 failed: error: no memory",
-            marks=pytest.mark.slow,
-        ),
+        (["launch.scaling", "--devices=2"], "1", "error: process 1 of 2 failed: error: no memory"),
     ],
 )
 def test_the_exit_code_is_that_of_the_process_that_failed(launcher, fails, said, env, tmp_path):

@@ -125,6 +125,7 @@ def _loss(**fields):
     return loss_jaxpr(task, dataset, lambda: task.create_model(nnx.Rngs(0)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("field", "value"),
     [

@@ -33,12 +33,12 @@ def load(monkeypatch, tmp_path):
 # Parameters, batch size, epochs, side of the images in training and in evaluation.
 @pytest.mark.parametrize(
     ("name", "expected"),
-    {
-        "imagenet": (25_557_032, 256, 90, 224, 224),
-        "imagenet_a3": (25_557_032, 2048, 100, 160, 224),
-        "imagenet_lars": (25_557_032, 32_768, 90, 224, 224),
-        "convnext": (28_589_128, 4096, 300, 224, 224),
-    }.items(),
+    [
+        ("imagenet", (25_557_032, 256, 90, 224, 224)),
+        pytest.param("imagenet_a3", (25_557_032, 2048, 100, 160, 224), marks=pytest.mark.slow),
+        pytest.param("imagenet_lars", (25_557_032, 32_768, 90, 224, 224), marks=pytest.mark.slow),
+        ("convnext", (28_589_128, 4096, 300, 224, 224)),
+    ],
 )
 def test_every_preset_resolves_without_the_data(name, expected, load):
     workload = load(name)

@@ -40,6 +40,7 @@ def test_a_run_starts_from_the_parameters_of_another(source):
     check_same(arrays_of(run.state.params), source[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(data=1, fsdp=-1), MeshConfig(data=1, fsdp=2, model=2)])
 def test_the_arrays_are_placed_as_the_mesh_shards_them(mesh, source, tmp_path):
     save_file({name.replace("/", "."): value for name, value in source[1].items()}, tmp_path / "own.safetensors")
@@ -259,6 +260,7 @@ def test_members_over_a_mesh_start_from_the_weights_one_after_another(source):
 FLAGS = ["--config.dataset.name=digits", "--config.dataset.train_fraction=0.1"]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_does_not_need_the_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(Loop, "draw", lambda _: None)
 

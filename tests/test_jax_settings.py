@@ -6,6 +6,7 @@ from unittest import mock
 import jax
 import linear
 import numpy as np
+import pytest
 
 from research import app, randomness
 from research.process import jax_settings
@@ -40,6 +41,7 @@ def _train(workdir):
         return app.run(linear.EXPERIMENT, args, devices=jax.devices()[:1])
 
 
+@pytest.mark.slow
 def test_a_run_has_the_same_result_under_other_settings(tmp_path, capsys):
     assert OTHER.keys() == jax_settings.PINNED.keys()
     usual = _train(tmp_path / "usual")

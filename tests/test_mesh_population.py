@@ -85,11 +85,8 @@ def _agree(report, number):
     assert report.finished == (report.epoch == 2)
 
 
-@pytest.mark.parametrize(
-    ("devices", "size", "meshes"),
-    [(4, 2, 2), pytest.param(2, 3, 1, marks=pytest.mark.slow)],
-    ids=["at the same time", "in turn"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("devices", "size", "meshes"), [(4, 2, 2), (2, 3, 1)], ids=["at the same time", "in turn"])
 def test_a_member_matches_a_single_run(devices, size, meshes):
     """On two meshes at the same time, or in turn on one; a freed slot is used again without compiling."""
     members = _population(devices, size)

@@ -61,6 +61,7 @@ def test_the_rate_grows_with_the_batch(scaling, factor):
     assert config.learning_rate == 0.1  # unchanged, since a resumed run scales the recorded value again
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_weight_decay_leaves_out_biases(name):
     plain, decayed = (_ours(name=name, weight_decay=w) for w in (0.0, 0.5))
@@ -137,6 +138,7 @@ def test_every_rule_has_its_default_rate_momentum_and_decay(name):
     jax.tree.map(np.testing.assert_array_equal, _ours(name=name), _ours(name=name, weight_decay=DECAYS.get(name, 0.0)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "numbers"),
     [

@@ -212,6 +212,7 @@ def test_a_stop_signal_while_drawing_stops(tmp_path):
         drawing.save(tmp_path / "plot.png", stop)
 
 
+@pytest.mark.slow
 def test_plots_need_no_backend(env, tmp_path):
     """Nor does the page of a sweep."""
     program = """

@@ -46,6 +46,7 @@ def test_it_is_pure_and_idempotent(experiment):
         experiment.make_task(_frozen(resolved), dataset)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "args"),
     [

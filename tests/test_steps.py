@@ -110,7 +110,7 @@ RULES = {
 @pytest.mark.parametrize(
     ("mesh", "microbatch_size", "rule"),
     [
-        ("data", 0, "momentum"),
+        pytest.param("data", 0, "momentum", marks=pytest.mark.slow),
         pytest.param("data", 8, "momentum", marks=pytest.mark.slow),
         pytest.param("fsdp", 8, "momentum", marks=pytest.mark.slow),
         ("all", 8, "momentum"),

@@ -87,6 +87,7 @@ def _reference_gradient(x, dy, window, stride, padding):
     return dx[:, padding : x.shape[1] - padding, padding : x.shape[2] - padding]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("platform", ["cpu", "default"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("values", [1, 2, 4])

@@ -121,6 +121,7 @@ def _outputs(**fields):
     return [np.asarray(x) for x in _infer(model, images, noise)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("field", "value"),
     [

@@ -162,6 +162,7 @@ def _trained_logits(**fields):
     return _apply(model, _images(2, 32, 32, 3), train=True, key=jax.random.key(0))[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("field", "value"), [("norm", "group"), ("dtype", "bfloat16"), ("dropout", 0.5)])
 def test_each_field_changes_the_output(field, value):
     changed = _trained_logits(**{field: value})

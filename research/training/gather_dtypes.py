@@ -112,8 +112,18 @@ def _inner(eqn: JaxprEqn, position: int) -> tuple[Jaxpr, Var] | None:
     jaxpr = called.jaxpr if isinstance(called, ClosedJaxpr) else called
     if not isinstance(jaxpr, Jaxpr) or len(jaxpr.invars) != len(eqn.invars):
         return None
-    if eqn.primitive.name == "scan":
-        constants = eqn.params["num_consts"]
-        if constants <= position < constants + eqn.params["num_carry"]:
-            return None
-    return jaxpr, jaxpr.invars[position]
+    is_carried = eqn.primitive.name == "scan" and position in _carried(eqn, jaxpr)
+    return None if is_carried else (jaxpr, jaxpr.invars[position])
+
+
+def _carried(scan: JaxprEqn, body: Jaxpr) -> range:
+    """Returns which operands a scan carries: those before the ones it scans over, as many as it carries out."""
+    # Its parameters have other names in later versions of JAX. What is scanned over has one axis more than in the body.
+    scanned = sum(_ndim(outside) > _ndim(inside) for outside, inside in zip(scan.invars, body.invars))
+    carried = sum(_ndim(outside) == _ndim(inside) for outside, inside in zip(scan.outvars, body.outvars))
+    end = len(body.invars) - scanned
+    return range(end - carried, end)
+
+
+def _ndim(atom: Any) -> int:
+    return len(atom.aval.shape)

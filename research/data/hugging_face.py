@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -145,9 +145,12 @@ def _labels(name: str, dataset: "datasets.Dataset", column: str, label_names: tu
     values = dataset.data.column(column)
     if not _is_string(dataset, column):
         return np.maximum(values.cast("int64").fill_null(-1).to_numpy(), -1)
-    numbers = pc.index_in(values, value_set=pa.array(label_names, values.type)).fill_null(-1).to_numpy()
-    given = pc.fill_null(pc.not_equal(values, ""), False).to_numpy()
-    unknown = np.flatnonzero((numbers < 0) & given)
+
+    def find(labels: Sequence[str | None]) -> Any:
+        return pc.call_function("index_in", [values], pc.SetLookupOptions(value_set=pa.array(labels, values.type)))
+
+    numbers = find(label_names).fill_null(-1).to_numpy()
+    unknown = np.flatnonzero((numbers < 0) & find([None, ""]).is_null().to_numpy())
     if unknown.size:
         label = values[int(unknown[0])].as_py()
         raise UserError(f"hf:{name} has the label {label!r}, which is none of the {len(label_names)} classes")

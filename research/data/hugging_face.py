@@ -15,7 +15,7 @@ import numpy as np
 
 from research.data.file_errors import is_unreadable, unreadable
 from research.data.hugging_face_files import open_splits, quiet_and_offline, reading
-from research.data.hugging_face_text import ColumnText, is_text
+from research.data.hugging_face_text import ColumnText, is_string, is_text
 from research.data.source import DamagedError, Source
 from research.data.tfds_records import MOST_CLASSES
 from research.data.tfds_sets import UnavailableError
@@ -116,8 +116,10 @@ def _label_column(name: str, features: Mapping[str, Any]) -> str | None:
     import datasets
 
     column = _choose_column(name, features, datasets.ClassLabel, _LABEL_COLUMNS)
-    dtype = getattr(features.get("label"), "dtype", None) or ""
-    return "label" if column is None and re.fullmatch(r"u?int\d+|(large_)?string", dtype) else column
+    label = features.get("label")
+    if column is None and (is_string(label) or re.fullmatch(r"u?int\d+", getattr(label, "dtype", None) or "")):
+        return "label"
+    return column
 
 
 def _label_names(name: str, dataset: "datasets.Dataset") -> tuple[str, ...]:
@@ -126,15 +128,11 @@ def _label_names(name: str, dataset: "datasets.Dataset") -> tuple[str, ...]:
     if column is None:
         return ()
     names = getattr(dataset.features[column], "names", None)
-    if names is None and _is_string(dataset, column):
+    if names is None and is_string(dataset.features[column]):
         names = sorted(filter(None, dataset.data.column(column).unique().to_pylist()))
     elif names is None:
         names = range(_labels(name, dataset, column).max(initial=-1) + 1)
     return tuple(map(str, names)) if len(names) <= MOST_CLASSES else ()
-
-
-def _is_string(dataset: "datasets.Dataset", column: str) -> bool:
-    return str(dataset.data.column(column).type).endswith("string")
 
 
 def _labels(name: str, dataset: "datasets.Dataset", column: str, label_names: tuple[str, ...] = ()) -> np.ndarray:
@@ -143,7 +141,7 @@ def _labels(name: str, dataset: "datasets.Dataset", column: str, label_names: tu
     import pyarrow.compute as pc
 
     values = dataset.data.column(column)
-    if not _is_string(dataset, column):
+    if not is_string(dataset.features[column]):
         return np.maximum(values.cast("int64").fill_null(-1).to_numpy(), -1)
 
     def find(labels: Sequence[str | None]) -> Any:

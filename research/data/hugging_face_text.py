@@ -17,12 +17,17 @@ COLUMN = "text"
 _ROWS_AT_ONCE = 32  # few, since a row may be a whole book; one by one takes several times as long
 
 
+def is_string(feature: Any) -> bool:
+    """Returns whether the values of a column with this feature are strings."""
+    return getattr(feature, "dtype", None) in ("string", "large_string")
+
+
 def is_text(features: Mapping[str, Any]) -> bool:
     """Returns whether a split has a column `text` of strings, and no images, marked as such or by their name."""
     import datasets
 
     has_images = any(isinstance(x, datasets.Image) or name in ("image", "img") for name, x in features.items())
-    return not has_images and getattr(features.get(COLUMN), "dtype", None) in ("string", "large_string")
+    return not has_images and is_string(features.get(COLUMN))
 
 
 class ColumnText(Text):

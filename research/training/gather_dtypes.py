@@ -74,7 +74,7 @@ def _narrower(own: Any, uses: set[Any]) -> Any:
 
 
 class _Uses:
-    """How variables of a jaxpr, and of those within it, are used after they were gathered."""
+    """What a jaxpr, and the jaxprs within it, do with a variable once it is gathered."""
 
     def __init__(self) -> None:
         self._operands: dict[Jaxpr, dict[Var, list[tuple[JaxprEqn, int]]]] = {}

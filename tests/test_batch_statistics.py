@@ -61,6 +61,7 @@ def test_they_are_means_over_the_newest_batches():
     assert np.abs(own["var"][...] / state.model_state["norm"]["var"][...] - 1).max() > 0.01
 
 
+@pytest.mark.slow
 def test_training_does_not_use_them_and_a_checkpoint_holds_them(tmp_path):
     plain, evaluated = _train(_training(_config())), _training(_config())
     for _ in evaluated.dispatches(4):

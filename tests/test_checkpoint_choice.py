@@ -54,6 +54,7 @@ def test_evaluation_of_each_checkpoint_gives_what_its_epoch_recorded(run):
             assert found[name] == pytest.approx(lines[step][name])
 
 
+@pytest.mark.slow
 def test_a_run_that_sums_gradients_in_bfloat16_is_loaded_on_a_mesh_that_cannot(run):
     workdir, summary, _ = run
     loaded = research.load(linear.EXPERIMENT, workdir, "best", mesh=MeshConfig(data=2, fsdp=4))

@@ -57,6 +57,7 @@ def test_a_set_named_explicitly_is_never_replaced(env, tmp_path):
     assert not list((tmp_path / "runs/cifar_cnn").glob("*"))
 
 
+@pytest.mark.slow
 def test_a_terminal_gets_a_progress_bar(env, tmp_path):
     parent, child = pty.openpty()
     fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))

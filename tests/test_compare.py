@@ -26,6 +26,7 @@ def two_runs(trained, tmp_path, monkeypatch):
     return trained[1]
 
 
+@pytest.mark.slow
 def test_differing_fields_and_metrics_are_shown(two_runs, tmp_path, capsys):
     compare.run(["slow", "fast", "--plot=both.png"])
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]

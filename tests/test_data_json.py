@@ -222,6 +222,7 @@ def test_statistics_are_exact(tmp_path):
         recorded.statistic(another, "image")
 
 
+@pytest.mark.slow
 def test_averaged_parameters_within_an_epoch_get_their_batch_statistics_from_the_data(stop, tmp_path):
     """Only these need examples: a checkpoint at the end of an epoch has its own."""
     args = [*FLAGS, "--config.optimizer.ema_decay=0.9", "--config.steps_per_dispatch=1", f"--workdir={tmp_path}"]

@@ -212,6 +212,7 @@ def _started(env, *args):
     raise AssertionError(process.communicate()[1])
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_process_stops_all_with_a_checkpoint(env, tmp_path):
     process = _started(env, "--workdir=x")
     os.kill(_children(process)[1], signal.SIGTERM)

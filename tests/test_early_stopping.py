@@ -88,6 +88,7 @@ def test_without_it_the_run_goes_on_as_if_never_stopped(tmp_path):
     assert "early_stopping_epochs" not in summary
 
 
+@pytest.mark.slow
 def test_the_command_needs_a_validation_split_and_knows_that_it_is_finished(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(loop.Loop, "draw", lambda _: None)

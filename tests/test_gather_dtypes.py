@@ -92,7 +92,8 @@ def _own(_, *arrays):
     return jax.tree.map(lambda x: x.dtype, arrays)
 
 
-@pytest.mark.parametrize(("remat", "freeze"), [("none", "logits"), pytest.param("all", "", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("remat", "freeze"), [("none", "logits"), ("all", "")])
 def test_a_step_gathers_in_bfloat16_and_has_the_same_bits(remat, freeze, monkeypatch):
     optimizer = OptimizerConfig(name="momentum", learning_rate=0.05, freeze=freeze)
     model, mesh = CNNConfig(width=16, dtype="bfloat16"), MeshConfig(data=1, fsdp=8)

@@ -60,6 +60,7 @@ def test_it_learns_and_its_record_describes_the_data(whole, folder, capsys):
     assert evaluated["test_loss"] == summary["test_loss"]
 
 
+@pytest.mark.slow
 def test_several_devices_see_the_same_examples(whole, folder, tmp_path):
     app.run(EXPERIMENT, _args(folder, tmp_path / "run", "--config.log_every_steps=1"), devices=jax.devices()[:8])
     losses = [[line["loss"] for line in _lines(run) if "loss" in line] for run in (whole[0], tmp_path / "run")]

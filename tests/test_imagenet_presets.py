@@ -37,7 +37,7 @@ def load(monkeypatch, tmp_path):
         ("imagenet", (25_557_032, 256, 90, 224, 224)),
         pytest.param("imagenet_a3", (25_557_032, 2048, 100, 160, 224), marks=pytest.mark.slow),
         pytest.param("imagenet_lars", (25_557_032, 32_768, 90, 224, 224), marks=pytest.mark.slow),
-        ("convnext", (28_589_128, 4096, 300, 224, 224)),
+        pytest.param("convnext", (28_589_128, 4096, 300, 224, 224), marks=pytest.mark.slow),
     ],
 )
 def test_every_preset_resolves_without_the_data(name, expected, load):

@@ -110,6 +110,7 @@ def test_a_member_matches_a_single_run(devices, size, meshes):
     assert members.train_epoch(lambda: True) == {}  # asked to stop before the next dispatch
 
 
+@pytest.mark.slow
 def test_a_diverged_member_does_not_affect_the_others():
     members = _population(2, 2)
     members.start(0, _config(1, rate=1e30))

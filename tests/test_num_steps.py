@@ -47,7 +47,8 @@ def test_the_schedule_spans_the_steps(tmp_path):
     np.testing.assert_allclose(rates, 0.2 * (1 - np.arange(15) / 15), rtol=1e-5)
 
 
-@pytest.mark.parametrize("stopped_at", [15, *(pytest.param(step, marks=pytest.mark.slow) for step in (None, 17))])
+@pytest.mark.slow
+@pytest.mark.parametrize("stopped_at", [15, None, 17])
 def test_a_run_that_ended_within_an_epoch_is_extended_exactly(stopped_at, stop, tmp_path):
     """The second epoch goes on where it was: its mean is over all of its steps, and it ends with an evaluation."""
     state, summary = run(tmp_path / "whole", num_steps=25)

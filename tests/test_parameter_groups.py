@@ -174,6 +174,7 @@ def test_mup_scales_the_trained_parameters_as_without_freezing():
         np.testing.assert_array_equal(update, whole[name])
 
 
+@pytest.mark.slow
 def test_a_run_with_frozen_parameters_resumes_to_the_same_result(tmp_path, monkeypatch):
     monkeypatch.setattr(Loop, "draw", lambda _: None)
     flags = ["--config.dataset.name=digits", "--config.dataset.train_fraction=0.1", "--config.optimizer.ema_decay=0.9"]

@@ -86,6 +86,7 @@ def test_what_updates_change_does_not_depend_on_the_width(kind, rule, widths):
     assert 0.7 < wide / narrow < 1.4
 
 
+@pytest.mark.slow
 def test_with_the_standard_parametrization_it_does():
     narrow, wide = (_change("lstm", "adam", width=width) for width in (64, 256))
     assert wide / narrow > 2

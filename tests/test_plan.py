@@ -98,6 +98,7 @@ def sweep(tmp_path_factory):
     return folder, words.getvalue()
 
 
+@pytest.mark.slow
 def test_a_plan_says_what_the_step_is_made_of(sweep):
     row = json.loads((sweep[0] / "plan.json").read_text())["plans"][2]
     assert (row["topology"], row["num_chips"], row["mesh"]["data"]) == ("h100:2", 2, 2)
@@ -376,6 +377,7 @@ def test_a_batch_larger_than_the_training_set_is_not_planned(tmp_path, capsys):
     assert "skipped 2 of 4 plans, whose batch exceeds the 1,437 training examples" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_rematerialization_is_planned(tmp_path):
     plain, remat = (
         _plan(tmp_path / mode, "--topology=h100-1", "--config.model.width=64", f"--config.remat={mode}")

@@ -78,7 +78,7 @@ def _agree(report, expected):
 
 
 @pytest.mark.parametrize(
-    ("devices", "at_once"), [(2, 1), (1, 4), *(pytest.param(1, at_once, marks=pytest.mark.slow) for at_once in (1, 3))]
+    ("devices", "at_once"), [(1, 4), *(pytest.param(*x, marks=pytest.mark.slow) for x in ((2, 1), (1, 1), (1, 3)))]
 )
 def test_a_member_matches_a_single_run(devices, at_once, single_runs, monkeypatch):
     """One after another, on two devices, and batched as on an accelerator: all at once, or three and one."""

@@ -140,6 +140,7 @@ def test_a_platform_without_devices_is_named(classifier, tmp_path, capsys, monke
     assert line.startswith("error: JAX_PLATFORMS=cuda: jax finds no such device (its plugin is not installed)")
 
 
+@pytest.mark.slow
 def test_a_text_goes_on_as_the_network_would(language_model, model, capsys):
     args = [f"--artifact={language_model}", "--prompt=abc", "--length=12"]
     predict.run([*args, "--temperature=0"])

@@ -152,6 +152,7 @@ def _benchmarks():
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_every_benchmark_takes_its_flags():
     assert _benchmarks()["errors"] == []
     assert len(_benchmarks()["flags"]) >= 6

@@ -147,6 +147,7 @@ def _wait_for_checkpoint(workdir, process):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_a_running_workdir_is_locked_evaluated_and_stopped_by_sigterm(env, tmp_path, capsys):
     process = _start(env, *DIGITS, "--config.num_epochs=10000", "--workdir=x")
     _wait_for_checkpoint(tmp_path / "x", process)

@@ -44,7 +44,7 @@ def test_logits_equal_those_of_a_loop_in_float64():
     np.testing.assert_allclose(_logits(model, images.astype(np.float32)), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["simple", "lstm", "lru"])
+@pytest.mark.parametrize("name", [pytest.param("simple", marks=pytest.mark.slow), "lstm", "lru"])
 def test_a_permuted_network_reads_the_pixels_in_that_order(name):
     order, images = fixed_permutation(12), _RANDOM.normal(size=(2, 3, 4, 2)).astype(np.float32)
     reordered = images.reshape(2, 12, 2)[:, order].reshape(images.shape)

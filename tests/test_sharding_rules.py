@@ -68,6 +68,7 @@ def _shards(tree, block=1):
     }
 
 
+@pytest.mark.slow
 def test_column_and_row_parallel_layers_train_as_on_one_device_with_one_all_reduce_each_way():
     """Activations are summed once per block and direction (Shoeybi et al. 2019, figure 3); no kernel is gathered."""
     found = _train(_training(model=4))
@@ -95,6 +96,7 @@ def _rules_of_all_axes():
     return {"0/up/kernel": (("data", "fsdp"), "model"), **names["SHARDING_RULES"]}
 
 
+@pytest.mark.slow
 def test_rules_of_all_axes_train_and_predict_as_on_one_device():
     found = _train(_training(_rules_of_all_axes(), **ALL_AXES))
     _agrees(found)

@@ -152,6 +152,7 @@ def test_the_script_says_what_was_asked(env, tmp_path):
     assert not Path("/shared/x y%j").exists()
 
 
+@pytest.mark.slow
 def test_without_slurm_it_says_so(env, tmp_path):
     done = subprocess.run([*SLURM, *DIGITS], env=env | {"PATH": str(tmp_path)}, capture_output=True, text=True)
     assert done.returncode == 2

@@ -133,10 +133,8 @@ def test_eight_devices_learn_what_one_learns(mesh, microbatch_size, rule):
         assert True in shards
 
 
-@pytest.mark.parametrize(
-    ("group", "mesh", "replicas"),
-    [(4, "data", 8), *(pytest.param(8, mesh, 1, marks=pytest.mark.slow) for mesh in ("data", "all"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("group", "mesh", "replicas"), [(4, "data", 8), (8, "data", 1), (8, "all", 1)])
 def test_eight_devices_normalize_the_same_groups_as_one(group, mesh, replicas):
     """Each of eight devices has 4 examples; a group is one device's, or spans two."""
     config = _config(batch_size=32, model=CNNConfig(width=8, norm="batch", norm_group=group))
@@ -192,6 +190,7 @@ def test_the_step_matches_gradient_descent_in_numpy():
     np.testing.assert_allclose(run.leaves()[0], bias, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_steps_per_dispatch_changes_no_bit():
     config = _config(model=CNNConfig(width=4, dropout=0.2), **RANDOM)
     whole, parts = Run(config), Run(config)

@@ -41,6 +41,7 @@ def store(monkeypatch, tmp_path):
     fsspec.filesystem("memory").rm("/runs", recursive=True)
 
 
+@pytest.mark.slow
 def test_a_remote_run_is_stopped_resumed_and_compared_like_a_local_one(store, stop, tmp_path, capsys, monkeypatch):
     """Bit-identical state and equal lines."""
     with monkeypatch.context() as patch:

@@ -45,6 +45,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_sweep_leaves_its_record_and_goes_on(folder, capsys):
     assert sweep.run(WIDTHS) == 0
     printed = capsys.readouterr().out

@@ -22,6 +22,7 @@ from research import app
 from research.record import writer
 
 
+@pytest.mark.slow
 def test_a_run_survives_a_closed_stdout_and_stderr(env, tmp_path):
     """Both are a pipe whose reader has closed it."""
     reader, writer = os.pipe()

@@ -75,6 +75,7 @@ def _values(items):
     return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
 
 
+@pytest.mark.slow
 def test_wandb(resumed, capsys):
     pytest.importorskip("wandb")
     workdir, _, summary = resumed("wandb")
@@ -106,6 +107,7 @@ def test_wandb(resumed, capsys):
     assert found["num_params"] == summary["num_params"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # MLflow calls what SQLAlchemy and the standard library deprecate
 def test_mlflow(resumed):
     mlflow = pytest.importorskip("mlflow")

@@ -58,12 +58,13 @@ def _on_one_device(name):
     return _after_a_step({}, 1, dataclasses.replace(MODEL, name=name, heads=2 if name == "transformer" else 0))[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "axes", "replicas", "remat"),
     [
-        pytest.param("transformer", {}, 8, "all", marks=pytest.mark.slow),
+        ("transformer", {}, 8, "all"),
         ("transformer", {"data": 2, "fsdp": 2, "model": 2}, 1, "blocks"),
-        pytest.param("mingru", {"data": 2, "sequence": 4}, 1, "none", marks=pytest.mark.slow),
+        ("mingru", {"data": 2, "sequence": 4}, 1, "none"),
     ],
 )
 def test_eight_devices_with_the_loss_in_chunks_train_as_one_without(name, axes, replicas, remat, monkeypatch):

@@ -176,9 +176,8 @@ def _on_each_device(function, devices, count):
     return jax.shard_map(function, mesh=mesh, in_specs=part, out_specs=part), mesh
 
 
-@pytest.mark.parametrize(
-    "manual", [pytest.param(False, marks=pytest.mark.slow, id="GSPMD"), pytest.param(True, id="shard_map")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("manual", [pytest.param(False, id="GSPMD"), pytest.param(True, id="shard_map")])
 def test_everything_is_the_same_on_any_mesh(manual):
     rng = np.random.default_rng(1)
     index = np.arange(8, dtype=np.int32)

@@ -84,6 +84,7 @@ def test_every_operation_and_direction_is_drawn():
     assert min(counts.values()) >= 4  # 14 are expected
 
 
+@pytest.mark.slow
 def test_the_operations_are_applied_one_after_another():
     batch = jnp.array(np.broadcast_to(PHOTO, (40, *PHOTO.shape)))
     results = np.asarray(jax.jit(lambda x, key: randaugment.randaugment(x, key, 2, 7.0))(batch, jax.random.key(1)))

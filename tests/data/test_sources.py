@@ -271,6 +271,7 @@ def test_a_damaged_description_is_named(mnist_dir, text):
         load("mnist", mnist_dir)
 
 
+@pytest.mark.slow
 def test_the_real_sets():
     if not os.environ.get("TFDS_DATA_DIR"):
         pytest.skip("needs TFDS_DATA_DIR with prepared cifar10 and tiny_shakespeare")

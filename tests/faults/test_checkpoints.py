@@ -40,7 +40,9 @@ def _flipped(step):
         path.write_bytes(data)
 
 
-@pytest.mark.parametrize("damage", [_half_deleted, pytest.param(_emptied, marks=pytest.mark.slow), _flipped])
+@pytest.mark.parametrize(
+    "damage", [*(pytest.param(x, marks=pytest.mark.slow) for x in (_half_deleted, _emptied)), _flipped]
+)
 def test_the_previous_checkpoint_is_restored(damage, trained, forks, tmp_path):
     lines = (trained / "metrics.jsonl").read_text()
     shutil.copytree(trained, tmp_path / "x")

@@ -65,6 +65,7 @@ def _stops_with_one_line(ended, reason):
     assert f"could not be written ({reason}): the last good checkpoint is intact;" in line
 
 
+@pytest.mark.slow
 def test_a_run_stopped_by_a_full_disk_resumes_once_there_is_room(disk, forks):
     folder, remount = disk
 

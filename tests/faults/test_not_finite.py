@@ -109,9 +109,9 @@ def test_the_step_and_the_quantity_are_named(what, words, steps_per_dispatch, tm
     ("what", "devices", "axes"),
     [
         ("gradient", 1, {}),
-        ("loss", 8, {}),
+        pytest.param("loss", 8, {}, marks=pytest.mark.slow),
         ("loss", 8, {"data": 2, "fsdp": 4}),
-        ("gradient", 4, {"data": 2, "model": 2}),
+        pytest.param("gradient", 4, {"data": 2, "model": 2}, marks=pytest.mark.slow),
     ],
 )
 def test_a_skipped_step_changes_nothing(what, devices, axes, initial, tmp_path, capsys):
@@ -173,6 +173,7 @@ def test_it_rewinds_to_the_start_and_at_most_max_rewinds_times(initial, tmp_path
         _run(tmp_path / "z", max_rewinds=1, epochs=(0, 1))
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_after_a_rewind_it_ends_the_same(stop, tmp_path):
     options = {"step": 7, "checkpoint_every_steps": 4, "max_rewinds": 1, "steps_per_dispatch": 1}
     state, _ = _run(tmp_path / "whole", **options)

@@ -20,6 +20,7 @@ def _resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "epochs", [pytest.param(24, marks=pytest.mark.faults), pytest.param(900, marks=pytest.mark.soak)]
 )

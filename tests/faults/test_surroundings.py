@@ -32,6 +32,7 @@ def bare(env):
     return {name: env[name] for name in names} | odd
 
 
+@pytest.mark.slow
 def test_without_a_home_folder_or_utf_8_and_without_leaking_secrets(bare, tmp_path):
     args = [*DIGITS, "--config.batch_size=512", "--workdir=x"]
     command = [sys.executable, "-m", "linear", *args]
@@ -43,6 +44,7 @@ def test_without_a_home_folder_or_utf_8_and_without_leaking_secrets(bare, tmp_pa
     assert not any(b"s3cr3t" in text for text in (*written, done.stdout, done.stderr))
 
 
+@pytest.mark.slow
 def test_a_workdir_name_outside_the_locale_is_an_error(bare, tmp_path):
     args = [*DIGITS, "--workdir=ordner-\u00fc"]
     done = subprocess.run([*COMMAND, *args], env=bare, cwd=tmp_path, capture_output=True, text=True, timeout=240)
@@ -50,6 +52,7 @@ def test_a_workdir_name_outside_the_locale_is_an_error(bare, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_clock_that_jumps_back_a_day_at_every_reading(stop, tmp_path, monkeypatch):
     whole, _ = run(tmp_path / "whole")
     readings = iter(range(10**9))
@@ -92,6 +95,7 @@ def test_a_file_system_without_locks(number, monkeypatch, tmp_path):
         Workdir(tmp_path / "x").__enter__()
 
 
+@pytest.mark.slow
 def test_out_of_memory_names_the_fields_to_lower(forks, tmp_path):
     """With a limit on the address space: the allocation fails in XLA, not in Python."""
     args = ["--config.dataset.name=digits", "--config.num_epochs=1", "--config.samples=500"]

@@ -84,6 +84,7 @@ def test_bfloat16_outputs_are_close_to_the_equations():
     np.testing.assert_allclose(np.asarray(outputs, np.float32), _equations(*arrays), rtol=2e-2, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_vmap_equals_a_loop():
     arrays = [np.stack([x, x[::-1]]) for x in _draw(65)]
     gradient = jax.grad(lambda arrays: jnp.sin(causal_attention(*arrays, scale=SCALE)).sum())

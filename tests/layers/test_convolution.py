@@ -36,6 +36,7 @@ def _agree(ours, theirs, tolerance):
         np.testing.assert_allclose(np.float32(one) / scale, np.float32(other) / scale, atol=tolerance)
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
@@ -228,7 +229,9 @@ def test_bias_add(dtype):
     ("size", "window", "padding"),
     [((9, 6), (7, 7), ((3, 3), (3, 3))), ((1, 2), (7, 7), "SAME"), ((5, 8), (3, 2), ((0, 2), (1, 0)))],
 )
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 1e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("float32", 1e-5), pytest.param("bfloat16", 1e-2, marks=pytest.mark.slow)]
+)
 def test_depthwise_convolutions_agree_with_lax(size, window, padding, dtype, tolerance):
     x, kernel = _random(0, 2, *size, 5).astype(dtype), _random(1, *window, 1, 5).astype(dtype)
     options = {"dimension_numbers": LAYOUTS, "feature_group_count": 5}

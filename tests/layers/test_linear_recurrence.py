@@ -59,7 +59,7 @@ def _agree(ours, theirs):
         np.testing.assert_allclose(one, other, atol=2e-6 * np.abs(other).max())
 
 
-@pytest.mark.parametrize("length", [12, 256, 257, 2500])
+@pytest.mark.parametrize("length", [12, pytest.param(256, marks=pytest.mark.slow), 257, 2500])
 @pytest.mark.parametrize("kind", DTYPES)
 @pytest.mark.parametrize("form", ["linear_recurrence", "sequential", "parallel"])
 def test_every_form_equals_the_loop(kind, form, length):
@@ -134,7 +134,13 @@ def test_a_state_that_underflows_is_forgotten():
 
 @pytest.mark.parametrize("kind", DTYPES)
 @pytest.mark.parametrize(
-    ("axes", "length"), [((2, 1, 2, 2), 6), ((1, 2, 4, 1), 8), ((2, 1, 4, 1), 7), ((2, 1, 4, 1), 1100)]
+    ("axes", "length"),
+    [
+        pytest.param((2, 1, 2, 2), 6, marks=pytest.mark.slow),
+        pytest.param((1, 2, 4, 1), 8, marks=pytest.mark.slow),
+        ((2, 1, 4, 1), 7),
+        ((2, 1, 4, 1), 1100),
+    ],
 )
 def test_a_time_axis_on_several_devices(monkeypatch, kind, axes, length):
     """4 devices do not divide 7 steps: then every device computes all of them. Of 1,100, each scans 275 in chunks."""

@@ -80,6 +80,7 @@ def test_probabilities_sum_to_one_for_every_channel(offset):
     np.testing.assert_allclose(total, exact, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_small_probabilities_have_finite_values_and_gradients():
     parameters = _parameters(3)
     parameters[4 * K : 7 * K] = -20.0  # below the smallest scale

@@ -106,7 +106,10 @@ def test_parameter_counts(fields, expected):
 
 @pytest.mark.parametrize("name", ["simple", "resnet", "wide_resnet", "airbench"])
 @pytest.mark.parametrize("norm", ["", "none", "batch", "layer", "group"])
-@pytest.mark.parametrize(("image_shape", "dtype"), [((32, 32, 3), "bfloat16"), ((28, 28, 1), "float32")])
+@pytest.mark.parametrize(
+    ("image_shape", "dtype"),
+    [pytest.param((32, 32, 3), "bfloat16", marks=pytest.mark.slow), ((28, 28, 1), "float32")],
+)
 def test_every_network_and_norm_gives_float32_logits(name, norm, image_shape, dtype):
     config = _config(name=name, norm=norm, dtype=dtype, dropout=0.1)
 
@@ -118,7 +121,9 @@ def test_every_network_and_norm_gives_float32_logits(name, norm, image_shape, dt
     assert shape.dtype == jnp.float32
 
 
-@pytest.mark.parametrize("name", ["simple", "resnet", "wide_resnet", "airbench"])
+@pytest.mark.parametrize(
+    "name", ["simple", *(pytest.param(x, marks=pytest.mark.slow) for x in ("resnet", "wide_resnet")), "airbench"]
+)
 def test_dropout_acts_in_training_only_and_stores_no_random_state(name):
     small = {"simple": 4, "resnet": 4, "wide_resnet": 1, "airbench": 4}
     depth = 10 if name == "wide_resnet" else 0
@@ -197,7 +202,7 @@ def test_batch_norm_learns_its_statistics_in_training_only(name):
     assert not any(np.allclose(a, b) for a, b in zip(before, after, strict=True))
 
 
-@pytest.mark.parametrize("momentum", [0.6, 0.95])
+@pytest.mark.parametrize("momentum", [0.6, pytest.param(0.95, marks=pytest.mark.slow)])
 def test_airbenchs_running_statistics_follow_the_momentum(momentum):
     images = _images(8, *CIFAR)
     whitening = np.random.default_rng(0).standard_normal((2, 2, 3, 24)).astype(np.float32)

@@ -38,8 +38,8 @@ def _infer(model, images, noise):
     [
         ((28, 28, 1), "1,2,0,0", [(4, 4), (7, 7), (7, 7)]),
         ((9, 13, 3), "1,0,2", [(3, 4), (9, 13), (9, 13)]),
-        ((8, 8, 3), "1,1,1,0", [(1, 1), (2, 2), (4, 4)]),
-        ((5, 6, 1), "2", [(5, 6), (5, 6)]),
+        pytest.param((8, 8, 3), "1,1,1,0", [(1, 1), (2, 2), (4, 4)], marks=pytest.mark.slow),
+        pytest.param((5, 6, 1), "2", [(5, 6), (5, 6)], marks=pytest.mark.slow),
     ],
 )
 def test_shapes_for_any_image_and_number_of_samples(likelihood, image_shape, groups, sizes):

@@ -95,7 +95,7 @@ def _torch_state(model, config):
     return {names[path][0]: to_torch(np.asarray(value)) for path, value in _flat(model).items()}
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "convnext_tiny"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", pytest.param("convnext_tiny", marks=pytest.mark.slow)])
 def test_logits_equal_those_of_the_published_network(name):
     """Written in NumPy, in float64, with torchvision's names and layouts."""
     config = _config(name, width=8)
@@ -174,12 +174,16 @@ def block_output():
     return output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("field", "value"), [("norm", "group"), ("dtype", "bfloat16"), ("drop_path", 0.9)])
 def test_each_field_changes_convnexts_blocks(field, value, block_output):
     assert np.abs(block_output() - block_output(**{field: value})).max() > 1e-4
 
 
-@pytest.mark.parametrize(("name", "norm"), [("resnet18", "none"), ("resnet18", "layer"), ("convnext_tiny", "batch")])
+@pytest.mark.parametrize(
+    ("name", "norm"),
+    [("resnet18", "none"), ("resnet18", "layer"), pytest.param("convnext_tiny", "batch", marks=pytest.mark.slow)],
+)
 def test_other_normalizations_work_and_are_named(name, norm):
     config = _config(name, norm=norm, dropout=0.1, drop_path=0.1)
     key = jax.random.key(0)
@@ -188,7 +192,7 @@ def test_other_normalizations_work_and_are_named(name, norm):
     assert image_networks.torch_names(config).keys() == _flat(nnx.eval_shape(lambda: _create(config))).keys()
 
 
-@pytest.mark.parametrize("name", ["resnet50", "convnext_tiny"])
+@pytest.mark.parametrize("name", [pytest.param("resnet50", marks=pytest.mark.slow), "convnext_tiny"])
 def test_mup_compares_the_network_with_that_of_the_base_width(name):
     config = _config(name, width=16, parametrization="mup", base_width=4)
     widths = nnx.to_pure_dict(Network(lambda config, rngs: _create(config), config).widths)
@@ -208,7 +212,7 @@ def test_images_below_the_minimum_are_an_error(name):
         image_networks.resolve(ImageNetworkConfig(name=name), (31, 64, 3))
 
 
-@pytest.mark.parametrize("name", ["resnet18", "convnext_tiny"])
+@pytest.mark.parametrize("name", ["resnet18", pytest.param("convnext_tiny", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("shape", [(32, 32, 1), (33, 47, 3)])
 def test_the_smallest_images_work(name, shape):
     config = _config(name, width=4)

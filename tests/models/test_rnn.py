@@ -49,7 +49,9 @@ def test_parameter_counts(name, tied):
     assert count == 3 * _layer_params(name, 24) + outside
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in ("simple", "gru") else []) for name in CELLS]
+)
 def test_the_carry_continues_a_text_that_was_cut(name):
     """Reads a text at once, and in three pieces, one of them a single character."""
     config = RNNConfig(name=name, width=8)
@@ -191,8 +193,8 @@ def test_lru_is_initialized_on_its_ring_and_keeps_the_scale_of_its_input():
 @pytest.mark.parametrize(
     ("name", "axes"),
     [
-        ("lstm", {"data": 2, "fsdp": 2, "model": 2}),
-        ("mingru", {"data": 2, "sequence": 4}),
+        pytest.param("lstm", {"data": 2, "fsdp": 2, "model": 2}, marks=pytest.mark.slow),
+        pytest.param("mingru", {"data": 2, "sequence": 4}, marks=pytest.mark.slow),
         ("lru", {"fsdp": 2, "sequence": 2, "model": 2}),
     ],
 )

@@ -73,7 +73,7 @@ def test_it_equals_its_equations(fields, heads, scale):
 
 
 @pytest.mark.parametrize("pieces", [[1] * 7, [4, 1, 2], [7]], ids=str)
-@pytest.mark.parametrize("context", [7, 3])
+@pytest.mark.parametrize("context", [pytest.param(7, marks=pytest.mark.slow), 3])
 def test_with_a_cache_it_attends_to_the_last_tokens_however_the_text_is_cut(context, pieces):
     model, tokens, logits = filled(CONFIG), draw_tokens(), []
     carry = transformer.empty_cache(CONFIG, context, 3)

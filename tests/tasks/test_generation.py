@@ -57,7 +57,7 @@ def _generate(name, key, **chosen):
     return run(jnp.asarray(PROMPT))
 
 
-@pytest.mark.parametrize("name", ["lstm", "mingru"])
+@pytest.mark.parametrize("name", ["lstm", pytest.param("mingru", marks=pytest.mark.slow)])
 def test_greedy_text_takes_the_most_likely_character_at_each_step(name):
     generated, logits = _generate(name, jax.random.key(0), length=5, temperature=0.0, top_p=1.0)
     assert generated.dtype == jnp.int32

@@ -123,6 +123,7 @@ def _network(groups="1,0"):
     return nnx.merge(graphdef, drawn), tuple(hierarchical_vae.group_shapes(config, mean.shape))
 
 
+@pytest.mark.slow
 def test_one_group_is_the_vae_with_one_layer():
     """The same network and random numbers give the same bound, gradient estimate and likelihood in either task."""
     model, shapes = _network()

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import scipy.stats
 
 from research import randomness
@@ -131,6 +132,7 @@ def test_the_bound_of_several_samples_is_their_log_mean_weight():
     np.testing.assert_allclose(loss, -np.log(np.exp(log_prob).mean(1)), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_gradient_by_few_samples_is_unbiased():
     """Its mean over many rows of one example equals the exact gradient within the standard error."""
     batch = _batch(np.repeat(IMAGES[:1], 4000, 0), step=jnp.int32(0))

@@ -10,9 +10,9 @@ FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        (None, f"{FLAG}="),
-        ("--xla_dump_to=/tmp/x", f"--xla_dump_to=/tmp/x {FLAG}="),
-        (f"{FLAG}=conv", f"{FLAG}=conv"),
+        (None, f"{FLAG}=LIBRARY_FUSION_TYPE_REDUCE"),
+        ("--xla_dump_to=/tmp/x", f"--xla_dump_to=/tmp/x {FLAG}=LIBRARY_FUSION_TYPE_REDUCE"),
+        (f"{FLAG}=", f"{FLAG}="),
     ],
 )
 def test_a_flag_is_appended_unless_the_user_sets_it(monkeypatch, given, expected):

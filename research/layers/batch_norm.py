@@ -58,14 +58,18 @@ class BatchNorm(nnx.BatchNorm):
         x = x - shift
         mean, square = across_devices(jnp.stack([_mean(x), _mean(x * x)]))
         variance = jnp.maximum(0, square - mean * mean)
-        return self._scaled(x - mean, variance), shift + mean, variance
+        return self._scaled(x, variance, mean), shift + mean, variance
 
-    def _scaled(self, centered: jax.Array, variance: jax.Array) -> jax.Array:
+    def _scaled(self, x: jax.Array, variance: jax.Array, mean: jax.Array | float = 0.0) -> jax.Array:
+        """Computes (x - mean) * scale + bias, for a mean of a few standard deviations: it is subtracted last."""
         scale = lax.rsqrt(variance + self.epsilon)
         if self.scale is not None:
             scale = scale * self.scale[...]
-        y = centered * scale
-        return y if self.bias is None else y + self.bias[...]
+        offset = -mean * scale
+        if self.bias is not None:
+            offset = offset + self.bias[...]
+        # The gradients of these two are the only sums over the batch; that of x - mean would need a third.
+        return x * scale + offset
 
     def _across_devices(self, statistic: jax.Array) -> jax.Array:
         return lax.pmean(statistic, self.axis_name) if self.axis_name else statistic

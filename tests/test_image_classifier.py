@@ -83,6 +83,14 @@ def test_bad_input_is_named(flags, words, folder):
         _resolved(folder, *flags)
 
 
+def test_a_text_is_refused_before_it_is_read(tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("A text.\n" * 100)
+    with pytest.raises(UserError, match="text has no images"):
+        _resolved(tmp_path, "--config.dataset.name=text")
+    captured = capsys.readouterr()
+    assert "reading" not in captured.out + captured.err
+
+
 @pytest.mark.slow
 def test_it_trains(folder, tmp_path):
     args = ["--config.num_epochs=4", "--config.batch_size=8", "--config.model.width=8", f"--workdir={tmp_path}"]

@@ -167,8 +167,12 @@ def _as_records(examples: Any, config: DatasetConfig) -> Source:
     if isinstance(examples, Source):
         return examples
     if not isinstance(examples, dict) or "image" not in examples:
-        raise UserError(f"--config.dataset.name={config.name} has no images")
+        raise _no_images(config.name)
     return ArraySource(examples, cache.fingerprint(examples))
+
+
+def _no_images(name: str) -> UserError:
+    return UserError(f"--config.dataset.name={name} has no images")
 
 
 def _load(
@@ -177,6 +181,8 @@ def _load(
     label_names, loaders, version = named_sets.open_splits(name, config, own)
     chosen = splits.choose(name, config, tuple(loaders))
     loaded = {role: named_sets.open_split(loaders[split]) for role, split in chosen.items()}
+    if config.image_size and any(map(text_sets.has_parts, loaded.values())):  # before a long text is tokenized
+        raise _no_images(name)
     examples, tokenizer = text_sets.tokenize(name, loaded, json_tokenizer)
     label_names = label_names or splits.number_classes(examples)
     if config.test_fraction:

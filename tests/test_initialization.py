@@ -192,8 +192,9 @@ def _resnet18(path, **init):
     return create_run(image_classifier.EXPERIMENT.resolve(config, dataset), dataset, image_classifier.make_task)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", *(pytest.param(x, marks=pytest.mark.slow) for x in ("float32", "float16"))]
+)
 def test_a_network_starts_from_a_file_with_torchvisions_names(dtype, tmp_path):
     torch = _torchvision_resnet18(4, classes=10)
     stored = {n: x if x.ndim == 0 else x.astype(dtype) for n, x in torch.items()}

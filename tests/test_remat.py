@@ -138,8 +138,7 @@ def _assert_equal(one, other):
     jax.tree.map_with_path(check, one, other)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["lstm", "outsider"])
+@pytest.mark.parametrize("name", [pytest.param("lstm", marks=pytest.mark.slow), "outsider"])
 def test_a_step_is_the_same(name):
     """Parameters, random states and metrics; another dropout mask would change them all."""
     _assert_equal(*_after_a_step(("none", "all"), *TASKS[name]()))

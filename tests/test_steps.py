@@ -190,7 +190,6 @@ def test_the_step_matches_gradient_descent_in_numpy():
     np.testing.assert_allclose(run.leaves()[0], bias, atol=1e-3)
 
 
-@pytest.mark.slow
 def test_steps_per_dispatch_changes_no_bit():
     config = _config(model=CNNConfig(width=4, dropout=0.2), **RANDOM)
     whole, parts = Run(config), Run(config)

@@ -61,14 +61,17 @@ class BatchNorm(nnx.BatchNorm):
         return self._scaled(x, variance, mean), shift + mean, variance
 
     def _scaled(self, x: jax.Array, variance: jax.Array, mean: jax.Array | float = 0.0) -> jax.Array:
-        """Computes (x - mean) * scale + bias, for a mean of a few standard deviations: it is subtracted last."""
+        """Divides by the standard deviation, then applies scale and bias.
+
+        The mean is subtracted after the division, so it must not be large: sqrt(rows) standard deviations at most.
+        """
         scale = lax.rsqrt(variance + self.epsilon)
         if self.scale is not None:
             scale = scale * self.scale[...]
         offset = -mean * scale
         if self.bias is not None:
             offset = offset + self.bias[...]
-        # The gradients of these two are the only sums over the batch; that of x - mean would need a third.
+        # The gradients of `scale` and `offset` are the only sums over the batch; (x - mean) * scale would need a third.
         return x * scale + offset
 
     def _across_devices(self, statistic: jax.Array) -> jax.Array:

@@ -9,11 +9,12 @@ and without `--xla_gpu_enable_latency_hiding_scheduler` and libtpu's flags for a
 import os
 from importlib.metadata import version
 
-# YNN, a library of kernels for CPUs, computes reductions only. By default it also computes convolutions; with Eigen's
-# instead, a step of the tutorial CNN on two AVX-512 cores is 1.7, 1.2 and 1.2 to 1.6 times as fast in the three jaxlibs
-# below; with AVX2, 2 to 5 times as fast in the first. XLA's own reductions are slow: float32 [32, 32, 32, 64], summed
-# over all axes but the last, take 12.8 ms on two AVX-512 cores, 0.7 ms by YNN (medians of 25; the same in the first and
-# last jaxlib below). Listed by version, because jaxlib aborts the process at a flag that it does not know.
+# By default, XLA computes convolutions and reductions on a CPU by YNN, a library of kernels; this keeps it for
+# reductions. With Eigen's convolutions, a step of the tutorial CNN on two AVX-512 cores is 1.7, 1.2 and 1.2 to 1.6
+# times as fast in the three jaxlibs below (measured without YNN's reductions); with AVX2, 2 to 5 times as fast in the
+# first. XLA's own reductions are slow: to sum float32 [32, 32, 32, 64] over all axes but the last takes 12.8 ms on two
+# AVX-512 cores, by YNN 0.7 ms (medians of 25, in the first and the last jaxlib).
+# Listed by version, because jaxlib aborts the process at a flag that it does not know.
 FLAGS: tuple[str, ...] = ("--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_REDUCE",)
 _BY_JAXLIB = {"0.10.2": FLAGS, "0.11.2": FLAGS, "0.12.0.1": FLAGS}
 

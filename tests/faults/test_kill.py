@@ -77,9 +77,10 @@ def _kill_often(forks, name, kills, rng, **options):
     return done, runs
 
 
-@pytest.mark.slow
 @pytest.mark.faults
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "linear" else pytest.mark.slow) for name in EXPERIMENTS]
+)
 def test_killed_at_a_random_moment(name, forks):
     """Five kills each; the soak makes 50, with plots."""
     _kill_often(forks, name, 5, random.Random(os.urandom(4)))

@@ -20,9 +20,9 @@ def _resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    "epochs", [pytest.param(24, marks=pytest.mark.faults), pytest.param(900, marks=pytest.mark.soak)]
+    "epochs",
+    [pytest.param(24, marks=[pytest.mark.faults, pytest.mark.slow]), pytest.param(900, marks=pytest.mark.soak)],
 )
 def test_memory_open_files_and_checkpoints_do_not_grow(epochs, tmp_path, monkeypatch):
     """Dispatches of one step: 270, and 10,125 in the soak; checkpoints after every epoch and every tenth step."""

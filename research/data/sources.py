@@ -160,19 +160,19 @@ def open_records(name: str, data_dir: str) -> tuple[tuple[str, ...], dict[str, S
     """
     config = DatasetConfig(name=name, data_dir=data_dir, image_size=1)  # so that images are not decoded in advance
     label_names, loaders, _ = named_sets.open_splits(name, config)
-    return label_names, {split: _as_records(named_sets.open_split(loader), config) for split, loader in loaders.items()}
+    opened = {split: _with_images(name, named_sets.open_split(loader)) for split, loader in loaders.items()}
+    return label_names, {split: _as_records(examples) for split, examples in opened.items()}
 
 
-def _as_records(examples: Any, config: DatasetConfig) -> Source:
-    if isinstance(examples, Source):
+def _with_images(name: str, examples: Any) -> Any:
+    """Returns a split unless it is a text or lacks images, which is an error."""
+    if isinstance(examples, Source) or (isinstance(examples, dict) and "image" in examples):
         return examples
-    if not isinstance(examples, dict) or "image" not in examples:
-        raise _no_images(config.name)
-    return ArraySource(examples, cache.fingerprint(examples))
+    raise UserError(f"--config.dataset.name={name} has no images")
 
 
-def _no_images(name: str) -> UserError:
-    return UserError(f"--config.dataset.name={name} has no images")
+def _as_records(examples: Examples) -> Source:
+    return examples if isinstance(examples, Source) else ArraySource(examples, cache.fingerprint(examples))
 
 
 def _load(
@@ -181,8 +181,8 @@ def _load(
     label_names, loaders, version = named_sets.open_splits(name, config, own)
     chosen = splits.choose(name, config, tuple(loaders))
     loaded = {role: named_sets.open_split(loaders[split]) for role, split in chosen.items()}
-    if config.image_size and any(map(text_sets.has_parts, loaded.values())):  # before a long text is tokenized
-        raise _no_images(name)
+    if config.image_size:  # before a long text is tokenized
+        loaded = {role: _with_images(name, split) for role, split in loaded.items()}
     examples, tokenizer = text_sets.tokenize(name, loaded, json_tokenizer)
     label_names = label_names or splits.number_classes(examples)
     if config.test_fraction:
@@ -221,5 +221,5 @@ def _fingerprint(arrays: Split) -> str:
 def _ready(role: str, examples: Examples, config: DatasetConfig, num_classes: int) -> Split:
     """Returns the split with its images cropped when they are read, or as read-only arrays."""
     if isinstance(examples, Source) or config.image_size:
-        return StreamedSplit(role, _as_records(examples, config), config, num_classes)
+        return StreamedSplit(role, _as_records(examples), config, num_classes)
     return cache.read_only(examples)

@@ -10,7 +10,7 @@ import os
 from importlib.metadata import version
 
 # By default, XLA computes convolutions and reductions on a CPU by YNN, a library of kernels; this keeps it for
-# reductions. With Eigen's convolutions, a step of the tutorial CNN on two AVX-512 cores is 1.7, 1.2 and 1.2 to 1.6
+# reductions only. With Eigen's convolutions, a step of the tutorial CNN on two AVX-512 cores is 1.7, 1.2 and 1.2 to 1.6
 # times as fast in the three jaxlibs below (measured without YNN's reductions); with AVX2, 2 to 5 times as fast in the
 # first. XLA's own reductions are slow: to sum float32 [32, 32, 32, 64] over all axes but the last takes 12.8 ms on two
 # AVX-512 cores, by YNN 0.7 ms (medians of 25, in the first and the last jaxlib).

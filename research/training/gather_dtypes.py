@@ -74,7 +74,7 @@ def _narrower(own: Any, uses: set[Any]) -> Any:
 
 
 class _Uses:
-    """What a jaxpr, and the jaxprs within it, do with a variable once it is gathered."""
+    """The uses of gathered variables in a jaxpr and in the jaxprs within it."""
 
     def __init__(self) -> None:
         self._operands: dict[Jaxpr, dict[Var, list[tuple[JaxprEqn, int]]]] = {}
